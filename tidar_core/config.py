@@ -1,0 +1,132 @@
+"""Which numbers describe a model, a draft and a request?
+
+Frozen inside, validated at the edge: a config that exists is valid. Change one with `dataclasses.replace`.
+"""
+
+from dataclasses import dataclass
+
+from tidar_core.errors import ConfigError, RequestError
+
+__all__ = ["DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROPE_KINDS = ("linear", "llama3", "yarn")
+DRAFT_KINDS = ("argmax", "sampled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context they were trained on."""
+
+    kind: str
+    factor: float
+    original_context_len: int
+    low_freq_factor: float = 1.0
+    """llama3 only: wavelengths above original_context_len / this are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3 only: wavelengths below original_context_len / this stay as they are."""
+    beta_fast: float = 32.0
+    """yarn only: rotations within the original context above which a frequency stays as it is."""
+    beta_slow: float = 1.0
+    """yarn only: rotations below which a frequency is divided by `factor`."""
+    attention_factor: float = 1.0
+    """yarn only: multiplies cosines and sines."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ROPE_KINDS, f"rope scaling kind is {self.kind!r}; it must be one of {ROPE_KINDS}")
+        _require(self.factor >= 1, f"rope scaling factor is {self.factor}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer of the Llama, Qwen2 or Qwen3 family."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    context_len: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    """Output projection is the embedding table."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias on the attention output projection (Llama's `attention_bias`)."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    mask_id: int | None = None
+    """Row of the vocabulary that stands for "to be predicted"; its logit is minus infinity everywhere."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.architecture in ARCHITECTURES,
+            f"architecture is {self.architecture!r}; this project runs {', '.join(ARCHITECTURES)}",
+        )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_len"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"heads is {self.heads} and kv_heads {self.kv_heads}; heads must be a multiple of kv_heads",
+        )
+        _require(self.head_size % 2 == 0, f"head_size is {self.head_size}; rotary embedding needs an even number")
+        _require(
+            self.mask_id is None or 0 <= self.mask_id < self.vocab_size,
+            f"mask_id is {self.mask_id}; it must be a row of the vocabulary, 0..{self.vocab_size - 1}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """How far ahead one forward thinks, and how the proposals are drawn."""
+
+    block_len: int = 8
+    """K: tokens in a draft block, the final first token included (TiDAR, section 3)."""
+    kind: str = "argmax"
+    """`argmax`: a draft is the likeliest token, a point mass. `sampled`: it is drawn from the mask token's own
+    distribution, which is kept until the draft is verified."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_len >= 1, f"block_len is {self.block_len}; it must be at least 1")
+        _require(self.kind in DRAFT_KINDS, f"draft kind is {self.kind!r}; it must be one of {DRAFT_KINDS}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """What one request asks of the sampler."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy: the distribution is a point mass on the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens stay; 0 keeps all."""
+    top_p: float = 1.0
+    """Only the smallest set of likeliest tokens with at least this much probability stays."""
+    seed: int = 0
+    eos_ids: tuple[int, ...] = ()
+    """Generation ends with the first of these; it is part of the token ids and counted."""
+    beta: float = 1.0
+    """Weight of the AR logits against the diffusion logits in verification (TiDAR, section 4.4.3). 1 is exact
+    with respect to the AR mode; below 1 defines another model, whose law depends on block_len."""
+
+    def __post_init__(self) -> None:
+        for holds, message in (
+            (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
+            (0 <= self.temperature <= 100, f"temperature is {self.temperature}; it must be from 0 to 100"),
+            (self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
+            (0 <= self.beta <= 1, f"beta is {self.beta}; it must be from 0 to 1"),
+            (abs(self.seed) < 2**63, f"seed is {self.seed}; it must fit 64 bits"),
+        ):
+            if not holds:
+                raise RequestError(message)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)

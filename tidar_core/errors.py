@@ -1,0 +1,81 @@
+"""What can go wrong that a caller can act on?
+
+    TidarError                 anything this project raises on purpose
+    ├── UserError              the user's input is wrong: exit code 2, HTTP 4xx
+    │   ├── ConfigError        a configuration or job file
+    │   ├── CorpusError        raw text: missing, empty, unreadable
+    │   ├── TokenizerError     a tokenizer that cannot serve here
+    │   ├── ShardError         packed shards: truncated, tampered with, of another layout
+    │   ├── WeightsError       a model folder whose weights do not fit
+    │   ├── BundleError        a bundle: missing, changed, incomplete
+    │   ├── RegistryError      a registry name, version or alias
+    │   ├── GateError          a report that misses its bars
+    │   └── RequestError       one generation request
+    └── CapacityError          correct input, no room now: try again later
+
+Every message is one line: what was given; what is needed; what to do. Members cross process borders inside Ray,
+so each takes one message and pickles.
+"""
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "ConfigError",
+    "CorpusError",
+    "GateError",
+    "RegistryError",
+    "RequestError",
+    "ShardError",
+    "TidarError",
+    "TokenizerError",
+    "UserError",
+    "WeightsError",
+]
+
+
+class TidarError(Exception):
+    """Anything this project raises on purpose."""
+
+
+class UserError(TidarError):
+    """The user's input is wrong; the same call will fail again."""
+
+
+class ConfigError(UserError):
+    """A configuration or job file that cannot be used."""
+
+
+class CorpusError(UserError):
+    """Raw text that is missing, empty or unreadable."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot serve here."""
+
+
+class ShardError(UserError):
+    """Packed shards that are truncated, changed or of another layout."""
+
+
+class WeightsError(UserError):
+    """A model folder whose weights or architecture do not fit."""
+
+
+class BundleError(UserError):
+    """A bundle that is missing, changed or incomplete."""
+
+
+class RegistryError(UserError):
+    """A registry name, version or alias that does not exist or cannot be set."""
+
+
+class GateError(UserError):
+    """A report that misses the bars a release must pass."""
+
+
+class RequestError(UserError):
+    """A generation request that cannot be honoured."""
+
+
+class CapacityError(TidarError):
+    """Correct input, but no room for it now."""
