@@ -1,0 +1,74 @@
+"""What several rooms' tests need: a small corpus, an S3 server of our own, one Ray cluster."""
+
+import json
+import os
+
+import pytest
+
+CORPUS = {
+    "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
+    "b.txt": "The quick brown fox jumps over the lazy dog. Grüße, 日本語 🎉!\n" * 9,
+    "sub/c.md": "# Title\n\nSome words, then some more words.\n" * 12,
+    "d.txt": "x",
+}
+LINES = [f"document {n}: " + "lorem ipsum dolor " * (n % 7 + 1) for n in range(40)]
+
+
+@pytest.fixture
+def text_corpus(tmp_path):
+    """A folder with four text files and forty lines of JSON: 44 documents."""
+    folder = tmp_path / "corpus"
+    for name, text in CORPUS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (folder / "e.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def corpus_documents():
+    """The texts of `text_corpus` in the order in which files are listed and lines stand."""
+    return [CORPUS["a.py"], CORPUS["b.txt"], CORPUS["d.txt"], *LINES, CORPUS["sub/c.md"]]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """An S3 server in this process; its address and credentials are in the environment until the session ends."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint, request):
+    """An empty bucket, as a URI."""
+    import boto3
+
+    name = f"test-{abs(hash(request.node.nodeid)) % 10**12}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray cluster of two CPUs for the whole session."""
+    import ray
+    from pipelines.cluster import connect
+
+    os.environ.pop("RAY_ADDRESS", None)
+    connect(cpus=2)
+    yield
+    ray.shutdown()

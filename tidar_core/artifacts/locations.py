@@ -1,0 +1,347 @@
+"""Where do things lie, and how are they read and written there?
+
+A location is a URI: a local path, file:// or s3://. Object stores take their credentials and endpoint from the usual
+environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, ...).
+
+A folder of this project is complete when its marker file is there (manifest.json, tidar.json): it is written under
+another name and put in place at the end, the marker last, so that a reader never takes a half-written one.
+"""
+
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import secrets
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import botocore.exceptions
+import fsspec
+import zstandard
+
+from tidar_core.errors import UserError
+
+__all__ = [
+    "BROKEN_COMPRESSION",
+    "COMPRESSION_SUFFIXES",
+    "FileEntry",
+    "absolute",
+    "canonical_json",
+    "exists",
+    "join",
+    "list_files",
+    "local_copy",
+    "local_folder",
+    "local_path",
+    "name_of",
+    "open_decompressed",
+    "open_random",
+    "open_read",
+    "open_write",
+    "read_bytes",
+    "read_text",
+    "remove",
+    "scratch_folder",
+    "sha256",
+    "size",
+    "staged_folder",
+    "upload_folder",
+    "write_bytes",
+]
+
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+BROKEN_COMPRESSION = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
+"""What reading a damaged compressed file raises."""
+
+CACHE = Path("~/.cache/tidar")
+SCHEMES = ("s3",)
+CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a listing."""
+
+    uri: str
+    name: str
+    """Path relative to the listed folder."""
+    size: int
+    version: str
+    """Changes when the file does: ETag on an object store, modification time in nanoseconds locally."""
+
+
+def local_path(uri: str) -> Path | None:
+    """The path of a local location; None on an object store."""
+    if uri.startswith("file://"):
+        return Path(uri.removeprefix("file://"))
+    return None if "://" in uri else Path(uri).expanduser()
+
+
+def absolute(uri: str) -> str:
+    """The same location whatever the working folder, without a trailing slash."""
+    path = local_path(uri)
+    return uri.rstrip("/") if path is None else str(path.absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """The location of `parts` below `uri`."""
+    return "/".join((uri.rstrip("/"), *parts))
+
+
+def name_of(uri: str) -> str:
+    """The last part of a location."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: what hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a folder that is not empty lies at `uri`."""
+    with _in_one_line(uri):
+        return bool(_filesystem(uri).exists(_path(uri)))
+
+
+def size(uri: str) -> int:
+    """Bytes of the file at `uri`."""
+    with _in_one_line(uri):
+        return int(_filesystem(uri).size(_path(uri)))
+
+
+def list_files(uri: str, patterns: Sequence[str] = ("*",)) -> list[FileEntry]:
+    """The files at `uri`, in the order of their names; empty when nothing is there.
+
+    A folder is searched recursively for names that match one of `patterns`, also with .gz or .zst appended; names and
+    folders that begin with a dot are passed over. A file, or what a glob matches, is taken as it is.
+    """
+    files, path = _filesystem(uri), _path(uri).rstrip("/")
+    with _in_one_line(uri):
+        is_glob = any(sign in path for sign in "*?[") and not files.exists(path)
+        found = files.glob(path, detail=True) if is_glob else files.find(path, detail=True)
+    root = path.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0] if is_glob else path
+    entries = []
+    for full, info in found.items():
+        if info["type"] != "file":
+            continue
+        name = full.removeprefix(root).lstrip("/") or name_of(full)
+        whole = is_glob or full == path
+        if whole or (_matches(name_of(full), patterns) and not any(part.startswith(".") for part in name.split("/"))):
+            entries.append(FileEntry(_uri(uri, full), name, int(info["size"]), _version(info)))
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def open_read(uri: str) -> IO[bytes]:
+    """The file at `uri` from its beginning, as it lies there."""
+    with _in_one_line(uri):
+        return _filesystem(uri).open(_path(uri), "rb")
+
+
+def open_random(uri: str) -> IO[bytes]:
+    """The file at `uri` for reads in any order: nothing is fetched that was not asked for."""
+    with _in_one_line(uri):
+        return _filesystem(uri).open(_path(uri), "rb", cache_type="none")
+
+
+def open_decompressed(uri: str) -> IO[bytes]:
+    """The file at `uri` from its beginning, decompressed if its name ends in .gz or .zst."""
+    raw = open_read(uri)
+    if uri.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if uri.endswith(".zst"):
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def open_write(uri: str) -> IO[bytes]:
+    """A new file at `uri`, folders included. On an object store it appears when closed."""
+    _make_parent(uri)
+    with _in_one_line(uri):
+        return _filesystem(uri).open(_path(uri), "wb")
+
+
+def read_bytes(uri: str) -> bytes:
+    """All of the file at `uri`."""
+    with _in_one_line(uri), open_read(uri) as file:
+        return file.read()
+
+
+def read_text(uri: str) -> str:
+    """All of the UTF-8 file at `uri`."""
+    return read_bytes(uri).decode("utf-8")
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Put `content` into the file at `uri`."""
+    with open_write(uri) as file:
+        file.write(content)
+
+
+def remove(uri: str) -> None:
+    """Remove the file or the whole folder at `uri`, if there is one."""
+    if exists(uri):
+        with _in_one_line(uri):
+            _filesystem(uri).rm(_path(uri), recursive=True)
+
+
+def sha256(uri: str) -> str:
+    """Hash of the bytes of the file at `uri`, in hexadecimal."""
+    digest = hashlib.sha256()
+    with _in_one_line(uri), open_read(uri) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def local_copy(uri: str, cache: str | Path = CACHE) -> Path:
+    """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version."""
+    path = local_path(uri)
+    if path is not None:
+        return path
+    files = list_files(uri)
+    key = hashlib.sha256(canonical_json([uri, [(f.name, f.size, f.version) for f in files]]).encode()).hexdigest()
+    target = Path(cache).expanduser() / key[:32]
+    if target.is_dir():
+        return target
+    staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        for file in files:
+            copy = staged / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with _in_one_line(uri), open_read(file.uri) as source, copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+        with suppress(OSError):  # another process was first
+            staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def local_folder() -> Iterator[Path]:
+    """A temporary local folder, removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="tidar-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def scratch_folder(uri: str) -> Iterator[str]:
+    """A folder beside `uri` that every process that can reach `uri` can write in; removed at the end."""
+    uri = absolute(uri)
+    scratch = join(uri.rpartition("/")[0], f".{name_of(uri)}.{secrets.token_hex(4)}")
+    if path := local_path(scratch):
+        path.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        remove(scratch)
+
+
+@contextmanager
+def staged_folder(uri: str, marker: str) -> Iterator[str]:
+    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes.
+
+    marker     file of the folder that says that it is complete. A folder at `uri` that has it, or is empty, is
+               replaced; anything else there is refused before work starts.
+    """
+    uri = absolute(uri)
+    _refuse_stranger(uri, marker)
+    with scratch_folder(uri) as staged:
+        yield staged
+        assert exists(join(staged, marker)), f"{marker} was not written"
+        _refuse_stranger(uri, marker)
+        if local_path(uri) is None:
+            _replace_remote(staged, uri, marker)
+        else:
+            _replace_local(Path(staged), Path(uri))
+
+
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy the files of a local folder below `uri`."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as source, open_write(join(uri, *path.relative_to(folder).parts)) as sink:
+            shutil.copyfileobj(source, sink, CHUNK_BYTES)
+
+
+def _refuse_stranger(uri: str, marker: str) -> None:
+    if not exists(uri) or exists(join(uri, marker)):
+        return
+    path = local_path(uri)
+    if path is None or not path.is_dir() or any(path.iterdir()):
+        raise UserError(
+            f"{uri} exists and holds no {marker}, so it was not made by this command; "
+            "remove it or give another output folder"
+        )
+
+
+def _replace_local(staged: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        staged.rename(target)
+        return
+    old = target.with_name(f"{staged.name}.old")
+    target.rename(old)
+    staged.rename(target)
+    shutil.rmtree(old)
+
+
+def _replace_remote(staged: str, target: str, marker: str) -> None:
+    """Object stores have no rename: the old marker goes first and the new one comes last."""
+    files = _filesystem(target)
+    with _in_one_line(target):
+        if files.exists(_path(join(target, marker))):
+            files.rm(_path(join(target, marker)))
+        if files.exists(_path(target)):
+            files.rm(_path(target), recursive=True)
+        for entry in sorted(list_files(staged), key=lambda entry: entry.name == marker):
+            files.copy(_path(entry.uri), _path(join(target, entry.name)))
+
+
+def _filesystem(uri: str) -> Any:
+    if local_path(uri) is not None:
+        return fsspec.filesystem("file")
+    scheme = uri.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise UserError(f"{uri} has the scheme {scheme!r}; give a local path, file:// or s3://")
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _path(uri: str) -> str:
+    path = local_path(uri)
+    return uri.partition("://")[2] if path is None else str(path.absolute())
+
+
+def _uri(like: str, path: str) -> str:
+    return path if local_path(like) is not None else f"{like.partition('://')[0]}://{path}"
+
+
+def _make_parent(uri: str) -> None:
+    if path := local_path(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    plain = next((name.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)), name)
+    return any(fnmatch.fnmatchcase(form, pattern) for pattern in patterns for form in (name, plain))
+
+
+def _version(info: dict[str, Any]) -> str:
+    return str(info.get("ETag", "")).strip('"') or str(round(info["mtime"] * 1e9))
+
+
+@contextmanager
+def _in_one_line(uri: str) -> Iterator[None]:
+    """Say what an object store or file system refused, in one line."""
+    try:
+        yield
+    except (PermissionError, botocore.exceptions.BotoCoreError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{uri} cannot be reached: {reason}; check the credentials, the endpoint and rights") from error
