@@ -54,6 +54,7 @@ __all__ = [
     "staged_folder",
     "upload_folder",
     "write_bytes",
+    "write_json",
 ]
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
@@ -183,6 +184,11 @@ def write_bytes(uri: str, content: bytes) -> None:
     """Put `content` into the file at `uri`."""
     with open_write(uri) as file:
         file.write(content)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Put `value` into the file at `uri`, for readers human and other."""
+    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def remove(uri: str) -> None:

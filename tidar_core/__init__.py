@@ -1,0 +1,1 @@
+"""The mathematics of TiDAR: torch and the standard library, nothing else."""

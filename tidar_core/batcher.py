@@ -1,0 +1,93 @@
+"""Who runs next when many requests share one decoder?
+
+Requests join between two forwards, in order of arrival, as soon as a row is free; each leaves when it is done. No
+threads, no clock: the owner calls `advance` for as long as `busy`.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tidar_core.decoder import DecodeStep, Decoder, Request
+from tidar_core.errors import CapacityError, RequestError
+
+__all__ = ["Batcher", "Completion", "complete"]
+
+
+class Batcher:
+    """A queue in front of a decoder."""
+
+    def __init__(self, decoder: Decoder, *, max_waiting: int = 1024) -> None:
+        """max_waiting  requests that may queue; one more is refused with CapacityError."""
+        self.decoder, self.max_waiting = decoder, max_waiting
+        self._waiting: deque[Request] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """True while any request waits or runs."""
+        return bool(self._waiting or self.decoder.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, or say at once why it can never run (RequestError) or not now (CapacityError)."""
+        self.decoder.check(request)
+        if any(request.request_id == queued.request_id for queued in self._waiting):
+            raise RequestError(f"request id {request.request_id!r} is waiting already; give each request its own")
+        if len(self._waiting) >= self.max_waiting:
+            raise CapacityError(f"{len(self._waiting)} requests wait already, the most allowed; try again later")
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request wherever it is; False if it is neither waiting nor running."""
+        before = len(self._waiting)
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        return len(self._waiting) < before or self.decoder.abort(request_id)
+
+    def advance(self) -> list[DecodeStep]:
+        """One forward for all that run, after a prefill for each that can join."""
+        steps = self.decoder.decode_step()
+        while self._waiting and len(self.decoder.running) < self.decoder.rows:
+            steps.append(self.decoder.prefill(self._waiting.popleft()))
+        return steps
+
+
+@dataclass(slots=True)
+class Completion:
+    """A request from end to end."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    forwards: int = 0
+    """Forwards that gave tokens: the prefill's last, and every decode step."""
+    accepted: Counter[int] = field(default_factory=Counter)
+    """How often each n in 1..K drafts stood, over its decode steps."""
+
+    def add(self, step: DecodeStep) -> None:
+        """Account for one more step of this request."""
+        self.token_ids += step.token_ids
+        self.finish_reason = step.finish_reason
+        self.forwards += 1
+        if step.accepted:
+            self.accepted[step.accepted] += 1
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens over forwards (T/NFE in the paper); 1 is autoregressive."""
+        return len(self.token_ids) / self.forwards
+
+
+def complete(batcher: Batcher, requests: Iterable[Request]) -> list[Completion]:
+    """Run `requests` to their ends and give their completions in the same order."""
+    completions = {request.request_id: Completion(request) for request in requests}
+    for completion in completions.values():
+        batcher.submit(completion.request)
+    while batcher.busy:
+        for step in batcher.advance():
+            if step.request_id in completions:
+                completions[step.request_id].add(step)
+    return list(completions.values())

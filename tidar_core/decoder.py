@@ -1,0 +1,255 @@
+"""What does one forward bring a batch of sequences?
+
+`prefill` reads a prompt and gives its first token; `decode_step` verifies each sequence's draft block and, in the same
+forward, drafts the next block for every outcome of the verification (TiDAR, section 3.2). With block_len 1 there is
+nothing to draft: one token per forward, the autoregressive mode, through the same code.
+
+For beta = 1, texts follow the autoregressive mode's law; with argmax drafts they are its texts, token for token, greedy
+or sampled with the same seed. In fp32 that holds up to ties within rounding (about 1e-6 in the logits), since other
+batch shapes sum in another order.
+
+Shape letters: B sequences, K block length, R rows of a forward, E embedding, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.errors import CapacityError, RequestError
+from tidar_core.kv_cache import CachedAttention, KVCache
+from tidar_core.layout import decode_layout
+from tidar_core.model import TidarModel
+from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
+from tidar_core.verify import match, weigh
+
+__all__ = ["DecodeStep", "Decoder", "Request"]
+
+PREFILL_ROWS = 512
+"""Prompt tokens read in one forward; only the last chunk carries mask tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt to be continued."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """What one forward brought one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """New tokens, all final; at least one."""
+    finish_reason: str | None
+    """`stop` after an end-of-text token, `length` after max_tokens, None while it goes on."""
+    accepted: int
+    """n in 1..K: draft tokens that stood, the final first one included; 0 for a prefill."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: Request
+    prefix_len: int
+    emitted: int = 0
+
+
+class Decoder:
+    """A batch of sequences on one model; rows 0..B-1 of the cache belong to the running ones, always."""
+
+    def __init__(self, model: TidarModel, draft: DraftConfig, *, rows: int, context_len: int | None = None) -> None:
+        """rows         sequences that may run together
+        context_len  most tokens of prompt and completion; the model's own by default
+        """
+        self.model, self.draft, self.rows = model, draft, rows
+        self.context_len = context_len or model.config.context_len
+        weight = model.embedding.weight
+        self.device = weight.device
+        K = draft.block_len
+        self.cache = KVCache(
+            model.config,
+            rows=rows,
+            slot_len=self.context_len + K,
+            scratch_len=K * K,
+            dtype=weight.dtype,
+            device=self.device,
+        )
+        self._running: list[_Sequence] = []
+        self._prefix_len = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self._draft = torch.zeros(rows, K, dtype=torch.long, device=self.device)
+        self._proposal = (
+            torch.zeros(rows, K, model.config.vocab_size, device=self.device) if draft.kind == "sampled" else None
+        )
+        self._sampling = SamplingTensors.of([], self.device)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Requests that the next decode step serves."""
+        return tuple(sequence.request.request_id for sequence in self._running)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if this decoder could never serve `request`."""
+        prompt_len, max_tokens = len(request.prompt), request.sampling.max_tokens
+        if not prompt_len:
+            raise RequestError("prompt has no tokens; it needs at least one")
+        if prompt_len + max_tokens > self.context_len:
+            raise RequestError(
+                f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}; together they must not exceed the "
+                f"context of {self.context_len}; shorten one of them"
+            )
+        if request.request_id in self.running:
+            raise RequestError(f"request id {request.request_id!r} is running already; give each request its own")
+        mask_id, vocab_size = self.model.config.mask_id, self.model.config.vocab_size
+        for token in request.prompt:
+            if token == mask_id or not 0 <= token < vocab_size:
+                raise RequestError(f"prompt token {token} is not a token of text; ids are 0..{vocab_size - 1}, "
+                                   f"without the mask token {mask_id}")  # fmt: skip
+
+    @torch.inference_mode()
+    def prefill(self, request: Request) -> DecodeStep:
+        """Read the prompt of a new request and give its first token; joins the running ones."""
+        self.check(request)
+        if len(self._running) == self.rows:
+            raise CapacityError(f"all {self.rows} rows are running; finish or abort a request first")
+        row, prompt_len = len(self._running), len(request.prompt)
+        sampling = SamplingTensors.of([request.sampling], self.device)
+        masked = self._drafts_ahead(sampling)
+        prompt = torch.tensor([request.prompt], device=self.device)
+        for start in range(0, prompt_len, PREFILL_ROWS):
+            chunk = prompt[:, start : start + PREFILL_ROWS]
+            end = start + chunk.shape[1]
+            groups = (chunk.shape[1],) if masked and end == prompt_len else ()
+            hidden = self._forward(row, torch.tensor([start], device=self.device), chunk, groups, end)
+        clean_len = chunk.shape[1]
+        last, first_mask = hidden[:, clean_len - 1 : clean_len], hidden[:, clean_len : clean_len + 1]
+        self._prefix_len[row] = prompt_len
+        logits, position = self._target_logits(last, first_mask, sampling), self._prefix_len[row : row + 1, None]
+        first = sample(logits, sampling, position, TARGET)[:, 0]
+        group_row = torch.tensor([clean_len], device=self.device)
+        self._propose(slice(row, row + 1), first, hidden, group_row, sampling)
+        self._running.append(_Sequence(request, prompt_len))
+        self._gather_sampling()
+        return self._finish_steps([self._step(row, [int(first)], 0)])[0]
+
+    @torch.inference_mode()
+    def decode_step(self) -> list[DecodeStep]:
+        """One forward for all running requests; those that finished have left when it returns."""
+        B, K, sampling = len(self._running), self.draft.block_len, self._sampling
+        if not B:
+            return []
+        prefix_B, draft_BK = self._prefix_len[:B], self._draft[:B]
+        groups = range(1, K + 1) if self._drafts_ahead(sampling) else ()
+        used_len = max(sequence.prefix_len for sequence in self._running) + K
+        hidden_BRE = self._forward(0, prefix_B, draft_BK, groups, used_len)
+        logits_BKV = self._target_logits(hidden_BRE[:, :K], hidden_BRE[:, K::K], sampling)
+        next_BK = prefix_B[:, None] + 1 + torch.arange(K, device=self.device)
+        if self._proposal is None:
+            verdict = match(draft_BK, sample(logits_BKV, sampling, next_BK, TARGET))
+        else:
+            accept_BK, target_BK = (uniform(sampling.seed_B, next_BK, role) for role in (ACCEPT, TARGET))
+            verdict = weigh(draft_BK, law(logits_BKV, sampling), self._proposal[:B], accept_BK, target_BK)
+        accepted_B = verdict.accepted_B
+        emitted_BK = torch.cat([draft_BK[:, 1:], verdict.next_B[:, None]], 1)
+        emitted_BK.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
+        self._prefix_len[:B] += accepted_B
+        self._propose(slice(0, B), verdict.next_B, hidden_BRE, accepted_B * K, sampling)
+        table = torch.cat([accepted_B[:, None], emitted_BK], 1).tolist()
+        return self._finish_steps([self._step(b, tokens[:n], n) for b, (n, *tokens) in enumerate(table)])
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a running request; False if it is not running. Its row is free at once."""
+        if request_id not in self.running:
+            return False
+        self._release(self.running.index(request_id))
+        return True
+
+    def redraft(self, request_id: str, tokens: list[int]) -> None:
+        """Replace the pending drafts d_2..d_K of a request, as if the model had proposed them outright.
+
+        Any proposals leave the text the same, only the number of forwards changes; so this is how a known
+        continuation, or a hostile one, is put to the test. Needs argmax drafts.
+        """
+        assert self._proposal is None, "drafts chosen outright cannot replace sampled ones"
+        assert len(tokens) == self.draft.block_len - 1, "d_1 is final; give the other block_len - 1"
+        self._draft[self.running.index(request_id), 1:] = torch.tensor(tokens, device=self.device)
+
+    def _drafts_ahead(self, sampling: SamplingTensors) -> bool:
+        return self.draft.block_len > 1 or bool((sampling.beta_B < 1).any())
+
+    def _forward(self, first_row: int, prefix_B: Tensor, clean_BC: Tensor, groups: "range | tuple[int, ...]",
+                 used_len: int) -> Tensor:  # fmt: skip
+        """Hidden states of clean rows, then of a block of masks for each group."""
+        K = self.draft.block_len
+        layout = decode_layout(prefix_B, clean_BC.shape[1], groups, K)
+        masks_BM = clean_BC.new_full((len(clean_BC), len(groups) * K), self.model.config.mask_id or 0)
+        attention = CachedAttention(self.cache, first_row, layout, clean_BC.shape[1], used_len)
+        return self.model(torch.cat([clean_BC, masks_BM], 1), layout.position, attention)
+
+    def _target_logits(self, clean_BRE: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
+        """z = beta * AR + (1 - beta) * diffusion; both predict the same positions (TiDAR, section 4.4.3)."""
+        ar_BRV = self.model.head(clean_BRE).float()
+        if bool((sampling.beta_B == 1).all()):
+            return ar_BRV
+        beta_B11 = sampling.beta_B[:, None, None]
+        mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * self.model.head(first_masks_BRE).float()
+        return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
+
+    def _propose(self, rows: slice, first_B: Tensor, hidden_BRE: Tensor, group_row_B: Tensor,
+                 sampling: SamplingTensors) -> None:  # fmt: skip
+        """Set the next draft block: the final token, then what masks 2..K of the chosen group believe.
+
+        group_row_B  row of the chosen group's first mask; the prefix lengths must be the new ones
+        """
+        self._draft[rows, 0] = first_B
+        if self.draft.block_len == 1:
+            return
+        offset_R = torch.arange(1, self.draft.block_len, device=self.device)
+        batch_B1 = torch.arange(len(first_B), device=self.device)[:, None]
+        logits_BRV = self.model.head(hidden_BRE[batch_B1, group_row_B[:, None] + offset_R])
+        if self._proposal is None:
+            self._draft[rows, 1:] = logits_BRV.argmax(-1)
+            return
+        proposal_BRV = law(logits_BRV, sampling)
+        position_BR = self._prefix_len[rows, None] + offset_R
+        self._draft[rows, 1:] = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
+        self._proposal[rows, 1:] = proposal_BRV
+
+    def _step(self, row: int, tokens: list[int], accepted: int) -> DecodeStep:
+        """Cut new tokens at the first end-of-text token and at max_tokens."""
+        sequence = self._running[row]
+        sampling = sequence.request.sampling
+        sequence.prefix_len += accepted
+        tokens = tokens[: sampling.max_tokens - sequence.emitted]
+        stop = next((i for i, token in enumerate(tokens) if token in sampling.eos_ids), None)
+        tokens = tokens if stop is None else tokens[: stop + 1]
+        sequence.emitted += len(tokens)
+        ended = "length" if sequence.emitted == sampling.max_tokens else None
+        reason = "stop" if stop is not None else ended
+        return DecodeStep(sequence.request.request_id, tuple(tokens), reason, accepted)
+
+    def _finish_steps(self, steps: list[DecodeStep]) -> list[DecodeStep]:
+        for step in steps:
+            if step.finish_reason is not None:
+                self._release(self.running.index(step.request_id))
+        return steps
+
+    def _release(self, row: int) -> None:
+        """Free a row; the last running sequence moves into it, so that no step ever gathers rows."""
+        last = len(self._running) - 1
+        if row != last:
+            self.cache.move(last, row, self._running[last].prefix_len)
+            for state in (self._prefix_len, self._draft, self._proposal):
+                if state is not None:
+                    state[row] = state[last]
+            self._running[row] = self._running[last]
+        del self._running[last]
+        self._gather_sampling()
+
+    def _gather_sampling(self) -> None:
+        self._sampling = SamplingTensors.of([s.request.sampling for s in self._running], self.device)
+

@@ -1,0 +1,109 @@
+"""Who is each token: of which document, where, looking how far, in which block?
+
+Training, prefill and decoding are three layouts of the same four facts; `visibility` turns them into who sees whom.
+
+Shape letters: B sequences, S clean tokens of a packed row, L tokens of any layout, C clean tokens of a decode step,
+G groups, K block length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLEAN", "PADDING", "TokenLayout", "cache_layout", "causal_layout", "decode_layout", "training_layout"]
+
+CLEAN = -1
+"""Block of a token whose identity is known."""
+PADDING = -1
+"""Document of a token that stands for nothing. Padding sees and is seen by padding alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """Four facts about each token; integer tensors of one shape, usually [B, L]."""
+
+    document: Tensor
+    """Ordinal of the document; PADDING for none."""
+    position: Tensor
+    """Position in the document, from 0: the rotary phase."""
+    horizon: Tensor
+    """Last clean position of its document that the token may look at."""
+    block: Tensor
+    """CLEAN, or the number of the block that a mask token belongs to."""
+
+    def __getitem__(self, index: Any) -> "TokenLayout":
+        """The same facts for some of the tokens, or with axes added."""
+        return self.apply(lambda fact: fact[index])
+
+    def apply(self, rearrange: Callable[[Tensor], Tensor]) -> "TokenLayout":
+        """The same facts after each tensor went through `rearrange`."""
+        return TokenLayout(*(rearrange(fact) for fact in (self.document, self.position, self.horizon, self.block)))
+
+    def then(self, other: "TokenLayout") -> "TokenLayout":
+        """These tokens, followed along the last axis by those of `other`."""
+        return TokenLayout(
+            torch.cat([self.document, other.document], -1),
+            torch.cat([self.position, other.position], -1),
+            torch.cat([self.horizon, other.horizon], -1),
+            torch.cat([self.block, other.block], -1),
+        )
+
+
+def causal_layout(document_BS: Tensor) -> TokenLayout:
+    """Packed rows of clean tokens, each of which sees its own document up to itself.
+
+    document_BS  documents in order of appearance; equal neighbours belong together, PADDING at the end
+    """
+    index_S = torch.arange(document_BS.shape[-1], device=document_BS.device)
+    starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    start_BS = torch.where(starts_BS, index_S, 0).cummax(-1).values
+    position_BS = index_S - start_BS
+    return TokenLayout(document_BS, position_BS, position_BS, torch.full_like(position_BS, CLEAN))
+
+
+def training_layout(document_BS: Tensor, block_len: int) -> TokenLayout:
+    """The doubled row: S clean tokens, then S mask tokens at the same positions (TiDAR, section 3.1).
+
+    Blocks are cut per document, from its first token in the row; each mask token looks strictly before its block.
+    """
+    clean = causal_layout(document_BS)
+    block_BS = clean.position // block_len
+    masks = TokenLayout(clean.document, clean.position, block_BS * block_len - 1, block_BS)
+    return clean.then(masks)
+
+
+def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], block_len: int) -> TokenLayout:
+    """Rows of one decoder forward: `clean_len` clean tokens after the prefix, then one block of masks per group.
+
+    Group g holds `block_len` masks at positions P+g .. P+g+K-1, which see the prefix and the first g clean tokens.
+    Every forward of the decoder is one of these:
+    prefill      clean tokens of the prompt, groups = (clean_len,) with the last of them, () before
+    single-pass  K drafts, groups = (1, .., K)
+    autoregressive  one token, no groups
+    """
+    C_B1, device = prefix_len_B[:, None], prefix_len_B.device
+    clean_BC = C_B1 + torch.arange(clean_len, device=device)
+    group_M = torch.tensor(groups, device=device, dtype=torch.long).repeat_interleave(block_len)
+    offset_M = torch.arange(block_len, device=device).repeat(len(groups))
+    masks = TokenLayout(
+        torch.zeros_like(C_B1 + group_M),
+        C_B1 + group_M + offset_M,
+        C_B1 + group_M - 1,
+        group_M.expand(len(prefix_len_B), -1),
+    )
+    return TokenLayout(
+        torch.zeros_like(clean_BC), clean_BC, clean_BC, torch.full_like(clean_BC, CLEAN)
+    ).then(masks)
+
+
+def cache_layout(slot_len: int, batch: int, device: torch.device) -> TokenLayout:
+    """Slots of a KV cache seen as keys: slot i holds the clean token at position i.
+
+    A slot that holds a rejected draft lies beyond every horizon, so that it needs no marking.
+    """
+    slot_BT = torch.arange(slot_len, device=device).expand(batch, -1)
+    return TokenLayout(torch.zeros_like(slot_BT), slot_BT, slot_BT, torch.full_like(slot_BT, CLEAN))
