@@ -15,7 +15,7 @@ from typing import Any
 
 from tidar_core.artifacts import locations
 
-__all__ = ["MADE_BY", "code_revision", "made_by", "made_by_json"]
+__all__ = ["MADE_BY", "code_revision", "made_by", "write_made_by"]
 
 MADE_BY = "made_by.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "ray", "deepspeed")
@@ -35,7 +35,7 @@ def made_by(job: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any
     }
 
 
-def made_by_json(uri: str, content: Mapping[str, Any]) -> None:
+def write_made_by(uri: str, content: Mapping[str, Any]) -> None:
     """Put made_by.json into the folder at `uri`."""
     locations.write_json(locations.join(uri, MADE_BY), content)
 
