@@ -30,8 +30,7 @@ class TidarModel(nn.Module):
         self.head = Head(config)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        frequency, self.rotary_scale = rotary_frequencies(config)
-        self.register_buffer("frequency", frequency, persistent=False)
+        self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, L, E] after the last norm; pass the rows you sample from to `head`."""
@@ -56,9 +55,15 @@ class TidarModel(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
     def _rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angle = position_BL[..., None].float() * self.frequency.float()
+        """Cosines and sines in fp32, then rounded; kept outside the weights, which other dtypes and engines move."""
+        device = position_BL.device
+        if device not in self._rotary:
+            frequency, scale = rotary_frequencies(self.config)
+            self._rotary[device] = frequency.to(device), scale
+        frequency, scale = self._rotary[device]
+        angle = position_BL[..., None].float() * frequency
         angle = torch.cat([angle, angle], -1)[:, :, None]
-        return (angle.cos() * self.rotary_scale).to(dtype), (angle.sin() * self.rotary_scale).to(dtype)
+        return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 class Head(nn.Module):
