@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.errors import CapacityError, RequestError
+from tidar_core.errors import CapacityError, ContextLengthError, RequestError
 from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import decode_layout
 from tidar_core.model import TidarModel
@@ -98,7 +98,7 @@ class Decoder:
         if not prompt_len:
             raise RequestError("prompt has no tokens; it needs at least one")
         if prompt_len + max_tokens > self.context_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}; together they must not exceed the "
                 f"context of {self.context_len}; shorten one of them"
             )

@@ -11,6 +11,7 @@
     │   ├── RegistryError      a registry name, version or alias
     │   ├── GateError          a report that misses its bars
     │   └── RequestError       one generation request
+    │       └── ContextLengthError   prompt and max_tokens together are too long
     └── CapacityError          correct input, no room now: try again later
 
 Every message is one line: what was given; what is needed; what to do. Members cross process borders inside Ray,
@@ -21,6 +22,7 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "ConfigError",
+    "ContextLengthError",
     "CorpusError",
     "GateError",
     "RegistryError",
@@ -75,6 +77,10 @@ class GateError(UserError):
 
 class RequestError(UserError):
     """A generation request that cannot be honoured."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt and max_tokens that together exceed the context."""
 
 
 class CapacityError(TidarError):
