@@ -63,9 +63,10 @@ def s3_bucket(s3_endpoint, request):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One local Ray cluster of two CPUs for the whole session."""
+def ray_cluster(s3_endpoint):
+    """One local Ray cluster of two CPUs for the whole session; its workers know the S3 server."""
     import ray
+
     from pipelines.cluster import connect
 
     os.environ.pop("RAY_ADDRESS", None)
