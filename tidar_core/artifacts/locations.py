@@ -46,6 +46,7 @@ __all__ = [
     "open_read",
     "open_write",
     "read_bytes",
+    "read_json",
     "read_text",
     "remove",
     "scratch_folder",
@@ -178,6 +179,11 @@ def read_bytes(uri: str) -> bytes:
 def read_text(uri: str) -> str:
     """All of the UTF-8 file at `uri`."""
     return read_bytes(uri).decode("utf-8")
+
+
+def read_json(uri: str) -> Any:
+    """The value in the JSON file at `uri`. Raises ValueError when it is not JSON."""
+    return json.loads(read_bytes(uri))
 
 
 def write_bytes(uri: str, content: bytes) -> None:
