@@ -133,9 +133,10 @@ class EvaluateJob(Job):
     """Prompts decoded together."""
     loss_rows: Positive = 128
     """Held-out rows that the losses are averaged over, at most."""
-    threads: Positive | None = None
-    tracking_uri: str = "sqlite:///mlflow.db"
-    experiment: str = "tidar"
+    repeats: Positive = 3
+    """Times that each mode continues the prompts, for the speeds."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    cpus: Positive = 1
 
 
 class PublishJob(Job):

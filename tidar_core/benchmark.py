@@ -1,0 +1,138 @@
+"""How fast is each mode of one model on the same prompts, and do they say the same?
+
+Modes take turns within every repeat, so that a noisy machine disturbs all alike; speeds are medians over repeats.
+"""
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tidar_core.batcher import Batcher, Completion
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoder import Decoder, Request
+from tidar_core.model import TidarModel
+
+__all__ = ["MODES", "ModeResult", "compare_modes", "draft_of_mode"]
+
+MODES = ("autoregressive", "single-pass")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeResult:
+    """What one mode did with all prompts."""
+
+    tokens_per_second: float
+    """All new tokens over wall time, prefills included; median over repeats."""
+    tokens_per_second_spread: tuple[float, float]
+    """Slowest and fastest repeat."""
+    tokens_per_forward: float
+    """Tokens over forwards, the prefill's included (T/NFE)."""
+    tokens_per_round: float
+    """Mean accepted length n of a verification, 1..K."""
+    acceptance_histogram: tuple[int, ...]
+    """How often n was 1, 2, .., K."""
+    acceptance_by_position: tuple[float, ...]
+    """Share of verifications in which draft d_j stood, for j = 1..K; d_1 always does."""
+    time_to_first_token_seconds: float
+    """From submission to the first token, median over prompts."""
+    equal_to_ar: bool
+    """Every text is the autoregressive mode's, token for token."""
+    texts: tuple[tuple[int, ...], ...]
+
+
+def draft_of_mode(mode: str, block_len: int, kind: str = "argmax") -> DraftConfig:
+    """The draft that a mode decodes with; autoregressive is a block of one token."""
+    return DraftConfig(block_len=1 if mode == "autoregressive" else block_len, kind=kind)
+
+
+def compare_modes(
+    model: TidarModel,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingConfig,
+    *,
+    block_len: int,
+    batch: int = 1,
+    repeats: int = 3,
+    context_len: int | None = None,
+    modes: Sequence[str] = MODES,
+    on_prompt: Callable[[], None] = lambda: None,
+) -> dict[str, ModeResult]:
+    """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one prompt to warm up.
+
+    on_prompt  called after each finished prompt, len(modes) * (1 + repeats * len(prompts)) times in all
+    """
+    decoders = {
+        mode: Decoder(model, draft_of_mode(mode, block_len), rows=batch, context_len=context_len) for mode in modes
+    }
+    runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
+    for decoder in decoders.values():
+        _run(decoder, prompts[:1], sampling, on_prompt)
+    for _ in range(repeats):
+        for mode, decoder in decoders.items():
+            runs[mode].append(_run(decoder, prompts, sampling, on_prompt))
+    texts = {mode: tuple(tuple(c.token_ids) for c in done[0].completions) for mode, done in runs.items()}
+    return {
+        mode: _result(done, decoders[mode].draft.block_len, texts[mode], texts[mode] == texts[modes[0]])
+        for mode, done in runs.items()
+    }
+
+
+@dataclass(slots=True)
+class _Run:
+    seconds: float = 0.0
+    completions: list[Completion] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+
+
+def _run(
+    decoder: Decoder, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig, on_prompt: Callable[[], None]
+) -> _Run:
+    """As many clients as the decoder has rows, each sending its next prompt when its last is done."""
+    batcher, run = Batcher(decoder), _Run()
+    run.completions = [
+        Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
+    ]
+    waiting, submitted = deque(run.completions), {}
+    began = time.perf_counter()
+
+    def send() -> None:
+        if waiting:
+            completion = waiting.popleft()
+            submitted[completion.request.request_id] = time.perf_counter()
+            batcher.submit(completion.request)
+
+    for _ in range(decoder.rows):
+        send()
+    while batcher.busy:
+        for step in batcher.advance():
+            completion = run.completions[int(step.request_id)]
+            if not completion.token_ids:
+                run.first_token_seconds.append(time.perf_counter() - submitted[step.request_id])
+            completion.add(step)
+            if step.finish_reason is not None:
+                on_prompt()
+                send()
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _result(runs: list[_Run], block_len: int, texts: tuple[tuple[int, ...], ...], equal: bool) -> ModeResult:
+    completions = runs[0].completions
+    tokens = sum(len(text) for text in texts)
+    speeds = [tokens / run.seconds for run in runs]
+    accepted: Counter[int] = sum((c.accepted for c in completions), Counter())
+    rounds = max(1, accepted.total())
+    histogram = tuple(accepted[n] for n in range(1, block_len + 1))
+    return ModeResult(
+        tokens_per_second=statistics.median(speeds),
+        tokens_per_second_spread=(min(speeds), max(speeds)),
+        tokens_per_forward=tokens / sum(c.forwards for c in completions),
+        tokens_per_round=sum(n * count for n, count in accepted.items()) / rounds,
+        acceptance_histogram=histogram,
+        acceptance_by_position=tuple(sum(histogram[j:]) / rounds for j in range(block_len)),
+        time_to_first_token_seconds=statistics.median(s for run in runs for s in run.first_token_seconds),
+        equal_to_ar=equal,
+        texts=texts,
+    )
