@@ -106,7 +106,7 @@ def _filtered(logits_BRV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
 
     Ties are broken by token id, so exactly k stay.
     """
-    sorted_BRV, order_BRV = logits_BRV.sort(-1, descending=True, stable=True)
+    sorted_BRV, order_BRV = logits_BRV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(logits_BRV.shape[-1], device=logits_BRV.device)
     k_B11 = torch.where(top_k_B > 0, top_k_B, logits_BRV.shape[-1])[:, None, None]
     sorted_BRV = sorted_BRV.masked_fill(rank_V >= k_B11, float("-inf"))
