@@ -1,0 +1,88 @@
+"""What does a client read when a request fails?
+
+The only place where an exception becomes a status and OpenAI's envelope, {"error": {message, type, param, code}}.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from tidar_core.errors import CapacityError, ContextLengthError, RequestError
+
+__all__ = ["HttpError", "ModelNotFoundError", "ParameterError", "Problem", "problem_of"]
+
+INVALID_REQUEST = "invalid_request_error"
+RETRY_AFTER_SECONDS = 1
+
+
+class ParameterError(RequestError):
+    """A request parameter that cannot be honoured; `param` and `code` go to the client."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param, code)
+        self.message, self.param, self.code = message, param, code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ModelNotFoundError(RequestError):
+    """A model name that is not served here."""
+
+
+class HttpError(RequestError):
+    """A request that no route takes."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
+        self.status, self.message, self.headers = status, message, dict(headers or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A failed request, as its client sees it."""
+
+    status: int
+    message: str
+    type: str = INVALID_REQUEST
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body of the response; also the data of a server-sent event that ends a stream."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What the client is told about `error`. Of an unexpected one it learns nothing but that it happened."""
+    match error:
+        case ParameterError():
+            return Problem(status=400, message=error.message, param=error.param, code=error.code)
+        case ModelNotFoundError():
+            return Problem(status=404, message=str(error), param="model", code="model_not_found")
+        case HttpError():
+            return Problem(status=error.status, message=error.message, headers=error.headers)
+        case ContextLengthError():
+            return Problem(status=400, message=str(error), param="max_tokens", code="context_length_exceeded")
+        case RequestError():
+            return Problem(status=400, message=str(error))
+        case CapacityError():
+            return Problem(
+                status=HTTPStatus.TOO_MANY_REQUESTS,
+                message=str(error),
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )
+        case _:
+            return Problem(
+                status=HTTPStatus.INTERNAL_SERVER_ERROR,
+                message="the server failed on this request; the server's log says why, under its X-Request-Id",
+                type="server_error",
+                headers={"x-should-retry": "false"},
+            )

@@ -1,0 +1,73 @@
+"""What does a running service depend on?
+
+One frozen model, validated here; deployments take it whole. All locations are URIs or local paths.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["ServeSettings"]
+
+Positive = Annotated[int, Field(ge=1)]
+REGISTRY_SCHEME = "models:/"
+
+
+class ServeSettings(BaseModel):
+    """Which model is served, where, and with how much of the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(min_length=1)]
+    """Folder or URI of a bundle, or models:/NAME@ALIAS."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where models:/ is looked up."""
+    model_name: Annotated[str, Field(min_length=1)] | None = None
+    """What clients call the model; by default the registered name, or the last part of the bundle's location."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+
+    mode: Literal["single-pass", "autoregressive"] = "single-pass"
+    draft_kind: Literal["argmax", "sampled"] = "argmax"
+    block_len: Positive | None = None
+    """K of a draft; by default what the bundle was trained with."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    context_len: Positive | None = None
+    """Most tokens of prompt and completion together; by default the model's own context."""
+    rows: Positive = 8
+    """Sequences that a replica decodes together."""
+    max_waiting: Annotated[int, Field(ge=0)] = 256
+    """Sequences that may wait for a row of a replica; one more is answered 429."""
+    threads: Positive | None = None
+    """CPU threads of a replica; by default as many as num_cpus."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Positive = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    """Sequences per replica, running and waiting, that the number of replicas is steered to; by default `rows`."""
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a replica; with 0 it computes on the CPU."""
+
+    @model_validator(mode="after")
+    def replicas_in_order(self) -> Self:
+        """max_replicas is no less than min_replicas."""
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}; max must be at least min"
+            )
+        return self
+
+    @property
+    def shown_name(self) -> str:
+        """What clients call the model."""
+        if self.model_name is not None:
+            return self.model_name
+        if self.model.startswith(REGISTRY_SCHEME):
+            return self.model.removeprefix(REGISTRY_SCHEME).split("@")[0].split("/")[0]
+        return self.model.rstrip("/").rsplit("/", 1)[-1] or self.model
+
+    @property
+    def device(self) -> str:
+        """Where a replica computes."""
+        return "cuda" if self.num_gpus else "cpu"
