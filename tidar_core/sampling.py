@@ -111,7 +111,7 @@ def _filtered(logits_BRV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
     k_B11 = torch.where(top_k_B > 0, top_k_B, logits_BRV.shape[-1])[:, None, None]
     sorted_BRV = sorted_BRV.masked_fill(rank_V >= k_B11, float("-inf"))
     prob_BRV = sorted_BRV.softmax(-1)
-    before_BRV = prob_BRV.cumsum(-1) - prob_BRV
+    before_BRV = prob_BRV.cumsum(-1, dtype=torch.float64) - prob_BRV
     dropped_BRV = (before_BRV >= top_p_B[:, None, None]) & (rank_V > 0)
     sorted_BRV = torch.where(dropped_BRV & (top_p_B < 1)[:, None, None], float("-inf"), sorted_BRV)
     return torch.empty_like(logits_BRV).scatter_(-1, order_BRV, sorted_BRV)
