@@ -213,14 +213,17 @@ def sha256(uri: str) -> str:
     return digest.hexdigest()
 
 
-def local_copy(uri: str, cache: str | Path = CACHE) -> Path:
-    """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version."""
+def local_copy(uri: str, cache: str | Path | None = None) -> Path:
+    """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version.
+
+    cache  where downloads lie; ~/.cache/tidar if not given
+    """
     path = local_path(uri)
     if path is not None:
         return path
     files = list_files(uri)
     key = hashlib.sha256(canonical_json([uri, [(f.name, f.size, f.version) for f in files]]).encode()).hexdigest()
-    target = Path(cache).expanduser() / key[:32]
+    target = Path(cache or CACHE).expanduser() / key[:32]
     if target.is_dir():
         return target
     staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
