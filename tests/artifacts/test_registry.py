@@ -1,0 +1,115 @@
+"""Versions, aliases, promotion and rollback, on a SQLite registry."""
+
+import json
+
+import pytest
+
+from tidar_core.artifacts import registry
+from tidar_core.artifacts.bundle import BundleInfo
+from tidar_core.errors import RegistryError
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'new' / 'mlflow.db'}"
+
+
+def publish(uri, name, number):
+    info = BundleInfo(
+        block_len=4, mask_id=9, objective="dual", lineage={"shards": "s"}, files={}, bundle_hash=f"hash-{number}"
+    )
+    return registry.publish_version(uri, name, f"/bundles/{number}", info, {"ar_loss": 1.5})
+
+
+def test_a_published_version_points_at_its_bundle_and_carries_its_hash_gates_and_lineage(uri):
+    assert publish(uri, "points", 1) == 1
+    assert registry.resolve(uri, "models:/points/1") == registry.RegistryVersion("points", 1, "/bundles/1", "hash-1")
+    tags = registry._client(uri).get_model_version("points", "1").tags
+    assert (tags["bundle_hash"], tags["block_len"]) == ("hash-1", "4")
+    assert (json.loads(tags["gates"]), json.loads(tags["lineage"])) == ({"ar_loss": 1.5}, {"shards": "s"})
+
+
+def test_publishing_the_same_bundle_again_is_the_same_version(uri):
+    assert [publish(uri, "same", number) for number in (1, 2, 1, 2, 3)] == [1, 2, 1, 2, 3]
+
+
+def test_a_promotion_moves_the_champion_and_rollbacks_walk_back_the_way_it_came(uri):
+    for number in (1, 2, 3):
+        publish(uri, "walk", number)
+    for number in (1, 2, 2, 3):
+        registry.promote(uri, "walk", number)
+        assert registry.resolve(uri, "models:/walk@champion").version == number
+    assert registry.rollback(uri, "walk") == 2
+    assert registry.resolve(uri, "models:/walk@champion").bundle_hash == "hash-2"
+    assert registry.rollback(uri, "walk") == 1
+    with pytest.raises(RegistryError, match="version 1 is its first champion; nothing to roll back to: promote anothe"):
+        registry.rollback(uri, "walk")
+
+
+def test_a_challenger_is_another_alias(uri):
+    publish(uri, "duel", 1)
+    publish(uri, "duel", 2)
+    registry.promote(uri, "duel", 1)
+    registry.set_challenger(uri, "duel", 2)
+    assert registry.resolve(uri, "models:/duel@challenger").version == 2
+    assert registry.resolve(uri, "models:/duel@champion").version == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("models:/nobody@champion", r"has no model 'nobody'; it has .*known"),
+        ("models:/known@nope", r"model known has no alias 'nope'; it has champion \(version 1\), and versions 1, 2"),
+        ("models:/known/7", r"model known has no version 7; it has 1, 2"),
+        ("known@champion", r"model is known@champion; give models:/NAME@ALIAS or models:/NAME/VERSION"),
+    ],
+)
+def test_an_unknown_name_alias_or_version_is_answered_with_what_exists(uri, model, message):
+    publish(uri, "known", 1)
+    publish(uri, "known", 2)
+    registry.promote(uri, "known", 1)
+    with pytest.raises(RegistryError, match=message) as caught:
+        registry.resolve(uri, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_version_that_does_not_exist_is_never_promoted(uri):
+    publish(uri, "shy", 1)
+    with pytest.raises(RegistryError, match="model shy has no champion to roll back; promote one of 1"):
+        registry.rollback(uri, "shy")
+    for change in (registry.promote, registry.set_challenger):
+        with pytest.raises(RegistryError, match="model shy has no version 2; it has 1"):
+            change(uri, "shy", 2)
+
+
+def test_a_run_keeps_its_settings_metrics_and_files(uri, tmp_path, capfd):
+    (tmp_path / "report.md").write_text("good")
+    settings = {f"setting_{n}": n for n in range(120)}
+    run_id = registry.start_run(uri, "trial", "train x", settings, {"station": "train"})
+    registry.log_metrics(uri, run_id, {"loss": 2.0, "rate": 0.1}, 1)
+    registry.log_metrics(uri, run_id, {"loss": 1.0}, 2)
+    registry.log_artifact(uri, run_id, str(tmp_path / "report.md"))
+    registry.end_run(uri, run_id, "FINISHED")
+    client = registry._client(uri)
+    run = client.get_run(run_id)
+    assert (run.info.run_name, run.info.status, run.data.tags["station"]) == ("train x", "FINISHED", "train")
+    assert run.data.params["setting_119"] == "119"
+    assert [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
+    assert [entry.path for entry in client.list_artifacts(run_id)] == ["report.md"]
+    assert capfd.readouterr().out == ""
+
+
+def test_a_relative_database_is_made_absolute_and_an_unknown_scheme_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert registry.absolute_tracking_uri("sqlite:///a/m.db") == f"sqlite:///{tmp_path}/a/m.db"
+    assert registry.absolute_tracking_uri("http://host:5000") == "http://host:5000"
+    for wrong in ("./mlruns", "databricks", "ftp://x"):
+        with pytest.raises(RegistryError, match=r"give sqlite:///FILE\.db, http\(s\)://HOST:PORT"):
+            registry.absolute_tracking_uri(wrong)
+
+
+def test_a_server_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match=r"registry http://127\.0\.0\.1:9 refused: ") as caught:
+        registry.resolve("http://127.0.0.1:9", "models:/a@champion")
+    assert "\n" not in str(caught.value)
