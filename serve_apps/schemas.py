@@ -60,6 +60,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""
 
 SEED_BITS = 63
+COLDEST = 1e-5
+"""A lower temperature is greedy, as in vLLM: logits over it would leave the range of fp32."""
 LONGEST_VOCABULARY = 2**31 - 1
 
 
@@ -123,7 +125,7 @@ class CompletionRequest(BaseModel):
         """What is asked of the sampler."""
         return SamplingConfig(
             max_tokens=self.max_tokens,
-            temperature=self.temperature,
+            temperature=0.0 if 0 <= self.temperature < COLDEST else self.temperature,
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else min(self.top_k, LONGEST_VOCABULARY),  # vLLM writes "off" as -1
             seed=seed,

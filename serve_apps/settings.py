@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["ServeSettings"]
+__all__ = ["REGISTRY_SCHEME", "ServeSettings"]
 
 Positive = Annotated[int, Field(ge=1)]
 REGISTRY_SCHEME = "models:/"

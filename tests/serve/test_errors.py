@@ -15,7 +15,7 @@ SECRET = "/home/someone/key.pem"
 @pytest.mark.parametrize(
     ("error", "status", "kind", "param", "code"),
     [
-        (ParameterError("n is 2", "n", "unsupported_parameter"), 400, "invalid_request_error", "n", "unsupported_parameter"),
+        (ParameterError("n is 2", "n", "a_code"), 400, "invalid_request_error", "n", "a_code"),
         (RequestError("no tokens"), 400, "invalid_request_error", None, None),
         (ContextLengthError("too long"), 400, "invalid_request_error", "max_tokens", "context_length_exceeded"),
         (ModelNotFoundError("no such model"), 404, "invalid_request_error", "model", "model_not_found"),

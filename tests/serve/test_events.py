@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import pairwise
 
 import pytest
 from openai.types import Completion
@@ -38,7 +39,7 @@ def steps_of(tokens, lengths, finish_reason):
     cuts = [0, 1, *(1 + sum(lengths[: i + 1]) for i in range(len(lengths)))]
     return [
         DecodeStep("r", tuple(tokens[a:b]), finish_reason if b == cuts[-1] else None, 0 if a == 0 else b - a)
-        for a, b in zip(cuts, cuts[1:])
+        for a, b in pairwise(cuts)
     ]
 
 

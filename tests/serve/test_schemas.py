@@ -73,6 +73,11 @@ def test_top_k_may_be_off_in_vllms_way_and_longer_than_any_vocabulary():
     assert read(top_k=10**30).sampling(0).top_k < 2**31
 
 
+def test_a_temperature_too_low_to_divide_by_is_greedy():
+    assert read(temperature=1e-40).sampling(0).temperature == 0
+    assert read(temperature=1e-5).sampling(0).temperature == 1e-5
+
+
 @pytest.mark.parametrize("name", [*CompletionRequest.model_fields, *NEUTRAL])
 def test_null_is_the_default(name):
     if name not in SMALLEST:

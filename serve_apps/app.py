@@ -1,0 +1,235 @@
+"""How is the service put together, started and ended?
+
+Everything a user can get wrong (the port, the model's name, the bundle) is looked at here, before Ray starts anything.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from serve_apps.decoder_app import DecoderApp, Served
+from serve_apps.http_app import HttpApp
+from serve_apps.schemas import ModelCard
+from serve_apps.settings import REGISTRY_SCHEME, ServeSettings
+from tidar_core.artifacts import locations, registry
+from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.hf_weights import config_from_hf
+from tidar_core.errors import BundleError, ConfigError, TidarError
+
+__all__ = ["APP_NAME", "build_app", "check_port", "run", "shutdown"]
+
+APP_NAME = "tidar"
+INGRESS_CPUS = 0.1
+DRAIN_SECONDS = 60.0
+"""A replica that is told to stop finishes what it has, for at most this long."""
+DRAIN_LOOK_SECONDS = 0.2
+OBJECT_STORE_BYTES = 256 * 2**20
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+_started_ray = False
+"""This process's Ray was started by `run`, so `shutdown` ends it. Ray is one per process; so is this."""
+
+
+def build_app(settings: ServeSettings) -> serve.Application:
+    """The ingress over the decoder, for `serve.run` here or a Serve config on a cluster.
+
+    Looks up the model's name and reads the bundle's description, no weights: raises RegistryError or BundleError.
+    """
+    served, card = _resolve(settings)
+    most = settings.rows + settings.max_waiting
+    decoder = serve.deployment(
+        name="decoder",
+        max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.target_ongoing_requests or settings.rows,
+        ),
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
+    )(DecoderApp)
+    ingress = serve.deployment(
+        name="http",
+        max_ongoing_requests=4 * most * settings.max_replicas,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
+    )(HttpApp)
+    return ingress.bind(decoder.bind(served), card)
+
+
+def run(settings: ServeSettings, *, blocking: bool = True) -> None:
+    """Start the service and wait until it answers.
+
+    blocking  then stay until Ctrl-C or SIGTERM, and end it; otherwise return, and `shutdown` ends it
+    """
+    check_port(settings)
+    app = build_app(settings)
+    try:
+        _start(settings, app)
+        print(f"{settings.shown_name} is served at http://{_address(settings)}/v1", file=sys.stderr)
+        if blocking:
+            _wait_for_signal()
+    except BaseException:
+        shutdown()
+        raise
+    if blocking:
+        shutdown()
+
+
+def check_port(settings: ServeSettings) -> None:
+    """Raise ConfigError if another process listens there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"{_address(settings)} cannot be listened on: {error.strerror or error}; choose another host or port"
+        ) from error
+
+
+def shutdown() -> None:
+    """End the service, after the requests in flight; and Ray, if `run` started it."""
+    global _started_ray
+    if ray.is_initialized():
+        with _quiet():
+            serve.shutdown()
+            if _started_ray:
+                ray.shutdown()
+    _started_ray = False
+
+
+def _resolve(settings: ServeSettings) -> tuple[Served, ModelCard]:
+    """Look the model up once, so that replicas of tomorrow serve what those of today do."""
+    bundle_uri, info = _find(settings)
+    shape = config_from_hf(locations.read_json(locations.join(bundle_uri, "config.json")))
+    block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
+    served = Served(
+        settings=settings,
+        bundle_uri=bundle_uri,
+        bundle_hash=info.bundle_hash,
+        block_len=block_len,
+    )
+    card = ModelCard(
+        id=settings.shown_name,
+        created=int(time.time()),
+        max_model_len=settings.context_len or shape.context_len,
+        block_len=block_len,
+        bundle_hash=info.bundle_hash,
+        mode=settings.mode,
+    )
+    return served, card
+
+
+def _find(settings: ServeSettings) -> tuple[str, BundleInfo]:
+    if not settings.model.startswith(REGISTRY_SCHEME):
+        bundle_uri = locations.absolute(settings.model)
+        return bundle_uri, read_bundle_info(bundle_uri)
+    registered = registry.resolve(settings.tracking_uri, settings.model)
+    info = read_bundle_info(registered.bundle_uri)
+    if info.bundle_hash != registered.bundle_hash:
+        raise BundleError(
+            f"{settings.model} is registered with hash {registered.bundle_hash[:12]}; {registered.bundle_uri} has "
+            f"{info.bundle_hash[:12]}; publish the new bundle as a version of its own"
+        )
+    return locations.absolute(registered.bundle_uri), info
+
+
+def _start(settings: ServeSettings, app: serve.Application) -> None:
+    global _started_ray
+    with _quiet():
+        if not ray.is_initialized():
+            _start_ray()
+            _started_ray = True
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=settings.host, port=settings.port),
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+        try:
+            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
+        except RuntimeError as error:
+            raise TidarError(f"the service did not start: {_last_line(error)}") from error
+    _wait_until_ready(settings)
+
+
+def _start_ray() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start one on this machine."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",  # never a cluster that happens to run here
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:
+    """Replicas are up when Serve says so; the proxy learns of them a moment later."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{_address(settings)}/ready", timeout=seconds):
+                return
+        except (OSError, urllib.error.URLError) as error:
+            if time.monotonic() > deadline:
+                raise TidarError(f"{_address(settings)} does not answer after {seconds:.0f} s: {error}") from error
+            time.sleep(0.1)
+
+
+def _wait_for_signal() -> None:
+    asked = threading.Event()
+    handlers = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not asked.wait(timeout=1):  # a bare wait would not let the handler run everywhere
+            pass
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Serve's deprecations and progress notes, none of which a user of ours can act on, stay out of the way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        yield
+
+
+def _address(settings: ServeSettings) -> str:
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

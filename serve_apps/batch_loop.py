@@ -1,0 +1,180 @@
+"""How do many asyncio callers share one decoder?
+
+A thread owns the batcher and is the only one to touch it: callers post what they want, the thread does it between two
+forwards, sleeps when there is nothing to decode, and hands every caller the steps of its own request.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from tidar_core.batcher import Batcher
+from tidar_core.decoder import DecodeStep, Request
+from tidar_core.errors import TidarError
+
+__all__ = ["BatchLoop"]
+
+FAILURES_TOLERATED = 3
+"""Forwards that may fail in a row before the loop counts as broken; one good forward clears the count."""
+
+logger = logging.getLogger("ray.serve")
+
+Answer = list[DecodeStep] | Exception
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Caller:
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+
+    def tell(self, answer: Answer) -> None:
+        with suppress(RuntimeError):  # its event loop is closed: nobody listens
+            self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
+
+
+class BatchLoop:
+    """A batcher at work in its own thread."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
+        self._callers: dict[str, _Caller] = {}
+        self._failures = 0
+        self._inbox: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._stopping = self._ended = False
+        self._thread = threading.Thread(target=self._run, name="batch-loop", daemon=True)
+        self._thread.start()
+
+    async def steps(self, request: Request) -> AsyncGenerator[list[DecodeStep], None]:
+        """Steps of `request` as they come; the first list is empty and says that it was admitted.
+
+        Steps that come faster than they are taken arrive together. Closing the generator before its end, or cancelling
+        who waits on it, frees the request's row before the next forward.
+        """
+        caller = _Caller(request, asyncio.get_running_loop())
+        self._post(partial(self._admit, caller))
+        try:
+            finished = False
+            while not finished:
+                answers = [await caller.answers.get()]
+                while not caller.answers.empty():
+                    answers.append(caller.answers.get_nowait())
+                steps: list[DecodeStep] = []
+                for answer in answers:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    steps += answer
+                finished = bool(steps) and steps[-1].finish_reason is not None
+                yield steps
+        finally:
+            self._post(partial(self._drop, caller))
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._batcher.decoder.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a row."""
+        return self._batcher.waiting
+
+    def check_health(self) -> None:
+        """Raise if the thread is dead or its forwards keep failing."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the decoder's thread has ended")
+        if self._failures >= FAILURES_TOLERATED:
+            raise RuntimeError(f"the last {self._failures} forwards of the decoder failed")
+
+    def stop(self) -> None:
+        """End the thread after the forward in flight; requests that still run fail."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if not self._ended:
+                self._inbox.append(command)
+                self._wake.notify()
+                return
+        command()  # no thread is left to race with
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                try:
+                    self._advance()
+                except Exception as error:
+                    logger.exception("a forward of the decoder failed")
+                    self._failures += 1
+                    self._end_affected(error)
+        finally:
+            self._end_all()
+
+    def _take_inbox(self) -> bool:
+        """Do what callers have asked for, once there is anything to do; False when it is time to stop."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._inbox or self._stopping or self._batcher.busy)
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()
+        return not self._stopping
+
+    def _admit(self, caller: _Caller) -> None:
+        try:
+            if self._ended:
+                raise TidarError("the decoder has stopped")
+            self._batcher.submit(caller.request)
+        except TidarError as error:
+            caller.tell(error)
+        else:
+            self._callers[caller.request.request_id] = caller
+            caller.tell([])
+
+    def _drop(self, caller: _Caller) -> None:
+        request_id = caller.request.request_id
+        if self._callers.get(request_id) is caller:  # it has neither finished nor failed
+            del self._callers[request_id]
+            self._batcher.abort(request_id)
+
+    def _advance(self) -> None:
+        if not self._batcher.busy:
+            return
+        for step in self._batcher.advance():
+            caller = self._callers[step.request_id]
+            caller.tell([step])
+            if step.finish_reason is not None:
+                del self._callers[step.request_id]
+        self._failures = 0
+
+    def _end_affected(self, error: Exception) -> None:
+        """Fail every request that had begun; those that wait go on, in their order."""
+        begun = set(self._batcher.decoder.running)
+        waiting = []
+        for request_id, caller in self._callers.items():
+            if self._batcher.abort(request_id) and request_id not in begun:
+                waiting.append(caller)
+            else:
+                caller.tell(TidarError(f"the decoder failed on this request's batch: {type(error).__name__}"))
+        self._callers = {}
+        for caller in waiting:
+            self._batcher.submit(caller.request)
+            self._callers[caller.request.request_id] = caller
+
+    def _end_all(self) -> None:
+        """Nobody waits for a thread that has ended."""
+        for caller in self._callers.values():
+            caller.tell(TidarError("the decoder has stopped"))
+        self._callers = {}
+        with self._wake:
+            self._ended = True
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()

@@ -1,0 +1,181 @@
+"""One thread decodes for many asyncio callers; who leaves frees a row, what fails is told."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+import torch
+
+from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
+from tidar_core.autoregressive import generate_autoregressive
+from tidar_core.batcher import Batcher
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoder import Decoder, Request
+from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
+from tidar_core.model import TidarModel
+from tidar_core.shapes import named_shape
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = TidarModel(named_shape("tiny", vocab_len=300)).eval()
+    model.init_weights(seed=5)
+    return model
+
+
+@pytest.fixture
+def batcher(model):
+    return Batcher(Decoder(model, DraftConfig(block_len=4), rows=2), max_waiting=5)
+
+
+@pytest.fixture
+def loop(batcher):
+    loop = BatchLoop(batcher)
+    yield loop
+    loop.stop()
+
+
+def request(name, prompt=(5, 6, 7), max_tokens=9):
+    return Request(request_id=name, prompt=prompt, sampling=SamplingConfig(max_tokens=max_tokens))
+
+
+async def tokens_of(loop, request):
+    return tuple([t async for steps in loop.steps(request) for step in steps for t in step.token_ids])
+
+
+async def until(holds):
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+def test_callers_of_different_lengths_each_get_the_autoregressive_tokens(model, loop):
+    requests = [request(str(n), prompt=tuple(range(1, 4 + 3 * n)), max_tokens=5 + 7 * n) for n in range(4)]
+
+    async def together():
+        return await asyncio.gather(*[tokens_of(loop, r) for r in requests])
+
+    assert asyncio.run(together()) == [generate_autoregressive(model, r.prompt, r.sampling) for r in requests]
+
+
+def test_the_first_list_is_empty_or_begins_with_the_prefill(loop):
+    async def first():
+        async with aclosing(loop.steps(request("a"))) as batches:
+            return await anext(batches)
+
+    steps = asyncio.run(first())
+    assert steps == [] or steps[0].accepted == 0
+
+
+def test_a_closed_generator_frees_the_row_and_what_waits_takes_it(loop):
+    async def leave():
+        async with aclosing(loop.steps(request("a", max_tokens=120))) as first:
+            await anext(first)
+            second = asyncio.create_task(tokens_of(loop, request("b", max_tokens=120)))
+            third = asyncio.create_task(tokens_of(loop, request("c", max_tokens=4)))
+            await until(lambda: (loop.running, loop.waiting) == (2, 1))
+        assert len(await third) == 4
+        second.cancel()
+        await until(lambda: loop.running == 0)
+
+    asyncio.run(leave())
+
+
+def test_a_cancelled_caller_leaves_the_queue(loop):
+    async def leave():
+        tasks = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=120))) for n in "abc"]
+        await until(lambda: loop.waiting == 1)
+        tasks[2].cancel()
+        await until(lambda: loop.waiting == 0)
+        for task in tasks:
+            task.cancel()
+        await until(lambda: loop.running == 0)
+
+    asyncio.run(leave())
+
+
+def test_a_request_that_cannot_run_is_refused_alone(loop):
+    async def all_of_them():
+        wrong = [request("long", max_tokens=128), request("empty", prompt=()), request("mask", prompt=(300,))]
+        return await asyncio.gather(*[tokens_of(loop, r) for r in [*wrong, request("a")]], return_exceptions=True)
+
+    long, empty, mask, good = asyncio.run(all_of_them())
+    assert isinstance(long, ContextLengthError)
+    assert isinstance(empty, RequestError)
+    assert isinstance(mask, RequestError)
+    assert len(good) == 9
+
+
+def test_more_than_may_wait_is_refused_with_capacity(loop):
+    async def flood():
+        return await asyncio.gather(
+            *[tokens_of(loop, request(str(n), max_tokens=100)) for n in range(12)], return_exceptions=True
+        )
+
+    answers = asyncio.run(flood())
+    refused = [a for a in answers if isinstance(a, CapacityError)]
+    assert refused
+    assert len(refused) + sum(len(a) == 100 for a in answers if isinstance(a, tuple)) == 12
+
+
+def test_a_second_request_of_the_same_id_is_refused_and_does_not_end_the_first(loop):
+    async def twice():
+        first = asyncio.create_task(tokens_of(loop, request("a", max_tokens=60)))
+        await until(lambda: loop.running == 1)
+        with pytest.raises(RequestError):
+            await tokens_of(loop, request("a"))
+        return await first
+
+    assert len(asyncio.run(twice())) == 60
+
+
+def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, model, monkeypatch):
+    async def fail_once():
+        running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=120))) for n in "ab"]
+        await until(lambda: loop.running == 2)
+        waiting = asyncio.create_task(tokens_of(loop, request("c")))
+        await until(lambda: loop.waiting == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher.decoder, "decode_step", lambda: 1 / 0)
+            lost = await asyncio.gather(*running, return_exceptions=True)
+            patch.undo()
+            return lost, await waiting
+
+    lost, spared = asyncio.run(fail_once())
+    assert [str(error) for error in lost] == ["the decoder failed on this request's batch: ZeroDivisionError"] * 2
+    assert all(type(error) is TidarError for error in lost)
+    assert spared == generate_autoregressive(model, (5, 6, 7), SamplingConfig(max_tokens=9))
+    loop.check_health()
+
+
+def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(batcher, loop, monkeypatch):
+    async def fail(times):
+        for n in range(times):
+            with pytest.raises(TidarError):
+                await tokens_of(loop, request(str(n)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher.decoder, "prefill", lambda _: 1 / 0)
+        asyncio.run(fail(FAILURES_TOLERATED - 1))
+        loop.check_health()
+        asyncio.run(fail(1))
+        with pytest.raises(RuntimeError, match="forwards"):
+            loop.check_health()
+    asyncio.run(tokens_of(loop, request("a")))
+    loop.check_health()
+
+
+def test_a_stopped_loop_fails_who_waits_and_who_comes(batcher):
+    async def stop():
+        loop = BatchLoop(batcher)
+        caller = asyncio.create_task(tokens_of(loop, request("a", max_tokens=120)))
+        await until(lambda: loop.running == 1)
+        loop.stop()
+        for late in (caller, tokens_of(loop, request("b"))):
+            with pytest.raises(TidarError, match="stopped"):
+                await late
+        with pytest.raises(RuntimeError, match="ended"):
+            loop.check_health()
+
+    asyncio.run(stop())

@@ -1,0 +1,266 @@
+"""The service from end to end: a real Ray Serve application, asked by OpenAI's own client."""
+
+import asyncio
+import json
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion
+
+from serve_apps import app
+from serve_apps.settings import ServeSettings
+from tidar_core.errors import BundleError, ConfigError, RegistryError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NAME = "tiny-model"
+ROWS = 3
+PROMPT = "def add(a, b):\n    return"
+
+
+@pytest.fixture(scope="module")
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def service(bundle, free_port):
+    """Base address of a running service."""
+    settings = ServeSettings(model=bundle, port=free_port, rows=ROWS, max_waiting=4, threads=1, num_cpus=0.5)
+    app.run(settings, blocking=False)
+    yield f"http://127.0.0.1:{free_port}"
+    app.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def greedy(client):
+    def ask(prompt=PROMPT, **fields):
+        return client.completions.create(
+            **{"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 20} | fields
+        )
+
+    return ask
+
+
+def running_and_waiting():
+    from ray import serve
+
+    load = serve.get_deployment_handle("decoder", app_name=app.APP_NAME).load.remote().result()
+    return load.running, load.waiting
+
+
+def until(state, seconds=10):
+    deadline = time.monotonic() + seconds
+    while running_and_waiting() != state:
+        assert time.monotonic() < deadline, running_and_waiting()
+        time.sleep(0.02)
+
+
+def test_a_greedy_completion_is_the_autoregressive_text(greedy, said_by_the_oracle, tokenizer):
+    text, tokens, reason = said_by_the_oracle(PROMPT, 20)
+    answer = greedy()
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs) == (text, reason, None)
+    prompt_tokens = len(tokenizer.encode(PROMPT))
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+        prompt_tokens,
+        tokens,
+        prompt_tokens + tokens,
+    )
+
+
+def test_a_sampled_completion_is_the_autoregressive_text_of_its_seed(greedy, said_by_the_oracle):
+    sampling = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
+    text, _, _ = said_by_the_oracle(PROMPT, 20, top_k=40, **sampling)
+    assert greedy(**sampling, extra_body={"top_k": 40}).choices[0].text == text
+
+
+def test_without_a_seed_texts_differ(greedy):
+    assert len({greedy(temperature=5.0).choices[0].text for _ in range(3)}) > 1
+
+
+def test_a_response_is_strictly_openais_and_says_how_its_drafts_fared(service):
+    body = {"model": NAME, "prompt": PROMPT, "temperature": 0}
+    answer = httpx.post(f"{service}/v1/completions", json=body, headers={"X-Request-Id": "mine"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (200, "mine")
+    Completion.model_validate(answer.json(), strict=True)
+    drafts = answer.json()["metrics"]["speculative_decoding"]
+    assert drafts["num_spec_tokens"] == 3
+    assert sum(drafts["acceptance_histogram"]) == drafts["num_spec_steps"] >= 4
+    assert 1 <= drafts["mean_acceptance_length"] <= 4
+
+
+def test_pieces_of_a_stream_join_to_the_whole_text(greedy):
+    whole = greedy()
+    *chunks, last = list(greedy(stream=True, stream_options={"include_usage": True}))
+    assert len(chunks) > 3
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + [whole.choices[0].finish_reason]
+    assert {chunk.id for chunk in chunks} == {last.id}
+    assert all(chunk.usage is None for chunk in chunks)
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert last.metrics == whole.metrics
+
+
+def test_a_stream_ends_with_done(service):
+    body = {"model": NAME, "prompt": PROMPT, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{service}/v1/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all("usage" not in json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+
+def test_several_prompts_of_text_or_tokens_have_a_choice_each(greedy, said_by_the_oracle, tokenizer):
+    prompts = ["import os", PROMPT, "x"]
+    expected = [said_by_the_oracle(prompt, 12)[0] for prompt in prompts]
+    for given in (prompts, [tokenizer.encode(prompt) for prompt in prompts]):
+        answer = greedy(given, max_tokens=12)
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert [choice.text for choice in answer.choices] == expected
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in greedy(prompts, max_tokens=12, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(texts.values()) == expected
+
+
+def test_a_stop_token_ends_the_text_without_being_in_it(greedy, model):
+    answer = greedy(extra_body={"stop_token_ids": list(range(model.config.vocab_size))})
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, answer.usage.completion_tokens) == ("", "stop", 1)
+
+
+def test_an_ignored_end_of_text_token_ends_nothing(greedy, said_by_the_oracle, tokenizer):
+    text, tokens, reason = said_by_the_oracle([tokenizer.eos_id], 40, ignore_eos=True)
+    answer = greedy([tokenizer.eos_id], max_tokens=40, extra_body={"ignore_eos": True})
+    assert (answer.choices[0].text, answer.usage.completion_tokens, answer.choices[0].finish_reason) == (
+        text,
+        tokens,
+        reason,
+    )
+    assert (tokens, reason) == (40, "length")
+
+
+def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by_the_oracle):
+    wanted = [(PROMPT + " a" * n, 3 + 9 * n, n % 2 == 0) for n in range(6)]
+
+    async def ask(client, prompt, max_tokens, stream):
+        fields = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        if not stream:
+            return (await client.completions.create(**fields)).choices[0].text
+        chunks = await client.completions.create(**fields, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    async def together():
+        async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
+            return await asyncio.gather(*[ask(client, *each) for each in wanted])
+
+    assert asyncio.run(together()) == [said_by_the_oracle(prompt, n)[0] for prompt, n, _ in wanted]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param", "code"),
+    [
+        ({"max_tokens": 1000}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": 1000, "stream": True}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
+        ({"logprobs": 2}, openai.BadRequestError, "logprobs", "unsupported_parameter"),
+        ({"extra_body": {"tempreature": 2}}, openai.BadRequestError, "tempreature", "unsupported_parameter"),
+        ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", None),
+        ({"prompt": ""}, openai.BadRequestError, None, None),
+        ({"prompt": [1, 2, 300]}, openai.BadRequestError, None, None),  # the mask token
+        ({"prompt": ["good", ""]}, openai.BadRequestError, None, None),
+        ({"prompt": [5, 10**20]}, openai.BadRequestError, None, None),
+    ],
+)
+def test_a_wrong_request_raises_openais_error(greedy, fields, error, param, code):
+    with pytest.raises(error) as caught:
+        greedy(**fields)
+    raised = caught.value
+    assert (raised.param, raised.code, raised.type) == (param, code, "invalid_request_error")
+
+
+def test_a_flood_is_answered_429_with_retry_after_and_the_rest_is_exact(service, said_by_the_oracle):
+    expected = said_by_the_oracle(PROMPT, 80)[0]
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 80, "temperature": 0}
+
+    async def flood():
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await asyncio.gather(*[client.post(f"{service}/v1/completions", json=body) for _ in range(24)])
+
+    answers = asyncio.run(flood())
+    full = [answer for answer in answers if answer.status_code == 429]
+    assert full
+    assert {answer.headers["retry-after"] for answer in full} == {"1"}
+    assert {answer.json()["error"]["code"] for answer in full} == {"rate_limit_exceeded"}
+    assert {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200} == {expected}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_rows(service, stream):
+    until((0, 0))
+    body = {"model": NAME, "prompt": [PROMPT] * (ROWS + 2), "max_tokens": 100, "temperature": 0, "stream": stream,
+            "ignore_eos": True}  # fmt: skip
+    with httpx.Client() as client:
+        try:
+            with client.stream("POST", f"{service}/v1/completions", json=body, timeout=0.15) as answer:
+                next(answer.iter_lines())
+                assert sum(running_and_waiting()) > 0
+        except httpx.ReadTimeout:
+            assert not stream
+    until((0, 0), seconds=2)
+
+
+def test_the_model_is_listed_and_found_by_name(client):
+    (listed,) = client.models.list().data
+    assert client.models.retrieve(NAME) == listed
+    assert (listed.id, listed.object, listed.max_model_len, listed.block_len) == (NAME, "model", 128, 4)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("folder/other")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/health", None, 200),
+        ("GET", "/ready", None, 200),
+        ("GET", "/version", None, 200),
+        ("GET", "/metrics", None, 200),
+        ("GET", "/v1/completions", None, 405),
+        ("POST", "/v1/nothing", b"{}", 404),
+        ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", rb'{"model": "\ud800", "prompt": "a"}', 400),
+        ("POST", "/v1/completions", b"[]", 400),
+    ],
+)
+def test_every_route_answers_and_every_refusal_has_the_envelope(service, method, path, body, status):
+    answer = httpx.request(method, service + path, content=body)
+    assert answer.status_code == status
+    if status >= 400:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_taken_port_is_told_in_one_line_before_ray_starts(service, bundle, free_port):
+    with pytest.raises(ConfigError, match=str(free_port)) as caught:
+        app.run(ServeSettings(model=bundle, port=free_port), blocking=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_bundle_or_alias_keeps_its_own_error(tmp_path, bundle):
+    with pytest.raises(BundleError):
+        app.build_app(ServeSettings(model=str(tmp_path / "nothing")))
+    with pytest.raises(RegistryError):
+        app.build_app(ServeSettings(model="models:/nothing@champion", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
