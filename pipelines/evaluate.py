@@ -29,7 +29,7 @@ from tidar_core.losses import LossSums
 from tidar_core.objective import Objective
 from tidar_core.packing import PADDING
 
-__all__ = ["REPORT", "evaluate"]
+__all__ = ["REPORT", "evaluate", "held_out_losses"]
 
 REPORT = "report.json"
 ROWS_AT_ONCE = 8
@@ -74,7 +74,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
     if bundle.tokenizer.fingerprint != reader.manifest.tokenizer:
         raise ConfigError(f"{job.shards} were made with another tokenizer than {job.bundle} has; pack with its own")
     block_len = bundle.info.block_len
-    losses = _losses(job, bundle, reader, advance)
+    losses = _losses(bundle, reader, job.loss_rows, advance)
     prompts = _prompts(reader, job.prompts, job.prompt_len)
     sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
     plain = []
@@ -113,21 +113,26 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
     }
 
 
+def held_out_losses(bundle: str, shards: str, *, rows: int, threads: int) -> dict[str, float]:
+    """AR and diffusion loss of a bundle, measured in this process."""
+    torch.set_num_threads(threads)
+    found = _losses(load_bundle(bundle), ShardReader(shards, "held_out"), rows, lambda: None)
+    return {name: found[name] for name in ("ar_loss", "diffusion_loss")}
+
+
 @torch.inference_mode()
-def _losses(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Advance) -> dict[str, Any]:
+def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance) -> dict[str, Any]:
     """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block."""
     block_len = bundle.info.block_len
     objective = Objective(bundle.model, dual=True, block_len=block_len)
     device = bundle.model.embedding.weight.device
-    rows = min(job.loss_rows, len(reader))
+    rows = min(rows, len(reader))
     if not rows:
-        raise ShardError(f"{job.shards} hold no held-out rows; pack with a larger held_out")
+        raise ShardError(f"{reader.uri} holds no held-out rows; pack with a larger held_out")
     parts: list[LossSums] = []
     for first in range(0, rows, ROWS_AT_ONCE):
         packed = reader.rows(range(first, min(first + ROWS_AT_ONCE, rows)))
-        batch = objective.batch(packed.input_ids_BS.to(device), packed.document_ids_BS.to(device))
-        assert batch.diffusion_target_BS is not None
-        parts.append(objective(batch))
+        parts.append(objective(objective.batch(packed.input_ids_BS.to(device), packed.document_ids_BS.to(device))))
         advance()
 
     def total(name: str) -> torch.Tensor:

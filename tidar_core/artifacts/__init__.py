@@ -1,0 +1,1 @@
+"""Things at rest: tokenizer, shards, weights, bundle, registry, locations. No ray, no http."""

@@ -1,0 +1,45 @@
+# Two targets do everything on a fresh machine: `make quickstart` and `make check`.
+#
+# Which torch: the CUDA build where nvidia-smi is found, else the CPU build. Force it with TORCH=cpu or TORCH=cuda.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) --retries 0,)
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed-$(TORCH)
+
+.PHONY: quickstart check lint types test format install clean
+
+quickstart: install
+	$(BIN)/tidar quickstart
+
+check: install lint types test
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/pytest
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$(TORCH_VERSION)" $(TORCH_SOURCE)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,142 @@
+"""How does the whole river run on one machine with no input?
+
+The running Python's own standard library is the corpus: pack it, train a small autoregressive model from scratch, convert
+it by dual-mode training, evaluate, publish, promote. Each station is the same one that a cluster runs, and its job file is
+left in the working folder; a second run reuses what is finished and resumes what is not.
+"""
+
+import os
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipelines.evaluate import REPORT, evaluate, held_out_losses
+from pipelines.jobs import EvaluateJob, Job, PackJob, PublishJob, TrainBpe, TrainJob, read_job
+from pipelines.pack import pack
+from pipelines.progress import stderr
+from pipelines.publish import publish
+from pipelines.train import train
+from tidar_core.artifacts import registry
+from tidar_core.artifacts.shards import Manifest, ShardReader
+from tidar_core.errors import ConfigError
+from tidar_core.losses import dual_mode_loss, label_counts
+from tidar_core.model import TidarModel
+from tidar_core.objective import Objective
+from tidar_core.shapes import named_shape
+
+__all__ = ["MODEL_NAME", "PROMPTS", "River", "flow"]
+
+MODEL_NAME = "quickstart"
+PROMPTS = ("def main():\n    ", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
+BLOCK_LEN = 8
+ROW_LEN = 256
+ROWS_PER_STEP = 8
+AR_SHARE = 0.3
+"""Of the training budget; the dual-mode phase trains the AR half as well."""
+PROBE_STEPS = 4
+ENGINE_OVERHEAD = 1.15
+"""A train step under the engine, with data and logging, over the bare one that is probed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class River:
+    """Where everything is after the last station."""
+
+    manifest: Manifest
+    ar_phase: dict[str, float]
+    """Held-out losses before the dual-mode phase."""
+    report: dict[str, Any]
+    report_folder: str
+    bundle: str
+    version: int
+    tracking_uri: str
+
+
+def flow(workdir: Path, budget_seconds: int) -> River:
+    """Run every station from corpus to champion in `workdir`; training takes about `budget_seconds`."""
+    if budget_seconds < 10:
+        raise ConfigError(f"budget-seconds is {budget_seconds}; training needs at least 10")
+    workdir = workdir.resolve()
+    (workdir / "jobs").mkdir(parents=True, exist_ok=True)
+    tracking_uri = f"sqlite:///{workdir}/mlflow.db"
+    threads = os.cpu_count() or 1
+    shards, ar_bundle, bundle, report = (str(workdir / name) for name in ("shards", "ar", "bundle", "report"))
+
+    stderr.print("[bold]1 pack[/] the standard library's sources")
+    manifest = pack(_kept_job(workdir, "pack", lambda: PackJob(
+        corpus=sysconfig.get_path("stdlib"), output=shards, tokenizer=TrainBpe(vocab_size=1024), include=("*.py",),
+        exclude=("site-packages", "test", "idlelib", "lib2to3", "__pycache__"), row_len=ROW_LEN, held_out=0.04, workers=threads,
+    )))  # fmt: skip
+    common = {
+        "shards": shards, "block_len": BLOCK_LEN, "rows_per_step": ROWS_PER_STEP, "rows_per_forward": ROWS_PER_STEP,
+        "learning_rate": 4e-3, "min_learning_rate": 2e-4, "warmup": 0.03, "cpus_per_worker": threads,
+        "tracking_uri": tracking_uri, "experiment": "quickstart",
+    }  # fmt: skip
+
+    stderr.print("[bold]2 train[/] a small autoregressive model from scratch")
+    train(_kept_job(workdir, "train-ar", lambda: TrainJob(
+        output=ar_bundle, objective="ar", shape="quickstart", checkpoint_every=200, **common,
+        steps=_steps_within(AR_SHARE * budget_seconds, shards, dual=False, threads=threads),
+    )))  # fmt: skip
+
+    stderr.print("[bold]3 convert[/] it by dual-mode training")
+    train(_kept_job(workdir, "train-dual", lambda: TrainJob(
+        output=bundle, objective="dual", init_from=ar_bundle, checkpoint_every=200, **common,
+        steps=_steps_within((1 - AR_SHARE) * budget_seconds, shards, dual=True, threads=threads),
+    )))  # fmt: skip
+
+    stderr.print("[bold]4 evaluate[/] on held-out files")
+    job = _kept_job(workdir, "evaluate", lambda: EvaluateJob(
+        bundle=bundle, shards=shards, output=report, prompts=16, prompt_len=64, max_tokens=128, batch=1, cpus=threads,
+    ))  # fmt: skip
+    evaluation = evaluate(job)
+
+    stderr.print("[bold]5 publish[/] and promote")
+    version = publish(_kept_job(workdir, "publish", lambda: PublishJob(
+        bundle=bundle, report=str(Path(report) / REPORT), name=MODEL_NAME, tracking_uri=tracking_uri,
+    )))  # fmt: skip
+    registry.promote(tracking_uri, MODEL_NAME, version)
+    return River(
+        manifest=manifest,
+        ar_phase=held_out_losses(ar_bundle, shards, rows=job.loss_rows, threads=threads),
+        report=evaluation,
+        report_folder=report,
+        bundle=bundle,
+        version=version,
+        tracking_uri=tracking_uri,
+    )
+
+
+def _kept_job(workdir: Path, name: str, make: Any) -> Any:
+    """The job file of an earlier run, or a new one."""
+    path = workdir / "jobs" / f"{name}.yaml"
+    kinds: dict[str, type[Job]] = {"pack": PackJob, "evaluate": EvaluateJob, "publish": PublishJob}
+    if not path.exists():
+        values = make().model_dump(mode="json")
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return read_job(kinds.get(name, TrainJob), path)
+
+
+def _steps_within(seconds: float, shards: str, *, dual: bool, threads: int) -> int:
+    """Train steps that fit a budget on this machine, from a few that are timed."""
+    torch.set_num_threads(threads)
+    reader = ShardReader(shards)
+    model = TidarModel(named_shape("quickstart", vocab_len=reader.manifest.vocab_len))
+    model.init_weights(0)
+    objective = Objective(model.bfloat16(), dual=dual, block_len=BLOCK_LEN)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
+    rows = reader.rows(range(min(ROWS_PER_STEP, len(reader))))
+    batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS)
+    fastest = float("inf")
+    for _ in range(PROBE_STEPS):
+        began = time.perf_counter()
+        dual_mode_loss(objective(batch), 1.0, *label_counts(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fastest = min(fastest, time.perf_counter() - began)
+    return max(10, int(seconds / (fastest * ENGINE_OVERHEAD)))

@@ -1,0 +1,355 @@
+"""The front door: one command per station of the river.
+
+    tidar quickstart                     the whole river on this machine
+    tidar pack | train | evaluate | publish JOB.yaml
+    tidar promote NAME VERSION           and rollback NAME
+    tidar generate | bench | serve MODEL
+
+MODEL is a bundle's folder or URI, or models:/NAME@ALIAS. With --json, standard output holds one JSON object and nothing
+else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong (one line says how), 1 anything else.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidar_core.errors import TidarError, UserError
+
+app = typer.Typer(
+    help="Train, evaluate and serve TiDAR models: think in diffusion, talk in autoregression.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see infra/jobs.")]
+Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
+Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+TRACKING = "sqlite:///mlflow.db"
+
+
+class Mode(StrEnum):
+    """How a model decodes."""
+
+    single_pass = "single-pass"
+    autoregressive = "autoregressive"
+
+
+def main() -> None:
+    """Run the command line; wrong input ends in one line and exit code 2, never in a traceback."""
+    try:
+        app()
+    except TidarError as error:
+        print(f"tidar: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("tidar: stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def quickstart(
+    workdir: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("workdir"),
+    budget_seconds: Annotated[int, typer.Option(help="Training time, both phases together.")] = 480,
+    port: Annotated[int, typer.Option(help="Port of the service, on 127.0.0.1.")] = 8000,
+    as_json: Json = False,
+) -> None:
+    """Corpus to served completion on this machine, with no input."""
+    import time
+
+    from pipelines.progress import stderr
+    from pipelines.quickstart import MODEL_NAME, PROMPTS, flow
+    from serve_apps.app import check_port, shutdown
+    from serve_apps.settings import ServeSettings
+    from serve_apps.try_out import completions_over_http
+
+    began = time.perf_counter()
+    model = f"models:/{MODEL_NAME}@champion"
+    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=os.cpu_count())
+    check_port(settings)
+    try:
+        river = flow(workdir, budget_seconds)
+        stderr.print("[bold]6 serve[/] the champion and complete three prompts over HTTP")
+        settings = settings.model_copy(update={"tracking_uri": river.tracking_uri})
+        completions = completions_over_http(settings, PROMPTS, max_tokens=48)
+    finally:
+        shutdown()
+    report, split = river.report, river.manifest.splits
+    summary = {
+        "documents": sum(s.documents for s in split.values()),
+        "tokens": sum(s.tokens for s in split.values()),
+        "rows": sum(s.rows for s in split.values()),
+        "ar_loss_of_ar_phase": river.ar_phase["ar_loss"],
+        "diffusion_loss_of_ar_phase": river.ar_phase["diffusion_loss"],
+        "ar_loss": report["ar_loss"],
+        "diffusion_loss": report["diffusion_loss"],
+        "tokens_per_forward": report["tokens_per_forward"],
+        "greedy_equal": report["greedy_equal"],
+        "prompts": report["prompts"],
+        "speed_over_ar": report["speed_over_ar"],
+        "bundle": river.bundle,
+        "report": river.report_folder,
+        "registry_version": river.version,
+        "alias": "champion",
+        "completions": completions,
+        "elapsed_seconds": time.perf_counter() - began,
+    }
+    _print(summary, as_json)
+    again = f"tidar serve {model} --tracking-uri {river.tracking_uri}"
+    _note(f"Serve it again: {again}\nAsk it:         curl http://127.0.0.1:{port}/v1/completions -d "
+          f"'{{\"model\": \"{MODEL_NAME}\", \"prompt\": \"def main(\"}}'")  # fmt: skip
+
+
+@app.command()
+def pack(job: JobFile, as_json: Json = False) -> None:
+    """Tokenize and pack a corpus into shards."""
+    from pipelines import pack as station
+    from pipelines.jobs import PackJob, read_job
+
+    manifest = station.pack(read_job(PackJob, job))
+    splits = {
+        name: {"documents": s.documents, "tokens": s.tokens, "rows": s.rows} for name, s in manifest.splits.items()
+    }
+    _print({"row_len": manifest.row_len, "vocab_len": manifest.vocab_len, "identity": manifest.identity} | splits, as_json)
+
+
+@app.command()
+def train(job: JobFile, as_json: Json = False) -> None:
+    """Train on packed shards, or go on where a stopped run left off; ends with a bundle."""
+    from pipelines import train as station
+    from pipelines.jobs import TrainJob, read_job
+
+    parsed = read_job(TrainJob, job)
+    info = station.train(parsed)
+    _print({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
+
+
+@app.command()
+def evaluate(job: JobFile, as_json: Json = False) -> None:
+    """Measure a bundle on held-out rows and prompts; ends with a report."""
+    from pipelines import evaluate as station
+    from pipelines.jobs import EvaluateJob, read_job
+
+    _print(station.evaluate(read_job(EvaluateJob, job)), as_json)
+
+
+@app.command()
+def publish(job: JobFile, as_json: Json = False) -> None:
+    """Register a bundle whose report meets every bar; it becomes the challenger."""
+    from pipelines import publish as station
+    from pipelines.jobs import PublishJob, read_job
+
+    parsed = read_job(PublishJob, job)
+    _print({"name": parsed.name, "registry_version": station.publish(parsed), "alias": "challenger"}, as_json)
+
+
+@app.command()
+def promote(name: str, version: int, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
+    """Make a version the champion; the one before it is remembered."""
+    from tidar_core.artifacts import registry
+
+    registry.promote(registry.absolute_tracking_uri(tracking_uri), name, version)
+    _print({"name": name, "registry_version": version, "alias": "champion"}, as_json)
+
+
+@app.command()
+def rollback(name: str, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
+    """Make the previous champion the champion again."""
+    from tidar_core.artifacts import registry
+
+    version = registry.rollback(registry.absolute_tracking_uri(tracking_uri), name)
+    _print({"name": name, "registry_version": version, "alias": "champion"}, as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    mode: Annotated[Mode, typer.Option(help="Both say the same.")] = Mode.single_pass,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    block_len: Annotated[int | None, typer.Option(help="Draft block; what the model was trained with by default.")] = None,
+    threads: Threads = None,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt; text appears as it is committed."""
+    import time
+
+    from tidar_core.batcher import Batcher, Completion
+    from tidar_core.benchmark import draft_of_mode
+    from tidar_core.config import SamplingConfig
+    from tidar_core.decoder import Decoder, Request
+
+    bundle = _loaded(model, tracking_uri, threads)
+    sampling = SamplingConfig(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        eos_ids=(bundle.tokenizer.eos_id,),
+    )  # fmt: skip
+    request = Request(request_id="prompt", prompt=tuple(bundle.tokenizer.encode(prompt)), sampling=sampling)
+    batcher = Batcher(Decoder(bundle.model, draft_of_mode(mode, block_len or bundle.info.block_len), rows=1))
+    completion, stream, pieces = Completion(request), bundle.tokenizer.stream(), []
+    began = time.perf_counter()
+    batcher.submit(request)
+    while batcher.busy:
+        for step in batcher.advance():
+            completion.add(step)
+            text = "".join(stream.push(t) for t in step.token_ids if t not in sampling.eos_ids)
+            pieces.append(text)
+            if not as_json:
+                print(text, end="", flush=True)
+    seconds = time.perf_counter() - began
+    pieces.append(stream.flush())
+    if not as_json:
+        print(pieces[-1])
+        _note(f"{len(completion.token_ids)} tokens, {completion.tokens_per_forward:.2f} per forward, {seconds:.2f} s")
+        return
+    _print(
+        {
+            "text": "".join(pieces),
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "mode": str(mode),
+            "forwards": completion.forwards,
+            "tokens_per_forward": completion.tokens_per_forward,
+            "seconds": seconds,
+        },
+        as_json,
+    )
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with prompt, question, turns or text.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 8,
+    max_tokens: int = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    block_len: int | None = None,
+    threads: Threads = None,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
+    import torch
+
+    from pipelines.progress import job_progress
+    from tidar_core.artifacts.prompts import read_prompts
+    from tidar_core.benchmark import MODES, compare_modes
+    from tidar_core.config import SamplingConfig
+
+    bundle = _loaded(model, tracking_uri, threads)
+    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
+    room = bundle.model.config.context_len - max_tokens
+    texts = read_prompts(prompts, count)
+    tokens = [tuple(bundle.tokenizer.encode(text))[-room:] for text in texts]
+    K = block_len or bundle.info.block_len
+    total = len(MODES) * (1 + repeats * len(tokens))
+    with job_progress("bench", total=total, unit="prompts") as show:
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            show(done, {})
+
+        modes = compare_modes(
+            bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, on_prompt=advance
+        )
+    shown = {name: {k: v for k, v in asdict(mode).items() if k != "texts"} for name, mode in modes.items()}
+    weight = bundle.model.embedding.weight
+    facts = {
+        "device": str(weight.device), "threads": torch.get_num_threads(), "dtype": str(weight.dtype).removeprefix("torch."),
+        "block_len": K, "batch": batch, "prompts": len(tokens), "modes": shown,
+    }  # fmt: skip
+    if as_json:
+        _print(facts, as_json)
+    else:
+        _print_modes(facts)
+
+
+@app.command()
+def serve(
+    model: Model,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    rows: Annotated[int, typer.Option(min=1, help="Sequences that a replica decodes together.")] = 8,
+    mode: Mode = Mode.single_pass,
+    threads: Threads = None,
+    tracking_uri: Tracking = TRACKING,
+) -> None:
+    """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
+    from serve_apps.app import run
+    from serve_apps.settings import ServeSettings
+    from tidar_core.artifacts import registry
+
+    run(
+        ServeSettings(
+            model=model, port=port, host=host, rows=rows, mode=mode.value, threads=threads or os.cpu_count(),
+            tracking_uri=registry.absolute_tracking_uri(tracking_uri),
+        )  # fmt: skip
+    )
+
+
+def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
+    """The bundle that MODEL names, verified, in fp32; on the GPU where there is one."""
+    import torch
+
+    from tidar_core.artifacts import registry
+    from tidar_core.artifacts.bundle import load_bundle
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    resolved = registry.resolve(registry.absolute_tracking_uri(tracking_uri), model)
+    return load_bundle(resolved.bundle_uri, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in values.items():
+        table.add_row(name, json.dumps(value) if isinstance(value, dict | list | tuple) else str(value))
+    Console().print(table)
+
+
+def _print_modes(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}, {facts['threads']} threads"
+    table = Table("mode", "tokens/s", "spread", "tokens per forward", "first token, ms", "equal to AR", title=title)
+    for name, mode in facts["modes"].items():
+        low, high = mode["tokens_per_second_spread"]
+        table.add_row(
+            name,
+            f"{mode['tokens_per_second']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{mode['tokens_per_forward']:.2f}",
+            f"{1000 * mode['time_to_first_token_seconds']:.1f}",
+            "yes" if mode["equal_to_ar"] else "NO",
+        )
+    Console().print(table)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
