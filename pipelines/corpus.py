@@ -3,14 +3,14 @@
 The order is that of the file names, and within a file that of its lines or rows. A text file is one document; JSON
 lines and Parquet hold one in each row, under one field. Documents of no characters are passed over.
 
-Text is UTF-8. A file that is not, or a row without its text, stops the job by name: a corpus that is silently repaired
-is a corpus that nobody knows.
+Text is UTF-8 and is never repaired. A text file that is not UTF-8 is no document: it is passed over and said so. A
+damaged file, a line that is not JSON or a row without its text stops the job by name.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -62,8 +62,8 @@ def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]
     return units
 
 
-def documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """The texts of a piece in order, none empty."""
+def documents(piece: Piece, text_field: str, pass_over: Callable[[str], object]) -> Iterator[str]:
+    """The texts of a piece in order, none empty. `pass_over` is told of each file that is no text."""
     kind = _format(piece.uri)
     with _damage_named(piece.uri):
         if kind == ".jsonl":
@@ -71,7 +71,7 @@ def documents(piece: Piece, text_field: str) -> Iterator[str]:
         elif kind == ".parquet":
             texts = _parquet_rows(piece.uri, text_field)
         else:
-            texts = _whole_file(piece.uri)
+            texts = _whole_file(piece.uri, pass_over)
         yield from (text for text in texts if text)
 
 
@@ -89,7 +89,7 @@ def first_texts(files: Sequence[FileEntry], text_field: str, max_bytes: int, hel
     left = max_bytes
     for ordinal, file in enumerate(files):
         share = min(max(left // (len(files) - ordinal), FEWEST_BYTES), left)
-        for text in documents(Piece(file.uri, 0, file.size, whole=True), text_field):
+        for text in documents(Piece(file.uri, 0, file.size, whole=True), text_field, _ignore):
             if share <= 0:
                 break
             if split_of(text, held_out) == "train":
@@ -111,9 +111,13 @@ def _format(uri: str) -> str:
     return path.with_suffix("").suffix if path.suffix in locations.COMPRESSION_SUFFIXES else path.suffix
 
 
-def _whole_file(uri: str) -> Iterator[str]:
+def _whole_file(uri: str, pass_over: Callable[[str], object]) -> Iterator[str]:
     with locations.open_decompressed(uri) as stream:
-        yield _utf8(stream.read(), uri)
+        content = stream.read()
+    try:
+        yield content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        pass_over(uri)
 
 
 def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
@@ -171,11 +175,8 @@ def _parquet_rows(uri: str, text_field: str) -> Iterator[str]:
                 yield text
 
 
-def _utf8(content: bytes, uri: str) -> str:
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{uri} is not UTF-8 (byte {error.start}); convert it, or leave it out by include") from error
+def _ignore(uri: str) -> None:
+    """The actors that tokenize the file tell of it."""
 
 
 def _is_unicode(text: str) -> bool:
@@ -190,6 +191,6 @@ def _is_unicode(text: str) -> bool:
 def _damage_named(uri: str) -> Iterator[None]:
     try:
         yield
-    except (*locations.BROKEN_COMPRESSION, pa.ArrowException) as error:
+    except (*locations.BROKEN_COMPRESSION, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CorpusError(f"{uri} is damaged ({reason}); fetch it again or leave it out by include") from error

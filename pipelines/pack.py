@@ -12,26 +12,23 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from pipelines import corpus
 from pipelines.cluster import connect, original_error
 from pipelines.jobs import PackJob, TrainBpe
+from pipelines.progress import job_progress, stderr
+from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core import errors
 from tidar_core.artifacts import locations, shards
 from tidar_core.artifacts.locations import FileEntry
@@ -39,12 +36,10 @@ from tidar_core.artifacts.made_by import made_by, write_made_by
 from tidar_core.artifacts.shards import Manifest, ShardEntry, Split
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tidar_core.errors import CorpusError, ShardError, TidarError
-from tidar_core.packing import PackedRows, cut_rows, overlapping_spans, row_count
+from tidar_core.packing import cut_rows, overlapping_spans, row_count
 
 __all__ = ["pack"]
 
-PART_TOKENS = 2**22
-"""Tokens of one part, about: what an actor holds before it writes."""
 BATCH_CHARACTERS = 2**20
 """Text handed to the tokenizer at once."""
 MOST_BLOCKS = 4096
@@ -52,13 +47,11 @@ MOST_BLOCKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some consecutive documents of a split, tokenized, in one file."""
+class _Tokenized:
+    """What the actors left: parts in the order of the corpus, and the files that are no text."""
 
-    split: str
-    file: str
-    documents: int
-    tokens: int
+    parts: list[Part]
+    passed_over: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +86,9 @@ def pack(job: PackJob) -> Manifest:
         _quiet_ray_data(),
     ):
         tokenizer = _put_tokenizer(job, files, tokenizer, locations.join(staged, shards.TOKENIZER))
-        parts = _tokenize(job, files, staged, scratch)
-        splits = {name: [part for part in parts if part.split == name] for name in shards.SPLITS}
+        tokenized = _tokenize(job, files, staged, scratch)
+        _tell_passed_over(tokenized.passed_over)
+        splits = {name: [part for part in tokenized.parts if part.split == name] for name in shards.SPLITS}
         _require_tokens(job, splits)
         manifest = Manifest(
             row_len=job.row_len,
@@ -102,6 +96,7 @@ def pack(job: PackJob) -> Manifest:
             vocab_len=tokenizer.vocab_len,
             tokenizer=tokenizer.fingerprint,
             identity=identity,
+            passed_over=len(tokenized.passed_over),
             splits=_write_shards(job, splits, tokenizer.eos_id, staged, scratch),
         )
         parents = {"corpus": _listing_hash(files), "tokenizer": tokenizer.fingerprint}
@@ -145,58 +140,24 @@ class TokenizeUnit:
         return _outcomes(batch, self._tokenize_unit)
 
     def _tokenize_unit(self, unit: dict[str, Any]) -> dict[str, Any]:
-        writers = {split: _PartWriter(self._scratch, split, unit["ordinal"]) for split in shards.SPLITS}
-        texts = (text for piece in unit["pieces"] for text in corpus.documents(corpus.Piece(**piece), self._text_field))
+        writers = {split: PartWriter(self._scratch, split, unit["ordinal"]) for split in shards.SPLITS}
+        passed_over: list[str] = []
+        pieces = [corpus.Piece(**piece) for piece in unit["pieces"]]
+        texts = (text for piece in pieces for text in corpus.documents(piece, self._text_field, passed_over.append))
         for some in _in_batches(texts):
             for text, ids in zip(some, self._tokenizer.encode_batch(some)):
                 writers[corpus.split_of(text, self._held_out)].add([*ids, self._tokenizer.eos_id])
         parts = [asdict(part) for writer in writers.values() for part in writer.close()]
-        return {"ordinal": unit["ordinal"], "bytes": _bytes(unit), "parts": parts}
-
-
-@dataclass(slots=True)
-class _PartWriter:
-    """Documents of one split and unit, written out whenever there are enough of them."""
-
-    scratch: str
-    split: str
-    unit: int
-    _parts: list[Part] = field(default_factory=list)
-    _documents: list[np.ndarray] = field(default_factory=list)
-    _tokens: int = 0
-
-    def add(self, ids: list[int]) -> None:
-        self._documents.append(np.asarray(ids, dtype=np.int32))
-        self._tokens += len(ids)
-        if self._tokens >= PART_TOKENS:
-            self._write()
-
-    def close(self) -> list[Part]:
-        if self._documents:
-            self._write()
-        return self._parts
-
-    def _write(self) -> None:
-        file = f"{self.split}-{self.unit:07d}-{len(self._parts):05d}.parquet"
-        offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
-        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._documents)))
-        with locations.open_write(locations.join(self.scratch, file)) as sink:
-            pq.write_table(pa.table({"ids": column}), sink, compression="zstd", use_dictionary=False)
-        self._parts.append(Part(self.split, file, len(self._documents), self._tokens))
-        self._documents, self._tokens = [], 0
+        size = sum(piece.stop - piece.start for piece in pieces)
+        return {"ordinal": unit["ordinal"], "bytes": size, "parts": parts, "passed_over": passed_over}
 
 
 def write_planned_shard(plan: ShardPlan, staged: str, scratch: str) -> ShardEntry:
     """Cut one shard out of the parts that hold its tokens."""
-    tokens, lengths = [], []
-    for part in plan.parts:
-        with locations.open_read(locations.join(scratch, part)) as source:
-            column = pq.read_table(source).column("ids").combine_chunks()
-        tokens.append(torch.from_numpy(column.flatten().to_numpy().copy()))
-        lengths.append(torch.from_numpy(column.value_lengths().to_numpy().copy()))
-    rows: PackedRows = cut_rows(
-        torch.cat(tokens),
-        torch.cat(lengths),
+    pieces = [read_part(locations.join(scratch, part)) for part in plan.parts]
+    rows = cut_rows(
+        torch.cat([piece.tokens_T for piece in pieces]),
+        torch.cat([piece.document_len_N for piece in pieces]),
         first_document=plan.first_document,
         start=plan.start,
         stop=plan.stop,
@@ -206,7 +167,7 @@ def write_planned_shard(plan: ShardPlan, staged: str, scratch: str) -> ShardEntr
     return shards.write_shard(locations.join(staged, plan.file), rows)
 
 
-def _tokenize(job: PackJob, files: list[FileEntry], staged: str, scratch: str) -> list[Part]:
+def _tokenize(job: PackJob, files: list[FileEntry], staged: str, scratch: str) -> _Tokenized:
     units = corpus.work_units(files, job.unit_bytes)
     items = [{"ordinal": ordinal, "pieces": [asdict(piece) for piece in unit]} for ordinal, unit in enumerate(units)]
     outcomes = _dataset(items).map_batches(
@@ -215,13 +176,18 @@ def _tokenize(job: PackJob, files: list[FileEntry], staged: str, scratch: str) -
         fn_constructor_args=(locations.join(staged, shards.TOKENIZER), scratch, job.text_field, job.held_out),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.workers, initial_size=_actors_now(job.workers)),
     )
-    done = []
-    with _progress("tokenize", sum(map(_bytes, items)), DownloadColumn(), SpeedColumn()) as advance:
+    done: list[dict[str, Any]] = []
+    began, read = time.monotonic(), 0
+    with job_progress("tokenize", total=len(units), unit="units") as show:
         for unit in _results(outcomes):
-            advance(unit["bytes"])
             done.append(unit)
+            read += unit["bytes"]
+            show(len(done), {"MB": read / 1e6, "MB/s": read / 1e6 / (time.monotonic() - began)})
     done.sort(key=lambda unit: unit["ordinal"])
-    return [Part(**part) for unit in done for part in unit["parts"]]
+    return _Tokenized(
+        parts=[Part(**part) for unit in done for part in unit["parts"]],
+        passed_over=[uri for unit in done for uri in unit["passed_over"]],
+    )
 
 
 def _write_shards(
@@ -236,10 +202,10 @@ def _write_shards(
         partial(_write_shard_batch, staged=staged, scratch=scratch), batch_size=1, concurrency=job.workers
     )
     entries: dict[str, ShardEntry] = {}
-    with _progress("write shards", len(plans), MofNCompleteColumn()) as advance:
+    with job_progress("write shards", total=len(plans), unit="shards") as show:
         for entry in _results(outcomes):
-            advance(1)
             entries[entry["file"]] = ShardEntry(**entry)
+            show(len(entries), {})
     return {name: _split(name, parts, entries, job) for name, parts in splits.items()}
 
 
@@ -345,8 +311,9 @@ def _require_tokens(job: PackJob, splits: dict[str, list[Part]]) -> None:
         )
 
 
-def _bytes(unit: dict[str, Any]) -> int:
-    return sum(piece["stop"] - piece["start"] for piece in unit["pieces"])
+def _tell_passed_over(uris: list[str]) -> None:
+    if uris:
+        stderr.print(f"passed over {len(uris)} files that are not UTF-8 text; the first is {uris[0]}", soft_wrap=True)
 
 
 def _in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -377,12 +344,3 @@ def _quiet_ray_data() -> Iterator[None]:
     finally:
         context.enable_progress_bars, context.print_on_execution_start = before[:2]
         logger.setLevel(before[2])
-
-
-@contextmanager
-def _progress(what: str, total: int, *columns: Any) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; yields what moves it."""
-    bar = Progress(TextColumn(what), BarColumn(), *columns, TimeRemainingColumn(), console=Console(stderr=True))
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda amount: bar.advance(task, amount)

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipelines import corpus
+from pipelines import corpus, token_parts
 from pipelines.jobs import PackJob, TrainBpe
-from pipelines.pack import Part, pack, plan_shards
+from pipelines.pack import pack, plan_shards
+from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import locations, shards
 from tidar_core.artifacts.tokenizer import load_tokenizer, train_bpe
 from tidar_core.errors import CorpusError, ShardError, TokenizerError, UserError
@@ -72,12 +73,27 @@ def test_shards_of_a_plan_meet_end_to_end():
     ]
 
 
+def test_parts_hold_their_documents_in_order_and_are_closed_when_large_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_parts, "PART_TOKENS", 4)
+    writer = PartWriter(str(tmp_path), "train", 7)
+    for document in ([1, 2, 0], [3, 0], [4, 0]):
+        writer.add(document)
+    first, second = writer.close()
+    assert (first, second) == (
+        Part("train", "train-0000007-00000.parquet", 2, 5),
+        Part("train", "train-0000007-00001.parquet", 1, 2),
+    )
+    read = read_part(str(tmp_path / first.file))
+    assert (read.tokens_T.tolist(), read.document_len_N.tolist()) == ([1, 2, 0, 3, 0], [3, 2])
+    assert read_part(str(tmp_path / second.file)).tokens_T.tolist() == [4, 0]
+
+
 @pytest.mark.parametrize("unit_bytes", [1, 7, 20, 10_000])
 def test_lines_cut_into_units_are_the_lines_of_the_file_each_once(tmp_path, unit_bytes):
     lines = ["a", "bb" * 9, "c", "dd" * 30, "e"]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines) + "\n")
     units = corpus.work_units(corpus.list_corpus(str(tmp_path), ("*.jsonl",)), unit_bytes)
-    assert [text for unit in units for piece in unit for text in corpus.documents(piece, "text")] == lines
+    assert [text for unit in units for piece in unit for text in corpus.documents(piece, "text", pytest.fail)] == lines
 
 
 def test_each_format_gives_its_documents_compressed_or_not(tmp_path):
@@ -89,7 +105,12 @@ def test_each_format_gives_its_documents_compressed_or_not(tmp_path):
     pq.write_table(pa.table({"body": ["p1", "", "p2"], "other": [1, 2, 3]}), tmp_path / "c.parquet")
     (tmp_path / "d.parquet.gz").write_bytes(gzip.compress((tmp_path / "c.parquet").read_bytes()))
     files = corpus.list_corpus(str(tmp_path), ("*.jsonl", "*.md", "*.parquet"))
-    texts = [text for unit in corpus.work_units(files, 1) for piece in unit for text in corpus.documents(piece, "body")]
+    texts = [
+        text
+        for unit in corpus.work_units(files, 1)
+        for piece in unit
+        for text in corpus.documents(piece, "body", pytest.fail)
+    ]
     assert texts == ["ünï", "two", "whole file\n", "p1", "p2", "p1", "p2"]
 
 
@@ -119,7 +140,6 @@ def test_the_share_held_out_is_about_what_was_asked_and_depends_on_the_text_alon
         ("a.jsonl", b'["x"]\n', r"line 1 of .*a\.jsonl has no text under 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1 of .*a\.jsonl has half a surrogate pair"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"line 1 of .*a\.jsonl is not UTF-8"),
-        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 \(byte 3\); convert it"),
         ("a.txt.gz", gzip.compress(b"abc" * 99)[:-12], r"a\.txt\.gz is damaged"),
         ("a.txt.zst", b"no zstd at all", r"a\.txt\.zst is damaged"),
         ("a.parquet", b"no parquet at all", r"a\.parquet is damaged"),
@@ -129,17 +149,24 @@ def test_a_file_at_fault_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     piece = corpus.Piece(str(tmp_path / name), 0, len(content), whole=True)
     with pytest.raises(CorpusError, match=message) as caught:
-        list(corpus.documents(piece, "text"))
+        list(corpus.documents(piece, "text", pytest.fail))
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_file_that_is_not_utf_8_is_passed_over_and_told(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc\xff")
+    told = []
+    assert list(corpus.documents(corpus.Piece(str(tmp_path / "a.txt"), 0, 4, whole=True), "text", told.append)) == []
+    assert told == [str(tmp_path / "a.txt")]
 
 
 def test_a_parquet_file_without_the_text_is_named(tmp_path):
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["x", None], "n": [1, 2]}), path)
     with pytest.raises(CorpusError, match=r"row 2 of .*a\.parquet has no text under 'text'"):
-        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "text"))
+        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "text", pytest.fail))
     with pytest.raises(CorpusError, match=r"has no text column 'n'; set text_field to one of text, n"):
-        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "n"))
+        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "n", pytest.fail))
 
 
 def test_a_corpus_that_is_missing_or_empty_is_refused_before_any_work(tmp_path, tokenizer_folder):
@@ -156,9 +183,12 @@ def test_a_corpus_that_is_missing_or_empty_is_refused_before_any_work(tmp_path, 
 
 @pytest.mark.ray
 def test_every_document_lands_exactly_once_in_order_and_deterministic_for_any_workers_and_unit_bytes(
-    ray_cluster, text_corpus, corpus_documents, tokenizer_folder, tmp_path
+    ray_cluster, text_corpus, corpus_documents, tokenizer_folder, tmp_path, capsys
 ):
+    (text_corpus / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     manifest = pack(job(text_corpus, tmp_path / "one", tokenizer_folder))
+    assert manifest.passed_over == 1
+    assert "passed over 1 files that are not UTF-8 text; the first is" in capsys.readouterr().err
     for split in ("train", "held_out"):
         expected = [text for text in corpus_documents if corpus.split_of(text, 0.2) == split]
         assert documents_of(str(tmp_path / "one"), split) == expected

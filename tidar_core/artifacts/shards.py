@@ -92,6 +92,8 @@ class Manifest:
     identity: str
     """Hash of the job, the corpus listing and the tokenizer: equal identities, equal shards."""
     splits: Mapping[str, Split]
+    passed_over: int = 0
+    """Files of the corpus that are not in the shards, because they are not UTF-8 text."""
     format_version: int = FORMAT_VERSION
 
 
