@@ -84,16 +84,21 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
     """
     check_port(settings)
     app = build_app(settings)
+    ended = False
     try:
         _start(settings, app)
         print(f"{settings.shown_name} is served at http://{_address(settings)}/v1", file=sys.stderr)
         if blocking:
             _wait_for_signal()
+        ended = blocking
+    except KeyboardInterrupt:  # before it had begun to wait for one
+        ended = True
     except BaseException:
-        shutdown()
+        ended = True
         raise
-    if blocking:
-        shutdown()
+    finally:
+        if ended:
+            shutdown()
 
 
 def check_port(settings: ServeSettings) -> None:
@@ -126,6 +131,11 @@ def _resolve(settings: ServeSettings) -> tuple[Served, ModelCard]:
     """Look the model up once, so that replicas of tomorrow serve what those of today do."""
     bundle_uri, info = _find(settings)
     shape = config_from_hf(locations.read_json(locations.join(bundle_uri, "config.json")))
+    if settings.context_len is not None and settings.context_len > shape.context_len:
+        raise ConfigError(
+            f"context_len is {settings.context_len}; the context of {settings.model} is {shape.context_len}; "
+            "give no more than that"
+        )
     block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
     served = Served(
         settings=settings,
@@ -218,8 +228,11 @@ def _wait_for_signal() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Serve's deprecations and progress notes, none of which a user of ours can act on, stay out of the way."""
-    with warnings.catch_warnings():
+    """Ray's deprecations and progress notes, none of which a user of ours can act on, stay out of the way.
+
+    Standard output is for our own JSON: what Ray prints there goes to standard error.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         yield

@@ -1,7 +1,7 @@
 """How does the service speak HTTP?
 
-The ingress: OpenAI's routes in front of a decoder deployment. It needs neither torch nor a tokenizer, so it runs on any
-small node. Every refusal carries OpenAI's error envelope, whatever went wrong. Serve's proxy echoes X-Request-Id.
+The ingress: OpenAI's routes in front of a decoder deployment. It loads neither a model nor a tokenizer, so it runs on
+any small node. Every refusal carries OpenAI's error envelope, whatever went wrong. Serve's proxy echoes X-Request-Id.
 """
 
 import asyncio

@@ -32,7 +32,7 @@ class ServeSettings(BaseModel):
     block_len: Positive | None = None
     """K of a draft; by default what the bundle was trained with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    context_len: Positive | None = None
+    context_len: Annotated[int, Field(ge=4)] | None = None
     """Most tokens of prompt and completion together; by default the model's own context."""
     rows: Positive = 8
     """Sequences that a replica decodes together."""

@@ -1,6 +1,7 @@
 """A tiny bundle with random weights, and what its model says one token at a time."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    return wide_model(named_shape("tiny", vocab_len=tokenizer.vocab_len), seed=5)
+    shape = named_shape("tiny", vocab_len=tokenizer.vocab_len)
+    return wide_model(replace(shape, context_len=4096), seed=5)
 
 
 @pytest.fixture(scope="session")

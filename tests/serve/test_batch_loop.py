@@ -2,26 +2,26 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
-import torch
 
 from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
+from tests.tiny import wide_model
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
 from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
-from tidar_core.model import TidarModel
 from tidar_core.shapes import named_shape
+
+ENDLESS = 8000
+"""Tokens that take far longer than any test waits for."""
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = TidarModel(named_shape("tiny", vocab_len=300)).eval()
-    model.init_weights(seed=5)
-    return model
+    return wide_model(replace(named_shape("tiny", vocab_len=300), context_len=8192))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ async def tokens_of(loop, request):
 
 
 async def until(holds):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(2):
         while not holds():
             await asyncio.sleep(0.001)
 
@@ -70,9 +70,9 @@ def test_the_first_list_is_empty_or_begins_with_the_prefill(loop):
 
 def test_a_closed_generator_frees_the_row_and_what_waits_takes_it(loop):
     async def leave():
-        async with aclosing(loop.steps(request("a", max_tokens=120))) as first:
+        async with aclosing(loop.steps(request("a", max_tokens=ENDLESS))) as first:
             await anext(first)
-            second = asyncio.create_task(tokens_of(loop, request("b", max_tokens=120)))
+            second = asyncio.create_task(tokens_of(loop, request("b", max_tokens=ENDLESS)))
             third = asyncio.create_task(tokens_of(loop, request("c", max_tokens=4)))
             await until(lambda: (loop.running, loop.waiting) == (2, 1))
         assert len(await third) == 4
@@ -84,7 +84,7 @@ def test_a_closed_generator_frees_the_row_and_what_waits_takes_it(loop):
 
 def test_a_cancelled_caller_leaves_the_queue(loop):
     async def leave():
-        tasks = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=120))) for n in "abc"]
+        tasks = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "abc"]
         await until(lambda: loop.waiting == 1)
         tasks[2].cancel()
         await until(lambda: loop.waiting == 0)
@@ -97,7 +97,7 @@ def test_a_cancelled_caller_leaves_the_queue(loop):
 
 def test_a_request_that_cannot_run_is_refused_alone(loop):
     async def all_of_them():
-        wrong = [request("long", max_tokens=128), request("empty", prompt=()), request("mask", prompt=(300,))]
+        wrong = [request("long", max_tokens=8192), request("empty", prompt=()), request("mask", prompt=(300,))]
         return await asyncio.gather(*[tokens_of(loop, r) for r in [*wrong, request("a")]], return_exceptions=True)
 
     long, empty, mask, good = asyncio.run(all_of_them())
@@ -132,7 +132,7 @@ def test_a_second_request_of_the_same_id_is_refused_and_does_not_end_the_first(l
 
 def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, model, monkeypatch):
     async def fail_once():
-        running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=120))) for n in "ab"]
+        running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "ab"]
         await until(lambda: loop.running == 2)
         waiting = asyncio.create_task(tokens_of(loop, request("c")))
         await until(lambda: loop.waiting == 1)
@@ -169,7 +169,7 @@ def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(batcher
 def test_a_stopped_loop_fails_who_waits_and_who_comes(batcher):
     async def stop():
         loop = BatchLoop(batcher)
-        caller = asyncio.create_task(tokens_of(loop, request("a", max_tokens=120)))
+        caller = asyncio.create_task(tokens_of(loop, request("a", max_tokens=ENDLESS)))
         await until(lambda: loop.running == 1)
         loop.stop()
         for late in (caller, tokens_of(loop, request("b"))):

@@ -8,7 +8,9 @@ import time
 import httpx
 import openai
 import pytest
+import ray
 from openai.types import Completion
+from ray import serve
 
 from serve_apps import app
 from serve_apps.settings import ServeSettings
@@ -18,6 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NAME = "tiny-model"
 ROWS = 3
+ENDLESS = 4000
+"""Tokens that take far longer than any test waits for."""
 PROMPT = "def add(a, b):\n    return"
 
 
@@ -54,8 +58,6 @@ def greedy(client):
 
 
 def running_and_waiting():
-    from ray import serve
-
     load = serve.get_deployment_handle("decoder", app_name=app.APP_NAME).load.remote().result()
     return load.running, load.waiting
 
@@ -173,8 +175,8 @@ def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by
 @pytest.mark.parametrize(
     ("fields", "error", "param", "code"),
     [
-        ({"max_tokens": 1000}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
-        ({"max_tokens": 1000, "stream": True}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": 5000}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": 5000, "stream": True}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
         ({"logprobs": 2}, openai.BadRequestError, "logprobs", "unsupported_parameter"),
         ({"extra_body": {"tempreature": 2}}, openai.BadRequestError, "tempreature", "unsupported_parameter"),
         ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
@@ -193,8 +195,8 @@ def test_a_wrong_request_raises_openais_error(greedy, fields, error, param, code
 
 
 def test_a_flood_is_answered_429_with_retry_after_and_the_rest_is_exact(service, said_by_the_oracle):
-    expected = said_by_the_oracle(PROMPT, 80)[0]
-    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 80, "temperature": 0}
+    expected = said_by_the_oracle(PROMPT, 300)[0]
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 300, "temperature": 0}
 
     async def flood():
         async with httpx.AsyncClient(timeout=60) as client:
@@ -211,7 +213,7 @@ def test_a_flood_is_answered_429_with_retry_after_and_the_rest_is_exact(service,
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(service, stream):
     until((0, 0))
-    body = {"model": NAME, "prompt": [PROMPT] * (ROWS + 2), "max_tokens": 100, "temperature": 0, "stream": stream,
+    body = {"model": NAME, "prompt": [PROMPT] * (ROWS + 2), "max_tokens": ENDLESS, "temperature": 0, "stream": stream,
             "ignore_eos": True}  # fmt: skip
     with httpx.Client() as client:
         try:
@@ -226,7 +228,7 @@ def test_a_client_that_hangs_up_frees_its_rows(service, stream):
 def test_the_model_is_listed_and_found_by_name(client):
     (listed,) = client.models.list().data
     assert client.models.retrieve(NAME) == listed
-    assert (listed.id, listed.object, listed.max_model_len, listed.block_len) == (NAME, "model", 128, 4)
+    assert (listed.id, listed.object, listed.max_model_len, listed.block_len) == (NAME, "model", 4096, 4)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("folder/other")
 
@@ -262,5 +264,25 @@ def test_a_taken_port_is_told_in_one_line_before_ray_starts(service, bundle, fre
 def test_a_missing_bundle_or_alias_keeps_its_own_error(tmp_path, bundle):
     with pytest.raises(BundleError):
         app.build_app(ServeSettings(model=str(tmp_path / "nothing")))
+    with pytest.raises(ConfigError, match="4096"):
+        app.build_app(ServeSettings(model=bundle, context_len=4097))
     with pytest.raises(RegistryError):
         app.build_app(ServeSettings(model="models:/nothing@champion", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+
+
+def test_a_replica_that_dies_ends_its_streams_with_an_error_and_is_replaced(service, greedy, said_by_the_oracle):
+    stream = greedy(max_tokens=ENDLESS, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    name = next(name for name in names_of_actors() if "#decoder#" in name)
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.type == "server_error"
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{service}/ready", timeout=30).status_code != 200:
+        assert time.monotonic() < deadline
+    assert greedy().choices[0].text == said_by_the_oracle(PROMPT, 20)[0]
+
+
+def names_of_actors():
+    return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]

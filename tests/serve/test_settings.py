@@ -1,0 +1,37 @@
+"""What a service may be told."""
+
+import pytest
+from pydantic import ValidationError
+
+from serve_apps.settings import ServeSettings
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/data/runs/champion", "champion"),
+        ("s3://bucket/bundles/seven/", "seven"),
+        ("models:/tidar-small@champion", "tidar-small"),
+        ("models:/tidar-small/3", "tidar-small"),
+    ],
+)
+def test_clients_see_the_last_part_of_the_location_or_the_registered_name(model, name):
+    assert ServeSettings(model=model).shown_name == name
+    assert ServeSettings(model=model, model_name="mine").shown_name == "mine"
+
+
+def test_it_listens_on_loopback_unless_told_otherwise():
+    assert ServeSettings(model="m").host == "127.0.0.1"
+
+
+def test_a_gpu_share_is_what_makes_it_compute_there():
+    assert (ServeSettings(model="m").device, ServeSettings(model="m", num_gpus=0.5).device) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prot": 1}, {"port": 0}, {"rows": 0}, {"mode": "fast"}, {"min_replicas": 2, "max_replicas": 1}, {"model": ""}],
+)
+def test_what_is_unknown_or_impossible_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        ServeSettings(**{"model": "m"} | wrong)
