@@ -2,7 +2,10 @@
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray.exceptions import RayTaskError
@@ -30,7 +33,7 @@ def connect(cpus: int | None = None) -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _core_unheard():
         warnings.simplefilter("ignore")  # Ray's own deprecations, none of which a user of ours can act on
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -55,3 +58,20 @@ def original_error(error: BaseException) -> BaseException:
         inner = getattr(current, "cause", None)
         current = inner if isinstance(inner, BaseException) else current.__cause__
     return error
+
+
+@contextmanager
+def _core_unheard() -> Iterator[None]:
+    """Ray's C++ core tells standard error that it obeys RAY_BACKEND_LOG_LEVEL, and no setting stops it.
+
+    What goes wrong in here is raised in Python, so nothing else is lost.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -33,8 +33,8 @@ def corpus_documents():
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint():
-    """An S3 server in this process; its address and credentials are in the environment until the session ends."""
+def s3_endpoint(tmp_path_factory):
+    """An S3 server in this process; the environment knows it, and a cache of its own, until the session ends."""
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -48,6 +48,7 @@ def s3_endpoint():
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield f"http://{host}:{port}"
     server.stop()
 

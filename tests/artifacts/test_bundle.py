@@ -93,8 +93,7 @@ def test_a_mask_token_that_text_could_spell_is_refused_and_nothing_is_left_behin
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_on_an_object_store_is_the_same_bundle(s3_bucket, model, tokenizer, bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(locations, "CACHE", tmp_path / "cache")
+def test_a_bundle_on_an_object_store_is_the_same_bundle(s3_bucket, model, tokenizer, bundle):
     assert save(f"{s3_bucket}/m/bundle", model, tokenizer) == read_bundle_info(bundle)
     assert verify_bundle(f"{s3_bucket}/m/bundle") == read_bundle_info(bundle)
     loaded = load_bundle(f"{s3_bucket}/m/bundle")

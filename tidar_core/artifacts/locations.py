@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import secrets
 import shutil
 import tempfile
@@ -62,7 +63,6 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 BROKEN_COMPRESSION = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
 """What reading a damaged compressed file raises."""
 
-CACHE = Path("~/.cache/tidar")
 SCHEMES = ("s3",)
 CHUNK_BYTES = 2**22
 
@@ -216,14 +216,15 @@ def sha256(uri: str) -> str:
 def local_copy(uri: str, cache: str | Path | None = None) -> Path:
     """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version.
 
-    cache  where downloads lie; ~/.cache/tidar if not given
+    cache  where downloads lie; if not given, `tidar` below XDG_CACHE_HOME or ~/.cache
     """
     path = local_path(uri)
     if path is not None:
         return path
     files = list_files(uri)
     key = hashlib.sha256(canonical_json([uri, [(f.name, f.size, f.version) for f in files]]).encode()).hexdigest()
-    target = Path(cache or CACHE).expanduser() / key[:32]
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tidar"
+    target = Path(cache).expanduser() / key[:32]
     if target.is_dir():
         return target
     staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")

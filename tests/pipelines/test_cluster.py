@@ -1,0 +1,35 @@
+"""One cluster a process, and errors as they were raised."""
+
+import pytest
+import ray
+
+from pipelines.cluster import connect, original_error
+from tidar_core.errors import ShardError
+
+
+def failing():
+    raise ShardError("row 17 is short; run pack again")
+
+
+def test_an_error_without_one_of_ours_inside_is_itself():
+    error = ValueError("x")
+    error.__cause__ = KeyError("y")
+    assert original_error(error) is error
+
+
+def test_one_of_ours_is_found_behind_others():
+    inner, outer = ShardError("inner"), RuntimeError("outer")
+    outer.__cause__ = inner
+    assert original_error(outer) is inner
+
+
+@pytest.mark.ray
+def test_connecting_again_does_nothing_and_a_task_s_error_comes_back_as_itself(ray_cluster, capfd):
+    before = ray.get_runtime_context().gcs_address
+    connect()
+    assert ray.get_runtime_context().gcs_address == before
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(ray.remote(failing).remote())
+    original = original_error(caught.value)
+    assert (type(original), str(original)) == (ShardError, "row 17 is short; run pack again")
+    assert "logging.cc" not in capfd.readouterr().err
