@@ -25,6 +25,7 @@ from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.http_app import HttpApp
 from serve_apps.schemas import ModelCard
 from serve_apps.settings import REGISTRY_SCHEME, ServeSettings
+from tidar_core import errors
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.hf_weights import config_from_hf
@@ -127,6 +128,16 @@ def shutdown() -> None:
     _started_ray = False
 
 
+def start_error(message: str) -> TidarError:
+    """What a replica raised, from the text of its traceback: itself if it is one of ours."""
+    last = [line.strip() for line in message.splitlines() if line.strip()][-1]
+    kind, _, said = last.partition(": ")
+    ours = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
+    if isinstance(ours, type) and issubclass(ours, TidarError):
+        return ours(said)
+    return TidarError(f"the service did not start: {last}; the logs of Ray, in /tmp/ray, say more")
+
+
 def _resolve(settings: ServeSettings) -> tuple[Served, ModelCard]:
     """Look the model up once, so that replicas of tomorrow serve what those of today do."""
     bundle_uri, info = _find(settings)
@@ -182,7 +193,7 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
         try:
             serve.run(app, name=APP_NAME, logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
         except RuntimeError as error:
-            raise TidarError(f"the service did not start: {_last_line(error)}") from error
+            raise start_error(_said_by_deployments() or str(error)) from error
     _wait_until_ready(settings)
 
 
@@ -243,6 +254,8 @@ def _address(settings: ServeSettings) -> str:
     return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _said_by_deployments() -> str:
+    """Serve's status message of the deployment that did not start: its replica's traceback, as text."""
+    if APP_NAME not in (applications := serve.status().applications):
+        return ""
+    return "\n".join(d.message for d in applications[APP_NAME].deployments.values() if d.status != "HEALTHY")

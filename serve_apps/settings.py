@@ -3,9 +3,11 @@
 One frozen model, validated here; deployments take it whole. All locations are URIs or local paths.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from tidar_core.errors import ConfigError
 
 __all__ = ["REGISTRY_SCHEME", "ServeSettings"]
 
@@ -58,6 +60,15 @@ class ServeSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def in_one_line(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        """What is wrong is said in our words, as a ConfigError. Last of the validators, so around them all."""
+        try:
+            return build(values)
+        except ValidationError as error:
+            raise ConfigError(f"serve settings: {'; '.join(_in_words(e) for e in error.errors())}") from error
+
     @property
     def shown_name(self) -> str:
         """What clients call the model."""
@@ -71,3 +82,13 @@ class ServeSettings(BaseModel):
     def device(self) -> str:
         """Where a replica computes."""
         return "cuda" if self.num_gpus else "cpu"
+
+
+def _in_words(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; known are {', '.join(ServeSettings.model_fields)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} is {error['input']!r}; {message[0].lower()}{message[1:]}" if key else message

@@ -1,9 +1,9 @@
 """What a service may be told."""
 
 import pytest
-from pydantic import ValidationError
 
 from serve_apps.settings import ServeSettings
+from tidar_core.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,18 @@ def test_a_gpu_share_is_what_makes_it_compute_there():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"prot": 1}, {"port": 0}, {"rows": 0}, {"mode": "fast"}, {"min_replicas": 2, "max_replicas": 1}, {"model": ""}],
+    ("wrong", "named"),
+    [
+        ({"prot": 1}, "unknown key 'prot'; known are model, "),
+        ({"port": 0}, "port is 0; "),
+        ({"rows": 0}, "rows is 0; "),
+        ({"mode": "fast"}, "mode is 'fast'; "),
+        ({"model": ""}, "model is ''; "),
+        ({"min_replicas": 2, "max_replicas": 1}, "max_replicas is 1 and min_replicas 2; "),
+    ],
 )
-def test_what_is_unknown_or_impossible_is_refused(wrong):
-    with pytest.raises(ValidationError):
+def test_what_is_unknown_or_impossible_is_named_in_one_line(wrong, named):
+    with pytest.raises(ConfigError) as caught:
         ServeSettings(**{"model": "m"} | wrong)
+    assert str(caught.value).startswith(f"serve settings: {named}")
+    assert "\n" not in str(caught.value)

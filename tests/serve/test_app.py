@@ -1,0 +1,45 @@
+"""What is looked at before anything starts, and what is said when it does not."""
+
+import socket
+
+import pytest
+
+from serve_apps.app import check_port, start_error
+from serve_apps.settings import ServeSettings
+from tidar_core.errors import BundleError, ConfigError, TidarError
+
+TRACEBACK = """The deployment failed to start 3 times in a row. Error:
+  File "bundle.py", line 130, in verify_bundle
+    raise BundleError(f"{where} has hash")
+"""
+
+
+def test_a_taken_port_is_a_config_error_in_one_line_and_a_free_one_none():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        settings = ServeSettings(model="m", port=listener.getsockname()[1])
+        with pytest.raises(
+            ConfigError, match=f"127.0.0.1:{settings.port} cannot be listened on: Address already"
+        ) as caught:
+            check_port(settings)
+        assert "\n" not in str(caught.value)
+    check_port(settings)
+
+
+def test_an_address_of_another_machine_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.77:8000 cannot be listened on"):
+        check_port(ServeSettings(model="m", host="192.0.2.77"))
+
+
+def test_a_replicas_own_error_comes_out_as_itself():
+    error = start_error(TRACEBACK + "tidar_core.errors.BundleError: model.safetensors has hash 1; fetch it again\n")
+    assert type(error) is BundleError
+    assert str(error) == "model.safetensors has hash 1; fetch it again"
+
+
+def test_another_error_comes_out_in_one_line():
+    error = start_error(TRACEBACK + "RuntimeError: out of memory")
+    assert type(error) is TidarError
+    assert "RuntimeError: out of memory" in str(error)
+    assert "\n" not in str(error)
