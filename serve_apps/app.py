@@ -31,7 +31,7 @@ from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.hf_weights import config_from_hf
 from tidar_core.errors import BundleError, ConfigError, TidarError
 
-__all__ = ["APP_NAME", "build_app", "check_port", "run", "shutdown"]
+__all__ = ["APP_NAME", "build_app", "check_port", "look_up", "run", "shutdown"]
 
 APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
@@ -54,7 +54,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
 
     Looks up the model's name and reads the bundle's description, no weights: raises RegistryError or BundleError.
     """
-    served, card = _resolve(settings)
+    served, card = look_up(settings)
     most = settings.rows + settings.max_waiting
     decoder = serve.deployment(
         name="decoder",
@@ -138,7 +138,7 @@ def start_error(message: str) -> TidarError:
     return TidarError(f"the service did not start: {last}; the logs of Ray, in /tmp/ray, say more")
 
 
-def _resolve(settings: ServeSettings) -> tuple[Served, ModelCard]:
+def look_up(settings: ServeSettings) -> tuple[Served, ModelCard]:
     """Look the model up once, so that replicas of tomorrow serve what those of today do."""
     bundle_uri, info = _find(settings)
     shape = config_from_hf(locations.read_json(locations.join(bundle_uri, "config.json")))

@@ -4,8 +4,10 @@ import socket
 
 import pytest
 
-from serve_apps.app import check_port, start_error
+from serve_apps.app import build_app, check_port, look_up, start_error
 from serve_apps.settings import ServeSettings
+from tidar_core.artifacts import registry
+from tidar_core.artifacts.bundle import read_bundle_info, save_bundle
 from tidar_core.errors import BundleError, ConfigError, TidarError
 
 TRACEBACK = """The deployment failed to start 3 times in a row. Error:
@@ -43,3 +45,26 @@ def test_another_error_comes_out_in_one_line():
     assert type(error) is TidarError
     assert "RuntimeError: out of memory" in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.slow
+def test_an_alias_is_served_under_its_registered_name_and_a_bundle_changed_since_is_refused(tmp_path, model, tokenizer):
+    uri, tracking_uri = str(tmp_path / "bundle"), f"sqlite:///{tmp_path}/mlflow.db"
+    described = {"mask_id": model.config.mask_id, "objective": "dual", "lineage": {}, "made_by": {}}
+    save_bundle(uri, model, tokenizer, block_len=4, **described)
+    version = registry.publish_version(tracking_uri, "tidar-tiny", uri, read_bundle_info(uri), {})
+    registry.promote(tracking_uri, "tidar-tiny", version)
+    settings = ServeSettings(model="models:/tidar-tiny@champion", tracking_uri=tracking_uri)
+    served, card = look_up(settings)
+    assert (served.bundle_uri, served.block_len, served.bundle_hash) == (uri, 4, read_bundle_info(uri).bundle_hash)
+    assert (card.id, card.max_model_len, card.block_len) == ("tidar-tiny", model.config.context_len, 4)
+
+    save_bundle(uri, model, tokenizer, block_len=2, **described)
+    with pytest.raises(BundleError, match="publish the new bundle"):
+        build_app(settings)
+
+
+def test_in_the_autoregressive_mode_a_block_is_one_token(bundle):
+    served, card = look_up(ServeSettings(model=bundle, mode="autoregressive", block_len=8))
+    assert (served.block_len, card.block_len, card.mode) == (1, 1, "autoregressive")
+    assert look_up(ServeSettings(model=bundle, block_len=8))[0].block_len == 8
