@@ -12,7 +12,6 @@ else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong 
 import json
 import os
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,8 +103,8 @@ def quickstart(
     }
     _print(summary, as_json)
     again = f"tidar serve {model} --tracking-uri {river.tracking_uri}"
-    _note(f"Serve it again: {again}\nAsk it:         curl http://127.0.0.1:{port}/v1/completions -d "
-          f"'{{\"model\": \"{MODEL_NAME}\", \"prompt\": \"def main(\"}}'")  # fmt: skip
+    question = json.dumps({"model": MODEL_NAME, "prompt": "def main("})
+    _note(f"Serve it again: {again}\nAsk it:         curl http://127.0.0.1:{port}/v1/completions -d '{question}'")
 
 
 @app.command()
@@ -118,7 +117,9 @@ def pack(job: JobFile, as_json: Json = False) -> None:
     splits = {
         name: {"documents": s.documents, "tokens": s.tokens, "rows": s.rows} for name, s in manifest.splits.items()
     }
-    _print({"row_len": manifest.row_len, "vocab_len": manifest.vocab_len, "identity": manifest.identity} | splits, as_json)
+    _print(
+        {"row_len": manifest.row_len, "vocab_len": manifest.vocab_len, "identity": manifest.identity} | splits, as_json
+    )
 
 
 @app.command()
@@ -179,7 +180,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    block_len: Annotated[int | None, typer.Option(help="Draft block; what the model was trained with by default.")] = None,
+    block_len: Annotated[
+        int | None, typer.Option(help="Draft block; what the model was trained with by default.")
+    ] = None,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -268,12 +271,16 @@ def bench(
         modes = compare_modes(
             bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, on_prompt=advance
         )
-    shown = {name: {k: v for k, v in asdict(mode).items() if k != "texts"} for name, mode in modes.items()}
     weight = bundle.model.embedding.weight
     facts = {
-        "device": str(weight.device), "threads": torch.get_num_threads(), "dtype": str(weight.dtype).removeprefix("torch."),
-        "block_len": K, "batch": batch, "prompts": len(tokens), "modes": shown,
-    }  # fmt: skip
+        "device": str(weight.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "block_len": K,
+        "batch": batch,
+        "prompts": len(tokens),
+        "modes": {name: mode.figures() for name, mode in modes.items()},
+    }
     if as_json:
         _print(facts, as_json)
     else:
@@ -297,9 +304,14 @@ def serve(
 
     run(
         ServeSettings(
-            model=model, port=port, host=host, rows=rows, mode=mode.value, threads=threads or os.cpu_count(),
+            model=model,
+            port=port,
+            host=host,
+            rows=rows,
+            mode=mode.value,
+            threads=threads or os.cpu_count(),
             tracking_uri=registry.absolute_tracking_uri(tracking_uri),
-        )  # fmt: skip
+        )
     )
 
 
@@ -311,8 +323,8 @@ def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
     from tidar_core.artifacts.bundle import load_bundle
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    resolved = registry.resolve(registry.absolute_tracking_uri(tracking_uri), model)
-    return load_bundle(resolved.bundle_uri, device="cuda" if torch.cuda.is_available() else "cpu")
+    found = registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model)
+    return load_bundle(found.uri, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:
@@ -332,7 +344,9 @@ def _print_modes(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}, {facts['threads']} threads"
+    title = (
+        f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}, {facts['threads']} threads"
+    )
     table = Table("mode", "tokens/s", "spread", "tokens per forward", "first token, ms", "equal to AR", title=title)
     for name, mode in facts["modes"].items():
         low, high = mode["tokens_per_second_spread"]

@@ -1,7 +1,7 @@
 """Which rows does a train step read?
 
-Order is arithmetic: the rows of a step follow from (seed, step) alone, so that a run that was killed and resumed, also on
-another number of workers, reads exactly what an unbroken one reads. Nothing is shuffled in memory.
+Order is arithmetic: the rows of a step follow from (seed, step) alone, so that a run that was killed and resumed, also
+on another number of workers, reads exactly what an unbroken one reads. Nothing is shuffled in memory.
 """
 
 __all__ = ["rows_of_step", "shuffled"]

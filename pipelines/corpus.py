@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -39,14 +40,22 @@ class Piece:
     whole: bool
 
 
-def list_corpus(corpus: str, include: Sequence[str]) -> list[FileEntry]:
-    """The files of a corpus in order. Raises CorpusError when there are none."""
-    files = [entry for entry in locations.list_files(locations.absolute(corpus), include) if entry.size]
+def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()) -> list[FileEntry]:
+    """The files of a corpus in order. Raises CorpusError when there are none.
+
+    exclude  patterns of file and folder names that are left out, with all that is below such a folder
+    """
+    listed = locations.list_files(locations.absolute(corpus), include)
+    files = [entry for entry in listed if entry.size and not _left_out(entry.name, exclude)]
     if files:
         return files
     if not locations.exists(corpus) and not any(sign in corpus for sign in "*?["):
         raise CorpusError(f"corpus {corpus} does not exist; give a file, a folder or a glob")
     raise CorpusError(f"corpus {corpus} holds no text in files named {', '.join(include)}; check corpus and include")
+
+
+def _left_out(name: str, exclude: Sequence[str]) -> bool:
+    return any(fnmatchcase(part, pattern) for part in name.split("/") for pattern in exclude)
 
 
 def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]:

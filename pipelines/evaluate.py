@@ -7,7 +7,6 @@ decoder.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -109,7 +108,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         "speed_over_ar": single_pass.tokens_per_second / ar.tokens_per_second,
         "batch": job.batch,
         "threads": torch.get_num_threads(),
-        "modes": {name: {k: v for k, v in asdict(m).items() if k != "texts"} for name, m in modes.items()},
+        "modes": {name: mode.figures() for name, mode in modes.items()},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from tidar_core.errors import ConfigError
 
@@ -44,6 +45,8 @@ class PackJob(Job):
     include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl", "*.parquet")
     """File-name patterns read from a folder; each also matches with .gz or .zst appended. The part before a
     compression suffix says the format: .jsonl and .parquet have one document a row, anything else one a file."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of file and folder names that are left out, with all that is below such a folder."""
     text_field: str = "text"
     row_len: Positive = 4096
     """Tokens in a packed row (S)."""
@@ -172,7 +175,7 @@ def read_job(kind: type[J], path: str | Path) -> J:
         raise ConfigError(f"job file {path}: {'; '.join(_in_words(e, kind) for e in error.errors())}") from error
 
 
-def _in_words(error: dict, kind: type[Job]) -> str:  # type: ignore[type-arg]
+def _in_words(error: ErrorDetails, kind: type[Job]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {kind.__name__} knows {', '.join(kind.model_fields)}"

@@ -73,7 +73,7 @@ def pack(job: PackJob) -> Manifest:
 
     Same corpus, tokenizer, row_len, rows_per_shard and held_out: same bytes, whatever `workers` and `unit_bytes`.
     """
-    files = corpus.list_corpus(job.corpus, job.include)
+    files = corpus.list_corpus(job.corpus, job.include, job.exclude)
     tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
     identity = _identity(job, files, tokenizer)
     output = locations.absolute(job.output)

@@ -30,7 +30,7 @@ def speed_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     names, speeds = list(modes), [mode["tokens_per_second"] for mode in modes.values()]
     low, high = zip(*(mode["tokens_per_second_spread"] for mode in modes.values()))
-    errors = [[s - l for s, l in zip(speeds, low)], [h - s for s, h in zip(speeds, high)]]
+    errors = [[s - slow for s, slow in zip(speeds, low)], [fast - s for s, fast in zip(speeds, high)]]
     axes.barh(names, speeds, xerr=errors, capsize=4)
     axes.set(xlabel="tokens per second", title="Speed, same prompts, one run")
     return _png(figure)

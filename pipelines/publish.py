@@ -42,9 +42,7 @@ def missed_bars(job: PublishJob, report: dict[str, Any]) -> list[str]:
     if job.require_greedy_equal and not report["greedy_equal"]:
         missed.append(f"greedy texts equal the AR mode's on {report['prompts_equal']} of {report['prompts']} prompts")
     if report["tokens_per_forward"] < job.min_tokens_per_forward:
-        missed.append(
-            f"tokens per forward is {report['tokens_per_forward']:.3f}, the bar {job.min_tokens_per_forward}"
-        )
+        missed.append(f"tokens per forward is {report['tokens_per_forward']:.3f}, the bar {job.min_tokens_per_forward}")
     for name, bar in (("ar_loss", job.max_ar_loss), ("diffusion_loss", job.max_diffusion_loss)):
         if bar is not None and not report[name] <= bar:
             missed.append(f"{name} is {report[name]:.4f}, the bar {bar}")

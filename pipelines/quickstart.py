@@ -1,22 +1,23 @@
 """How does the whole river run on one machine with no input?
 
-The running Python's own standard library is the corpus: pack it, train a small autoregressive model from scratch, convert
-it by dual-mode training, evaluate, publish, promote. Each station is the same one that a cluster runs, and its job file is
-left in the working folder; a second run reuses what is finished and resumes what is not.
+The running Python's own standard library is the corpus: pack it, train a small autoregressive model from scratch,
+convert it by dual-mode training, evaluate, publish, promote. Each station is the same one that a cluster runs, and its
+job file is left in the working folder; a second run reuses what is finished and resumes what is not.
 """
 
 import os
 import sysconfig
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pipelines.evaluate import REPORT, evaluate, held_out_losses
-from pipelines.jobs import EvaluateJob, Job, PackJob, PublishJob, TrainBpe, TrainJob, read_job
+from pipelines.evaluate import evaluate, held_out_losses
+from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job
 from pipelines.pack import pack
 from pipelines.progress import stderr
 from pipelines.publish import publish
@@ -33,9 +34,10 @@ __all__ = ["MODEL_NAME", "PROMPTS", "River", "flow"]
 
 MODEL_NAME = "quickstart"
 PROMPTS = ("def main():\n    ", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
+VOCAB_SIZE = 512
 BLOCK_LEN = 8
 ROW_LEN = 256
-ROWS_PER_STEP = 8
+ROWS_PER_STEP = 16
 AR_SHARE = 0.3
 """Of the training budget; the dual-mode phase trains the AR half as well."""
 PROBE_STEPS = 4
@@ -67,43 +69,49 @@ def flow(workdir: Path, budget_seconds: int) -> River:
     threads = os.cpu_count() or 1
     shards, ar_bundle, bundle, report = (str(workdir / name) for name in ("shards", "ar", "bundle", "report"))
 
+    def job(name: str, kind: type[J], /, **values: Any) -> J:
+        return _kept_job(workdir / "jobs" / f"{name}.yaml", kind, values)
+
     stderr.print("[bold]1 pack[/] the standard library's sources")
-    manifest = pack(_kept_job(workdir, "pack", lambda: PackJob(
-        corpus=sysconfig.get_path("stdlib"), output=shards, tokenizer=TrainBpe(vocab_size=1024), include=("*.py",),
-        exclude=("site-packages", "test", "idlelib", "lib2to3", "__pycache__"), row_len=ROW_LEN, held_out=0.04, workers=threads,
-    )))  # fmt: skip
-    common = {
+    manifest = pack(job(
+        "pack", PackJob, corpus=sysconfig.get_path("stdlib"), include=["*.py"], output=shards, row_len=ROW_LEN,
+        exclude=["site-packages", "dist-packages", "test", "tests"], tokenizer={"vocab_size": VOCAB_SIZE},
+        held_out=0.04, workers=threads,
+    ))  # fmt: skip
+    common: dict[str, Any] = {
         "shards": shards, "block_len": BLOCK_LEN, "rows_per_step": ROWS_PER_STEP, "rows_per_forward": ROWS_PER_STEP,
-        "learning_rate": 4e-3, "min_learning_rate": 2e-4, "warmup": 0.03, "cpus_per_worker": threads,
-        "tracking_uri": tracking_uri, "experiment": "quickstart",
+        "learning_rate": 4e-3, "min_learning_rate": 2e-4, "warmup": 0.03, "checkpoint_every": 200,
+        "cpus_per_worker": threads, "tracking_uri": tracking_uri, "experiment": MODEL_NAME,
     }  # fmt: skip
 
     stderr.print("[bold]2 train[/] a small autoregressive model from scratch")
-    train(_kept_job(workdir, "train-ar", lambda: TrainJob(
-        output=ar_bundle, objective="ar", shape="quickstart", checkpoint_every=200, **common,
-        steps=_steps_within(AR_SHARE * budget_seconds, shards, dual=False, threads=threads),
-    )))  # fmt: skip
+    steps = partial(_steps_within, shards=shards, threads=threads)
+    train(job(
+        "train-ar", TrainJob, output=ar_bundle, objective="ar", shape="quickstart", **common,
+        steps=lambda: steps(AR_SHARE * budget_seconds, dual=False),
+    ))  # fmt: skip
 
     stderr.print("[bold]3 convert[/] it by dual-mode training")
-    train(_kept_job(workdir, "train-dual", lambda: TrainJob(
-        output=bundle, objective="dual", init_from=ar_bundle, checkpoint_every=200, **common,
-        steps=_steps_within((1 - AR_SHARE) * budget_seconds, shards, dual=True, threads=threads),
-    )))  # fmt: skip
+    train(job(
+        "train-dual", TrainJob, output=bundle, objective="dual", init_from=ar_bundle, **common,
+        steps=lambda: steps((1 - AR_SHARE) * budget_seconds, dual=True),
+    ))  # fmt: skip
 
     stderr.print("[bold]4 evaluate[/] on held-out files")
-    job = _kept_job(workdir, "evaluate", lambda: EvaluateJob(
-        bundle=bundle, shards=shards, output=report, prompts=16, prompt_len=64, max_tokens=128, batch=1, cpus=threads,
-    ))  # fmt: skip
-    evaluation = evaluate(job)
+    evaluation_job = job(
+        "evaluate", EvaluateJob, bundle=bundle, shards=shards, output=report, prompts=16, prompt_len=64,
+        max_tokens=128, batch=1, cpus=threads,
+    )  # fmt: skip
+    evaluation = evaluate(evaluation_job)
 
     stderr.print("[bold]5 publish[/] and promote")
-    version = publish(_kept_job(workdir, "publish", lambda: PublishJob(
-        bundle=bundle, report=str(Path(report) / REPORT), name=MODEL_NAME, tracking_uri=tracking_uri,
-    )))  # fmt: skip
+    version = publish(job(
+        "publish", PublishJob, bundle=bundle, report=report, name=MODEL_NAME, tracking_uri=tracking_uri,
+    ))  # fmt: skip
     registry.promote(tracking_uri, MODEL_NAME, version)
     return River(
         manifest=manifest,
-        ar_phase=held_out_losses(ar_bundle, shards, rows=job.loss_rows, threads=threads),
+        ar_phase=held_out_losses(ar_bundle, shards, rows=evaluation_job.loss_rows, threads=threads),
         report=evaluation,
         report_folder=report,
         bundle=bundle,
@@ -112,17 +120,15 @@ def flow(workdir: Path, budget_seconds: int) -> River:
     )
 
 
-def _kept_job(workdir: Path, name: str, make: Any) -> Any:
-    """The job file of an earlier run, or a new one."""
-    path = workdir / "jobs" / f"{name}.yaml"
-    kinds: dict[str, type[Job]] = {"pack": PackJob, "evaluate": EvaluateJob, "publish": PublishJob}
+def _kept_job(path: Path, kind: type[J], values: dict[str, Any]) -> J:
+    """The job file of an earlier run, or a new one of these values; those that are functions are called for it."""
     if not path.exists():
-        values = make().model_dump(mode="json")
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return read_job(kinds.get(name, TrainJob), path)
+        written = kind.model_validate({name: value() if callable(value) else value for name, value in values.items()})
+        path.write_text(yaml.safe_dump(written.model_dump(mode="json"), sort_keys=False))
+    return read_job(kind, path)
 
 
-def _steps_within(seconds: float, shards: str, *, dual: bool, threads: int) -> int:
+def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> int:
     """Train steps that fit a budget on this machine, from a few that are timed."""
     torch.set_num_threads(threads)
     reader = ShardReader(shards)

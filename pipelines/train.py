@@ -1,4 +1,4 @@
-"""How does a train job run on a cluster: scale, failures, resumption, what is seen of it? The only home of Ray Train."""
+"""How does a train job run on a cluster: scale, failures, resumption? The only home of Ray Train."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

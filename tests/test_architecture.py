@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("tidar_core", "pipelines", "serve_apps")
-SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")) + [ROOT / "tidar.py"]
+SOURCES = [*sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")), ROOT / "tidar.py"]
 CORE = [path for path in SOURCES if path.parent == ROOT / "tidar_core" or path.parent.name == "kernels"]
 ARTIFACTS = [path for path in SOURCES if path.parent.name == "artifacts"]
 HOMES = {

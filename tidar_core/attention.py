@@ -30,9 +30,7 @@ class Attention(Protocol):
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, visible_BQK: Tensor) -> Tensor:
     """Softmax attention [B, H, Q, D]; every query must see at least one key."""
     grouped = q_BHQD.shape[1] != k_BHKD.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHQD, k_BHKD, v_BHKD, attn_mask=visible_BQK[:, None], enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=visible_BQK[:, None], enable_gqa=grouped)
 
 
 class DenseAttention:
@@ -42,7 +40,8 @@ class DenseAttention:
         self.visible_BLL = dense_visibility(layout, layout)
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        return attend(*(x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)), self.visible_BLL).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+        return attend(q, k, v, self.visible_BLL).transpose(1, 2)
 
 
 class DualModeAttention:

@@ -20,7 +20,8 @@ def generate_autoregressive(model: TidarModel, prompt: tuple[int, ...], sampling
     """Token ids that continue `prompt`, up to max_tokens or the first end-of-text token (included)."""
     fields = SamplingTensors.of([sampling], model.embedding.weight.device)
     memory = _GrowingMemory()
-    unread, generated = list(prompt), []
+    unread = list(prompt)
+    generated: list[int] = []
     while len(generated) < sampling.max_tokens:
         position = torch.arange(memory.length, memory.length + len(unread), device=fields.seed_B.device)[None]
         hidden = model(torch.tensor([unread], device=position.device), position, memory)

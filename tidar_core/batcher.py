@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tidar_core.decoder import DecodeStep, Decoder, Request
+from tidar_core.decoder import Decoder, DecodeStep, Request
 from tidar_core.errors import CapacityError, RequestError
 
 __all__ = ["Batcher", "Completion", "complete"]

@@ -7,7 +7,8 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from tidar_core.batcher import Batcher, Completion
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -40,6 +41,13 @@ class ModeResult:
     equal_to_ar: bool
     """Every text is the autoregressive mode's, token for token."""
     texts: tuple[tuple[int, ...], ...]
+    """New token ids of each prompt."""
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the texts, for a report."""
+        values = asdict(self)
+        del values["texts"]
+        return values
 
 
 def draft_of_mode(mode: str, block_len: int, kind: str = "argmax") -> DraftConfig:

@@ -252,4 +252,3 @@ class Decoder:
 
     def _gather_sampling(self) -> None:
         self._sampling = SamplingTensors.of([s.request.sampling for s in self._running], self.device)
-

@@ -95,9 +95,7 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
         C_B1 + group_M - 1,
         group_M.expand(len(prefix_len_B), -1),
     )
-    return TokenLayout(
-        torch.zeros_like(clean_BC), clean_BC, clean_BC, torch.full_like(clean_BC, CLEAN)
-    ).then(masks)
+    return TokenLayout(torch.zeros_like(clean_BC), clean_BC, clean_BC, torch.full_like(clean_BC, CLEAN)).then(masks)
 
 
 def cache_layout(slot_len: int, batch: int, device: torch.device) -> TokenLayout:

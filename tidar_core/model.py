@@ -28,8 +28,7 @@ class TidarModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
-        if config.tied_head:
-            self.head.weight = self.embedding.weight
+        self.tie()
         self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
@@ -39,6 +38,11 @@ class TidarModel(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, rotation, attention)
         return self.norm(hidden)
+
+    def tie(self) -> None:
+        """Make the head the embedding table, where the config says so."""
+        if self.config.tied_head:
+            self.head.weight = self.embedding.weight  # type: ignore[assignment]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -170,7 +174,9 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = keep.clamp(0, 1)
         return keep * frequency + (1 - keep) * slowed, 1.0
-    first, last = (_yarn_dimension(config, scaling.original_context_len, b) for b in (scaling.beta_fast, scaling.beta_slow))
+    first, last = (
+        _yarn_dimension(config, scaling.original_context_len, b) for b in (scaling.beta_fast, scaling.beta_slow)
+    )
     low, high = max(math.floor(first), 0), min(math.ceil(last), config.head_size - 1)
     index = torch.arange(config.head_size // 2, dtype=torch.float32)
     slow = ((index - low) / max(high - low, 0.001)).clamp(0, 1)

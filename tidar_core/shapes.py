@@ -21,8 +21,8 @@ _LLAMA_3_1_8B = ModelConfig(
     rope_scaling=RopeScaling(kind="llama3", factor=8, original_context_len=8192),
 )  # fmt: skip
 _QUICKSTART = ModelConfig(
-    architecture="qwen3", vocab_size=2048, hidden_size=192, intermediate_size=512, layers=4, heads=4, kv_heads=2,
-    head_size=48, context_len=512, qk_norm=True, tied_head=True,
+    architecture="qwen3", vocab_size=576, hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2,
+    head_size=32, context_len=512, qk_norm=True, tied_head=True,
 )  # fmt: skip
 _TINY = ModelConfig(
     architecture="qwen3", vocab_size=512, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2,

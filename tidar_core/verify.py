@@ -1,13 +1,14 @@
 """How many drafts stand, and what replaces the first that falls?
 
-Two exact forms of speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; TiDAR, section 3.2). Whatever the drafts
-are, the tokens that leave follow the target law.
+Two exact forms of speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; TiDAR, section 3.2). Whatever the
+drafts are, the tokens that leave follow the target law.
 
-`match`   for drafts chosen outright (point masses). Draw each target token as the autoregressive mode would, keep drafts
-          while they agree. A draft d is kept with probability p(d), as the ratio test would keep it; and the text is
-          the autoregressive mode's own, token for token, whatever the drafts. Greedy decoding is the case without luck.
-`weigh`   for drafts drawn from a law q that was stored: keep with probability min(1, p / q), replace the first that falls
-          by a draw from max(0, p - q). Keeps more of them; the text differs from the autoregressive mode's, its law not.
+`match`  for drafts chosen outright (point masses). Draw each target token as the autoregressive mode would, keep drafts
+         while they agree. A draft d is kept with probability p(d), as the ratio test would keep it; and the text is the
+         autoregressive mode's own, token for token, whatever the drafts. Greedy decoding is the case without luck.
+`weigh`  for drafts drawn from a law q that was stored: keep with probability min(1, p / q), replace the first that
+         falls by a draw from max(0, p - q). Keeps more of them; the text is another than the autoregressive mode's,
+         its law the same.
 
 Shape letters: B sequences, K block length, V vocabulary.
 """

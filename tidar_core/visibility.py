@@ -35,4 +35,3 @@ def flex_rule(query: TokenLayout, key: TokenLayout) -> Callable[[Tensor, Tensor,
         return sees(query[b, q], key[b, k])
 
     return visible
-

@@ -257,9 +257,7 @@ def test_beta_zero_trusts_the_first_mask_of_the_block_at_each_position(model, bl
 
 
 def test_tokens_per_forward_lies_between_one_and_the_block_length(model):
-    completion = complete(
-        Batcher(Decoder(model, DraftConfig(block_len=4), rows=1)), requests(prompts(7), GREEDY)
-    )[0]
+    completion = complete(Batcher(Decoder(model, DraftConfig(block_len=4), rows=1)), requests(prompts(7), GREEDY))[0]
     assert 1 <= completion.tokens_per_forward <= 4
     assert completion.accepted.total() == completion.forwards - 1
 

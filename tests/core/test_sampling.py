@@ -41,7 +41,11 @@ def test_top_k_keeps_exactly_k_of_equal_tokens():
 
 
 def test_each_request_of_a_batch_has_its_own_law():
-    requests = [SamplingConfig(temperature=0.0), SamplingConfig(temperature=1.0, top_k=2), SamplingConfig(temperature=1)]
+    requests = [
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(temperature=1.0, top_k=2),
+        SamplingConfig(temperature=1),
+    ]
     laws = law(LOGITS.expand(3, 1, 4), SamplingTensors.of(requests))[:, 0]
     assert laws[0].tolist() == [0, 1, 0, 0]
     assert laws[1].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)

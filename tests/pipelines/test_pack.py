@@ -114,6 +114,14 @@ def test_each_format_gives_its_documents_compressed_or_not(tmp_path):
     assert texts == ["ünï", "two", "whole file\n", "p1", "p2", "p1", "p2"]
 
 
+def test_excluded_folders_and_files_are_left_out_with_all_below_them(tmp_path):
+    for name in ("a.py", "test/b.py", "lib/test/c.py", "lib/d.py", "lib/d_test.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    files = corpus.list_corpus(str(tmp_path), ("*.py",), ("test", "*_test.py"))
+    assert [entry.name for entry in files] == ["a.py", "lib/d.py"]
+
+
 def test_a_tokenizer_sees_the_start_of_every_file_and_no_held_out_text(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 300_000)
     (tmp_path / "b.txt").write_text("b" * 10)

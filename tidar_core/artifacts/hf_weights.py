@@ -64,8 +64,7 @@ def load_model(
                 f"{list(expected.shape)}; use weights and config of one model"
             )
     model.load_state_dict(state, strict=False, assign=True)
-    if config.tied_head:
-        model.head.weight = model.embedding.weight
+    model.tie()
     return model.eval()
 
 
@@ -215,9 +214,7 @@ def _rope_scaling(settings: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(
         kind=kind,
         factor=factor,
-        original_context_len=int(
-            rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]
-        ),
+        original_context_len=int(rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]),
         low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
         high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
         beta_fast=float(rope.get("beta_fast") or 32.0),

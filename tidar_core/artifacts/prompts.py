@@ -33,7 +33,7 @@ def read_prompts(path: str | Path | None, count: int) -> list[str]:
         return list(CODE_PROMPTS[:count])
     if not locations.exists(str(path)):
         raise CorpusError(f"prompts file {path} does not exist; give a JSONL file")
-    prompts = []
+    prompts: list[str] = []
     with locations.open_decompressed(str(path)) as lines:
         for number, line in enumerate(lines, 1):
             if len(prompts) == count:

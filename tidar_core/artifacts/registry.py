@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidar_core.artifacts import locations
-from tidar_core.artifacts.bundle import BundleInfo
-from tidar_core.errors import RegistryError
+from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.errors import BundleError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
+    "FoundBundle",
     "RegistryVersion",
     "absolute_tracking_uri",
     "end_run",
+    "find_bundle",
     "log_artifact",
     "log_metrics",
     "promote",
@@ -47,6 +49,7 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 
 SQLITE = "sqlite:///"
+MODEL_SCHEME = "models:/"
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 PREVIOUS = "previous_champion"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -67,6 +70,14 @@ class RegistryVersion:
     version: int
     bundle_uri: str
     bundle_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBundle:
+    """Where a model's bundle lies, and what it says of itself."""
+
+    uri: str
+    info: BundleInfo
 
 
 def absolute_tracking_uri(tracking_uri: str) -> str:
@@ -205,6 +216,20 @@ def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
     if "bundle_hash" not in found.tags:
         raise RegistryError(f"model {name} version {number} has no bundle_hash; publish it with tidar publish")
     return RegistryVersion(name, number, str(found.source), found.tags["bundle_hash"])
+
+
+def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
+    """The bundle that a user means: a folder or URI, or a registered model, of the hash it was registered with."""
+    if not model.startswith(MODEL_SCHEME):
+        return FoundBundle(locations.absolute(model), read_bundle_info(model))
+    registered = resolve(tracking_uri, model)
+    info = read_bundle_info(registered.bundle_uri)
+    if info.bundle_hash != registered.bundle_hash:
+        raise BundleError(
+            f"{model} is registered with hash {registered.bundle_hash[:12]}; {registered.bundle_uri} has "
+            f"{info.bundle_hash[:12]}; publish the new bundle as a version of its own"
+        )
+    return FoundBundle(locations.absolute(registered.bundle_uri), info)
 
 
 @cache

@@ -1,0 +1,113 @@
+"""The report says what an independent count says; releases must meet their bars."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidar_core.artifacts import registry
+from tidar_core.artifacts.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.shards import ShardReader
+from tidar_core.attention import DenseAttention
+from tidar_core.dual_mode import IGNORED, dual_mode_batch
+from tidar_core.errors import ConfigError, GateError, RegistryError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_losses_are_means_over_held_out_labels(report, evaluate_job):
+    bundle = load_bundle(evaluate_job.bundle)
+    rows = ShardReader(evaluate_job.shards, "held_out").rows(range(report["held_out_rows"]))
+    ar, diffusion = [], []
+    for ids, documents in zip(rows.input_ids_BS, rows.document_ids_BS):
+        batch = dual_mode_batch(ids[None], documents[None], 4, bundle.info.mask_id)
+        with torch.no_grad():
+            hidden = bundle.model(batch.token_BL, batch.layout.position, DenseAttention(batch.layout))
+            logs = bundle.model.head(hidden)[0].log_softmax(-1)
+        for s in range(len(ids)):
+            if (target := batch.ar_target_BS[0, s]) != IGNORED:
+                ar.append(-float(logs[s, target]))
+            if (target := batch.diffusion_target_BS[0, s]) != IGNORED:
+                diffusion.append(-float(logs[len(ids) + s, target]))
+    assert report["ar_loss"] == pytest.approx(sum(ar) / len(ar), rel=1e-4)
+    assert report["diffusion_loss"] == pytest.approx(sum(diffusion) / len(diffusion), rel=1e-4)
+
+
+def test_greedy_texts_equal_the_plain_loop_on_every_prompt(report):
+    assert report["greedy_equal"] is True
+    assert report["prompts"] == report["prompts_equal"] == 3
+    assert report["modes"]["autoregressive"]["tokens_per_forward"] == 1.0
+
+
+def test_acceptance_adds_up(report):
+    histogram, by_position = report["acceptance_histogram"], report["acceptance_by_position"]
+    assert len(histogram) == len(by_position) == len(report["draft_accuracy"]) == 4
+    mean = sum(n * count for n, count in enumerate(histogram, 1)) / sum(histogram)
+    assert report["tokens_per_round"] == pytest.approx(mean) == pytest.approx(sum(by_position))
+    assert by_position[0] == 1.0
+    assert 1.0 <= report["tokens_per_forward"] <= 4.0
+
+
+def test_the_report_lies_as_json_words_and_pictures(report, evaluate_job):
+    folder = Path(evaluate_job.output)
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert f"{report['ar_loss']:.4f}" in (folder / "report.md").read_text()
+    for picture in ("acceptance.png", "speed.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "made_by.json").read_text())["parents"]["bundle"] == report["bundle_hash"]
+
+
+@pytest.fixture
+def publish_job(report, evaluate_job, tmp_path):
+    from pipelines.jobs import PublishJob
+
+    return PublishJob(
+        bundle=evaluate_job.bundle, report=evaluate_job.output, name="m", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+    )
+
+
+def test_a_bundle_that_meets_its_bars_becomes_challenger_then_champion(publish_job):
+    from pipelines.publish import publish
+
+    version = publish(publish_job)
+    assert registry.resolve(publish_job.tracking_uri, "models:/m@challenger").version == version == 1
+    with pytest.raises(RegistryError, match="champion"):
+        registry.resolve(publish_job.tracking_uri, "models:/m@champion")
+    registry.promote(publish_job.tracking_uri, "m", version)
+    found = registry.find_bundle(publish_job.tracking_uri, "models:/m@champion")
+    assert found.info == read_bundle_info(publish_job.bundle)
+
+
+def test_every_missed_bar_is_named_and_nothing_is_registered(publish_job):
+    from pipelines.publish import publish
+
+    high = publish_job.model_copy(
+        update={"min_tokens_per_forward": 99.0, "max_ar_loss": 0.01, "max_diffusion_loss": 0.02}
+    )
+    with pytest.raises(GateError, match=r"tokens per forward is .* ar_loss is .* diffusion_loss is"):
+        publish(high)
+    with pytest.raises(RegistryError, match="no model"):
+        registry.resolve(publish_job.tracking_uri, "models:/m@challenger")
+
+
+def test_unequal_texts_are_a_missed_bar(publish_job, report):
+    from pipelines.publish import missed_bars
+
+    unequal = report | {"greedy_equal": False, "prompts_equal": 2}
+    assert missed_bars(publish_job, unequal) == ["greedy texts equal the AR mode's on 2 of 3 prompts"]
+    assert missed_bars(publish_job.model_copy(update={"require_greedy_equal": False}), unequal) == []
+
+
+def test_a_report_about_another_bundle_is_refused(publish_job, ar_bundle):
+    from pipelines.publish import publish
+
+    with pytest.raises(GateError, match="evaluate this bundle first"):
+        publish(publish_job.model_copy(update={"bundle": ar_bundle.output}))
+
+
+def test_a_missing_report_is_named(publish_job, tmp_path):
+    from pipelines.publish import publish
+
+    with pytest.raises(ConfigError, match="run evaluate first"):
+        publish(publish_job.model_copy(update={"report": str(tmp_path)}))

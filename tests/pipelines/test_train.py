@@ -1,0 +1,158 @@
+"""Training on a real Ray cluster through real DeepSpeed: losses, curves, a killed worker, refusals."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tidar_core.artifacts.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.shards import ShardReader, read_manifest
+from tidar_core.errors import BundleError, ConfigError, ShardError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def curve(job, metric):
+    """Every value logged, as (train step, value), in order of logging."""
+    from mlflow import MlflowClient
+
+    run_id = Path(job.output + ".run/mlflow_run_id").read_text()
+    return [(m.step, m.value) for m in MlflowClient(job.tracking_uri).get_metric_history(run_id, metric)]
+
+
+def test_two_workers_lower_the_loss_and_leave_a_bundle(ar_bundle):
+    losses = dict(curve(ar_bundle, "ar_loss"))
+    assert list(losses) == list(range(1, 31))
+    assert losses[30] < losses[1] - 0.5
+    info = read_bundle_info(ar_bundle.output)
+    assert info.objective == "ar"
+    assert info.lineage["shards"] == read_manifest(ar_bundle.shards).identity
+    bundle = load_bundle(ar_bundle.output)
+    assert bundle.model.config.mask_id == info.mask_id >= bundle.tokenizer.vocab_len
+
+
+def test_the_loss_curve_of_the_first_step_is_that_of_the_random_weights_on_its_rows(ar_bundle):
+    from pipelines.batches import rows_of_step
+    from pipelines.train_worker import starting_model
+    from tidar_core.losses import label_counts
+    from tidar_core.objective import Objective
+
+    reader = ShardReader(ar_bundle.shards)
+    model, _ = starting_model(ar_bundle, reader.manifest)
+    rows = reader.rows(rows_of_step(0, rows_per_step=8, rows=len(reader), seed=0))
+    objective = Objective(model, dual=False, block_len=4)
+    batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS)
+    with torch.no_grad():
+        expected = objective(batch).ar_sum / label_counts(batch)[0]
+    assert dict(curve(ar_bundle, "ar_loss"))[1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dual_mode_starts_at_the_parents_ar_loss_and_learns_to_draft(ar_bundle, dual_bundle):
+    parent = dict(curve(ar_bundle, "ar_loss"))
+    ar, diffusion = (dict(curve(dual_bundle, name)) for name in ("ar_loss", "diffusion_loss"))
+    assert ar[1] == pytest.approx(parent[30], abs=0.3)
+    assert diffusion[60] < diffusion[1] - 0.1
+    assert read_bundle_info(dual_bundle.output).lineage["start"] == read_bundle_info(ar_bundle.output).bundle_hash
+    for offset in range(4):
+        assert len(curve(dual_bundle, f"draft_accuracy_{offset:02d}")) == 60
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(ar_bundle):
+    rates = dict(curve(ar_bundle, "learning_rate"))
+    assert rates[1] == pytest.approx(5e-3 / 3)
+    assert rates[3] == pytest.approx(5e-3)
+    assert rates[30] == pytest.approx(5e-4)
+    assert all(rates[step] > rates[step + 1] for step in range(4, 30))
+
+
+def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_job, ar_bundle):
+    from pipelines.train import train
+
+    began = time.perf_counter()
+    assert train(ar_bundle) == read_bundle_info(ar_bundle.output)
+    assert time.perf_counter() - began < 5
+    with pytest.raises(ConfigError, match="another job"):
+        train(train_job("ar", seed=1))
+
+
+def kill_a_worker_after(checkpoint_of: Path, killed: list[int]) -> None:
+    """SIGKILL one training worker as soon as a checkpoint lies in the run's folder."""
+    while not list(checkpoint_of.glob("checkpoint_*")):
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+            return
+
+
+def test_a_killed_worker_resumes_and_ends_where_an_unbroken_run_ends(train_job, ar_bundle, dual_bundle):
+    from pipelines.train import train
+
+    job = train_job("killed", objective="dual", shape=None, init_from=ar_bundle.output, steps=60)
+    killed: list[int] = []
+    watcher = threading.Thread(target=kill_a_worker_after, args=(Path(job.output + ".run"), killed))
+    watcher.start()
+    train(job)
+    watcher.join()
+    assert len(killed) == 1
+    logged = curve(job, "ar_loss")
+    steps = [step for step, _ in logged]
+    assert len(steps) > len(set(steps)) == 60  # some steps were trained, and logged, twice
+    unbroken = dict(curve(dual_bundle, "ar_loss"))
+    assert all(value == unbroken[step] for step, value in logged)
+    ours, theirs = (load_bundle(j.output).model.state_dict() for j in (job, dual_bundle))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_missing_shards_are_named_before_a_worker_starts(train_job, tmp_path):
+    from pipelines.train import train
+
+    with pytest.raises(ShardError, match="nowhere"):
+        train(train_job("x", shards=str(tmp_path / "nowhere")))
+    assert not Path(train_job("x").output).exists()
+
+
+def test_a_tampered_shard_is_named_before_a_worker_starts(train_job, shards, tmp_path):
+    import shutil
+
+    from pipelines.train import train
+
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    shard = copy / "train-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ShardError, match=r"train-00000\.parquet") as caught:
+        train(train_job("tampered", shards=str(copy)))
+    assert "\n" not in str(caught.value)
+    assert not Path(train_job("tampered").output).exists()
+
+
+def test_a_start_that_is_no_model_is_named(train_job, tmp_path):
+    from pipelines.train import train
+
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        train(train_job("y", shape=None, init_from=str(tmp_path)))
+
+
+def test_a_start_with_a_flipped_byte_is_named(train_job, ar_bundle, tmp_path):
+    import shutil
+
+    from pipelines.train import train
+
+    copy = tmp_path / "ar"
+    shutil.copytree(ar_bundle.output, copy)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.safetensors"):
+        train(train_job("z", shape=None, init_from=str(copy)))
