@@ -39,6 +39,7 @@ def connect(cpus: int | None = None) -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
+                address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,

@@ -24,12 +24,11 @@ from ray.serve.schema import LoggingConfig
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.http_app import HttpApp
 from serve_apps.schemas import ModelCard
-from serve_apps.settings import REGISTRY_SCHEME, ServeSettings
+from serve_apps.settings import ServeSettings
 from tidar_core import errors
 from tidar_core.artifacts import locations, registry
-from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.hf_weights import config_from_hf
-from tidar_core.errors import BundleError, ConfigError, TidarError
+from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["APP_NAME", "build_app", "check_port", "look_up", "run", "shutdown"]
 
@@ -140,8 +139,9 @@ def start_error(message: str) -> TidarError:
 
 def look_up(settings: ServeSettings) -> tuple[Served, ModelCard]:
     """Look the model up once, so that replicas of tomorrow serve what those of today do."""
-    bundle_uri, info = _find(settings)
-    shape = config_from_hf(locations.read_json(locations.join(bundle_uri, "config.json")))
+    found = registry.find_bundle(settings.tracking_uri, settings.model)
+    info = found.info
+    shape = config_from_hf(locations.read_json(locations.join(found.uri, "config.json")))
     if settings.context_len is not None and settings.context_len > shape.context_len:
         raise ConfigError(
             f"context_len is {settings.context_len}; the context of {settings.model} is {shape.context_len}; "
@@ -150,7 +150,7 @@ def look_up(settings: ServeSettings) -> tuple[Served, ModelCard]:
     block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
     served = Served(
         settings=settings,
-        bundle_uri=bundle_uri,
+        bundle_uri=found.uri,
         bundle_hash=info.bundle_hash,
         block_len=block_len,
     )
@@ -163,20 +163,6 @@ def look_up(settings: ServeSettings) -> tuple[Served, ModelCard]:
         mode=settings.mode,
     )
     return served, card
-
-
-def _find(settings: ServeSettings) -> tuple[str, BundleInfo]:
-    if not settings.model.startswith(REGISTRY_SCHEME):
-        bundle_uri = locations.absolute(settings.model)
-        return bundle_uri, read_bundle_info(bundle_uri)
-    registered = registry.resolve(settings.tracking_uri, settings.model)
-    info = read_bundle_info(registered.bundle_uri)
-    if info.bundle_hash != registered.bundle_hash:
-        raise BundleError(
-            f"{settings.model} is registered with hash {registered.bundle_hash[:12]}; {registered.bundle_uri} has "
-            f"{info.bundle_hash[:12]}; publish the new bundle as a version of its own"
-        )
-    return locations.absolute(registered.bundle_uri), info
 
 
 def _start(settings: ServeSettings, app: serve.Application) -> None:

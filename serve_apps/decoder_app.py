@@ -63,8 +63,7 @@ class DecoderApp:
         self._block_len = served.block_len
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
         decoder = Decoder(bundle.model, draft, rows=settings.rows, context_len=settings.context_len)
-        # what comes between two forwards waits even if rows are free, so a burst may fill them and the queue
-        batcher = Batcher(decoder, max_waiting=settings.rows + settings.max_waiting)
+        batcher = Batcher(decoder, max_waiting=settings.max_waiting)
         _warm_up(batcher, self._tokenizer.eos_id)
         self._loop = BatchLoop(batcher)
 

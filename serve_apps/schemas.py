@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_apps.errors import ParameterError
-from tidar_core.config import SamplingConfig
+from tidar_core.config import COLDEST, SamplingConfig
 from tidar_core.errors import RequestError
 
 __all__ = [
@@ -60,8 +60,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""
 
 SEED_BITS = 63
-COLDEST = 1e-5
-"""A lower temperature is greedy, as in vLLM: logits over it would leave the range of fp32."""
 LONGEST_VOCABULARY = 2**31 - 1
 
 
@@ -125,7 +123,7 @@ class CompletionRequest(BaseModel):
         """What is asked of the sampler."""
         return SamplingConfig(
             max_tokens=self.max_tokens,
-            temperature=0.0 if 0 <= self.temperature < COLDEST else self.temperature,
+            temperature=0.0 if 0 <= self.temperature < COLDEST else self.temperature,  # as in vLLM
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else min(self.top_k, LONGEST_VOCABULARY),  # vLLM writes "off" as -1
             seed=seed,

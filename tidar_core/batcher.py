@@ -18,7 +18,7 @@ class Batcher:
     """A queue in front of a decoder."""
 
     def __init__(self, decoder: Decoder, *, max_waiting: int = 1024) -> None:
-        """max_waiting  requests that may queue; one more is refused with CapacityError."""
+        """max_waiting  requests that may queue beyond the free rows; one more is refused with CapacityError."""
         self.decoder, self.max_waiting = decoder, max_waiting
         self._waiting: deque[Request] = deque()
 
@@ -37,8 +37,11 @@ class Batcher:
         self.decoder.check(request)
         if any(request.request_id == queued.request_id for queued in self._waiting):
             raise RequestError(f"request id {request.request_id!r} is waiting already; give each request its own")
-        if len(self._waiting) >= self.max_waiting:
-            raise CapacityError(f"{len(self._waiting)} requests wait already, the most allowed; try again later")
+        free_rows = self.decoder.rows - len(self.decoder.running)
+        if len(self._waiting) >= self.max_waiting + free_rows:
+            raise CapacityError(
+                f"all rows are taken and {self.max_waiting} requests wait already, the most allowed; try again later"
+            )
         self._waiting.append(request)
 
     def abort(self, request_id: str) -> bool:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from tidar_core.errors import ConfigError, RequestError
 
-__all__ = ["DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
+__all__ = ["COLDEST", "DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 DRAFT_KINDS = ("argmax", "sampled")
+COLDEST = 1e-5
+"""Lowest temperature above 0: logits divided by less could overflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for holds, message in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
-            (0 <= self.temperature <= 100, f"temperature is {self.temperature}; it must be from 0 to 100"),
+            (
+                self.temperature == 0 or COLDEST <= self.temperature <= 100,
+                f"temperature is {self.temperature}; it must be 0 (greedy) or from {COLDEST} to 100",
+            ),
             (self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
             (0 <= self.beta <= 1, f"beta is {self.beta}; it must be from 0 to 1"),

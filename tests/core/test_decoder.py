@@ -282,7 +282,7 @@ def test_a_request_that_can_never_run_is_refused_in_one_line(model, prompt, max_
 
 
 def test_a_full_queue_and_a_double_id_are_refused(model):
-    batcher = Batcher(Decoder(model, DraftConfig(block_len=2), rows=1), max_waiting=1)
+    batcher = Batcher(Decoder(model, DraftConfig(block_len=2), rows=1), max_waiting=0)
     first, second = requests(prompts(3, 4), GREEDY)
     batcher.submit(first)
     with pytest.raises(RequestError, match="waiting already"):
