@@ -5,6 +5,7 @@ convert it by dual-mode training, evaluate, publish, promote. Each station is th
 job file is left in the working folder; a second run reuses what is finished and resumes what is not.
 """
 
+import json
 import os
 import sysconfig
 import time
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines.evaluate import evaluate, held_out_losses
+from pipelines.evaluate import REPORT, evaluate, held_out_losses
 from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job
 from pipelines.pack import pack
 from pipelines.progress import stderr
 from pipelines.publish import publish
 from pipelines.train import train
 from tidar_core.artifacts import registry
+from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.artifacts.shards import Manifest, ShardReader
 from tidar_core.errors import ConfigError
 from tidar_core.losses import dual_mode_loss, label_counts
@@ -102,7 +104,7 @@ def flow(workdir: Path, budget_seconds: int) -> River:
         "evaluate", EvaluateJob, bundle=bundle, shards=shards, output=report, prompts=16, prompt_len=64,
         max_tokens=128, batch=1, cpus=threads,
     )  # fmt: skip
-    evaluation = evaluate(evaluation_job)
+    evaluation = _finished_report(evaluation_job) or evaluate(evaluation_job)
 
     stderr.print("[bold]5 publish[/] and promote")
     version = publish(job(
@@ -126,6 +128,13 @@ def _kept_job(path: Path, kind: type[J], values: dict[str, Any]) -> J:
         written = kind.model_validate({name: value() if callable(value) else value for name, value in values.items()})
         path.write_text(yaml.safe_dump(written.model_dump(mode="json"), sort_keys=False))
     return read_job(kind, path)
+
+
+def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
+    """The report of an earlier run, if it is about the bundle that lies there now."""
+    path = Path(job.output) / REPORT
+    report = json.loads(path.read_text()) if path.exists() else None
+    return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
 
 
 def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> int:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import wide_model
 
-from tests.tiny import wide_model
 from tidar_core.artifacts.bundle import save_bundle
 from tidar_core.artifacts.tokenizer import train_bpe
 from tidar_core.autoregressive import generate_autoregressive

@@ -5,9 +5,9 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+from tiny import wide_model
 
 from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
-from tests.tiny import wide_model
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig

@@ -1,0 +1,142 @@
+"""The front door: what it prints, what it exits with, and one line for every wrong input."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_tiny_bundle
+
+import tidar
+
+DATA = Path(__file__).parents[2] / "shared/data"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return str(save_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny"))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line; exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            tidar.main()
+        return left.value.code, *capfd.readouterr()
+
+    return call
+
+
+def refused(run, *arguments):
+    """The one line that a wrong input gets."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("tidar: ")
+    return err
+
+
+def test_generate_prints_one_json_object_and_both_modes_say_the_same(run, bundle):
+    answers = []
+    for mode in ("single-pass", "autoregressive"):
+        code, out, _ = run("generate", bundle, "def f(x", "--max-tokens", 12, "--mode", mode, "--json")
+        assert code == 0
+        answers.append(json.loads(out))
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert len(answers[0]["token_ids"]) == 12
+    assert answers[1]["forwards"] == 12
+    assert answers[0]["finish_reason"] == "length"
+
+
+def test_generated_text_is_the_same_streamed_or_in_json(run, bundle):
+    _, whole, _ = run("generate", bundle, "x", "--max-tokens", 9, "--temperature", 1, "--seed", 3, "--json")
+    _, streamed, err = run("generate", bundle, "x", "--max-tokens", 9, "--temperature", 1, "--seed", 3)
+    assert streamed == json.loads(whole)["text"] + "\n"
+    assert "9 tokens" in err
+
+
+def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
+    code, out, _ = run("bench", bundle, "--count", 2, "--max-tokens", 8, "--repeats", 2, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["prompts"] == 2
+    assert list(facts["modes"]) == ["autoregressive", "single-pass"]
+    for mode in facts["modes"].values():
+        assert mode["equal_to_ar"] is True
+        low, high = mode["tokens_per_second_spread"]
+        assert 0 < low <= mode["tokens_per_second"] <= high
+    assert len(facts["modes"]["single-pass"]["acceptance_histogram"]) == facts["block_len"] == 4
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the measuring prompts are not on this machine")
+@pytest.mark.parametrize("name", ["HumanEval.jsonl.gz", "gsm8k-train-1000.jsonl", "spec-bench-dev.jsonl"])
+def test_bench_reads_the_public_prompt_sets(run, bundle, name):
+    code, out, _ = run(
+        "bench", bundle, "--prompts", DATA / name, "--count", 2, "--max-tokens", 4, "--repeats", 1, "--json"
+    )
+    assert (code, json.loads(out)["prompts"]) == (0, 2)
+
+
+@pytest.mark.parametrize("station", ["pack", "train", "evaluate", "publish"])
+def test_an_unknown_key_in_a_job_is_named(run, tmp_path, station):
+    path = tmp_path / "job.yaml"
+    path.write_text("outptu: x\n")
+    assert "unknown key 'outptu'" in refused(run, station, path)
+
+
+def test_a_missing_corpus_is_named_and_leaves_nothing(run, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        yaml.safe_dump({"corpus": f"{tmp_path}/no", "output": f"{tmp_path}/out", "tokenizer": {"vocab_size": 300}})
+    )
+    assert "does not exist" in refused(run, "pack", path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.yaml"]
+
+
+def test_no_tokens_to_generate_is_refused(run, bundle):
+    assert "max_tokens is 0" in refused(run, "generate", bundle, "x", "--max-tokens", 0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(run, bundle):
+    assert "context of 128" in refused(run, "generate", bundle, "x " * 300)
+
+
+def test_a_flipped_byte_in_a_bundle_is_found_before_it_speaks(run, tmp_path):
+    folder = save_tiny_bundle(tmp_path / "bundle")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert "model.safetensors" in refused(run, "generate", folder, "x")
+
+
+def test_a_folder_that_is_no_bundle_is_refused(run, tmp_path):
+    assert "tidar.json" in refused(run, "generate", tmp_path, "x")
+
+
+def test_an_unknown_alias_is_named(run, tmp_path):
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    error = refused(run, "generate", "models:/nobody@champion", "x", "--tracking-uri", tracking)
+    assert "nobody" in error
+    assert "nobody" in refused(run, "rollback", "nobody", "--tracking-uri", tracking)
+    assert "nobody" in refused(run, "promote", "nobody", 1, "--tracking-uri", tracking)
+
+
+def test_a_taken_port_is_named_before_anything_starts(run, bundle, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert str(port) in refused(run, "serve", bundle, "--port", port)
+        assert str(port) in refused(run, "quickstart", "--workdir", tmp_path / "work", "--port", port)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("content", ["", "not json\n", '{"answer": 1}\n'])
+def test_a_prompts_file_without_prompts_is_refused(run, bundle, tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    assert "prompts.jsonl" in refused(run, "bench", bundle, "--prompts", path)

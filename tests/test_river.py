@@ -1,0 +1,47 @@
+"""The whole river by its one command, with a small budget; then again, which must reuse everything."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def quickstart(workdir):
+    command = [sys.executable, "-m", "tidar", "quickstart", "--workdir", str(workdir), "--budget-seconds", "20"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--json"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_from_real_text_to_a_served_token_and_again_without_doing_it_twice(tmp_path):
+    first = quickstart(tmp_path / "work")
+    assert first["documents"] > 500
+    assert first["tokens"] > 1_000_000
+    assert first["rows"] == pytest.approx(first["tokens"] / 256, abs=2)
+    assert first["ar_loss"] < 6.3  # a guess over 512 tokens is 6.24; untrained models are above
+    assert first["greedy_equal"] is True
+    assert first["tokens_per_forward"] >= 1.0
+    assert first["speed_over_ar"] > 0
+    assert (first["registry_version"], first["alias"]) == (1, "champion")
+    assert len(first["completions"]) == 3
+    assert all(isinstance(text, str) and text for text in first["completions"])
+    began = time.perf_counter()
+    again = quickstart(tmp_path / "work")
+    assert time.perf_counter() - began < first["elapsed_seconds"]
+    for same in ("documents", "tokens", "rows", "bundle", "registry_version", "completions", "ar_loss"):
+        assert again[same] == first[same], same
