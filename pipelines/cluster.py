@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from tidar_core.errors import TidarError
 
-__all__ = ["connect", "original_error"]
+__all__ = ["connect", "disconnect", "original_error"]
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a local cluster: only metadata and small batches travel through it."""
@@ -46,6 +46,11 @@ def connect(cpus: int | None = None) -> None:
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one ends."""
+    ray.shutdown()
 
 
 def original_error(error: BaseException) -> BaseException:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from pipelines.cluster import disconnect
 from pipelines.evaluate import REPORT, evaluate, held_out_losses
 from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job
 from pipelines.pack import pack
@@ -40,7 +41,7 @@ VOCAB_SIZE = 512
 BLOCK_LEN = 8
 ROW_LEN = 256
 ROWS_PER_STEP = 16
-AR_SHARE = 0.3
+AR_SHARE = 0.2
 """Of the training budget; the dual-mode phase trains the AR half as well."""
 PROBE_STEPS = 4
 ENGINE_OVERHEAD = 1.15
@@ -95,14 +96,14 @@ def flow(workdir: Path, budget_seconds: int) -> River:
 
     stderr.print("[bold]3 convert[/] it by dual-mode training")
     train(job(
-        "train-dual", TrainJob, output=bundle, objective="dual", init_from=ar_bundle, **common,
+        "train-dual", TrainJob, output=bundle, objective="dual", init_from=ar_bundle, alpha=0.5, **common,
         steps=lambda: steps((1 - AR_SHARE) * budget_seconds, dual=True),
     ))  # fmt: skip
 
     stderr.print("[bold]4 evaluate[/] on held-out files")
     evaluation_job = job(
-        "evaluate", EvaluateJob, bundle=bundle, shards=shards, output=report, prompts=16, prompt_len=64,
-        max_tokens=128, batch=1, cpus=threads,
+        "evaluate", EvaluateJob, bundle=bundle, shards=shards, output=report, prompts=32, prompt_len=64,
+        max_tokens=128, batch=1, repeats=2, cpus=threads,
     )  # fmt: skip
     evaluation = _finished_report(evaluation_job) or evaluate(evaluation_job)
 
@@ -111,9 +112,11 @@ def flow(workdir: Path, budget_seconds: int) -> River:
         "publish", PublishJob, bundle=bundle, report=report, name=MODEL_NAME, tracking_uri=tracking_uri,
     ))  # fmt: skip
     registry.promote(tracking_uri, MODEL_NAME, version)
+    ar_phase = held_out_losses(ar_bundle, shards, rows=evaluation_job.loss_rows, threads=threads)
+    disconnect()
     return River(
         manifest=manifest,
-        ar_phase=held_out_losses(ar_bundle, shards, rows=evaluation_job.loss_rows, threads=threads),
+        ar_phase=ar_phase,
         report=evaluation,
         report_folder=report,
         bundle=bundle,
