@@ -39,6 +39,7 @@ class Mode(StrEnum):
     """How a model decodes."""
 
     single_pass = "single-pass"
+    two_pass = "two-pass"
     autoregressive = "autoregressive"
 
 
@@ -174,7 +175,7 @@ def rollback(name: str, tracking_uri: Tracking = TRACKING, as_json: Json = False
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    mode: Annotated[Mode, typer.Option(help="Both say the same.")] = Mode.single_pass,
+    mode: Annotated[Mode, typer.Option(help="All say the same.")] = Mode.single_pass,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -191,9 +192,9 @@ def generate(
     import time
 
     from tidar_core.batcher import Batcher, Completion
-    from tidar_core.benchmark import draft_of_mode
-    from tidar_core.config import SamplingConfig
+    from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder, Request
+    from tidar_core.modes import planner_of
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(
@@ -201,7 +202,8 @@ def generate(
         eos_ids=(bundle.tokenizer.eos_id,),
     )  # fmt: skip
     request = Request(request_id="prompt", prompt=tuple(bundle.tokenizer.encode(prompt)), sampling=sampling)
-    batcher = Batcher(Decoder(bundle.model, draft_of_mode(mode, block_len or bundle.info.block_len), rows=1))
+    draft = DraftConfig(block_len=block_len or bundle.info.block_len)
+    batcher = Batcher(Decoder(bundle.model, draft, rows=1), planner_of(mode.value, draft.block_len))
     completion, stream, pieces = Completion(request), bundle.tokenizer.stream(), []
     began = time.perf_counter()
     batcher.submit(request)
@@ -250,8 +252,9 @@ def bench(
 
     from pipelines.progress import job_progress
     from tidar_core.artifacts.prompts import read_prompts
-    from tidar_core.benchmark import MODES, compare_modes
+    from tidar_core.benchmark import compare_modes
     from tidar_core.config import SamplingConfig
+    from tidar_core.modes import MODES
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))

@@ -21,10 +21,11 @@ from tidar_core.artifacts.bundle import Bundle, load_bundle
 from tidar_core.artifacts.made_by import made_by, write_made_by
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.autoregressive import generate_autoregressive
-from tidar_core.benchmark import MODES, compare_modes
+from tidar_core.benchmark import compare_modes
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import ConfigError, ShardError
 from tidar_core.losses import LossSums
+from tidar_core.modes import MODES
 from tidar_core.objective import Objective
 from tidar_core.packing import PADDING
 
@@ -91,7 +92,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         on_prompt=advance,
     )
     single_pass, ar = modes["single-pass"], modes["autoregressive"]
-    equal = sum(a == b == c for a, b, c in zip(plain, single_pass.texts, ar.texts))
+    equal = sum(len({text, *others}) == 1 for text, *others in zip(plain, *(mode.texts for mode in modes.values())))
     return {
         "bundle": job.bundle,
         "bundle_hash": bundle.info.bundle_hash,

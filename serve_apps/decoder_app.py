@@ -19,6 +19,7 @@ from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
 from tidar_core.errors import BundleError, ConfigError, TidarError
+from tidar_core.modes import planner_of
 
 __all__ = ["DecoderApp", "Load", "Served"]
 
@@ -63,7 +64,8 @@ class DecoderApp:
         self._block_len = served.block_len
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
         decoder = Decoder(bundle.model, draft, rows=settings.rows, context_len=settings.context_len)
-        batcher = Batcher(decoder, max_waiting=settings.max_waiting)
+        planner = planner_of(settings.mode, served.block_len)
+        batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
         _warm_up(batcher, self._tokenizer.eos_id)
         self._loop = BatchLoop(batcher)
 

@@ -111,7 +111,7 @@ class Transcript:
         """Take in more steps. The token that stops a text is counted but is no part of it."""
         for step in steps:
             self._completion_tokens += len(step.token_ids)
-            if step.accepted:
+            if step.verified > 1:
                 self._histogram[step.accepted - 1] += 1
             spoken = step.token_ids[:-1] if step.finish_reason == "stop" else step.token_ids
             self._text += "".join(self._stream.push(token) for token in spoken)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tidar_core.decoder import Decoder, DecodeStep, Request
 from tidar_core.errors import CapacityError, RequestError
+from tidar_core.modes import Planner, planner_of
 
 __all__ = ["Batcher", "Completion", "complete"]
 
@@ -17,9 +18,11 @@ __all__ = ["Batcher", "Completion", "complete"]
 class Batcher:
     """A queue in front of a decoder."""
 
-    def __init__(self, decoder: Decoder, *, max_waiting: int = 1024) -> None:
-        """max_waiting  requests that may queue beyond the free rows; one more is refused with CapacityError."""
+    def __init__(self, decoder: Decoder, planner: Planner | None = None, *, max_waiting: int = 1024) -> None:
+        """planner      chooses the rows of each step; single-pass with all groups by default
+        max_waiting  requests that may queue beyond the free rows; one more is refused with CapacityError."""
         self.decoder, self.max_waiting = decoder, max_waiting
+        self.planner = planner or planner_of("single-pass", decoder.draft.block_len)
         self._waiting: deque[Request] = deque()
 
     @property
@@ -52,9 +55,9 @@ class Batcher:
 
     def advance(self) -> list[DecodeStep]:
         """One forward for all that run, after a prefill for each that can join."""
-        steps = self.decoder.decode_step()
+        steps = self.decoder.decode_step(self.planner.next_plan(self.decoder.pending)) if self.decoder.running else []
         while self._waiting and len(self.decoder.running) < self.decoder.rows:
-            steps.append(self.decoder.prefill(self._waiting.popleft()))
+            steps.append(self.decoder.prefill(self._waiting.popleft(), drafts=self.planner.drafts_at_prefill))
         return steps
 
 
@@ -68,14 +71,17 @@ class Completion:
     forwards: int = 0
     """Forwards that gave tokens: the prefill's last, and every decode step."""
     accepted: Counter[int] = field(default_factory=Counter)
-    """How often each n in 1..K drafts stood, over its decode steps."""
+    """How often each n in 1..K pending tokens stood, over the decode steps that put drafts to the test."""
+    committed: int = 0
+    """Tokens that became final in decode steps, those beyond the end included."""
 
     def add(self, step: DecodeStep) -> None:
         """Account for one more step of this request."""
         self.token_ids += step.token_ids
         self.finish_reason = step.finish_reason
         self.forwards += 1
-        if step.accepted:
+        self.committed += step.accepted
+        if step.verified > 1:
             self.accepted[step.accepted] += 1
 
     @property

@@ -14,10 +14,9 @@ from tidar_core.batcher import Batcher, Completion
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
 from tidar_core.model import TidarModel
+from tidar_core.modes import MODES, planner_of
 
-__all__ = ["MODES", "ModeResult", "compare_modes", "draft_of_mode"]
-
-MODES = ("autoregressive", "single-pass")
+__all__ = ["ModeResult", "compare_modes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +30,12 @@ class ModeResult:
     tokens_per_forward: float
     """Tokens over forwards, the prefill's included (T/NFE)."""
     tokens_per_round: float
-    """Mean accepted length n of a verification, 1..K."""
+    """Tokens over verifications of drafts; a round is one forward in single-pass mode, two in two-pass mode. 1 where
+    nothing is drafted."""
     acceptance_histogram: tuple[int, ...]
     """How often n was 1, 2, .., K."""
     acceptance_by_position: tuple[float, ...]
-    """Share of verifications in which draft d_j stood, for j = 1..K; d_1 always does."""
+    """Share of verifications in which draft d_j stood, for j = 1..K; d_1 always does. Zeros where there are none."""
     time_to_first_token_seconds: float
     """From submission to the first token, median over prompts."""
     equal_to_ar: bool
@@ -48,11 +48,6 @@ class ModeResult:
         values = asdict(self)
         del values["texts"]
         return values
-
-
-def draft_of_mode(mode: str, block_len: int, kind: str = "argmax") -> DraftConfig:
-    """The draft that a mode decodes with; autoregressive is a block of one token."""
-    return DraftConfig(block_len=1 if mode == "autoregressive" else block_len, kind=kind)
 
 
 def compare_modes(
@@ -72,19 +67,16 @@ def compare_modes(
     on_prompt  called after each finished prompt, len(modes) * (1 + repeats * len(prompts)) times in all
     """
     decoders = {
-        mode: Decoder(model, draft_of_mode(mode, block_len), rows=batch, context_len=context_len) for mode in modes
+        mode: Decoder(model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len) for mode in modes
     }
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
-    for decoder in decoders.values():
-        _run(decoder, prompts[:1], sampling, on_prompt)
+    for mode, decoder in decoders.items():
+        _run(decoder, mode, prompts[:1], sampling, on_prompt)
     for _ in range(repeats):
         for mode, decoder in decoders.items():
-            runs[mode].append(_run(decoder, prompts, sampling, on_prompt))
+            runs[mode].append(_run(decoder, mode, prompts, sampling, on_prompt))
     texts = {mode: tuple(tuple(c.token_ids) for c in done[0].completions) for mode, done in runs.items()}
-    return {
-        mode: _result(done, decoders[mode].draft.block_len, texts[mode], texts[mode] == texts[modes[0]])
-        for mode, done in runs.items()
-    }
+    return {mode: _result(done, block_len, texts[mode], texts[mode] == texts[modes[0]]) for mode, done in runs.items()}
 
 
 @dataclass(slots=True)
@@ -94,11 +86,10 @@ class _Run:
     first_token_seconds: list[float] = field(default_factory=list)
 
 
-def _run(
-    decoder: Decoder, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig, on_prompt: Callable[[], None]
-) -> _Run:
+def _run(decoder: Decoder, mode: str, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
+         on_prompt: Callable[[], None]) -> _Run:  # fmt: skip
     """As many clients as the decoder has rows, each sending its next prompt when its last is done."""
-    batcher, run = Batcher(decoder), _Run()
+    batcher, run = Batcher(decoder, planner_of(mode, decoder.draft.block_len)), _Run()
     run.completions = [
         Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
     ]
@@ -131,15 +122,15 @@ def _result(runs: list[_Run], block_len: int, texts: tuple[tuple[int, ...], ...]
     tokens = sum(len(text) for text in texts)
     speeds = [tokens / run.seconds for run in runs]
     accepted: Counter[int] = sum((c.accepted for c in completions), Counter())
-    rounds = max(1, accepted.total())
+    rounds = accepted.total()
     histogram = tuple(accepted[n] for n in range(1, block_len + 1))
     return ModeResult(
         tokens_per_second=statistics.median(speeds),
         tokens_per_second_spread=(min(speeds), max(speeds)),
         tokens_per_forward=tokens / sum(c.forwards for c in completions),
-        tokens_per_round=sum(n * count for n, count in accepted.items()) / rounds,
+        tokens_per_round=sum(c.committed for c in completions) / rounds if rounds else 1.0,
         acceptance_histogram=histogram,
-        acceptance_by_position=tuple(sum(histogram[j:]) / rounds for j in range(block_len)),
+        acceptance_by_position=tuple(sum(histogram[j:]) / max(1, rounds) for j in range(block_len)),
         time_to_first_token_seconds=statistics.median(s for run in runs for s in run.first_token_seconds),
         equal_to_ar=equal,
         texts=texts,

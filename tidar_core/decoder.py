@@ -1,8 +1,8 @@
 """What does one forward bring a batch of sequences?
 
 `prefill` reads a prompt and gives its first token; `decode_step` verifies each sequence's draft block and, in the same
-forward, drafts the next block for every outcome of the verification (TiDAR, section 3.2). With block_len 1 there is
-nothing to draft: one token per forward, the autoregressive mode, through the same code.
+forward, drafts the next block for the outcomes of the verification that its plan names (TiDAR, section 3.2; the plans:
+`modes`). With one pending token and no group it is the autoregressive mode, through the same code.
 
 For beta = 1, texts follow the autoregressive mode's law; with argmax drafts they are its texts, token for token, greedy
 or sampled with the same seed. In fp32 that holds up to ties within rounding (about 1e-6 in the logits), since other
@@ -21,6 +21,7 @@ from tidar_core.errors import CapacityError, ContextLengthError, RequestError
 from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import decode_layout
 from tidar_core.model import TidarModel
+from tidar_core.modes import StepPlan
 from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
 from tidar_core.verify import match, weigh
 
@@ -49,14 +50,25 @@ class DecodeStep:
     finish_reason: str | None
     """`stop` after an end-of-text token, `length` after max_tokens, None while it goes on."""
     accepted: int
-    """n in 1..K: draft tokens that stood, the final first one included; 0 for a prefill."""
+    """n in 1..verified: pending tokens that stood, the final first one included; 0 for a prefill."""
+    verified: int
+    """Pending tokens that the forward read; 1 puts no draft to the test. 0 for a prefill."""
 
 
 @dataclass(slots=True)
 class _Sequence:
     request: Request
     prefix_len: int
+    pending: int
+    """Tokens of the draft block that are worth verifying: d_1 and what masks have drafted."""
     emitted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _NextBlock:
+    first_row: int
+    """Row of the mask at the position of the next d_1; those after it draft d_2, d_3, .."""
+    pending: int
 
 
 class Decoder:
@@ -92,6 +104,11 @@ class Decoder:
         """Requests that the next decode step serves."""
         return tuple(sequence.request.request_id for sequence in self._running)
 
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """How many tokens each running sequence has pending: d_1 and its drafts, 1..K."""
+        return tuple(sequence.pending for sequence in self._running)
+
     def check(self, request: Request) -> None:
         """Raise RequestError if this decoder could never serve `request`."""
         prompt_len, max_tokens = len(request.prompt), request.sampling.max_tokens
@@ -111,55 +128,65 @@ class Decoder:
                                    f"without the mask token {mask_id}")  # fmt: skip
 
     @torch.inference_mode()
-    def prefill(self, request: Request) -> DecodeStep:
-        """Read the prompt of a new request and give its first token; joins the running ones."""
+    def prefill(self, request: Request, *, drafts: bool = True) -> DecodeStep:
+        """Read the prompt of a new request and give its first token; joins the running ones.
+
+        drafts  draft the first block in the same forward
+        """
         self.check(request)
         if len(self._running) == self.rows:
             raise CapacityError(f"all {self.rows} rows are running; finish or abort a request first")
         row, prompt_len = len(self._running), len(request.prompt)
         sampling = SamplingTensors.of([request.sampling], self.device)
-        masked = self._drafts_ahead(sampling)
+        masked = drafts or not sampling.trusts_ar
         prompt = torch.tensor([request.prompt], device=self.device)
         for start in range(0, prompt_len, PREFILL_ROWS):
             chunk = prompt[:, start : start + PREFILL_ROWS]
             end = start + chunk.shape[1]
             groups = (chunk.shape[1],) if masked and end == prompt_len else ()
             hidden = self._forward(row, torch.tensor([start], device=self.device), chunk, groups, end)
-        clean_len = chunk.shape[1]
-        last, first_mask = hidden[:, clean_len - 1 : clean_len], hidden[:, clean_len : clean_len + 1]
+        plan = StepPlan(chunk.shape[1], groups)
+        last, first_mask = hidden[:, plan.clean_len - 1 : plan.clean_len], hidden[:, plan.clean_len :][:, :1]
         self._prefix_len[row] = prompt_len
         logits, position = self._target_logits(last, first_mask, sampling), self._prefix_len[row : row + 1, None]
         first = sample(logits, sampling, position, TARGET)[:, 0]
-        group_row = torch.tensor([clean_len], device=self.device)
-        self._propose(slice(row, row + 1), first, hidden, group_row, sampling)
-        self._running.append(_Sequence(request, prompt_len))
+        self._propose(slice(row, row + 1), first, torch.full_like(first, plan.clean_len), hidden, plan, sampling)
+        self._running.append(_Sequence(request, prompt_len, self._block_after(plan)[plan.clean_len].pending))
         self._gather_sampling()
-        return self._finish_steps([self._step(row, [int(first)], 0)])[0]
+        return self._finish_steps([self._step(row, [int(first)], 0, 0)])[0]
 
     @torch.inference_mode()
-    def decode_step(self) -> list[DecodeStep]:
-        """One forward for all running requests; those that finished have left when it returns."""
-        B, K, sampling = len(self._running), self.draft.block_len, self._sampling
+    def decode_step(self, plan: StepPlan) -> list[DecodeStep]:
+        """One forward for all running requests; those that finished have left when it returns.
+
+        Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added.
+        """
+        B, C, sampling = len(self._running), plan.clean_len, self._sampling
         if not B:
             return []
-        prefix_B, draft_BK = self._prefix_len[:B], self._draft[:B]
-        groups = range(1, K + 1) if self._drafts_ahead(sampling) else ()
-        used_len = max(sequence.prefix_len for sequence in self._running) + K
-        hidden_BRE = self._forward(0, prefix_B, draft_BK, groups, used_len)
-        logits_BKV = self._target_logits(hidden_BRE[:, :K], hidden_BRE[:, K::K], sampling)
-        next_BK = prefix_B[:, None] + 1 + torch.arange(K, device=self.device)
+        if not sampling.trusts_ar:
+            plan = StepPlan(C, tuple(range(1, C + 1)))
+        prefix_B, draft_BC = self._prefix_len[:B], self._draft[:B, :C]
+        used_len = max(sequence.prefix_len for sequence in self._running) + C
+        hidden_BRE = self._forward(0, prefix_B, draft_BC, plan.groups, used_len)
+        first_masks_BGE = hidden_BRE[:, C :: self.draft.block_len]
+        logits_BCV = self._target_logits(hidden_BRE[:, :C], first_masks_BGE, sampling)
+        next_BC = prefix_B[:, None] + 1 + torch.arange(C, device=self.device)
         if self._proposal is None:
-            verdict = match(draft_BK, sample(logits_BKV, sampling, next_BK, TARGET))
+            verdict = match(draft_BC, sample(logits_BCV, sampling, next_BC, TARGET))
         else:
-            accept_BK, target_BK = (uniform(sampling.seed_B, next_BK, role) for role in (ACCEPT, TARGET))
-            verdict = weigh(draft_BK, law(logits_BKV, sampling), self._proposal[:B], accept_BK, target_BK)
+            accept_BC, target_BC = (uniform(sampling.seed_B, next_BC, role) for role in (ACCEPT, TARGET))
+            verdict = weigh(draft_BC, law(logits_BCV, sampling), self._proposal[:B, :C], accept_BC, target_BC)
         accepted_B = verdict.accepted_B
-        emitted_BK = torch.cat([draft_BK[:, 1:], verdict.next_B[:, None]], 1)
-        emitted_BK.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
+        emitted_BC = torch.cat([draft_BC[:, 1:], verdict.next_B[:, None]], 1)
+        emitted_BC.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
         self._prefix_len[:B] += accepted_B
-        self._propose(slice(0, B), verdict.next_B, hidden_BRE, accepted_B * K, sampling)
-        table = torch.cat([accepted_B[:, None], emitted_BK], 1).tolist()
-        return self._finish_steps([self._step(b, tokens[:n], n) for b, (n, *tokens) in enumerate(table)])
+        self._propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
+        table = torch.cat([accepted_B[:, None], emitted_BC], 1).tolist()
+        block_after = self._block_after(plan)
+        for sequence, (n, *_) in zip(self._running, table):
+            sequence.pending = block_after[n].pending
+        return self._finish_steps([self._step(b, tokens[:n], n, C) for b, (n, *tokens) in enumerate(table)])
 
     def abort(self, request_id: str) -> bool:
         """Drop a running request; False if it is not running. Its row is free at once."""
@@ -176,12 +203,23 @@ class Decoder:
         """
         assert self._proposal is None, "drafts chosen outright cannot replace sampled ones"
         assert len(tokens) == self.draft.block_len - 1, "d_1 is final; give the other block_len - 1"
-        self._draft[self.running.index(request_id), 1:] = torch.tensor(tokens, device=self.device)
+        row = self.running.index(request_id)
+        self._draft[row, 1:] = torch.tensor(tokens, device=self.device)
+        self._running[row].pending = self.draft.block_len
 
-    def _drafts_ahead(self, sampling: SamplingTensors) -> bool:
-        return self.draft.block_len > 1 or bool((sampling.beta_B < 1).any())
+    def _block_after(self, plan: StepPlan) -> list["_NextBlock"]:
+        """For each accepted length 0..clean_len: which masks of the forward draft the next block.
 
-    def _forward(self, first_row: int, prefix_B: Tensor, clean_BC: Tensor, groups: "range | tuple[int, ...]",
+        The masks of the largest group that is no larger; where that is smaller, its later ones.
+        """
+        K, blocks = self.draft.block_len, [_NextBlock(0, 1)]
+        for n in range(1, plan.clean_len + 1):
+            below = [index for index, group in enumerate(plan.groups) if group <= n]
+            late = n - plan.groups[below[-1]] if below else K
+            blocks.append(_NextBlock(plan.clean_len + below[-1] * K + late, K - late) if late < K else _NextBlock(0, 1))
+        return blocks
+
+    def _forward(self, first_row: int, prefix_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...],
                  used_len: int) -> Tensor:  # fmt: skip
         """Hidden states of clean rows, then of a block of masks for each group."""
         K = self.draft.block_len
@@ -193,33 +231,43 @@ class Decoder:
     def _target_logits(self, clean_BRE: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
         """z = beta * AR + (1 - beta) * diffusion; both predict the same positions (TiDAR, section 4.4.3)."""
         ar_BRV = self.model.head(clean_BRE).float()
-        if bool((sampling.beta_B == 1).all()):
+        if sampling.trusts_ar:
             return ar_BRV
         beta_B11 = sampling.beta_B[:, None, None]
         mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * self.model.head(first_masks_BRE).float()
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 
-    def _propose(self, rows: slice, first_B: Tensor, hidden_BRE: Tensor, group_row_B: Tensor,
+    def _propose(self, rows: slice, first_B: Tensor, accepted_B: Tensor, hidden_BRE: Tensor, plan: StepPlan,
                  sampling: SamplingTensors) -> None:  # fmt: skip
-        """Set the next draft block: the final token, then what masks 2..K of the chosen group believe.
+        """Set the next draft block: the final token, then what the masks after its position believe.
 
-        group_row_B  row of the chosen group's first mask; the prefix lengths must be the new ones
+        Where there is no mask, the final token stands in, a point mass like any other guess. The prefix lengths must be
+        the new ones.
         """
-        self._draft[rows, 0] = first_B
-        if self.draft.block_len == 1:
+        K = self.draft.block_len
+        self._draft[rows] = first_B[:, None].expand(-1, K)
+        if self._proposal is not None:
+            self._proposal[rows] = 0.0
+            self._proposal[rows].scatter_(2, self._draft[rows][..., None], 1.0)
+        if K == 1 or not plan.groups:
             return
-        offset_R = torch.arange(1, self.draft.block_len, device=self.device)
+        blocks = self._block_after(plan)
+        first_row_B = torch.tensor([block.first_row for block in blocks], device=self.device)[accepted_B]
+        pending_B1 = torch.tensor([block.pending for block in blocks], device=self.device)[accepted_B][:, None]
+        offset_R = torch.arange(1, K, device=self.device)
         batch_B1 = torch.arange(len(first_B), device=self.device)[:, None]
-        logits_BRV = self.model.head(hidden_BRE[batch_B1, group_row_B[:, None] + offset_R])
+        guessed_BR = offset_R < pending_B1
+        logits_BRV = self.model.head(hidden_BRE[batch_B1, torch.where(guessed_BR, first_row_B[:, None] + offset_R, 0)])
         if self._proposal is None:
-            self._draft[rows, 1:] = logits_BRV.argmax(-1)
+            self._draft[rows, 1:] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
             return
         proposal_BRV = law(logits_BRV, sampling)
         position_BR = self._prefix_len[rows, None] + offset_R
-        self._draft[rows, 1:] = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
-        self._proposal[rows, 1:] = proposal_BRV
+        drawn_BR = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
+        self._draft[rows, 1:] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
+        self._proposal[rows, 1:] = torch.where(guessed_BR[..., None], proposal_BRV, self._proposal[rows, 1:])
 
-    def _step(self, row: int, tokens: list[int], accepted: int) -> DecodeStep:
+    def _step(self, row: int, tokens: list[int], accepted: int, verified: int) -> DecodeStep:
         """Cut new tokens at the first end-of-text token and at max_tokens."""
         sequence = self._running[row]
         sampling = sequence.request.sampling
@@ -230,7 +278,7 @@ class Decoder:
         sequence.emitted += len(tokens)
         ended = "length" if sequence.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
-        return DecodeStep(sequence.request.request_id, tuple(tokens), reason, accepted)
+        return DecodeStep(sequence.request.request_id, tuple(tokens), reason, accepted, verified)
 
     def _finish_steps(self, steps: list[DecodeStep]) -> list[DecodeStep]:
         for step in steps:

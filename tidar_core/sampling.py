@@ -31,6 +31,8 @@ class SamplingTensors:
     beta_B: Tensor
     greedy: bool
     """All temperatures are 0."""
+    trusts_ar: bool
+    """All betas are 1."""
 
     @staticmethod
     def of(requests: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> "SamplingTensors":
@@ -46,6 +48,7 @@ class SamplingTensors:
             column("seed", torch.long),
             column("beta", torch.float32),
             all(request.temperature == 0 for request in requests),
+            all(request.beta == 1 for request in requests),
         )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoding import GREEDY, prompts, requests
 from oracles import documents_row
 from tiny import wide_model
 
@@ -15,20 +16,17 @@ from tidar_core.decoder import Decoder, Request
 from tidar_core.errors import CapacityError, RequestError
 from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import causal_layout, decode_layout, training_layout
+from tidar_core.modes import StepPlan
 from tidar_core.shapes import named_shape
 
 BLOCK_LENS = [1, 2, 4, 8, 16]
-GREEDY = SamplingConfig(max_tokens=24)
 MASK = 511
 
 
-def prompts(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randint(0, 500, (n,), generator=generator).tolist()) for n in lengths]
-
-
-def requests(texts, sampling):
-    return [Request(request_id=str(i), prompt=text, sampling=sampling) for i, text in enumerate(texts)]
+def dense(decoder):
+    """Verify all, draft for every outcome."""
+    block_len = decoder.draft.block_len
+    return StepPlan(block_len, tuple(range(1, block_len + 1)))
 
 
 def decoded(model, texts, sampling, *, rows=3, **draft):
@@ -65,7 +63,7 @@ def forced(model, block_len, sampling, drafts_after):
     while decoder.running:
         tokens = [t for step in steps for t in step.token_ids]
         decoder.redraft(request.request_id, drafts_after(tokens)[: block_len - 1])
-        steps += decoder.decode_step()
+        steps += decoder.decode_step(dense(decoder))
     return tuple(t for step in steps for t in step.token_ids), [step.accepted for step in steps[1:]]
 
 
@@ -156,7 +154,7 @@ def test_keys_and_values_after_commits_are_those_of_a_clean_prefill(model, block
     request = requests(prompts(7), GREEDY)[0]
     tokens = [*request.prompt, *decoder.prefill(request).token_ids]
     for _ in range(9):
-        tokens += decoder.decode_step()[0].token_ids
+        tokens += decoder.decode_step(dense(decoder))[0].token_ids
     known = len(tokens) - 1  # the last token's key is computed by the next step
     layout = decode_layout(torch.tensor([0]), known, (), block_len)
     clean = KVCache(model.config, rows=1, slot_len=known, scratch_len=0)
@@ -193,13 +191,13 @@ def test_an_aborted_request_frees_its_row_at_once_and_disturbs_nobody(model):
         out[request.request_id] += decoder.prefill(request).token_ids
     with pytest.raises(CapacityError, match="all 3 rows"):
         decoder.prefill(queue[3])
-    for step in decoder.decode_step():
+    for step in decoder.decode_step(dense(decoder)):
         out[step.request_id] += step.token_ids
     assert decoder.abort("0")
     assert not decoder.abort("0")
     out["3"] += decoder.prefill(queue[3]).token_ids
     while decoder.running:
-        for step in decoder.decode_step():
+        for step in decoder.decode_step(dense(decoder)):
             out[step.request_id] += step.token_ids
     assert [tuple(out[i]) for i in "123"] == expected[1:]
 

@@ -137,7 +137,7 @@ def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, mod
         waiting = asyncio.create_task(tokens_of(loop, request("c")))
         await until(lambda: loop.waiting == 1)
         with monkeypatch.context() as patch:
-            patch.setattr(batcher.decoder, "decode_step", lambda: 1 / 0)
+            patch.setattr(batcher.decoder, "decode_step", lambda plan: 1 / 0)
             lost = await asyncio.gather(*running, return_exceptions=True)
             patch.undo()
             return lost, await waiting

@@ -38,7 +38,12 @@ def steps_of(tokens, lengths, finish_reason):
     """A prefill, then decode steps of these lengths."""
     cuts = [0, 1, *(1 + sum(lengths[: i + 1]) for i in range(len(lengths)))]
     return [
-        DecodeStep("r", tuple(tokens[a:b]), finish_reason if b == cuts[-1] else None, 0 if a == 0 else b - a)
+        DecodeStep(
+            "r",
+            tuple(tokens[a:b]),
+            finish_reason if b == cuts[-1] else None,
+            *((0, 0) if a == 0 else (b - a, b - a + 1)),
+        )
         for a, b in pairwise(cuts)
     ]
 
@@ -80,8 +85,8 @@ def test_an_end_of_text_token_that_was_ignored_has_no_text(tokenizer, transcript
 def test_nothing_is_pending_until_a_character_is_whole(tokenizer, transcript):
     first, *rest = tokenizer.encode("é")
     assert not transcript.add([]).pending
-    assert not transcript.add([DecodeStep("r", (first,), None, 0)]).pending
-    assert transcript.add([DecodeStep("r", tuple(rest), None, 1)]).pending
+    assert not transcript.add([DecodeStep("r", (first,), None, 0, 0)]).pending
+    assert transcript.add([DecodeStep("r", tuple(rest), None, 1, 4)]).pending
 
 
 def test_the_speculative_metrics_are_vllms(transcript):
