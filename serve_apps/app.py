@@ -4,6 +4,7 @@ Everything a user can get wrong (the port, the model's name, the bundle) is look
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -227,9 +228,9 @@ def _wait_for_signal() -> None:
 def _quiet() -> Iterator[None]:
     """Ray's deprecations and progress notes, none of which a user of ours can act on, stay out of the way.
 
-    Standard output is for our own JSON: what Ray prints there goes to standard error.
+    Standard output is for our own JSON: what Ray prints there is dropped; its logs have it too, and what fails raises.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         yield

@@ -28,7 +28,7 @@ HOMES = {
 }
 HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "model")
 TRAINING = ("packing", "dual_mode", "losses", "objective")
-DECODING = ("sampling", "verify", "decoder", "batcher", "autoregressive", "benchmark")
+DECODING = ("sampling", "verify", "modes", "decoder", "latency", "planner", "batcher", "autoregressive", "benchmark")
 
 
 def name(path):

@@ -55,7 +55,10 @@ class Batcher:
 
     def advance(self) -> list[DecodeStep]:
         """One forward for all that run, after a prefill for each that can join."""
-        steps = self.decoder.decode_step(self.planner.next_plan(self.decoder.pending)) if self.decoder.running else []
+        steps: list[DecodeStep] = []
+        if pending := self.decoder.pending:
+            steps = self.decoder.decode_step(self.planner.next_plan(pending, self.decoder.context))
+            self.planner.observe(pending, steps)
         while self._waiting and len(self.decoder.running) < self.decoder.rows:
             steps.append(self.decoder.prefill(self._waiting.popleft(), drafts=self.planner.drafts_at_prefill))
         return steps

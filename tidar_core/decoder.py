@@ -109,6 +109,11 @@ class Decoder:
         """How many tokens each running sequence has pending: d_1 and its drafts, 1..K."""
         return tuple(sequence.pending for sequence in self._running)
 
+    @property
+    def context(self) -> int:
+        """Clean tokens of the longest running sequence."""
+        return max((sequence.prefix_len for sequence in self._running), default=0)
+
     def check(self, request: Request) -> None:
         """Raise RequestError if this decoder could never serve `request`."""
         prompt_len, max_tokens = len(request.prompt), request.sampling.max_tokens
@@ -167,8 +172,7 @@ class Decoder:
         if not sampling.trusts_ar:
             plan = StepPlan(C, tuple(range(1, C + 1)))
         prefix_B, draft_BC = self._prefix_len[:B], self._draft[:B, :C]
-        used_len = max(sequence.prefix_len for sequence in self._running) + C
-        hidden_BRE = self._forward(0, prefix_B, draft_BC, plan.groups, used_len)
+        hidden_BRE = self._forward(0, prefix_B, draft_BC, plan.groups, self.context + C)
         first_masks_BGE = hidden_BRE[:, C :: self.draft.block_len]
         logits_BCV = self._target_logits(hidden_BRE[:, :C], first_masks_BGE, sampling)
         next_BC = prefix_B[:, None] + 1 + torch.arange(C, device=self.device)

@@ -25,10 +25,13 @@ class Wanderer:
     def drafts_at_prefill(self):
         return self.random.random() < 0.5
 
-    def next_plan(self, pending):
+    def next_plan(self, pending, context):
         clean_len = self.random.randint(1, self.block_len)
         groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
         return StepPlan(clean_len, tuple(groups))
+
+    def observe(self, pending, steps):
+        assert len(pending) == len(steps)
 
 
 def texts_of(model, texts, sampling, planner, *, block_len, rows=3, kind="argmax"):
@@ -46,7 +49,7 @@ def texts_of(model, texts, sampling, planner, *, block_len, rows=3, kind="argmax
     ],
 )
 def test_each_mode_spends_these_rows(mode, pending, plan):
-    assert planner_of(mode, 4).next_plan(pending) == plan
+    assert planner_of(mode, 4).next_plan(pending, 9) == plan
 
 
 def test_a_dense_step_has_k_plus_k_squared_rows_and_a_two_pass_round_three_k():

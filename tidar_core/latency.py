@@ -1,0 +1,110 @@
+"""How long does one decoder forward take on this device, by rows, batch and context?
+
+The free-token-slot curve: up to some number of rows a forward costs little more than one row does, because reading the
+weights dominates; past the knee each row is paid for (TiDAR, section 2).
+"""
+
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tidar_core.kv_cache import CachedAttention, KVCache
+from tidar_core.layout import decode_layout
+from tidar_core.model import TidarModel
+
+__all__ = ["LatencyPoint", "LatencyTable", "measure_latency"]
+
+KNEE_COST = 1.25
+"""Rows are free as long as a forward costs at most this many times what one row costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyPoint:
+    """One measured shape."""
+
+    rows: int
+    """Rows of one sequence."""
+    batch: int
+    context: int
+    """Clean tokens of each sequence in the cache."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Measured shapes, and what lies between them."""
+
+    points: tuple[LatencyPoint, ...]
+
+    def seconds(self, rows: int, batch: int, context: int) -> float:
+        """Expected time of a forward: linear in rows between measured ones, at the next larger measured batch and
+        context (the largest beyond that)."""
+        curve = self._curve(batch, context)
+        index = min(max(1, bisect_left([p.rows for p in curve], rows)), len(curve) - 1)
+        low, high = curve[max(0, index - 1)], curve[index]
+        if low.rows == high.rows:
+            return low.seconds
+        slope = (high.seconds - low.seconds) / (high.rows - low.rows)
+        return max(low.seconds + slope * (rows - low.rows), min(p.seconds for p in curve))
+
+    def knee_rows(self, batch: int = 1) -> int:
+        """The most measured rows that are still free at the smallest context."""
+        curve = self._curve(batch, 0)
+        return max(point.rows for point in curve if point.seconds <= KNEE_COST * curve[0].seconds)
+
+    def _curve(self, batch: int, context: int) -> list[LatencyPoint]:
+        batches = sorted({p.batch for p in self.points})
+        near = batches[min(bisect_left(batches, batch), len(batches) - 1)]
+        contexts = sorted({p.context for p in self.points if p.batch == near})
+        far = contexts[min(bisect_left(contexts, context), len(contexts) - 1)]
+        return sorted((p for p in self.points if (p.batch, p.context) == (near, far)), key=lambda p: p.rows)
+
+
+@torch.inference_mode()
+def measure_latency(
+    model: TidarModel,
+    *,
+    rows: Sequence[int],
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (256,),
+    repeats: int = 5,
+    on_point: Callable[[], None] = lambda: None,
+) -> LatencyTable:
+    """Time forwards of each shape, and the logits of one row of each sequence; medians of `repeats` after one to warm up.
+
+    Rows are clean tokens; mask rows cost the same. What verification adds is the same in every mode.
+    """
+    points = []
+    for batch in batches:
+        for context in contexts:
+            for count in rows:
+                seconds = _time_forward(model, count, batch, context, repeats)
+                points.append(LatencyPoint(rows=count, batch=batch, context=context, seconds=seconds))
+                on_point()
+    return LatencyTable(tuple(points))
+
+
+def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeats: int) -> float:
+    weight = model.embedding.weight
+    cache = KVCache(
+        model.config, rows=batch, slot_len=context + rows, scratch_len=0, dtype=weight.dtype, device=weight.device
+    )
+    prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
+    token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
+
+    def forward() -> None:
+        layout = decode_layout(prefix_B, rows, (), 1)
+        attention = CachedAttention(cache, 0, layout, rows, context + rows)
+        model.head(model(token_BR, layout.position, attention)[:, -1:]).argmax(-1).tolist()
+
+    forward()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
