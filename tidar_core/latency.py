@@ -74,7 +74,7 @@ def measure_latency(
     repeats: int = 5,
     on_point: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
-    """Time forwards of each shape, and the logits of one row of each sequence; medians of `repeats` after one to warm up.
+    """Time a forward of each shape and the logits of one row of each sequence: median of `repeats`, after a warm-up.
 
     Rows are clean tokens; mask rows cost the same. What verification adds is the same in every mode.
     """

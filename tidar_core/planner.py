@@ -1,8 +1,8 @@
 """Which mode, with which rows, brings the most tokens per second right now?
 
-Cost comes from a measured latency table, gain from how often drafts stood so far. A draft's chance depends on which mask
-of its block it came from, so a plan is a walk over how late in a block the pending drafts began; its long-run tokens per
-forward follow from the walk's stationary law. Autoregression is always among the candidates.
+Cost comes from a measured latency table, gain from how often drafts stood so far. A draft's chance depends on which
+mask of its block it came from, so a plan is a walk over how late in a block the pending drafts began; its long-run
+tokens per forward follow from the walk's stationary law. Autoregression is always among the candidates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,7 +101,7 @@ def candidates(block_len: int) -> Iterator[tuple[str, tuple[StepPlan, ...]]]:
 
 
 class AutoPlanner:
-    """Picks the choice that promises most, reviews it as acceptance is learned, and keeps to it unless beaten clearly."""
+    """Picks the choice that promises most; reviews it as acceptance is learned, keeps to it unless clearly beaten."""
 
     def __init__(self, table: LatencyTable, block_len: int) -> None:
         self.table, self.block_len = table, block_len
