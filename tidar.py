@@ -36,8 +36,9 @@ TRACKING = "sqlite:///mlflow.db"
 
 
 class Mode(StrEnum):
-    """How a model decodes."""
+    """How a model decodes; `auto` measures this machine first, then picks the fastest for each step."""
 
+    auto = "auto"
     single_pass = "single-pass"
     two_pass = "two-pass"
     autoregressive = "autoregressive"
@@ -194,7 +195,8 @@ def generate(
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder, Request
-    from tidar_core.modes import planner_of
+    from tidar_core.latency import decoding_latency
+    from tidar_core.planner import AUTO, planner_of
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(
@@ -203,7 +205,11 @@ def generate(
     )  # fmt: skip
     request = Request(request_id="prompt", prompt=tuple(bundle.tokenizer.encode(prompt)), sampling=sampling)
     draft = DraftConfig(block_len=block_len or bundle.info.block_len)
-    batcher = Batcher(Decoder(bundle.model, draft, rows=1), planner_of(mode.value, draft.block_len))
+    decoder, table = Decoder(bundle.model, draft, rows=1), None
+    if mode == AUTO:
+        context_len = min(decoder.context_len, len(request.prompt) + max_tokens)
+        table = decoding_latency(bundle.model, block_len=draft.block_len, batch=1, context_len=context_len)
+    batcher = Batcher(decoder, planner_of(mode.value, draft.block_len, table))
     completion, stream, pieces = Completion(request), bundle.tokenizer.stream(), []
     began = time.perf_counter()
     batcher.submit(request)
@@ -254,7 +260,9 @@ def bench(
     from tidar_core.artifacts.prompts import read_prompts
     from tidar_core.benchmark import compare_modes
     from tidar_core.config import SamplingConfig
+    from tidar_core.latency import decoding_latency
     from tidar_core.modes import MODES
+    from tidar_core.planner import AUTO
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
@@ -262,7 +270,9 @@ def bench(
     texts = read_prompts(prompts, count)
     tokens = [tuple(bundle.tokenizer.encode(text))[-room:] for text in texts]
     K = block_len or bundle.info.block_len
-    total = len(MODES) * (1 + repeats * len(tokens))
+    context_len = max(map(len, tokens)) + max_tokens
+    table = decoding_latency(bundle.model, block_len=K, batch=batch, context_len=context_len)
+    total = (len(MODES) + 1) * (1 + repeats * len(tokens))
     with job_progress("bench", total=total, unit="prompts") as show:
         done = 0
 
@@ -272,8 +282,9 @@ def bench(
             show(done, {})
 
         modes = compare_modes(
-            bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, on_prompt=advance
-        )
+            bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, context_len=context_len,
+            modes=(*MODES, AUTO), table=table, on_prompt=advance,
+        )  # fmt: skip
     weight = bundle.model.embedding.weight
     facts = {
         "device": str(weight.device),

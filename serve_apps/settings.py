@@ -29,7 +29,7 @@ class ServeSettings(BaseModel):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
-    mode: Literal["single-pass", "two-pass", "autoregressive"] = "single-pass"
+    mode: Literal["auto", "single-pass", "two-pass", "autoregressive"] = "single-pass"
     draft_kind: Literal["argmax", "sampled"] = "argmax"
     block_len: Positive | None = None
     """K of a draft; by default what the bundle was trained with."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tidar_core.decoder import Decoder, DecodeStep, Request
 from tidar_core.errors import CapacityError, RequestError
-from tidar_core.modes import Planner, planner_of
+from tidar_core.modes import FixedMode, Planner
 
 __all__ = ["Batcher", "Completion", "complete"]
 
@@ -22,7 +22,7 @@ class Batcher:
         """planner      chooses the rows of each step; single-pass with all groups by default
         max_waiting  requests that may queue beyond the free rows; one more is refused with CapacityError."""
         self.decoder, self.max_waiting = decoder, max_waiting
-        self.planner = planner or planner_of("single-pass", decoder.draft.block_len)
+        self.planner = planner or FixedMode("single-pass", decoder.draft.block_len)
         self._waiting: deque[Request] = deque()
 
     @property

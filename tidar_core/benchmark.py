@@ -13,8 +13,10 @@ from typing import Any
 from tidar_core.batcher import Batcher, Completion
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
+from tidar_core.latency import LatencyTable
 from tidar_core.model import TidarModel
-from tidar_core.modes import MODES, planner_of
+from tidar_core.modes import MODES, Planner
+from tidar_core.planner import planner_of
 
 __all__ = ["ModeResult", "compare_modes"]
 
@@ -60,21 +62,24 @@ def compare_modes(
     repeats: int = 3,
     context_len: int | None = None,
     modes: Sequence[str] = MODES,
+    table: LatencyTable | None = None,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> dict[str, ModeResult]:
     """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one prompt to warm up.
 
+    table      latencies on this device, for the mode `auto`
     on_prompt  called after each finished prompt, len(modes) * (1 + repeats * len(prompts)) times in all
     """
     decoders = {
         mode: Decoder(model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len) for mode in modes
     }
+    planners = {mode: planner_of(mode, block_len, table) for mode in modes}
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
     for mode, decoder in decoders.items():
-        _run(decoder, mode, prompts[:1], sampling, on_prompt)
+        _run(decoder, planners[mode], prompts[:1], sampling, on_prompt)
     for _ in range(repeats):
         for mode, decoder in decoders.items():
-            runs[mode].append(_run(decoder, mode, prompts, sampling, on_prompt))
+            runs[mode].append(_run(decoder, planners[mode], prompts, sampling, on_prompt))
     texts = {mode: tuple(tuple(c.token_ids) for c in done[0].completions) for mode, done in runs.items()}
     return {mode: _result(done, block_len, texts[mode], texts[mode] == texts[modes[0]]) for mode, done in runs.items()}
 
@@ -86,10 +91,10 @@ class _Run:
     first_token_seconds: list[float] = field(default_factory=list)
 
 
-def _run(decoder: Decoder, mode: str, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
+def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
          on_prompt: Callable[[], None]) -> _Run:  # fmt: skip
     """As many clients as the decoder has rows, each sending its next prompt when its last is done."""
-    batcher, run = Batcher(decoder, planner_of(mode, decoder.draft.block_len)), _Run()
+    batcher, run = Batcher(decoder, planner), _Run()
     run.completions = [
         Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
     ]

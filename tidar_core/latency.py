@@ -16,7 +16,7 @@ from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import decode_layout
 from tidar_core.model import TidarModel
 
-__all__ = ["LatencyPoint", "LatencyTable", "measure_latency"]
+__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "measure_latency"]
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
@@ -62,6 +62,21 @@ class LatencyTable:
         contexts = sorted({p.context for p in self.points if p.batch == near})
         far = contexts[min(bisect_left(contexts, context), len(contexts) - 1)]
         return sorted((p for p in self.points if (p.batch, p.context) == (near, far)), key=lambda p: p.rows)
+
+
+def decoding_latency(
+    model: TidarModel, *, block_len: int, batch: int, context_len: int, on_point: Callable[[], None] = lambda: None
+) -> LatencyTable:
+    """The table that a decoder of `batch` rows plans with: the row counts of its modes, up to its batch and context."""
+    K = block_len
+    rows = {1, 2, K, 1 + K, 2 * K, 3 * K, 5 * K, K + K * K // 2, K + K * K}
+    return measure_latency(
+        model,
+        rows=sorted(rows),
+        batches=[b for b in (1, 2, 4, 8, 16, 32, 64) if b < batch] + [batch],
+        contexts=[c for c in (128, 1024, 8192) if c < context_len] + [context_len],
+        on_point=on_point,
+    )
 
 
 @torch.inference_mode()

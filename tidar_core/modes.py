@@ -18,7 +18,7 @@ from tidar_core.errors import ConfigError
 if TYPE_CHECKING:
     from tidar_core.decoder import DecodeStep
 
-__all__ = ["MODES", "FixedMode", "Planner", "StepPlan", "planner_of"]
+__all__ = ["MODES", "FixedMode", "Planner", "StepPlan"]
 
 MODES = ("autoregressive", "single-pass", "two-pass")
 
@@ -85,8 +85,3 @@ class FixedMode:
 
     def observe(self, pending: tuple[int, ...], steps: "Sequence[DecodeStep]") -> None:
         """A fixed mode has nothing to learn."""
-
-
-def planner_of(mode: str, block_len: int) -> FixedMode:
-    """The planner that keeps to `mode`."""
-    return FixedMode(mode, block_len)

@@ -12,9 +12,12 @@ from operator import mul
 
 from tidar_core.decoder import DecodeStep
 from tidar_core.latency import LatencyTable
-from tidar_core.modes import StepPlan
+from tidar_core.modes import FixedMode, Planner, StepPlan
 
-__all__ = ["Acceptance", "AutoPlanner", "Choice", "candidates", "expected_tokens"]
+__all__ = ["AUTO", "Acceptance", "AutoPlanner", "Choice", "candidates", "expected_tokens", "planner_of"]
+
+AUTO = "auto"
+"""The mode that is all others, by turns."""
 
 FORGET = 0.998
 """What an observation still weighs after the next verification of its mask."""
@@ -64,6 +67,14 @@ class Choice:
     """Plans taken in turns; a two-pass round has two."""
     tokens_per_second: float
     """Expected, over all sequences of the batch."""
+
+
+def planner_of(mode: str, block_len: int, table: LatencyTable | None = None) -> Planner:
+    """The planner of a mode; `auto` needs the device's latency table."""
+    if mode != AUTO:
+        return FixedMode(mode, block_len)
+    assert table is not None, "auto needs a latency table"
+    return AutoPlanner(table, block_len)
 
 
 def expected_tokens(plan: StepPlan, chance: Sequence[float]) -> float:

@@ -10,7 +10,8 @@ from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.errors import ConfigError
-from tidar_core.modes import MODES, FixedMode, StepPlan, planner_of
+from tidar_core.modes import MODES, FixedMode, StepPlan
+from tidar_core.planner import planner_of
 
 SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
 
