@@ -12,6 +12,7 @@ else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong 
 import json
 import os
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,8 +196,6 @@ def generate(
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder, Request
-    from tidar_core.latency import decoding_latency
-    from tidar_core.planner import AUTO, planner_of
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(
@@ -205,25 +204,19 @@ def generate(
     )  # fmt: skip
     request = Request(request_id="prompt", prompt=tuple(bundle.tokenizer.encode(prompt)), sampling=sampling)
     draft = DraftConfig(block_len=block_len or bundle.info.block_len)
-    decoder, table = Decoder(bundle.model, draft, rows=1), None
-    if mode == AUTO:
-        context_len = min(decoder.context_len, len(request.prompt) + max_tokens)
-        table = decoding_latency(bundle.model, block_len=draft.block_len, batch=1, context_len=context_len)
-    batcher = Batcher(decoder, planner_of(mode.value, draft.block_len, table))
-    completion, stream, pieces = Completion(request), bundle.tokenizer.stream(), []
+    decoder = Decoder(bundle.model, draft, rows=1)
+    decoder.check(request)
+    batcher = Batcher(decoder, _planner(mode, decoder, len(request.prompt) + max_tokens))
+    pieces: list[str] = []
     began = time.perf_counter()
-    batcher.submit(request)
-    while batcher.busy:
-        for step in batcher.advance():
-            completion.add(step)
-            text = "".join(stream.push(t) for t in step.token_ids if t not in sampling.eos_ids)
-            pieces.append(text)
-            if not as_json:
-                print(text, end="", flush=True)
+    completion = Completion(request)
+    for text in _spoken(batcher, completion, bundle.tokenizer.stream()):
+        pieces.append(text)
+        if not as_json:
+            print(text, end="", flush=True)
     seconds = time.perf_counter() - began
-    pieces.append(stream.flush())
     if not as_json:
-        print(pieces[-1])
+        print()
         _note(f"{len(completion.token_ids)} tokens, {completion.tokens_per_forward:.2f} per forward, {seconds:.2f} s")
         return
     _print(
@@ -339,6 +332,28 @@ def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     found = registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model)
     return load_bundle(found.uri, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _spoken(batcher: Any, completion: Any, stream: Any) -> Iterator[str]:
+    """Text of a request as its tokens become final; the token that ends it is not spoken."""
+    eos_ids = completion.request.sampling.eos_ids
+    batcher.submit(completion.request)
+    while batcher.busy:
+        for step in batcher.advance():
+            completion.add(step)
+            yield "".join(stream.push(token) for token in step.token_ids if token not in eos_ids)
+    yield stream.flush()
+
+
+def _planner(mode: Mode, decoder: Any, context_len: int) -> Any:
+    """The planner of a mode; for `auto`, after a look at how fast this machine is."""
+    from tidar_core.latency import decoding_latency
+    from tidar_core.planner import AUTO, planner_of
+
+    table, block_len = None, decoder.draft.block_len
+    if mode == AUTO:
+        table = decoding_latency(decoder.model, block_len=block_len, batch=decoder.rows, context_len=context_len)
+    return planner_of(mode.value, block_len, table)
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:

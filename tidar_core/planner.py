@@ -30,7 +30,7 @@ FIRST_REVIEW, LONGEST_REVIEW = 8, 256
 PROBE_EVERY = 256
 """Autoregressive steps after which one block is drafted and verified, to see whether drafting would pay by now."""
 WALK_STEPS = 24
-"""Steps of the walk taken to find its stationary law; it forgets its start much sooner."""
+"""Steps of the walk before its tokens are averaged, and over which they are: a multiple of most periods it can have."""
 
 
 class Acceptance:
@@ -78,24 +78,25 @@ def planner_of(mode: str, block_len: int, table: LatencyTable | None = None) -> 
 
 
 def expected_tokens(plan: StepPlan, chance: Sequence[float]) -> float:
-    """Long-run tokens per forward of one sequence that repeats `plan`, whose groups must not be empty.
+    """Long-run tokens per forward of one sequence that repeats `plan`; group 1 must be among its groups.
 
     The walk's state is the mask that the pending d_1 came from: 0 for a whole block, K for none.
     """
+    assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
     K = len(chance)
     law = [1.0] + [0.0] * K
     tokens = 0.0
-    for _ in range(WALK_STEPS):
-        after, tokens = [0.0] * (K + 1), 0.0
+    for step in range(2 * WALK_STEPS):
+        after = [0.0] * (K + 1)
         for late, weight in enumerate(law):
             if weight < 1e-9:
                 continue
             for n, probability in enumerate(_lengths(plan.clean_len, late, chance), 1):
                 below = [group for group in plan.groups if group <= n]
                 after[min(K, n - below[-1]) if below else K] += weight * probability
-                tokens += weight * probability * n
+                tokens += weight * probability * n * (step >= WALK_STEPS)
         law = after
-    return tokens
+    return tokens / WALK_STEPS
 
 
 def candidates(block_len: int) -> Iterator[tuple[str, tuple[StepPlan, ...]]]:
