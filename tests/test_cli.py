@@ -43,11 +43,11 @@ def refused(run, *arguments):
 
 def test_generate_prints_one_json_object_and_both_modes_say_the_same(run, bundle):
     answers = []
-    for mode in ("single-pass", "autoregressive"):
+    for mode in ("single-pass", "autoregressive", "two-pass", "auto"):
         code, out, _ = run("generate", bundle, "def f(x", "--max-tokens", 12, "--mode", mode, "--json")
         assert code == 0
         answers.append(json.loads(out))
-    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert all(answer["token_ids"] == answers[1]["token_ids"] for answer in answers)
     assert len(answers[0]["token_ids"]) == 12
     assert answers[1]["forwards"] == 12
     assert answers[0]["finish_reason"] == "length"
@@ -65,7 +65,7 @@ def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
     assert code == 0
     facts = json.loads(out)
     assert facts["prompts"] == 2
-    assert list(facts["modes"]) == ["autoregressive", "single-pass"]
+    assert list(facts["modes"]) == ["autoregressive", "single-pass", "two-pass", "auto"]
     for mode in facts["modes"].values():
         assert mode["equal_to_ar"] is True
         low, high = mode["tokens_per_second_spread"]
