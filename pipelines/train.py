@@ -14,7 +14,7 @@ from pipelines.cluster import connect, original_error
 from pipelines.jobs import TrainJob
 from pipelines.train_worker import Surroundings, train_worker
 from tidar_core.artifacts import locations, registry
-from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
 from tidar_core.artifacts.made_by import MADE_BY
 from tidar_core.artifacts.shards import read_manifest, verify_shards
 from tidar_core.errors import ConfigError, TidarError
@@ -32,8 +32,7 @@ def train(job: TrainJob) -> BundleInfo:
     manifest = read_manifest(job.shards)
     if manifest.splits["train"].rows == 0:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
-    if job.init_from is not None and not locations.exists(locations.join(job.init_from, "config.json")):
-        raise ConfigError(f"init_from is {job.init_from}; it has no config.json; give a model folder or a bundle")
+    _check_start(job)
     connect()
     try:
         ray.get(ray.remote(verify_shards).remote(job.shards))
@@ -98,6 +97,16 @@ def _nowhere() -> Iterator[None]:
     yield None
 
 
+def _check_start(job: TrainJob) -> None:
+    """Refuse a start that is no model folder, or a bundle that is not whole."""
+    if job.init_from is None:
+        return
+    if not locations.exists(locations.join(job.init_from, "config.json")):
+        raise ConfigError(f"init_from is {job.init_from}; it has no config.json; give a model folder or a bundle")
+    if locations.exists(locations.join(job.init_from, BUNDLE_JSON)):
+        verify_bundle(job.init_from)
+
+
 def _absolute(job: TrainJob) -> TrainJob:
     """The same job with every location absolute: workers run in other folders."""
     changed = {name: locations.absolute(getattr(job, name)) for name in ("shards", "output")}
@@ -108,7 +117,7 @@ def _absolute(job: TrainJob) -> TrainJob:
 
 def _finished(job: TrainJob) -> BundleInfo | None:
     """The bundle at the job's output, if this very job made it."""
-    if not locations.exists(locations.join(job.output, "tidar.json")):
+    if not locations.exists(locations.join(job.output, BUNDLE_JSON)):
         return None
     made_by = locations.read_json(locations.join(job.output, MADE_BY))
     if made_by["job"] != job.model_dump(mode="json"):

@@ -17,7 +17,7 @@ from pipelines.batches import rows_of_step
 from pipelines.jobs import TrainJob
 from pipelines.train_engine import TrainEngine, learning_rate
 from tidar_core.artifacts import locations
-from tidar_core.artifacts.bundle import read_bundle_info, save_bundle
+from tidar_core.artifacts.bundle import BUNDLE_JSON, read_bundle_info, save_bundle
 from tidar_core.artifacts.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.made_by import made_by
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader
@@ -87,7 +87,7 @@ def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
         return model, f"random weights of shape {job.shape}, seed {job.seed}"
     assert job.init_from is not None
     folder = locations.local_copy(job.init_from)
-    if (folder / "tidar.json").exists():
+    if (folder / BUNDLE_JSON).exists():
         info = read_bundle_info(str(folder))
         return load_model(folder, mask_id=info.mask_id), info.bundle_hash
     return with_mask_token(load_model(folder), manifest.vocab_len, seed=job.seed), job.init_from

@@ -36,7 +36,7 @@ def test_losses_are_means_over_held_out_labels(report, evaluate_job):
 
 def test_greedy_texts_equal_the_plain_loop_on_every_prompt(report):
     assert report["greedy_equal"] is True
-    assert report["prompts"] == report["prompts_equal"] == 3
+    assert report["prompts"] == report["prompts_equal"] >= 2
     assert report["modes"]["autoregressive"]["tokens_per_forward"] == 1.0
 
 
@@ -94,7 +94,7 @@ def test_every_missed_bar_is_named_and_nothing_is_registered(publish_job):
 def test_unequal_texts_are_a_missed_bar(publish_job, report):
     from pipelines.publish import missed_bars
 
-    unequal = report | {"greedy_equal": False, "prompts_equal": 2}
+    unequal = report | {"greedy_equal": False, "prompts": 3, "prompts_equal": 2}
     assert missed_bars(publish_job, unequal) == ["greedy texts equal the AR mode's on 2 of 3 prompts"]
     assert missed_bars(publish_job.model_copy(update={"require_greedy_equal": False}), unequal) == []
 
