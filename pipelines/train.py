@@ -34,16 +34,21 @@ def train(job: TrainJob) -> BundleInfo:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
     _check_start(job)
     connect()
+    run_id = None
     try:
         ray.get(ray.remote(verify_shards).remote(job.shards))
         run_id = _mlflow_run(job)
         with watched_board(f"train {job.objective}", total=job.steps, unit="steps") as board:
             _trainer(job, run_id, board).fit()
-    except Exception as error:
+    except BaseException as error:
+        if run_id is not None:
+            registry.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         original = original_error(_of_worker(error))
         raise original from (error if original is not error else None)
-    registry.end_run(job.tracking_uri, run_id)
-    return read_bundle_info(job.output)
+    info = read_bundle_info(job.output)
+    made = {"bundle": job.output, "bundle_hash": info.bundle_hash, **info.lineage}
+    registry.end_run(job.tracking_uri, run_id, tags=made)
+    return info
 
 
 def _trainer(job: TrainJob, run_id: str, board: Any) -> TorchTrainer:

@@ -70,6 +70,42 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(ar_bundle):
     assert all(rates[step] > rates[step + 1] for step in range(4, 30))
 
 
+def test_a_hugging_face_folder_is_a_start_and_gains_a_mask_token(train_job, shards, tmp_path):
+    import transformers
+
+    from pipelines.train_worker import starting_model
+    from tidar_core.attention import DenseAttention
+    from tidar_core.layout import causal_layout
+
+    config = transformers.Qwen3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    manifest = read_manifest(shards)
+    assert manifest.vocab_len == 320  # no row is unused, so the mask token gets a new one
+    ours, parent = starting_model(train_job("hf", shape=None, init_from=str(tmp_path)), manifest)
+    assert (ours.config.mask_id, ours.config.vocab_size, parent) == (320, 384, str(tmp_path))
+    ids = torch.arange(40)[None]
+    layout = causal_layout(torch.zeros_like(ids))
+    with torch.no_grad():
+        found = ours.head(ours(ids, layout.position, DenseAttention(layout)))
+        torch.testing.assert_close(found[..., :320], theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_the_run_carries_the_job_and_where_it_came_from(ar_bundle, dual_bundle):
+    from mlflow import MlflowClient
+
+    run_id = Path(dual_bundle.output + ".run/mlflow_run_id").read_text()
+    run = MlflowClient(dual_bundle.tracking_uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["alpha"] == "1.0"
+    assert run.data.tags["shards"] == read_manifest(dual_bundle.shards).identity
+    assert run.data.tags["start"] == read_bundle_info(ar_bundle.output).bundle_hash
+    assert run.data.tags["bundle_hash"] == read_bundle_info(dual_bundle.output).bundle_hash
+
+
 def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_job, ar_bundle):
     from pipelines.train import train
 

@@ -120,10 +120,13 @@ def log_artifact(tracking_uri: str, run_id: str, path: str) -> None:
         _client(tracking_uri).log_artifact(run_id, path)
 
 
-def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED") -> None:
-    """Close a run: FINISHED, FAILED or KILLED."""
+def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: Mapping[str, str] | None = None) -> None:
+    """Close a run: FINISHED, FAILED or KILLED; `tags` say what came of it."""
     with _in_one_line(tracking_uri):
-        _client(tracking_uri).set_terminated(run_id, status)
+        client = _client(tracking_uri)
+        for key, value in (tags or {}).items():
+            client.set_tag(run_id, key, value)
+        client.set_terminated(run_id, status)
 
 
 def publish_version(
