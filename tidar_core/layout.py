@@ -8,6 +8,7 @@ G groups, K block length.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,17 +86,22 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
     single-pass  K drafts, groups = (1, .., K)
     autoregressive  one token, no groups
     """
-    C_B1, device = prefix_len_B[:, None], prefix_len_B.device
-    clean_BC = C_B1 + torch.arange(clean_len, device=device)
+    row = _decode_rows(clean_len, tuple(groups), block_len, prefix_len_B.device)
+    prefix_B1 = prefix_len_B[:, None]
+    shape = (len(prefix_len_B), -1)
+    return TokenLayout(
+        row.document.expand(shape), prefix_B1 + row.position, prefix_B1 + row.horizon, row.block.expand(shape)
+    )
+
+
+@cache
+def _decode_rows(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> TokenLayout:
+    """Rows of a decoder forward behind an empty prefix [R]."""
+    clean_C = torch.arange(clean_len, device=device)
     group_M = torch.tensor(groups, device=device, dtype=torch.long).repeat_interleave(block_len)
     offset_M = torch.arange(block_len, device=device).repeat(len(groups))
-    masks = TokenLayout(
-        torch.zeros_like(C_B1 + group_M),
-        C_B1 + group_M + offset_M,
-        C_B1 + group_M - 1,
-        group_M.expand(len(prefix_len_B), -1),
-    )
-    return TokenLayout(torch.zeros_like(clean_BC), clean_BC, clean_BC, torch.full_like(clean_BC, CLEAN)).then(masks)
+    clean = TokenLayout(torch.zeros_like(clean_C), clean_C, clean_C, torch.full_like(clean_C, CLEAN))
+    return clean.then(TokenLayout(torch.zeros_like(group_M), group_M + offset_M, group_M - 1, group_M))
 
 
 def cache_layout(slot_len: int, batch: int, device: torch.device) -> TokenLayout:
