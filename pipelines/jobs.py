@@ -64,7 +64,7 @@ class TrainJob(Job):
 
     shards: str
     output: str
-    """Folder for the bundle; checkpoints lie in `<output>.run` until the bundle is complete."""
+    """Folder for the bundle; checkpoints lie beside it, in `<output>.run`."""
     objective: Literal["ar", "dual"] = "dual"
     init_from: str | None = None
     """Hugging Face folder or bundle to start from."""

@@ -16,7 +16,7 @@ from pipelines.train_worker import Surroundings, train_worker
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
 from tidar_core.artifacts.made_by import MADE_BY
-from tidar_core.artifacts.shards import read_manifest, verify_shards
+from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["train"]
@@ -27,9 +27,9 @@ SHOWN = ("ar_loss", "diffusion_loss", "tokens_per_second")
 def train(job: TrainJob) -> BundleInfo:
     """Run the job to its bundle. A run that was stopped goes on from its last checkpoint; a finished one is reused."""
     job = _absolute(job)
-    if (finished := _finished(job)) is not None:
-        return finished
     manifest = read_manifest(job.shards)
+    if (finished := _finished(job, manifest)) is not None:
+        return finished
     if manifest.splits["train"].rows == 0:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
     _check_start(job)
@@ -120,14 +120,18 @@ def _absolute(job: TrainJob) -> TrainJob:
     return job.model_copy(update=changed | {"tracking_uri": registry.absolute_tracking_uri(job.tracking_uri)})
 
 
-def _finished(job: TrainJob) -> BundleInfo | None:
-    """The bundle at the job's output, if this very job made it."""
+def _finished(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
+    """The bundle at the job's output, if this very job made it, of these shards."""
     if not locations.exists(locations.join(job.output, BUNDLE_JSON)):
         return None
     made_by = locations.read_json(locations.join(job.output, MADE_BY))
-    if made_by["job"] != job.model_dump(mode="json"):
-        raise ConfigError(f"{job.output} holds the bundle of another job; give this one another output, or remove it")
-    return read_bundle_info(job.output)
+    info = read_bundle_info(job.output)
+    if made_by["job"] != job.model_dump(mode="json") or info.lineage["shards"] != manifest.identity:
+        raise ConfigError(
+            f"{job.output} holds the bundle of another job or of other shards; give this one another output, or remove "
+            f"{job.output} and {job.output}.run"
+        )
+    return info
 
 
 def _mlflow_run(job: TrainJob) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.errors import CapacityError, ContextLengthError, RequestError
+from tidar_core.errors import CapacityError, ConfigError, ContextLengthError, RequestError
 from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import decode_layout
 from tidar_core.model import TidarModel
@@ -78,6 +78,11 @@ class Decoder:
         """rows         sequences that may run together
         context_len  most tokens of prompt and completion; the model's own by default
         """
+        if draft.block_len > 1 and model.config.mask_id is None:
+            raise ConfigError(
+                f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
+                "or decode with block_len 1"
+            )
         self.model, self.draft, self.rows = model, draft, rows
         self.context_len = context_len or model.config.context_len
         weight = model.embedding.weight

@@ -13,7 +13,7 @@ from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
-from tidar_core.errors import CapacityError, RequestError
+from tidar_core.errors import CapacityError, ConfigError, RequestError
 from tidar_core.kv_cache import CachedAttention, KVCache
 from tidar_core.layout import causal_layout, decode_layout, training_layout
 from tidar_core.modes import StepPlan
@@ -277,6 +277,13 @@ def test_a_request_that_can_never_run_is_refused_in_one_line(model, prompt, max_
         batcher.submit(request)
     assert "\n" not in str(caught.value)
     assert not batcher.busy
+
+
+def test_a_model_without_a_mask_token_can_only_decode_one_by_one():
+    plain = wide_model(replace(named_shape("tiny"), mask_id=None))
+    with pytest.raises(ConfigError, match="no mask token"):
+        Decoder(plain, DraftConfig(block_len=4), rows=1)
+    assert decoded(plain, prompts(5), GREEDY, block_len=1) == [generate_autoregressive(plain, prompts(5)[0], GREEDY)]
 
 
 def test_a_full_queue_and_a_double_id_are_refused(model):
