@@ -24,10 +24,10 @@ from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.benchmark import compare_modes
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import ConfigError, ShardError
+from tidar_core.layout import PADDING
 from tidar_core.losses import LossSums
 from tidar_core.modes import MODES
 from tidar_core.objective import Objective
-from tidar_core.packing import PADDING
 
 __all__ = ["REPORT", "evaluate", "held_out_losses"]
 

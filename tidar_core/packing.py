@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PADDING", "PackedRows", "Span", "cut_rows", "overlapping_spans", "row_count"]
+from tidar_core.layout import PADDING
 
-PADDING = -1
-"""Document id of a position that holds no token; its input id is the end-of-text token."""
+__all__ = ["PackedRows", "Span", "cut_rows", "overlapping_spans", "row_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class PackedRows:
 
     input_ids_BS: Tensor
     document_ids_BS: Tensor
-    """Ordinal of the document within its split; PADDING where there is no token."""
+    """Ordinal of the document within its split; PADDING where there is no token, and the input id is end of text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import torch
 
 from tidar_core.artifacts import locations, shards
 from tidar_core.errors import ShardError
-from tidar_core.packing import PADDING, PackedRows
+from tidar_core.layout import PADDING
+from tidar_core.packing import PackedRows
 
 ROW_LEN = 8
 ROWS_PER_SHARD = 100

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidar_core.packing import PADDING, Span, cut_rows, overlapping_spans, row_count
+from tidar_core.layout import PADDING
+from tidar_core.packing import Span, cut_rows, overlapping_spans, row_count
 
 EOS = 0
 

@@ -88,6 +88,7 @@ def test_a_cancelled_caller_leaves_the_queue(loop):
         await until(lambda: loop.waiting == 1)
         tasks[2].cancel()
         await until(lambda: loop.waiting == 0)
+        assert loop.running == 2
         for task in tasks:
             task.cancel()
         await until(lambda: loop.running == 0)

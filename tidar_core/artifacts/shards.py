@@ -26,7 +26,8 @@ from torch import Tensor
 
 from tidar_core.artifacts import locations
 from tidar_core.errors import ShardError
-from tidar_core.packing import PADDING, PackedRows, row_count
+from tidar_core.layout import PADDING
+from tidar_core.packing import PackedRows, row_count
 
 __all__ = [
     "FORMAT_VERSION",
