@@ -3,7 +3,7 @@
     tidar quickstart                     the whole river on this machine
     tidar pack | train | evaluate | publish JOB.yaml
     tidar promote NAME VERSION           and rollback NAME
-    tidar generate | bench | serve MODEL
+    tidar generate | bench | profile | serve MODEL
 
 MODEL is a bundle's folder or URI, or models:/NAME@ALIAS. With --json, standard output holds one JSON object and nothing
 else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong (one line says how), 1 anything else.
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,27 +85,8 @@ def quickstart(
         completions = completions_over_http(settings, PROMPTS, max_tokens=48)
     finally:
         shutdown()
-    report, split = river.report, river.manifest.splits
-    summary = {
-        "documents": sum(s.documents for s in split.values()),
-        "tokens": sum(s.tokens for s in split.values()),
-        "rows": sum(s.rows for s in split.values()),
-        "ar_loss_of_ar_phase": river.ar_phase["ar_loss"],
-        "diffusion_loss_of_ar_phase": river.ar_phase["diffusion_loss"],
-        "ar_loss": report["ar_loss"],
-        "diffusion_loss": report["diffusion_loss"],
-        "tokens_per_forward": report["tokens_per_forward"],
-        "greedy_equal": report["greedy_equal"],
-        "prompts": report["prompts"],
-        "speed_over_ar": report["speed_over_ar"],
-        "bundle": river.bundle,
-        "report": river.report_folder,
-        "registry_version": river.version,
-        "alias": "champion",
-        "completions": completions,
-        "elapsed_seconds": time.perf_counter() - began,
-    }
-    _print(summary, as_json)
+    seconds = time.perf_counter() - began
+    _print(river.summary | {"completions": completions, "elapsed_seconds": seconds}, as_json)
     again = f"tidar serve {model} --tracking-uri {river.tracking_uri}"
     question = json.dumps({"model": MODEL_NAME, "prompt": "def main("})
     _note(f"Serve it again: {again}\nAsk it:         curl http://127.0.0.1:{port}/v1/completions -d '{question}'")
@@ -291,7 +273,51 @@ def bench(
     if as_json:
         _print(facts, as_json)
     else:
-        _print_modes(facts)
+        from pipelines.tables import print_modes
+
+        print_modes(facts)
+
+
+@app.command()
+def profile(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
+    plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
+    threads: Threads = None,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Time forwards of 1 to 512 rows: how many token slots are free on this machine."""
+    from pipelines.progress import job_progress
+    from tidar_core.latency import measure_latency
+
+    bundle = _loaded(model, tracking_uri, threads)
+    rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    batches = [count for count in (1, 4, 16, 64) if count < batch] + [batch]
+    contexts = [count for count in (64, 1024, 8192) if count < bundle.model.config.context_len]
+    total = len(rows) * len(batches) * len(contexts)
+    with job_progress("profile", total=total, unit="shapes") as show:
+        done = iter(range(1, total + 1))
+        table = measure_latency(
+            bundle.model, rows=rows, batches=batches, contexts=contexts, on_point=lambda: show(next(done), {})
+        )
+    weight = bundle.model.embedding.weight
+    facts = {
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "points": [asdict(point) for point in table.points],
+        "knee_rows": table.knee_rows(),
+    }
+    if plot is not None:
+        from pipelines.plots import latency_plot
+
+        plot.write_bytes(latency_plot(table.points))
+    if as_json:
+        _print(facts, as_json)
+    else:
+        from pipelines.tables import print_latency
+
+        print_latency(facts)
 
 
 @app.command()
@@ -360,34 +386,9 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from pipelines.tables import print_values
 
-    table = Table(show_header=False)
-    for name, value in values.items():
-        table.add_row(name, json.dumps(value) if isinstance(value, dict | list | tuple) else str(value))
-    Console().print(table)
-
-
-def _print_modes(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = (
-        f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}, {facts['threads']} threads"
-    )
-    table = Table("mode", "tokens/s", "spread", "tokens per forward", "first token, ms", "equal to AR", title=title)
-    for name, mode in facts["modes"].items():
-        low, high = mode["tokens_per_second_spread"]
-        table.add_row(
-            name,
-            f"{mode['tokens_per_second']:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{mode['tokens_per_forward']:.2f}",
-            f"{1000 * mode['time_to_first_token_seconds']:.1f}",
-            "yes" if mode["equal_to_ar"] else "NO",
-        )
-    Console().print(table)
+    print_values(values)
 
 
 def _note(text: str) -> None:

@@ -9,7 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["acceptance_plot", "speed_plot"]
+from tidar_core.latency import LatencyPoint
+
+__all__ = ["acceptance_plot", "latency_plot", "speed_plot"]
 
 
 def acceptance_plot(histogram: Sequence[int], by_position: Sequence[float], draft_accuracy: Sequence[float]) -> bytes:
@@ -33,6 +35,18 @@ def speed_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
     errors = [[s - slow for s, slow in zip(speeds, low)], [fast - s for s, fast in zip(speeds, high)]]
     axes.barh(names, speeds, xerr=errors, capsize=4)
     axes.set(xlabel="tokens per second", title="Speed, same prompts, one run")
+    return _png(figure)
+
+
+def latency_plot(points: Sequence[LatencyPoint]) -> bytes:
+    """PNG: what a forward costs against rows, over one row; a line for each batch and context."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for batch, context in sorted({(p.batch, p.context) for p in points}):
+        curve = sorted((p.rows, p.seconds) for p in points if (p.batch, p.context) == (batch, context))
+        rows, seconds = zip(*curve)
+        axes.plot(rows, [s / seconds[0] for s in seconds], marker="o", label=f"batch {batch}, context {context}")
+    axes.set(xscale="log", yscale="log", xlabel="rows of a sequence", ylabel="time over that of one row")
+    axes.legend()
     return _png(figure)
 
 

@@ -62,6 +62,24 @@ class River:
     version: int
     tracking_uri: str
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was made, and where it is."""
+        splits = self.manifest.splits.values()
+        measured = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
+        return {
+            "documents": sum(split.documents for split in splits),
+            "tokens": sum(split.tokens for split in splits),
+            "rows": sum(split.rows for split in splits),
+            "ar_loss_of_ar_phase": self.ar_phase["ar_loss"],
+            "diffusion_loss_of_ar_phase": self.ar_phase["diffusion_loss"],
+            **{name: self.report[name] for name in measured},
+            "bundle": self.bundle,
+            "report": self.report_folder,
+            "registry_version": self.version,
+            "alias": registry.CHAMPION,
+        }
+
 
 def flow(workdir: Path, budget_seconds: int) -> River:
     """Run every station from corpus to champion in `workdir`; training takes about `budget_seconds`."""

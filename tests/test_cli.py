@@ -73,6 +73,17 @@ def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
     assert len(facts["modes"]["single-pass"]["acceptance_histogram"]) == facts["block_len"] == 4
 
 
+def test_profile_finds_the_knee_and_draws_the_curve(run, bundle, tmp_path):
+    code, out, _ = run("profile", bundle, "--batch", 1, "--plot", tmp_path / "curve.png", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert {(p["rows"], p["batch"], p["context"]) for p in facts["points"]} >= {(1, 1, 64), (512, 1, 64)}
+    one_row = next(p["seconds"] for p in facts["points"] if p["rows"] == 1)
+    free = [p["rows"] for p in facts["points"] if p["seconds"] <= 1.25 * one_row]
+    assert facts["knee_rows"] == max(free)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="the measuring prompts are not on this machine")
 @pytest.mark.parametrize("name", ["HumanEval.jsonl.gz", "gsm8k-train-1000.jsonl", "spec-bench-dev.jsonl"])
 def test_bench_reads_the_public_prompt_sets(run, bundle, name):
