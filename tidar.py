@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
-from tidar_core.errors import TidarError, UserError
+from tidar_core.errors import RequestError, TidarError, UserError
 
 app = typer.Typer(
     help="Train, evaluate and serve TiDAR models: think in diffusion, talk in autoregression.",
@@ -34,6 +35,7 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see
 Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; what the model was trained with by default.")]
 TRACKING = "sqlite:///mlflow.db"
 
 
@@ -49,13 +51,13 @@ class Mode(StrEnum):
 def main() -> None:
     """Run the command line; wrong input ends in one line and exit code 2, never in a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except TidarError as error:
-        print(f"tidar: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        print("tidar: stopped", file=sys.stderr)
-        sys.exit(1)
+        _leave(str(error), 2 if isinstance(error, UserError) else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave("stopped", 1)
+    except TyperException as error:  # an unknown option, a value out of range
+        _leave(error.format_message() or "see tidar --help", 2)
 
 
 @app.command()
@@ -165,9 +167,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    block_len: Annotated[
-        int | None, typer.Option(help="Draft block; what the model was trained with by default.")
-    ] = None,
+    block_len: BlockLen = None,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -178,6 +178,7 @@ def generate(
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder, Request
+    from tidar_core.planner import measured_planner
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(
@@ -188,7 +189,7 @@ def generate(
     draft = DraftConfig(block_len=block_len or bundle.info.block_len)
     decoder = Decoder(bundle.model, draft, rows=1)
     decoder.check(request)
-    batcher = Batcher(decoder, _planner(mode, decoder, len(request.prompt) + max_tokens))
+    batcher = Batcher(decoder, measured_planner(mode.value, decoder, len(request.prompt) + max_tokens))
     pieces: list[str] = []
     began = time.perf_counter()
     completion = Completion(request)
@@ -223,7 +224,7 @@ def bench(
     max_tokens: int = 64,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    block_len: int | None = None,
+    block_len: BlockLen = None,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -232,7 +233,6 @@ def bench(
     import torch
 
     from pipelines.progress import job_progress
-    from tidar_core.artifacts.prompts import read_prompts
     from tidar_core.benchmark import compare_modes
     from tidar_core.config import SamplingConfig
     from tidar_core.latency import decoding_latency
@@ -241,24 +241,16 @@ def bench(
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
-    room = bundle.model.config.context_len - max_tokens
-    texts = read_prompts(prompts, count)
-    tokens = [tuple(bundle.tokenizer.encode(text))[-room:] for text in texts]
+    tokens = _prompts(bundle, prompts, count, max_tokens)
     K = block_len or bundle.info.block_len
     context_len = max(map(len, tokens)) + max_tokens
     table = decoding_latency(bundle.model, block_len=K, batch=batch, context_len=context_len)
     total = (len(MODES) + 1) * (1 + repeats * len(tokens))
     with job_progress("bench", total=total, unit="prompts") as show:
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            show(done, {})
-
+        done = iter(range(1, total + 1))
         modes = compare_modes(
             bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, context_len=context_len,
-            modes=(*MODES, AUTO), table=table, on_prompt=advance,
+            modes=(*MODES, AUTO), table=table, on_prompt=lambda: show(next(done), {}),
         )  # fmt: skip
     weight = bundle.model.embedding.weight
     facts = {
@@ -360,6 +352,16 @@ def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
     return load_bundle(found.uri, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
+    """Token ids of prompts, their beginnings cut off where the context could not hold them and the completion."""
+    from tidar_core.artifacts.prompts import read_prompts
+
+    context_len = bundle.model.config.context_len
+    if max_tokens >= context_len:
+        raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
+    return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
+
+
 def _spoken(batcher: Any, completion: Any, stream: Any) -> Iterator[str]:
     """Text of a request as its tokens become final; the token that ends it is not spoken."""
     eos_ids = completion.request.sampling.eos_ids
@@ -371,17 +373,6 @@ def _spoken(batcher: Any, completion: Any, stream: Any) -> Iterator[str]:
     yield stream.flush()
 
 
-def _planner(mode: Mode, decoder: Any, context_len: int) -> Any:
-    """The planner of a mode; for `auto`, after a look at how fast this machine is."""
-    from tidar_core.latency import decoding_latency
-    from tidar_core.planner import AUTO, planner_of
-
-    table, block_len = None, decoder.draft.block_len
-    if mode == AUTO:
-        table = decoding_latency(decoder.model, block_len=block_len, batch=decoder.rows, context_len=context_len)
-    return planner_of(mode.value, block_len, table)
-
-
 def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values))
@@ -389,6 +380,12 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
     from pipelines.tables import print_values
 
     print_values(values)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """End with one line."""
+    _note(f"tidar: {' '.join(message.split())}")
+    sys.exit(code)
 
 
 def _note(text: str) -> None:

@@ -164,8 +164,8 @@ def read_job(kind: type[J], path: str | Path) -> J:
     if not path.is_file():
         raise ConfigError(f"job file {path} does not exist; give the path of a YAML file such as infra/jobs/*.yaml")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"job file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"job file {path} holds {type(values).__name__}; it must be a mapping of keys to values")

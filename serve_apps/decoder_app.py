@@ -19,8 +19,7 @@ from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder, Request
 from tidar_core.errors import BundleError, ConfigError, TidarError
-from tidar_core.latency import decoding_latency
-from tidar_core.planner import AUTO, planner_of
+from tidar_core.planner import measured_planner
 
 __all__ = ["DecoderApp", "Load", "Served"]
 
@@ -65,12 +64,7 @@ class DecoderApp:
         self._block_len = served.block_len
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
         decoder = Decoder(bundle.model, draft, rows=settings.rows, context_len=settings.context_len)
-        table = None
-        if settings.mode == AUTO:
-            table = decoding_latency(
-                bundle.model, block_len=served.block_len, batch=settings.rows, context_len=decoder.context_len
-            )
-        planner = planner_of(settings.mode, served.block_len, table)
+        planner = measured_planner(settings.mode, decoder)
         batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
         _warm_up(batcher, self._tokenizer.eos_id)
         self._loop = BatchLoop(batcher)

@@ -215,6 +215,8 @@ def read_request(body: bytes) -> CompletionRequest:
     try:
         fields = json.loads(body)
         json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half a character, which no text holds
+    except UnicodeEncodeError as error:
+        raise ParameterError(f"the body spells half a character: {error}; send whole ones") from error
     except (ValueError, RecursionError) as error:
         raise ParameterError(f"the body is not JSON: {error}; send one JSON object") from error
     if not isinstance(fields, dict):

@@ -146,6 +146,39 @@ def test_a_taken_port_is_named_before_anything_starts(run, bundle, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_looking_a_model_up_makes_no_registry(run, tmp_path):
+    refused(run, "generate", "models:/nobody@champion", "x", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--mode", "fast"), "fast"),
+        (("--block-len", 0), "--block-len"),
+        (("--block-len", 1000), "built for 128 positions"),
+        (("--max-tokens", "many"), "--max-tokens"),
+        (("--speed", 3), "--speed"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(run, bundle, arguments, words):
+    assert words in refused(run, "generate", bundle, "x", *arguments)
+
+
+def test_a_prompt_that_is_no_text_is_refused(run, bundle):
+    assert "half a character" in refused(run, "generate", bundle, "\udcff\udcfe")
+
+
+def test_a_job_file_that_is_no_text_is_refused(run, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"corpus: \xff\xfe\n")
+    assert "not YAML" in refused(run, "pack", path)
+
+
+def test_a_bench_that_cannot_hold_a_prompt_is_refused_at_once(run, bundle):
+    assert "context of 128" in refused(run, "bench", bundle, "--max-tokens", 128)
+
+
 @pytest.mark.parametrize("content", ["", "not json\n", '{"answer": 1}\n'])
 def test_a_prompts_file_without_prompts_is_refused(run, bundle, tmp_path, content):
     path = tmp_path / "prompts.jsonl"

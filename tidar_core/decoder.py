@@ -85,6 +85,11 @@ class Decoder:
             )
         self.model, self.draft, self.rows = model, draft, rows
         self.context_len = context_len or model.config.context_len
+        if max(self.context_len, draft.block_len) > model.config.context_len:
+            raise ConfigError(
+                f"a context of {self.context_len} and a block of {draft.block_len} were asked for; the model was built "
+                f"for {model.config.context_len} positions; ask for no more"
+            )
         weight = model.embedding.weight
         self.device = weight.device
         K = draft.block_len

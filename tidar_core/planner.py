@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
-from tidar_core.decoder import DecodeStep
-from tidar_core.latency import LatencyTable
+from tidar_core.decoder import Decoder, DecodeStep
+from tidar_core.latency import LatencyTable, decoding_latency
 from tidar_core.modes import FixedMode, Planner, StepPlan
 
-__all__ = ["AUTO", "Acceptance", "AutoPlanner", "Choice", "candidates", "expected_tokens", "planner_of"]
+__all__ = [
+    "AUTO",
+    "Acceptance",
+    "AutoPlanner",
+    "Choice",
+    "candidates",
+    "expected_tokens",
+    "measured_planner",
+    "planner_of",
+]
 
 AUTO = "auto"
 """The mode that is all others, by turns."""
@@ -75,6 +84,15 @@ def planner_of(mode: str, block_len: int, table: LatencyTable | None = None) -> 
         return FixedMode(mode, block_len)
     assert table is not None, "auto needs a latency table"
     return AutoPlanner(table, block_len)
+
+
+def measured_planner(mode: str, decoder: Decoder, context_len: int | None = None) -> Planner:
+    """The planner of a mode for a decoder; `auto` times forwards on its device first, up to `context_len`."""
+    table, block_len = None, decoder.draft.block_len
+    if mode == AUTO:
+        context_len = context_len or decoder.context_len
+        table = decoding_latency(decoder.model, block_len=block_len, batch=decoder.rows, context_len=context_len)
+    return planner_of(mode, block_len, table)
 
 
 def expected_tokens(plan: StepPlan, chance: Sequence[float]) -> float:

@@ -170,6 +170,7 @@ def set_challenger(tracking_uri: str, name: str, version: int) -> None:
 
 def promote(tracking_uri: str, name: str, version: int) -> None:
     """Make the version champion; it remembers whom it replaced."""
+    _require_database(tracking_uri, name)
     with _in_one_line(tracking_uri):
         client = _client(tracking_uri)
         model = _require_version(client, tracking_uri, name, version)
@@ -183,6 +184,7 @@ def promote(tracking_uri: str, name: str, version: int) -> None:
 
 def rollback(tracking_uri: str, name: str) -> int:
     """Make the version that the champion replaced champion again; says which."""
+    _require_database(tracking_uri, name)
     with _in_one_line(tracking_uri):
         client = _client(tracking_uri)
         model = _require_model(client, tracking_uri, name)
@@ -205,6 +207,7 @@ def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
     if not parts:
         raise RegistryError(f"model is {uri}; give models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias = parts["name"], parts["alias"]
+    _require_database(tracking_uri, name)
     with _in_one_line(tracking_uri):
         client = _client(tracking_uri)
         model = _require_model(client, tracking_uri, name)
@@ -233,6 +236,14 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
             f"{info.bundle_hash[:12]}; publish the new bundle as a version of its own"
         )
     return FoundBundle(locations.absolute(registered.bundle_uri), info)
+
+
+def _require_database(tracking_uri: str, name: str) -> None:
+    """Refuse to look a model up in a file that is not there: opening it would make it."""
+    if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
+        raise RegistryError(
+            f"registry {tracking_uri} has no model {name!r}: the file does not exist; publish first, or name another"
+        )
 
 
 @cache

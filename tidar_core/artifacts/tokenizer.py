@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidar_core.artifacts import locations
-from tidar_core.errors import TokenizerError
+from tidar_core.errors import TokenizerError, UserError
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer", "train_bpe"]
 
@@ -101,11 +101,13 @@ class Tokenizer:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        """The ids of `text`, nothing added. Raises UserError for half a character (a lone surrogate)."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text: `encode`, many at once."""
+        for text in texts:
+            _require_characters(text)
         return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -163,3 +165,10 @@ class TextStream:
         piece = text[self._said : end]
         self._said = max(self._said, end)
         return piece
+
+
+def _require_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text holds half a character at {error.start}, which no text can; give valid UTF-8") from error
