@@ -17,6 +17,7 @@ from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
 from tidar_core.artifacts.made_by import MADE_BY
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
+from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["train"]
@@ -32,7 +33,7 @@ def train(job: TrainJob) -> BundleInfo:
         return finished
     if manifest.splits["train"].rows == 0:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
-    _check_start(job)
+    _check_start(job, manifest)
     connect()
     run_id = None
     try:
@@ -102,14 +103,19 @@ def _nowhere() -> Iterator[None]:
     yield None
 
 
-def _check_start(job: TrainJob) -> None:
-    """Refuse a start that is no model folder, or a bundle that is not whole."""
+def _check_start(job: TrainJob, manifest: Manifest) -> None:
+    """Refuse a start that is no model folder, a bundle that is not whole, or a model of another tokenizer."""
     if job.init_from is None:
         return
     if not locations.exists(locations.join(job.init_from, "config.json")):
         raise ConfigError(f"init_from is {job.init_from}; it has no config.json; give a model folder or a bundle")
     if locations.exists(locations.join(job.init_from, BUNDLE_JSON)):
         verify_bundle(job.init_from)
+    has_tokenizer = locations.exists(locations.join(job.init_from, "tokenizer.json"))
+    if has_tokenizer and load_tokenizer(job.init_from).fingerprint != manifest.tokenizer:
+        raise ConfigError(
+            f"{job.shards} were packed with another tokenizer than that of {job.init_from}; pack with the model's own"
+        )
 
 
 def _absolute(job: TrainJob) -> TrainJob:

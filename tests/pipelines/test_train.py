@@ -179,6 +179,16 @@ def test_a_start_that_is_no_model_is_named(train_job, tmp_path):
         train(train_job("y", shape=None, init_from=str(tmp_path)))
 
 
+def test_a_start_of_another_tokenizer_is_refused(train_job, tmp_path):
+    from tiny import save_tiny_bundle
+
+    from pipelines.train import train
+
+    other = save_tiny_bundle(tmp_path / "other")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        train(train_job("w", shape=None, init_from=str(other)))
+
+
 def test_a_start_with_a_flipped_byte_is_named(train_job, ar_bundle, tmp_path):
     import shutil
 
