@@ -12,6 +12,7 @@ Shape letters: B sequences, K block length, R rows of a forward, E embedding, V 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -166,7 +167,9 @@ class Decoder:
         logits, position = self._target_logits(last, first_mask, sampling), self._prefix_len[row : row + 1, None]
         first = sample(logits, sampling, position, TARGET)[:, 0]
         self._propose(slice(row, row + 1), first, torch.full_like(first, plan.clean_len), hidden, plan, sampling)
-        self._running.append(_Sequence(request, prompt_len, self._block_after(plan)[plan.clean_len].pending))
+        self._running.append(
+            _Sequence(request, prompt_len, _blocks_after(plan, self.draft.block_len)[plan.clean_len].pending)
+        )
         self._gather_sampling()
         return self._finish_steps([self._step(row, [int(first)], 0, 0)])[0]
 
@@ -197,7 +200,7 @@ class Decoder:
         self._prefix_len[:B] += accepted_B
         self._propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
         table = torch.cat([accepted_B[:, None], emitted_BC], 1).tolist()
-        block_after = self._block_after(plan)
+        block_after = _blocks_after(plan, self.draft.block_len)
         for sequence, (n, *_) in zip(self._running, table):
             sequence.pending = block_after[n].pending
         return self._finish_steps([self._step(b, tokens[:n], n, C) for b, (n, *tokens) in enumerate(table)])
@@ -220,18 +223,6 @@ class Decoder:
         row = self.running.index(request_id)
         self._draft[row, 1:] = torch.tensor(tokens, device=self.device)
         self._running[row].pending = self.draft.block_len
-
-    def _block_after(self, plan: StepPlan) -> list["_NextBlock"]:
-        """For each accepted length 0..clean_len: which masks of the forward draft the next block.
-
-        The masks of the largest group that is no larger; where that is smaller, its later ones.
-        """
-        K, blocks = self.draft.block_len, [_NextBlock(0, 1)]
-        for n in range(1, plan.clean_len + 1):
-            below = [index for index, group in enumerate(plan.groups) if group <= n]
-            late = n - plan.groups[below[-1]] if below else K
-            blocks.append(_NextBlock(plan.clean_len + below[-1] * K + late, K - late) if late < K else _NextBlock(0, 1))
-        return blocks
 
     def _forward(self, first_row: int, prefix_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...],
                  used_len: int) -> Tensor:  # fmt: skip
@@ -265,7 +256,7 @@ class Decoder:
             self._proposal[rows].scatter_(2, self._draft[rows][..., None], 1.0)
         if K == 1 or not plan.groups:
             return
-        blocks = self._block_after(plan)
+        blocks = _blocks_after(plan, self.draft.block_len)
         first_row_B = torch.tensor([block.first_row for block in blocks], device=self.device)[accepted_B]
         pending_B1 = torch.tensor([block.pending for block in blocks], device=self.device)[accepted_B][:, None]
         offset_R = torch.arange(1, K, device=self.device)
@@ -314,3 +305,18 @@ class Decoder:
 
     def _gather_sampling(self) -> None:
         self._sampling = SamplingTensors.of([s.request.sampling for s in self._running], self.device)
+
+
+@lru_cache(maxsize=1024)
+def _blocks_after(plan: StepPlan, block_len: int) -> tuple[_NextBlock, ...]:
+    """For each accepted length 0..clean_len: which masks of the forward draft the next block.
+
+    The masks of the largest group that is no larger; where that is smaller, its later ones.
+    """
+    blocks = [_NextBlock(0, 1)]
+    for n in range(1, plan.clean_len + 1):
+        below = [index for index, group in enumerate(plan.groups) if group <= n]
+        late = n - plan.groups[below[-1]] if below else block_len
+        first_row = plan.clean_len + below[-1] * block_len + late if late < block_len else 0
+        blocks.append(_NextBlock(first_row, max(1, block_len - late)))
+    return tuple(blocks)
