@@ -12,8 +12,7 @@ else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong 
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -37,6 +36,16 @@ Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflo
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
 BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; what the model was trained with by default.")]
 TRACKING = "sqlite:///mlflow.db"
+
+
+class DType(StrEnum):
+    """Of weights and arithmetic; texts are compared exactly in fp32 alone."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Dtype = Annotated[DType, typer.Option(help="Of weights and arithmetic.")]
 
 
 class Mode(StrEnum):
@@ -177,8 +186,9 @@ def generate(
 
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
-    from tidar_core.decoder import Decoder, Request
+    from tidar_core.decoder import Decoder
     from tidar_core.planner import measured_planner
+    from tidar_core.request import Request
 
     bundle = _loaded(model, tracking_uri, threads)
     sampling = SamplingConfig(
@@ -218,98 +228,71 @@ def generate(
 
 @app.command()
 def bench(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL with prompt, question, turns or text.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 8,
     max_tokens: int = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    batch: Annotated[list[int], typer.Option(min=1, help="Prompts decoded together.")] = [1],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     block_len: BlockLen = None,
+    dtype: Dtype = DType.fp32,
+    plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
+    transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
+    shape: Annotated[str | None, typer.Option(help="Time steps of a published shape instead of a model.")] = None,
+    random_weights: Annotated[bool, typer.Option(help="With --shape, which has no other.")] = False,
+    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens read before.")] = [512],  # noqa: B006
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
     """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
-    import torch
-
-    from pipelines.progress import job_progress
-    from tidar_core.benchmark import compare_modes
+    from pipelines import measure, tables
     from tidar_core.config import SamplingConfig
-    from tidar_core.latency import decoding_latency
-    from tidar_core.modes import MODES
-    from tidar_core.planner import AUTO
 
-    bundle = _loaded(model, tracking_uri, threads)
+    if (model is None) == (shape is None) or random_weights != (shape is not None):
+        raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
+    if shape is not None:
+        facts = measure.shape_costs(
+            shape, block_len=block_len or 16, batches=batch, contexts=context, dtype=dtype.value
+        )
+        _print(facts, as_json, tables.print_steps)
+        return
+    bundle = _loaded(str(model), tracking_uri, threads, dtype.value)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
     tokens = _prompts(bundle, prompts, count, max_tokens)
-    K = block_len or bundle.info.block_len
-    context_len = max(map(len, tokens)) + max_tokens
-    table = decoding_latency(bundle.model, block_len=K, batch=batch, context_len=context_len)
-    total = (len(MODES) + 1) * (1 + repeats * len(tokens))
-    with job_progress("bench", total=total, unit="prompts") as show:
-        done = iter(range(1, total + 1))
-        modes = compare_modes(
-            bundle.model, tokens, sampling, block_len=K, batch=batch, repeats=repeats, context_len=context_len,
-            modes=(*MODES, AUTO), table=table, on_prompt=lambda: show(next(done), {}),
-        )  # fmt: skip
-    weight = bundle.model.embedding.weight
-    facts = {
-        "device": str(weight.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "block_len": K,
-        "batch": batch,
-        "prompts": len(tokens),
-        "modes": {name: mode.figures() for name, mode in modes.items()},
-    }
-    if as_json:
-        _print(facts, as_json)
-    else:
-        from pipelines.tables import print_modes
+    facts = measure.compared_modes(
+        bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats
+    )
+    if transformers:
+        from pipelines.rival import generate_speed
 
-        print_modes(facts)
+        facts["transformers"] = generate_speed(bundle.model, tokens, max_tokens=max_tokens, repeats=repeats)
+    if plot is not None:
+        from pipelines.plots import bench_plot
+
+        plot.write_bytes(bench_plot(facts["modes"]))
+    _print(facts, as_json, tables.print_modes)
 
 
 @app.command()
 def profile(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
+    dtype: Dtype = DType.fp32,
     plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
     """Time forwards of 1 to 512 rows: how many token slots are free on this machine."""
-    from pipelines.progress import job_progress
-    from tidar_core.latency import measure_latency
+    from pipelines import measure, tables
 
-    bundle = _loaded(model, tracking_uri, threads)
-    rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    batches = [count for count in (1, 4, 16, 64) if count < batch] + [batch]
-    contexts = [count for count in (64, 1024, 8192) if count < bundle.model.config.context_len]
-    total = len(rows) * len(batches) * len(contexts)
-    with job_progress("profile", total=total, unit="shapes") as show:
-        done = iter(range(1, total + 1))
-        table = measure_latency(
-            bundle.model, rows=rows, batches=batches, contexts=contexts, on_point=lambda: show(next(done), {})
-        )
-    weight = bundle.model.embedding.weight
-    facts = {
-        "device": str(weight.device),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "points": [asdict(point) for point in table.points],
-        "knee_rows": table.knee_rows(),
-    }
+    facts = measure.latency_curve(_loaded(model, tracking_uri, threads, dtype.value).model, batch=batch)
     if plot is not None:
         from pipelines.plots import latency_plot
 
-        plot.write_bytes(latency_plot(table.points))
-    if as_json:
-        _print(facts, as_json)
-    else:
-        from pipelines.tables import print_latency
-
-        print_latency(facts)
+        plot.write_bytes(latency_plot(facts["points"]))
+    _print(facts, as_json, tables.print_latency)
 
 
 @app.command()
@@ -340,8 +323,8 @@ def serve(
     )
 
 
-def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
-    """The bundle that MODEL names, verified, in fp32; on the GPU where there is one."""
+def _loaded(model: str, tracking_uri: str, threads: int | None, dtype: str = "fp32") -> Any:
+    """The bundle that MODEL names, verified; on the GPU where there is one."""
     import torch
 
     from tidar_core.artifacts import registry
@@ -349,7 +332,8 @@ def _loaded(model: str, tracking_uri: str, threads: int | None) -> Any:
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     found = registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model)
-    return load_bundle(found.uri, device="cuda" if torch.cuda.is_available() else "cpu")
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return load_bundle(found.uri, dtype=types[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
@@ -373,13 +357,14 @@ def _spoken(batcher: Any, completion: Any, stream: Any) -> Iterator[str]:
     yield stream.flush()
 
 
-def _print(values: dict[str, Any], as_json: bool) -> None:
+def _print(values: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """One JSON object, or what a person reads: `show`'s, or plain names and values."""
     if as_json:
         print(json.dumps(values))
         return
     from pipelines.tables import print_values
 
-    print_values(values)
+    (show or print_values)(values)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_latency", "print_modes", "print_values"]
+__all__ = ["print_latency", "print_modes", "print_steps", "print_values"]
 
 
 def print_values(values: dict[str, Any]) -> None:
@@ -32,6 +32,31 @@ def print_modes(facts: dict[str, Any]) -> None:
             f"{1000 * mode['time_to_first_token_seconds']:.1f}",
             "yes" if mode["equal_to_ar"] else "NO",
         )
+    Console().print(table)
+    if rival := facts.get("transformers"):
+        ratio = facts["modes"]["autoregressive"]["tokens_per_second"] / rival["tokens_per_second"]
+        Console().print(
+            f"transformers {rival['tokens_per_second']:.1f} tokens/s; our AR mode is {ratio:.2f} times that"
+        )
+    for name, mode in facts["modes"].items():
+        for parted in mode["divergences"]:
+            Console().print(
+                f"{name}: prompt {parted['prompt']} parts at token {parted['token']}, where the two likeliest tokens "
+                f"are {parted['top_2_gap']:.2g} apart"
+            )
+
+
+def print_steps(facts: dict[str, Any]) -> None:
+    """Milliseconds of each step: steps down, batch and context across; beside it, the time over the AR step's."""
+    shapes = sorted({(step["context"], step["batch"]) for step in facts["steps"]})
+    costs = {(step["step"], step["context"], step["batch"]): step for step in facts["steps"]}
+    title = f"{facts['shape']}, {facts['dtype']}, {facts['device']}: ms (over AR)"
+    table = Table("step", "rows", *(f"context {c}, batch {b}" for c, b in shapes), title=title)
+    for name, rows in dict.fromkeys((step["step"], step["rows"]) for step in facts["steps"]):
+        cells = [costs[name, c, b] for c, b in shapes]
+        table.add_row(name, str(rows), *(f"{1000 * cell['seconds']:.2f} ({cell['over_ar']:.2f})" for cell in cells))
+    floors = [costs["autoregressive", c, b]["floor_share"] for c, b in shapes]
+    table.add_row("AR: share of the floor", "", *(f"{share:.2f}" for share in floors))
     Console().print(table)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tidar_core.batcher import Batcher
-from tidar_core.decoder import DecodeStep, Request
 from tidar_core.errors import TidarError
+from tidar_core.request import DecodeStep, Request
 
 __all__ = ["BatchLoop"]
 
@@ -77,7 +77,7 @@ class BatchLoop:
     @property
     def running(self) -> int:
         """Sequences that hold a row."""
-        return len(self._batcher.decoder.running)
+        return len(self._batcher.decoder.running) + len(self._batcher.decoder.arriving)
 
     @property
     def waiting(self) -> int:
@@ -156,7 +156,8 @@ class BatchLoop:
 
     def _end_affected(self, error: Exception) -> None:
         """Fail every request that had begun; those that wait go on, in their order."""
-        begun = set(self._batcher.decoder.running)
+        decoder = self._batcher.decoder
+        begun = {*decoder.running, *decoder.arriving[:1]}
         waiting = []
         for request_id, caller in self._callers.items():
             if self._batcher.abort(request_id) and request_id not in begun:

@@ -17,9 +17,10 @@ from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import load_bundle
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder, Request
+from tidar_core.decoder import Decoder
 from tidar_core.errors import BundleError, ConfigError, TidarError
 from tidar_core.planner import measured_planner
+from tidar_core.request import Request
 
 __all__ = ["DecoderApp", "Load", "Served"]
 

@@ -17,7 +17,7 @@ from serve_apps.errors import Problem
 from serve_apps.schemas import Choice, Completion, Metrics, ModelCard, SpeculativeDecoding, StreamOptions, Usage
 
 if TYPE_CHECKING:
-    from tidar_core.decoder import DecodeStep
+    from tidar_core.request import DecodeStep
 
 __all__ = ["DONE", "Failed", "Piece", "Reply", "Tally", "Transcript", "error_event", "interleave"]
 

@@ -1,12 +1,34 @@
 """Prompts, requests and what autoregression says to them."""
 
+import random
+
 import torch
 
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.config import SamplingConfig
-from tidar_core.decoder import Request
+from tidar_core.modes import StepPlan
+from tidar_core.request import Request
 
 GREEDY = SamplingConfig(max_tokens=24)
+
+
+class Wanderer:
+    """Any plan at any step, and drafts at prefill or not."""
+
+    def __init__(self, seed, block_len):
+        self.random, self.block_len = random.Random(seed), block_len
+
+    @property
+    def drafts_at_prefill(self):
+        return self.random.random() < 0.5
+
+    def next_plan(self, pending, context):
+        clean_len = self.random.randint(1, self.block_len)
+        groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
+        return StepPlan(clean_len, tuple(groups))
+
+    def observe(self, steps):
+        assert steps
 
 
 def prompts(*lengths, seed=0):
@@ -21,3 +43,9 @@ def requests(texts, sampling):
 def expected_texts(model, texts, sampling):
     """One token per forward, one prompt at a time."""
     return [generate_autoregressive(model, text, sampling) for text in texts]
+
+
+def prefilled(decoder, request, **settings):
+    """The step that the prefill of `request` brings."""
+    decoder.admit(request)
+    return decoder.prefill(10**6, **settings)[0]

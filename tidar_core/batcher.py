@@ -1,16 +1,18 @@
 """Who runs next when many requests share one decoder?
 
-Requests join between two forwards, in order of arrival, as soon as a row is free; each leaves when it is done. No
-threads, no clock: the owner calls `advance` for as long as `busy`.
+Requests join between two forwards, in order of arrival, as soon as a row is free; each leaves when it is done. Prompts
+are read in chunks between decode steps, so that a long one does not hold up those who decode. No threads, no clock: the
+owner calls `advance` for as long as `busy`.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tidar_core.decoder import Decoder, DecodeStep, Request
+from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, RequestError
 from tidar_core.modes import FixedMode, Planner
+from tidar_core.request import DecodeStep, Request, TokenLogprob
 
 __all__ = ["Batcher", "Completion", "complete"]
 
@@ -28,7 +30,7 @@ class Batcher:
     @property
     def busy(self) -> bool:
         """True while any request waits or runs."""
-        return bool(self._waiting or self.decoder.running)
+        return bool(self._waiting or self.decoder.running or self.decoder.arriving)
 
     @property
     def waiting(self) -> int:
@@ -40,8 +42,7 @@ class Batcher:
         self.decoder.check(request)
         if any(request.request_id == queued.request_id for queued in self._waiting):
             raise RequestError(f"request id {request.request_id!r} is waiting already; give each request its own")
-        free_rows = self.decoder.rows - len(self.decoder.running)
-        if len(self._waiting) >= self.max_waiting + free_rows:
+        if len(self._waiting) >= self.max_waiting + self.decoder.free_rows:
             raise CapacityError(
                 f"all rows are taken and {self.max_waiting} requests wait already, the most allowed; try again later"
             )
@@ -54,14 +55,14 @@ class Batcher:
         return len(self._waiting) < before or self.decoder.abort(request_id)
 
     def advance(self) -> list[DecodeStep]:
-        """One forward for all that run, after a prefill for each that can join."""
+        """One forward for all that run, then a chunk of the prompts of those who join."""
         steps: list[DecodeStep] = []
         if pending := self.decoder.pending:
             steps = self.decoder.decode_step(self.planner.next_plan(pending, self.decoder.context))
-            self.planner.observe(pending, steps)
-        while self._waiting and len(self.decoder.running) < self.decoder.rows:
-            steps.append(self.decoder.prefill(self._waiting.popleft(), drafts=self.planner.drafts_at_prefill))
-        return steps
+            self.planner.observe(steps)
+        while self._waiting and self.decoder.free_rows:
+            self.decoder.admit(self._waiting.popleft())
+        return steps + self.decoder.prefill(drafts=self.planner.drafts_at_prefill)
 
 
 @dataclass(slots=True)
@@ -77,10 +78,14 @@ class Completion:
     """How often each n in 1..K pending tokens stood, over the decode steps that put drafts to the test."""
     committed: int = 0
     """Tokens that became final in decode steps, those beyond the end included."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def add(self, step: DecodeStep) -> None:
         """Account for one more step of this request."""
         self.token_ids += step.token_ids
+        self.logprobs += step.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or step.prompt_logprobs
         self.finish_reason = step.finish_reason
         self.forwards += 1
         self.committed += step.accepted

@@ -8,17 +8,32 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
+from tidar_core.autoregressive import score
 from tidar_core.batcher import Batcher, Completion
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder, Request
-from tidar_core.latency import LatencyTable
+from tidar_core.decoder import Decoder
 from tidar_core.model import TidarModel
 from tidar_core.modes import MODES, Planner
-from tidar_core.planner import planner_of
+from tidar_core.planner import AutoPlanner, measured_planner
+from tidar_core.request import Request
 
-__all__ = ["ModeResult", "compare_modes"]
+__all__ = ["Divergence", "ModeResult", "compare_modes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a text first parts from the autoregressive mode's."""
+
+    prompt: int
+    """Index of the prompt."""
+    token: int
+    """Index of the first token that differs."""
+    top_2_gap: float
+    """Between the two likeliest tokens there, in log-probability, by a plain causal forward in the model's own dtype.
+    Near 0 a rounding decides; a large gap means that a mode is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +57,10 @@ class ModeResult:
     """From submission to the first token, median over prompts."""
     equal_to_ar: bool
     """Every text is the autoregressive mode's, token for token."""
+    divergences: tuple[Divergence, ...]
+    """One for each text that is another."""
+    choice: dict[str, Any] | None
+    """What the planner of the mode `auto` held to at the end, and what it promised."""
     texts: tuple[tuple[int, ...], ...]
     """New token ids of each prompt."""
 
@@ -62,26 +81,31 @@ def compare_modes(
     repeats: int = 3,
     context_len: int | None = None,
     modes: Sequence[str] = MODES,
-    table: LatencyTable | None = None,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> dict[str, ModeResult]:
     """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one prompt to warm up.
 
-    table      latencies on this device, for the mode `auto`
+    Every prompt is read anew each time: prefixes are not shared.
+
     on_prompt  called after each finished prompt, len(modes) * (1 + repeats * len(prompts)) times in all
     """
-    decoders = {
-        mode: Decoder(model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len) for mode in modes
-    }
-    planners = {mode: planner_of(mode, block_len, table) for mode in modes}
+    decoder = Decoder(
+        model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len, share_prefixes=False
+    )
+    longest = max(map(len, prompts)) + sampling.max_tokens
+    planners = {mode: measured_planner(mode, decoder, longest) for mode in modes}
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
-    for mode, decoder in decoders.items():
-        _run(decoder, planners[mode], prompts[:1], sampling, on_prompt)
+    for planner in planners.values():
+        _run(decoder, planner, prompts[:1], sampling, on_prompt)
     for _ in range(repeats):
-        for mode, decoder in decoders.items():
-            runs[mode].append(_run(decoder, planners[mode], prompts, sampling, on_prompt))
-    texts = {mode: tuple(tuple(c.token_ids) for c in done[0].completions) for mode, done in runs.items()}
-    return {mode: _result(done, block_len, texts[mode], texts[mode] == texts[modes[0]]) for mode, done in runs.items()}
+        for mode, planner in planners.items():
+            runs[mode].append(_run(decoder, planner, prompts, sampling, on_prompt))
+    truth = [tuple(c.token_ids) for c in runs[modes[0]][0].completions]
+    results = {}
+    for mode, done in runs.items():
+        parted = _divergences(model, prompts, truth, [tuple(c.token_ids) for c in done[0].completions])
+        results[mode] = _result(done, block_len, parted, planners[mode])
+    return results
 
 
 @dataclass(slots=True)
@@ -122,8 +146,9 @@ def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]],
     return run
 
 
-def _result(runs: list[_Run], block_len: int, texts: tuple[tuple[int, ...], ...], equal: bool) -> ModeResult:
+def _result(runs: list[_Run], block_len: int, parted: tuple[Divergence, ...], planner: Planner) -> ModeResult:
     completions = runs[0].completions
+    texts = tuple(tuple(completion.token_ids) for completion in completions)
     tokens = sum(len(text) for text in texts)
     speeds = [tokens / run.seconds for run in runs]
     accepted: Counter[int] = sum((c.accepted for c in completions), Counter())
@@ -137,6 +162,24 @@ def _result(runs: list[_Run], block_len: int, texts: tuple[tuple[int, ...], ...]
         acceptance_histogram=histogram,
         acceptance_by_position=tuple(sum(histogram[j:]) / max(1, rounds) for j in range(block_len)),
         time_to_first_token_seconds=statistics.median(s for run in runs for s in run.first_token_seconds),
-        equal_to_ar=equal,
+        equal_to_ar=not parted,
+        divergences=parted,
+        choice=planner.facts() if isinstance(planner, AutoPlanner) else None,
         texts=texts,
     )
+
+
+def _divergences(
+    model: TidarModel,
+    prompts: Sequence[tuple[int, ...]],
+    truth: Sequence[tuple[int, ...]],
+    texts: Sequence[tuple[int, ...]],
+) -> tuple[Divergence, ...]:
+    found = []
+    for index, (prompt, expected, text) in enumerate(zip(prompts, truth, texts)):
+        if text == expected:
+            continue
+        token = next(i for i, pair in enumerate(zip_longest(expected, text)) if pair[0] != pair[1])
+        first, second = score(model, (*prompt, *expected[: token + 1]), top=2).top_logprob_LT[-1].tolist()
+        found.append(Divergence(index, token, first - second))
+    return tuple(found)

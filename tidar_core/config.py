@@ -14,6 +14,12 @@ ROPE_KINDS = ("linear", "llama3", "yarn")
 DRAFT_KINDS = ("argmax", "sampled")
 COLDEST = 1e-5
 """Lowest temperature above 0: logits divided by less could overflow."""
+MOST_LOGPROBS = 20
+"""Most tokens whose log-probability is reported beside the chosen one's."""
+STRONGEST_BIAS = 100
+STRONGEST_PENALTY = 2
+STRONGEST_REPETITION_PENALTY = 1e5
+"""Above 1; below it its inverse. Logits times more could overflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +115,28 @@ class SamplingConfig:
     """Only the k likeliest tokens stay; 0 keeps all."""
     top_p: float = 1.0
     """Only the smallest set of likeliest tokens with at least this much probability stays."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the likeliest token's probability stay."""
+    repetition_penalty: float = 1.0
+    """Tokens of the prompt and the output: positive logits are divided by it, negative ones multiplied."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the output holds."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token once for each time that the output holds it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their logits, each token once."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the output may not hold."""
+    min_tokens: int = 0
+    """Until the output has so many tokens, none of `eos_ids` may come."""
     seed: int = 0
     eos_ids: tuple[int, ...] = ()
     """Generation ends with the first of these; it is part of the token ids and counted."""
+    logprobs: int | None = None
+    """Log-probabilities reported with each new token: None reports none, 0 the token's own, k also the k likeliest
+    tokens'. They are the AR distribution's, before any rule or temperature."""
+    prompt_logprobs: bool = False
+    """Report them for the tokens of the prompt too."""
     beta: float = 1.0
     """Weight of the AR logits against the diffusion logits in verification (TiDAR, section 4.4.3). 1 is exact
     with respect to the AR mode; below 1 defines another model, whose law depends on block_len."""
@@ -125,11 +150,37 @@ class SamplingConfig:
             ),
             (self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be from 0 (off) to 1"),
+            (
+                1 / STRONGEST_REPETITION_PENALTY <= self.repetition_penalty <= STRONGEST_REPETITION_PENALTY,
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, from "
+                f"{1 / STRONGEST_REPETITION_PENALTY} to {STRONGEST_REPETITION_PENALTY:.0f}, and 1 is off",
+            ),
+            _within(STRONGEST_PENALTY, self.presence_penalty, "presence_penalty"),
+            _within(STRONGEST_PENALTY, self.frequency_penalty, "frequency_penalty"),
+            *(_within(STRONGEST_BIAS, bias, f"logit_bias of token {token}") for token, bias in self.logit_bias),
+            (
+                len(dict(self.logit_bias)) == len(self.logit_bias),
+                "logit_bias names a token twice; give each token one bias",
+            ),
+            (all(self.bad_words), "bad_words holds an empty sequence; each must have at least one token"),
+            (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens, here {self.max_tokens}",
+            ),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"logprobs is {self.logprobs}; it must be from 0 to {MOST_LOGPROBS}, or absent",
+            ),
             (0 <= self.beta <= 1, f"beta is {self.beta}; it must be from 0 to 1"),
             (abs(self.seed) < 2**63, f"seed is {self.seed}; it must fit 64 bits"),
         ):
             if not holds:
                 raise RequestError(message)
+
+
+def _within(most: int, value: float, name: str) -> tuple[bool, str]:
+    return -most <= value <= most, f"{name} is {value}; it must be from -{most} to {most}"
 
 
 def _require(holds: bool, message: str) -> None:

@@ -1,90 +1,73 @@
 """What does one forward bring a batch of sequences?
 
-`prefill` reads a prompt and gives its first token; `decode_step` verifies each sequence's draft block and, in the same
-forward, drafts the next block for the outcomes of the verification that its plan names (TiDAR, section 3.2; the plans:
-`modes`). With one pending token and no group it is the autoregressive mode, through the same code.
+`prefill` reads prompts and gives their first tokens; `decode_step` verifies each sequence's draft block and, in the
+same forward, drafts the next block for the outcomes of the verification that its plan names (TiDAR, section 3.2; the
+plans: `modes`). With one pending token and no group it is the autoregressive mode, through the same code.
 
 For beta = 1, texts follow the autoregressive mode's law; with argmax drafts they are its texts, token for token, greedy
 or sampled with the same seed. In fp32 that holds up to ties within rounding (about 1e-6 in the logits), since other
 batch shapes sum in another order.
 
-Shape letters: B sequences, K block length, R rows of a forward, E embedding, V vocabulary.
+This is the host's side: who runs, in which row, on which pages. What a forward computes: `step`.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.errors import CapacityError, ConfigError, ContextLengthError, RequestError
-from tidar_core.kv_cache import CachedAttention, KVCache
-from tidar_core.layout import decode_layout
+from tidar_core.errors import CapacityError, ConfigError, RequestError
+from tidar_core.kv_cache import KVCache
+from tidar_core.logprobs import token_logprobs
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
-from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
-from tidar_core.verify import match, weigh
+from tidar_core.pages import Holding, PagePool, page_count
+from tidar_core.request import DecodeStep, Request, check_request
+from tidar_core.row_state import RowState
+from tidar_core.rules import Rules
+from tidar_core.sampling import SamplingTensors
+from tidar_core.sequence import Sequence
+from tidar_core.step import NextBlock, Outcome, Stepper, blocks_after
+from tidar_core.step_graph import StepGraphs
 
-__all__ = ["DecodeStep", "Decoder", "Request"]
+__all__ = ["PREFILL_TOKENS", "Decoder"]
 
-PREFILL_ROWS = 512
-"""Prompt tokens read in one forward; only the last chunk carries mask tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt to be continued."""
-
-    request_id: str
-    prompt: tuple[int, ...]
-    sampling: SamplingConfig
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeStep:
-    """What one forward brought one request."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    """New tokens, all final; at least one."""
-    finish_reason: str | None
-    """`stop` after an end-of-text token, `length` after max_tokens, None while it goes on."""
-    accepted: int
-    """n in 1..verified: pending tokens that stood, the final first one included; 0 for a prefill."""
-    verified: int
-    """Pending tokens that the forward read; 1 puts no draft to the test. 0 for a prefill."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    request: Request
-    prefix_len: int
-    pending: int
-    """Tokens of the draft block that are worth verifying: d_1 and what masks have drafted."""
-    emitted: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _NextBlock:
-    first_row: int
-    """Row of the mask at the position of the next d_1; those after it draft d_2, d_3, .."""
-    pending: int
+PREFILL_TOKENS = 512
+"""Prompt tokens read in one forward, so that those who decode wait no longer; only the last forward of a prompt carries
+mask tokens."""
 
 
 class Decoder:
-    """A batch of sequences on one model; rows 0..B-1 of the cache belong to the running ones, always."""
+    """A batch of sequences on one model and one cache."""
 
-    def __init__(self, model: TidarModel, draft: DraftConfig, *, rows: int, context_len: int | None = None) -> None:
-        """rows         sequences that may run together
-        context_len  most tokens of prompt and completion; the model's own by default
+    def __init__(
+        self,
+        model: TidarModel,
+        draft: DraftConfig,
+        *,
+        rows: int,
+        context_len: int | None = None,
+        pages: int | None = None,
+        page_len: int = 16,
+        share_prefixes: bool = True,
+    ) -> None:
+        """rows            sequences that may run together
+        context_len     most tokens of prompt and completion; the model's own by default
+        pages           of the cache; by default enough for `rows` whole contexts. With fewer, the youngest sequences
+                        give theirs up when there are none left, and are read again later
+        page_len        tokens of a page
+        share_prefixes  read the beginning that two prompts have in common once
         """
         if draft.block_len > 1 and model.config.mask_id is None:
             raise ConfigError(
                 f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
                 "or decode with block_len 1"
             )
-        self.model, self.draft, self.rows = model, draft, rows
+        self.model, self.draft, self.rows, self.share_prefixes = model, draft, rows, share_prefixes
         self.context_len = context_len or model.config.context_len
         if max(self.context_len, draft.block_len) > model.config.context_len:
             raise ConfigError(
@@ -93,27 +76,42 @@ class Decoder:
             )
         weight = model.embedding.weight
         self.device = weight.device
-        K = draft.block_len
+        max_pages = page_count(self.context_len + draft.block_len, page_len)
+        self.pool = PagePool(pages or rows * max_pages, page_len)
+        if self.pool.pages < max_pages:
+            raise ConfigError(
+                f"the cache has {self.pool.pages} pages of {page_len} tokens; one context of {self.context_len} and a "
+                f"block of {draft.block_len} take {max_pages}; give it as many or shorten the context"
+            )
         self.cache = KVCache(
-            model.config,
-            rows=rows,
-            slot_len=self.context_len + K,
-            scratch_len=K * K,
-            dtype=weight.dtype,
-            device=self.device,
+            model.config, pages=self.pool.pages, page_len=page_len, dtype=weight.dtype, device=self.device
         )
-        self._running: list[_Sequence] = []
-        self._prefix_len = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self._draft = torch.zeros(rows, K, dtype=torch.long, device=self.device)
-        self._proposal = (
-            torch.zeros(rows, K, model.config.vocab_size, device=self.device) if draft.kind == "sampled" else None
-        )
-        self._sampling = SamplingTensors.of([], self.device)
+        vocab = model.config.vocab_size if draft.kind == "sampled" else None
+        self._state = RowState(rows, draft.block_len, max_pages, proposal_vocab=vocab, device=self.device)
+        self._stepper = Stepper(model, draft, self.cache, self._state)
+        self._graphs = StepGraphs(self._stepper) if self.device.type == "cuda" else None
+        self._running: list[Sequence] = []
+        self._arriving: deque[Sequence] = deque()
+        self._arrivals = 0
+        self.preemptions = 0
+        """Times that a running sequence gave up its pages."""
+        self.shared_tokens = 0
+        """Prompt tokens that were in the cache already and not read again."""
 
     @property
     def running(self) -> tuple[str, ...]:
         """Requests that the next decode step serves."""
         return tuple(sequence.request.request_id for sequence in self._running)
+
+    @property
+    def arriving(self) -> tuple[str, ...]:
+        """Requests whose prompts are not read to the end, or which wait for pages."""
+        return tuple(sequence.request.request_id for sequence in self._arriving)
+
+    @property
+    def free_rows(self) -> int:
+        """Requests that may be admitted now."""
+        return self.rows - len(self._running) - len(self._arriving)
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -123,90 +121,87 @@ class Decoder:
     @property
     def context(self) -> int:
         """Clean tokens of the longest running sequence."""
-        return max((sequence.prefix_len for sequence in self._running), default=0)
+        return max((sequence.read for sequence in self._running), default=0)
 
     def check(self, request: Request) -> None:
         """Raise RequestError if this decoder could never serve `request`."""
-        prompt_len, max_tokens = len(request.prompt), request.sampling.max_tokens
-        if not prompt_len:
-            raise RequestError("prompt has no tokens; it needs at least one")
-        if prompt_len + max_tokens > self.context_len:
-            raise ContextLengthError(
-                f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}; together they must not exceed the "
-                f"context of {self.context_len}; shorten one of them"
-            )
-        if request.request_id in self.running:
+        check_request(request, self.model.config, self.context_len)
+        if request.request_id in (*self.running, *self.arriving):
             raise RequestError(f"request id {request.request_id!r} is running already; give each request its own")
-        mask_id, vocab_size = self.model.config.mask_id, self.model.config.vocab_size
-        for token in request.prompt:
-            if token == mask_id or not 0 <= token < vocab_size:
-                raise RequestError(f"prompt token {token} is not a token of text; ids are 0..{vocab_size - 1}, "
-                                   f"without the mask token {mask_id}")  # fmt: skip
+
+    def admit(self, request: Request) -> None:
+        """Take in a request; `prefill` will read it."""
+        self.check(request)
+        if not self.free_rows:
+            raise CapacityError(f"all {self.rows} rows are running; finish or abort a request first")
+        ruled = request.constraint is not None or Rules.needed(request.sampling)
+        vocab_size = self.model.config.vocab_size
+        rules = Rules(request.sampling, request.prompt, vocab_size, self.device, request.constraint) if ruled else None
+        self._arriving.append(Sequence(request, self._arrivals, list(request.prompt), rules))
+        self._arrivals += 1
 
     @torch.inference_mode()
-    def prefill(self, request: Request, *, drafts: bool = True) -> DecodeStep:
-        """Read the prompt of a new request and give its first token; joins the running ones.
+    def prefill(self, max_tokens: int = PREFILL_TOKENS, *, drafts: bool = True) -> list[DecodeStep]:
+        """Read up to `max_tokens` tokens of the arriving prompts, in order; first tokens of those read to the end.
 
-        drafts  draft the first block in the same forward
+        Stops where pages run out. A sequence that was preempted is read again, its completion included, and brings no
+        step.
+
+        drafts  draft first blocks in the same forwards
         """
-        self.check(request)
-        if len(self._running) == self.rows:
-            raise CapacityError(f"all {self.rows} rows are running; finish or abort a request first")
-        row, prompt_len = len(self._running), len(request.prompt)
-        sampling = SamplingTensors.of([request.sampling], self.device)
-        masked = drafts or not sampling.trusts_ar
-        prompt = torch.tensor([request.prompt], device=self.device)
-        for start in range(0, prompt_len, PREFILL_ROWS):
-            chunk = prompt[:, start : start + PREFILL_ROWS]
-            end = start + chunk.shape[1]
-            groups = (chunk.shape[1],) if masked and end == prompt_len else ()
-            hidden = self._forward(row, torch.tensor([start], device=self.device), chunk, groups, end)
-        plan = StepPlan(chunk.shape[1], groups)
-        last, first_mask = hidden[:, plan.clean_len - 1 : plan.clean_len], hidden[:, plan.clean_len :][:, :1]
-        self._prefix_len[row] = prompt_len
-        logits, position = self._target_logits(last, first_mask, sampling), self._prefix_len[row : row + 1, None]
-        first = sample(logits, sampling, position, TARGET)[:, 0]
-        self._propose(slice(row, row + 1), first, torch.full_like(first, plan.clean_len), hidden, plan, sampling)
-        self._running.append(
-            _Sequence(request, prompt_len, _blocks_after(plan, self.draft.block_len)[plan.clean_len].pending)
-        )
-        self._gather_sampling()
-        return self._finish_steps([self._step(row, [int(first)], 0, 0)])[0]
+        steps: list[DecodeStep] = []
+        while self._arriving and max_tokens > 0:
+            sequence = self._arriving[0]
+            if not self._hold(sequence):
+                break
+            count = min(max_tokens, PREFILL_TOKENS, sequence.goal - sequence.read)
+            max_tokens -= count
+            last = sequence.read + count == sequence.goal
+            fresh = not sequence.emitted
+            masked = fresh and (drafts or sequence.request.sampling.beta < 1)
+            plan = StepPlan(count, (count,) if last and masked else ())
+            hidden = self._read(sequence, plan) if count else None
+            if not last:
+                continue
+            self._arriving.popleft()
+            row = self._join(sequence)
+            if fresh:
+                assert hidden is not None, "the last token of a prompt is always read"
+                steps.append(self._begin(row, sequence, hidden, plan))
+        return self._finish_steps(steps)
 
     @torch.inference_mode()
     def decode_step(self, plan: StepPlan) -> list[DecodeStep]:
         """One forward for all running requests; those that finished have left when it returns.
 
         Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added.
+        Where pages run out, the youngest sequences are preempted first and bring no step.
         """
-        B, C, sampling = len(self._running), plan.clean_len, self._sampling
-        if not B:
+        self._make_room(plan.clean_len)
+        if not self._running:
             return []
-        if not sampling.trusts_ar:
-            plan = StepPlan(C, tuple(range(1, C + 1)))
-        prefix_B, draft_BC = self._prefix_len[:B], self._draft[:B, :C]
-        hidden_BRE = self._forward(0, prefix_B, draft_BC, plan.groups, self.context + C)
-        first_masks_BGE = hidden_BRE[:, C :: self.draft.block_len]
-        logits_BCV = self._target_logits(hidden_BRE[:, :C], first_masks_BGE, sampling)
-        next_BC = prefix_B[:, None] + 1 + torch.arange(C, device=self.device)
-        if self._proposal is None:
-            verdict = match(draft_BC, sample(logits_BCV, sampling, next_BC, TARGET))
-        else:
-            accept_BC, target_BC = (uniform(sampling.seed_B, next_BC, role) for role in (ACCEPT, TARGET))
-            verdict = weigh(draft_BC, law(logits_BCV, sampling), self._proposal[:B, :C], accept_BC, target_BC)
-        accepted_B = verdict.accepted_B
-        emitted_BC = torch.cat([draft_BC[:, 1:], verdict.next_B[:, None]], 1)
-        emitted_BC.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
-        self._prefix_len[:B] += accepted_B
-        self._propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
-        table = torch.cat([accepted_B[:, None], emitted_BC], 1).tolist()
-        block_after = _blocks_after(plan, self.draft.block_len)
-        for sequence, (n, *_) in zip(self._running, table):
+        if any(sequence.request.sampling.beta < 1 for sequence in self._running):
+            plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
+        batch, used_pages = len(self._running), page_count(self.context, self.pool.page_len)
+        ruled = [row for row, sequence in enumerate(self._running) if sequence.rules is not None]
+        outcome = self._launch(batch, plan, used_pages, self._adjusting(ruled, plan) if ruled else None)
+        block_after = blocks_after(plan, self.draft.block_len)
+        steps = []
+        for row, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
+            sequence = self._running[row]
+            steps.append(self._step(sequence, tokens[:n], n, plan.clean_len, outcome.ar_logits[row]))
             sequence.pending = block_after[n].pending
-        return self._finish_steps([self._step(b, tokens[:n], n, C) for b, (n, *tokens) in enumerate(table)])
+            if sequence.rules is not None and steps[row].finish_reason is None:
+                self._draft_within_rules(row, outcome.hidden[row], block_after[n])
+        return self._finish_steps(steps)
 
     def abort(self, request_id: str) -> bool:
-        """Drop a running request; False if it is not running. Its row is free at once."""
+        """Drop a request; False if it is not here. Its row and pages are free at once."""
+        for sequence in self._arriving:
+            if sequence.request.request_id == request_id:
+                self._arriving.remove(sequence)
+                self._drop_pages(sequence)
+                return True
         if request_id not in self.running:
             return False
         self._release(self.running.index(request_id))
@@ -216,74 +211,157 @@ class Decoder:
         """Replace the pending drafts d_2..d_K of a request, as if the model had proposed them outright.
 
         Any proposals leave the text the same, only the number of forwards changes; so this is how a known
-        continuation, or a hostile one, is put to the test. Needs argmax drafts.
+        continuation, or a hostile one, is put to the test.
         """
-        assert self._proposal is None, "drafts chosen outright cannot replace sampled ones"
         assert len(tokens) == self.draft.block_len - 1, "d_1 is final; give the other block_len - 1"
-        row = self.running.index(request_id)
-        self._draft[row, 1:] = torch.tensor(tokens, device=self.device)
-        self._running[row].pending = self.draft.block_len
+        self._set_drafts(self.running.index(request_id), tokens)
 
-    def _forward(self, first_row: int, prefix_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...],
-                 used_len: int) -> Tensor:  # fmt: skip
-        """Hidden states of clean rows, then of a block of masks for each group."""
-        K = self.draft.block_len
-        layout = decode_layout(prefix_B, clean_BC.shape[1], groups, K)
-        masks_BM = clean_BC.new_full((len(clean_BC), len(groups) * K), self.model.config.mask_id or 0)
-        attention = CachedAttention(self.cache, first_row, layout, clean_BC.shape[1], used_len)
-        return self.model(torch.cat([clean_BC, masks_BM], 1), layout.position, attention)
+    @contextmanager
+    def rehearsal(self, batch: int, context: int) -> Iterator[Callable[[StepPlan], None]]:
+        """Decode steps of `batch` sequences that do not exist, each with `context` tokens read: for timing alone."""
+        assert not self._running, "rehearse before requests come"
+        state, used_pages = self._state, page_count(context, self.pool.page_len)
+        state.gather_sampling([SamplingConfig()] * batch)
+        spread = torch.arange(batch * state.page_table.shape[1], device=self.device) % self.pool.pages + 1
+        state.page_table[:batch] = spread.view(batch, -1)
+        state.prefix_len[:batch] = context
 
-    def _target_logits(self, clean_BRE: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
-        """z = beta * AR + (1 - beta) * diffusion; both predict the same positions (TiDAR, section 4.4.3)."""
-        ar_BRV = self.model.head(clean_BRE).float()
-        if sampling.trusts_ar:
-            return ar_BRV
-        beta_B11 = sampling.beta_B[:, None, None]
-        mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * self.model.head(first_masks_BRE).float()
-        return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
+        @torch.inference_mode()
+        def step(plan: StepPlan) -> None:
+            self._launch(batch, plan, used_pages).accepted_emitted.tolist()
 
-    def _propose(self, rows: slice, first_B: Tensor, accepted_B: Tensor, hidden_BRE: Tensor, plan: StepPlan,
-                 sampling: SamplingTensors) -> None:  # fmt: skip
-        """Set the next draft block: the final token, then what the masks after its position believe.
+        yield step
+        state.page_table.zero_()
+        state.prefix_len.zero_()
+        state.gather_sampling([])
 
-        Where there is no mask, the final token stands in, a point mass like any other guess. The prefix lengths must be
-        the new ones.
-        """
-        K = self.draft.block_len
-        self._draft[rows] = first_B[:, None].expand(-1, K)
-        if self._proposal is not None:
-            self._proposal[rows] = 0.0
-            self._proposal[rows].scatter_(2, self._draft[rows][..., None], 1.0)
-        if K == 1 or not plan.groups:
-            return
-        blocks = _blocks_after(plan, self.draft.block_len)
-        first_row_B = torch.tensor([block.first_row for block in blocks], device=self.device)[accepted_B]
-        pending_B1 = torch.tensor([block.pending for block in blocks], device=self.device)[accepted_B][:, None]
-        offset_R = torch.arange(1, K, device=self.device)
-        batch_B1 = torch.arange(len(first_B), device=self.device)[:, None]
-        guessed_BR = offset_R < pending_B1
-        logits_BRV = self.model.head(hidden_BRE[batch_B1, torch.where(guessed_BR, first_row_B[:, None] + offset_R, 0)])
-        if self._proposal is None:
-            self._draft[rows, 1:] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
-            return
-        proposal_BRV = law(logits_BRV, sampling)
-        position_BR = self._prefix_len[rows, None] + offset_R
-        drawn_BR = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
-        self._draft[rows, 1:] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
-        self._proposal[rows, 1:] = torch.where(guessed_BR[..., None], proposal_BRV, self._proposal[rows, 1:])
+    def _launch(
+        self, batch: int, plan: StepPlan, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
+    ) -> Outcome:
+        if self._graphs is None or adjust is not None:
+            return self._stepper.step(batch, plan, used_pages, adjust)
+        return self._graphs.step(batch, plan, used_pages)
 
-    def _step(self, row: int, tokens: list[int], accepted: int, verified: int) -> DecodeStep:
-        """Cut new tokens at the first end-of-text token and at max_tokens."""
+    def _hold(self, sequence: Sequence) -> bool:
+        """Pages for all that is to be read and the first step after; shared ones where the cache has the beginning."""
+        if sequence.holding.pages:
+            return True
+        if self.share_prefixes and not sequence.request.sampling.prompt_logprobs:
+            sequence.holding = self.pool.share(sequence.tokens[:-1])
+        if not self.pool.grow(sequence.holding, len(sequence.tokens) + self.draft.block_len):
+            self._drop_pages(sequence)
+            return False
+        sequence.read = sequence.holding.full * self.pool.page_len
+        self.shared_tokens += sequence.read
+        return True
+
+    def _read(self, sequence: Sequence, plan: StepPlan) -> Tensor:
+        """The next `plan.clean_len` tokens of a sequence; hidden states of the rows that the plan names."""
+        start, stop = sequence.read, sequence.read + plan.clean_len
+        chunk = torch.tensor([sequence.tokens[start:stop]], device=self.device)
+        pages = torch.tensor([sequence.holding.pages], device=self.device)
+        hidden = self._stepper.read(pages, start, chunk, plan.groups)
+        sequence.read = stop
+        self.pool.commit(sequence.holding, sequence.tokens, stop)
+        sampling, following = sequence.request.sampling, sequence.tokens[start + 1 : stop + 1]
+        if sampling.prompt_logprobs and following and not sequence.emitted:
+            logits = self.model.head(hidden[0, : len(following)])
+            sequence.prompt_logprobs += token_logprobs(logits, following, sampling.logprobs or 0)
+        return hidden
+
+    def _join(self, sequence: Sequence) -> int:
+        """A sequence that was read to its goal takes the next row; d_1 is its last token, where it has said any."""
+        row = len(self._running)
+        self._running.append(sequence)
+        self._state.begin(row, sequence.read)
+        self._state.give_pages(row, 0, sequence.holding.pages)
+        self._gather_sampling()
+        if sequence.emitted:
+            sequence.pending = 1
+            last = torch.tensor(sequence.tokens[-1:], device=self.device)
+            self._stepper.stand_in(slice(row, row + 1), last)
+        return row
+
+    def _begin(self, row: int, sequence: Sequence, hidden: Tensor, plan: StepPlan) -> DecodeStep:
+        """First token of a completion, and the block behind it."""
+        rows, C = slice(row, row + 1), plan.clean_len
+        sampling = SamplingTensors.of([sequence.request.sampling], self.device)
+        ar_logits = self.model.head(hidden[:, C - 1 : C])
+        logits = self._stepper.target_logits(ar_logits, hidden[:, C : C + 1], sampling)
+        if sequence.rules is not None:
+            logits = sequence.rules.adjust(logits[0])[None]
+        first = int(self._stepper.begin(rows, hidden, plan, logits, sampling))
+        block = blocks_after(plan, self.draft.block_len)[C]
+        sequence.pending = block.pending
+        step = self._step(sequence, [first], 0, 0, ar_logits[0])
+        if sequence.rules is not None and step.finish_reason is None:
+            self._draft_within_rules(row, hidden[0], block)
+        return step
+
+    def _adjusting(self, ruled: list[int], plan: StepPlan) -> Callable[[Tensor], Tensor]:
+        """What the rules of the running requests make of the target logits [B, C, V]."""
+        drafts = self._state.draft[: len(self._running), 1 : plan.clean_len].tolist()
+
+        def adjust(logits_BCV: Tensor) -> Tensor:
+            logits_BCV = logits_BCV.clone()  # those of the AR mode stay what log-probabilities are taken from
+            for row in ruled:
+                rules = self._running[row].rules
+                assert rules is not None
+                logits_BCV[row] = rules.adjust(logits_BCV[row], drafts[row])
+            return logits_BCV
+
+        return adjust
+
+    def _draft_within_rules(self, row: int, hidden_RE: Tensor, block: NextBlock) -> None:
+        """Draft anew what the rules of a request allow, from the masks that drafted its block."""
         sequence = self._running[row]
-        sampling = sequence.request.sampling
-        sequence.prefix_len += accepted
-        tokens = tokens[: sampling.max_tokens - sequence.emitted]
-        stop = next((i for i, token in enumerate(tokens) if token in sampling.eos_ids), None)
-        tokens = tokens if stop is None else tokens[: stop + 1]
-        sequence.emitted += len(tokens)
-        ended = "length" if sequence.emitted == sampling.max_tokens else None
-        reason = "stop" if stop is not None else ended
-        return DecodeStep(sequence.request.request_id, tuple(tokens), reason, accepted, verified)
+        assert sequence.rules is not None
+        masks_RE = hidden_RE[block.first_row + 1 : block.first_row + block.pending]
+        drafts = sequence.rules.adjust_drafts(self.model.head(masks_RE))
+        self._set_drafts(row, drafts)
+
+    def _set_drafts(self, row: int, tokens: list[int]) -> None:
+        """Point masses in the place of the row's first drafts; no more are pending."""
+        drafted = slice(1, 1 + len(tokens))
+        chosen = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        self._state.draft[row, drafted] = chosen
+        if self._state.proposal is not None:
+            self._state.proposal[row, drafted] = 0.0
+            self._state.proposal[row, drafted].scatter_(1, chosen[:, None], 1.0)
+        self._running[row].pending = 1 + len(tokens)
+
+    def _make_room(self, clean_len: int) -> None:
+        """Pages for the clean rows of the next step; where there are too few, the youngest give theirs up."""
+        row = 0
+        while row < len(self._running):
+            sequence = self._running[row]
+            held = len(sequence.holding.pages)
+            if self.pool.grow(sequence.holding, sequence.read + clean_len):
+                if len(sequence.holding.pages) > held:
+                    self._state.give_pages(row, held, sequence.holding.pages[held:])
+                row += 1
+            elif self._arriving and self._arriving[0].holding.pages:
+                self._drop_pages(self._arriving[0])
+            else:
+                youngest = max(self._running, key=lambda running: running.arrival)
+                self._release(self._running.index(youngest))
+                self._arriving.appendleft(youngest)
+                self.preemptions += 1
+                row = 0
+
+    def _step(
+        self, sequence: Sequence, tokens: list[int], accepted: int, verified: int, ar_logits_RV: Tensor
+    ) -> DecodeStep:
+        """Give a sequence its new tokens, and publish the pages that they fill."""
+        step = sequence.add(tokens, accepted, verified)
+        self.pool.commit(sequence.holding, sequence.tokens, min(sequence.read, len(sequence.tokens)))
+        top = sequence.request.sampling.logprobs
+        if top is not None:
+            step = replace(step, logprobs=tuple(token_logprobs(ar_logits_RV, step.token_ids, top)))
+        if sequence.prompt_logprobs:
+            step = replace(step, prompt_logprobs=tuple(sequence.prompt_logprobs))
+            sequence.prompt_logprobs = []
+        return step
 
     def _finish_steps(self, steps: list[DecodeStep]) -> list[DecodeStep]:
         for step in steps:
@@ -292,31 +370,17 @@ class Decoder:
         return steps
 
     def _release(self, row: int) -> None:
-        """Free a row; the last running sequence moves into it, so that no step ever gathers rows."""
+        """Free a row and its pages; the last running sequence takes the row."""
         last = len(self._running) - 1
-        if row != last:
-            self.cache.move(last, row, self._running[last].prefix_len)
-            for state in (self._prefix_len, self._draft, self._proposal):
-                if state is not None:
-                    state[row] = state[last]
-            self._running[row] = self._running[last]
+        self._drop_pages(self._running[row])
+        self._running[row] = self._running[last]
         del self._running[last]
+        self._state.free(row, last)
         self._gather_sampling()
 
+    def _drop_pages(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.holding)
+        sequence.holding, sequence.read, sequence.prompt_logprobs = Holding(), 0, []
+
     def _gather_sampling(self) -> None:
-        self._sampling = SamplingTensors.of([s.request.sampling for s in self._running], self.device)
-
-
-@lru_cache(maxsize=1024)
-def _blocks_after(plan: StepPlan, block_len: int) -> tuple[_NextBlock, ...]:
-    """For each accepted length 0..clean_len: which masks of the forward draft the next block.
-
-    The masks of the largest group that is no larger; where that is smaller, its later ones.
-    """
-    blocks = [_NextBlock(0, 1)]
-    for n in range(1, plan.clean_len + 1):
-        below = [index for index, group in enumerate(plan.groups) if group <= n]
-        late = n - plan.groups[below[-1]] if below else block_len
-        first_row = plan.clean_len + below[-1] * block_len + late if late < block_len else 0
-        blocks.append(_NextBlock(first_row, max(1, block_len - late)))
-    return tuple(blocks)
+        self._state.gather_sampling([sequence.request.sampling for sequence in self._running])

@@ -9,12 +9,16 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from tidar_core.kv_cache import CachedAttention, KVCache
+from tidar_core.decoder import Decoder
+from tidar_core.kv_cache import KVCache, PagedAttention
 from tidar_core.layout import decode_layout
 from tidar_core.model import TidarModel
+from tidar_core.modes import StepPlan
+from tidar_core.pages import page_count
 
 __all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "measure_latency"]
 
@@ -65,18 +69,32 @@ class LatencyTable:
 
 
 def decoding_latency(
-    model: TidarModel, *, block_len: int, batch: int, context_len: int, on_point: Callable[[], None] = lambda: None
+    decoder: Decoder, *, context_len: int | None = None, repeats: int = 5, on_point: Callable[[], None] = lambda: None
 ) -> LatencyTable:
-    """The table that a decoder of `batch` rows plans with: the row counts of its modes, up to its batch and context."""
+    """The table that a decoder plans with: whole decode steps, verification included, at the row counts of its modes.
+
+    context_len  longest context that is planned for; the decoder's own by default
+    """
+    K, longest = decoder.draft.block_len, min(context_len or decoder.context_len, decoder.context_len)
+    plans = {plan.rows(K): plan for plan in _timed_plans(K)}
+    points = []
+    for batch in [count for count in (1, 2, 4, 8, 16, 32, 64) if count < decoder.rows] + [decoder.rows]:
+        for context in [count for count in (128, 1024, 8192) if count < longest] + [longest]:
+            with decoder.rehearsal(batch, context) as step:
+                for rows, plan in sorted(plans.items()):
+                    seconds = _median_seconds(partial(step, plan), repeats)
+                    points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds))
+                    on_point()
+    return LatencyTable(tuple(points))
+
+
+def _timed_plans(block_len: int) -> list[StepPlan]:
+    """From one row to all groups."""
     K = block_len
-    rows = {1, 2, K, 1 + K, 2 * K, 3 * K, 5 * K, K + K * K // 2, K + K * K}
-    return measure_latency(
-        model,
-        rows=sorted(rows),
-        batches=[b for b in (1, 2, 4, 8, 16, 32, 64) if b < batch] + [batch],
-        contexts=[c for c in (128, 1024, 8192) if c < context_len] + [context_len],
-        on_point=on_point,
-    )
+    if K == 1:
+        return [StepPlan(1)]
+    few = [StepPlan(K, tuple(range(1, m + 1))) for m in (1, 2, 4, 8) if m < K]
+    return [StepPlan(1), StepPlan(2), StepPlan(K), StepPlan(1, (1,)), *few, StepPlan(K, tuple(range(1, K + 1)))]
 
 
 @torch.inference_mode()
@@ -104,22 +122,30 @@ def measure_latency(
 
 
 def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeats: int) -> float:
-    weight = model.embedding.weight
-    cache = KVCache(
-        model.config, rows=batch, slot_len=context + rows, scratch_len=0, dtype=weight.dtype, device=weight.device
-    )
+    weight, page_len = model.embedding.weight, 16
+    pages = page_count(context + rows, page_len)
+    cache = KVCache(model.config, pages=batch * pages, page_len=page_len, dtype=weight.dtype, device=weight.device)
+    page_table_BN = 1 + torch.arange(batch * pages, device=weight.device).view(batch, pages)
     prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
     def forward() -> None:
-        layout = decode_layout(prefix_B, rows, (), 1)
-        attention = CachedAttention(cache, 0, layout, rows, context + rows)
-        model.head(model(token_BR, layout.position, attention)[:, -1:]).argmax(-1).tolist()
+        position_BR = decode_layout(prefix_B, rows, (), 1).position
+        attention = PagedAttention(
+            cache, page_table_BN, prefix_B, used_pages=page_count(context, page_len), clean_len=rows, groups=(),
+            block_len=1,
+        )  # fmt: skip
+        model.head(model(token_BR, position_BR, attention)[:, -1:]).argmax(-1).tolist()
 
-    forward()
+    return _median_seconds(forward, repeats)
+
+
+def _median_seconds(run: Callable[[], None], repeats: int) -> float:
+    """Of `repeats` runs, after a warm-up."""
+    run()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        forward()
+        run()
         times.append(time.perf_counter() - began)
     return statistics.median(times)

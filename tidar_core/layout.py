@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CLEAN", "PADDING", "TokenLayout", "cache_layout", "causal_layout", "decode_layout", "training_layout"]
+__all__ = ["CLEAN", "PADDING", "TokenLayout", "causal_layout", "decode_layout", "decode_rows", "training_layout"]
 
 CLEAN = -1
 """Block of a token whose identity is known."""
@@ -86,7 +86,7 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
     single-pass  K drafts, groups = (1, .., K)
     autoregressive  one token, no groups
     """
-    row = _decode_rows(clean_len, tuple(groups), block_len, prefix_len_B.device)
+    row = decode_rows(clean_len, tuple(groups), block_len, prefix_len_B.device)
     prefix_B1 = prefix_len_B[:, None]
     shape = (len(prefix_len_B), -1)
     return TokenLayout(
@@ -95,19 +95,10 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
 
 
 @cache
-def _decode_rows(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> TokenLayout:
-    """Rows of a decoder forward behind an empty prefix [R]."""
+def decode_rows(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> TokenLayout:
+    """`decode_layout` behind an empty prefix, of one sequence [R]."""
     clean_C = torch.arange(clean_len, device=device)
     group_M = torch.tensor(groups, device=device, dtype=torch.long).repeat_interleave(block_len)
     offset_M = torch.arange(block_len, device=device).repeat(len(groups))
     clean = TokenLayout(torch.zeros_like(clean_C), clean_C, clean_C, torch.full_like(clean_C, CLEAN))
     return clean.then(TokenLayout(torch.zeros_like(group_M), group_M + offset_M, group_M - 1, group_M))
-
-
-def cache_layout(slot_len: int, batch: int, device: torch.device) -> TokenLayout:
-    """Slots of a KV cache seen as keys: slot i holds the clean token at position i.
-
-    A slot that holds a rejected draft lies beyond every horizon, so that it needs no marking.
-    """
-    slot_BT = torch.arange(slot_len, device=device).expand(batch, -1)
-    return TokenLayout(torch.zeros_like(slot_BT), slot_BT, slot_BT, torch.full_like(slot_BT, CLEAN))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from tidar_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidar_core.decoder import DecodeStep
+    from tidar_core.request import DecodeStep
 
 __all__ = ["MODES", "FixedMode", "Planner", "StepPlan"]
 
@@ -50,8 +50,8 @@ class Planner(Protocol):
         many the longest has in the cache."""
         ...
 
-    def observe(self, pending: tuple[int, ...], steps: "Sequence[DecodeStep]") -> None:
-        """Learn what came of the plan."""
+    def observe(self, steps: "Sequence[DecodeStep]") -> None:
+        """Learn what came of the plan; a sequence that was preempted brought no step."""
         ...
 
 
@@ -83,5 +83,5 @@ class FixedMode:
             return StepPlan(self.block_len, self.groups or tuple(range(1, self.block_len + 1)))
         return StepPlan(self.block_len) if max(pending) > 1 else StepPlan(1, (1,))
 
-    def observe(self, pending: tuple[int, ...], steps: "Sequence[DecodeStep]") -> None:
+    def observe(self, steps: "Sequence[DecodeStep]") -> None:
         """A fixed mode has nothing to learn."""

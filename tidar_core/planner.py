@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
-from tidar_core.decoder import Decoder, DecodeStep
+from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyTable, decoding_latency
 from tidar_core.modes import FixedMode, Planner, StepPlan
+from tidar_core.request import DecodeStep
 
 __all__ = [
     "AUTO",
@@ -50,10 +52,10 @@ class Acceptance:
         self.kept = [PRIOR[0]] * block_len
         self.tried = [PRIOR[1]] * block_len
 
-    def observe(self, pending: int, step: DecodeStep) -> None:
-        """Take in one verification of a sequence that had `pending` tokens pending."""
-        late = self.block_len - pending
-        for draft in range(1, min(pending, step.verified)):
+    def observe(self, step: DecodeStep) -> None:
+        """Take in one verification."""
+        late = self.block_len - step.pending
+        for draft in range(1, min(step.pending, step.verified)):
             if draft > step.accepted:
                 return
             mask = late + draft
@@ -88,11 +90,8 @@ def planner_of(mode: str, block_len: int, table: LatencyTable | None = None) -> 
 
 def measured_planner(mode: str, decoder: Decoder, context_len: int | None = None) -> Planner:
     """The planner of a mode for a decoder; `auto` times forwards on its device first, up to `context_len`."""
-    table, block_len = None, decoder.draft.block_len
-    if mode == AUTO:
-        context_len = context_len or decoder.context_len
-        table = decoding_latency(decoder.model, block_len=block_len, batch=decoder.rows, context_len=context_len)
-    return planner_of(mode, block_len, table)
+    table = decoding_latency(decoder, context_len=context_len) if mode == AUTO else None
+    return planner_of(mode, decoder.draft.block_len, table)
 
 
 def expected_tokens(plan: StepPlan, chance: Sequence[float]) -> float:
@@ -157,10 +156,26 @@ class AutoPlanner:
             return self.choice.cycle[-1]
         return StepPlan(1, (1,))
 
-    def observe(self, pending: tuple[int, ...], steps: Sequence[DecodeStep]) -> None:
+    def observe(self, steps: Sequence[DecodeStep]) -> None:
         """Learn from the decode step that `next_plan` was asked for."""
-        for count, step in zip(pending, steps):
-            self.acceptance.observe(count, step)
+        for step in steps:
+            self.acceptance.observe(step)
+
+    def facts(self) -> dict[str, Any]:
+        """What it holds to, what that promises over autoregression, and what it has learned; for reports."""
+        return {
+            "mode": self.choice.mode,
+            "plans": [{"verified": plan.clean_len, "groups": list(plan.groups)} for plan in self.choice.cycle],
+            "expected_over_ar": self.expected_over_ar,
+            "chance_by_mask": self.acceptance.chance,
+        }
+
+    @property
+    def expected_over_ar(self) -> float:
+        """Tokens per second that the choice promises over those of the autoregressive mode; 1 before any review."""
+        if not self.autoregressive_tokens_per_second:
+            return 1.0
+        return self.choice.tokens_per_second / self.autoregressive_tokens_per_second
 
     def weigh(self, batch: int, context: int) -> list[Choice]:
         """All candidates with what they promise for this batch."""

@@ -1,5 +1,7 @@
 """From logits to the law that a request asked for, and from a uniform draw to a token?
 
+What the history of a text forbids or discourages is settled before, on the logits (`rules`).
+
 Greedy is the law at temperature 0: a point mass on the likeliest token. Every draw is a function of (seed, position,
 role), computed by hashing, so that neither batch mates, nor preemption, nor the number of drafts can change a text.
 
@@ -27,12 +29,22 @@ class SamplingTensors:
     temperature_B: Tensor
     top_k_B: Tensor
     top_p_B: Tensor
+    min_p_B: Tensor
     seed_B: Tensor
     beta_B: Tensor
     greedy: bool
     """All temperatures are 0."""
     trusts_ar: bool
     """All betas are 1."""
+    ranks: bool
+    """Some request has a top-k or a top-p, for which tokens must be sorted."""
+    cuts: bool
+    """Some request has a min-p."""
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """What decides which tensor functions run; the values of the fields do not."""
+        return self.greedy, self.trusts_ar, self.ranks, self.cuts
 
     @staticmethod
     def of(requests: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> "SamplingTensors":
@@ -45,22 +57,32 @@ class SamplingTensors:
             column("temperature", torch.float32),
             column("top_k", torch.long),
             column("top_p", torch.float32),
+            column("min_p", torch.float32),
             column("seed", torch.long),
             column("beta", torch.float32),
             all(request.temperature == 0 for request in requests),
             all(request.beta == 1 for request in requests),
+            any(request.top_k > 0 or request.top_p < 1 for request in requests),
+            any(request.min_p > 0 for request in requests),
         )
 
 
 def law(logits_BRV: Tensor, sampling: SamplingTensors) -> Tensor:
-    """Probabilities [B, R, V] in fp32 after temperature, top-k, then top-p; a point mass where temperature is 0."""
+    """Probabilities [B, R, V] in fp32; a point mass where temperature is 0.
+
+    In vLLM's order: temperature, then min-p, top-k, top-p, each on what the ones before it left.
+    """
     logits_BRV = logits_BRV.float()
     point_BRV = torch.zeros_like(logits_BRV).scatter_(-1, logits_BRV.argmax(-1, keepdim=True), 1.0)
     if sampling.greedy:
         return point_BRV
     greedy_B11 = sampling.temperature_B[:, None, None] == 0
     scaled_BRV = logits_BRV / torch.where(greedy_B11, 1.0, sampling.temperature_B[:, None, None])
-    if (sampling.top_k_B > 0).any() or (sampling.top_p_B < 1).any():
+    if sampling.cuts:
+        # p >= min_p * max p, without the softmax; the logarithm of 0 drops nothing
+        least_BR1 = scaled_BRV.amax(-1, keepdim=True) + sampling.min_p_B.log()[:, None, None]
+        scaled_BRV = scaled_BRV.masked_fill(scaled_BRV < least_BR1, float("-inf"))
+    if sampling.ranks:
         scaled_BRV = _filtered(scaled_BRV, sampling.top_k_B, sampling.top_p_B)
     return torch.where(greedy_B11, point_BRV, scaled_BRV.softmax(-1))
 

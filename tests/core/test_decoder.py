@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import GREEDY, prompts, requests
+from decoding import GREEDY, prefilled, prompts, requests
 from oracles import documents_row
 from tiny import wide_model
 
@@ -12,11 +12,12 @@ from tidar_core.attention import DenseAttention
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder, Request
+from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, ConfigError, RequestError
-from tidar_core.kv_cache import CachedAttention, KVCache
+from tidar_core.kv_cache import KVCache, PagedAttention
 from tidar_core.layout import causal_layout, decode_layout, training_layout
 from tidar_core.modes import StepPlan
+from tidar_core.request import Request
 from tidar_core.shapes import named_shape
 
 BLOCK_LENS = [1, 2, 4, 8, 16]
@@ -59,7 +60,7 @@ def forced(model, block_len, sampling, drafts_after):
     """One request whose drafts are replaced before every step by `drafts_after(tokens so far)`."""
     decoder = Decoder(model, DraftConfig(block_len=block_len), rows=1)
     request = requests(prompts(7), sampling)[0]
-    steps = [decoder.prefill(request)]
+    steps = [prefilled(decoder, request)]
     while decoder.running:
         tokens = [t for step in steps for t in step.token_ids]
         decoder.redraft(request.request_id, drafts_after(tokens)[: block_len - 1])
@@ -103,20 +104,24 @@ def test_drafts_stand_up_to_the_first_wrong_one(model, wrong_at):
 
 def group_hidden(model, prompt, drafts, block_len):
     """Hidden states of one decode forward after a prefill of the prompt: drafts, then each group."""
-    cache = KVCache(model.config, rows=1, slot_len=64, scratch_len=block_len**2)
+    cache = KVCache(model.config, pages=8, page_len=4)
+    table = torch.tensor([[7, 2, 5, 1, 8]])
     with torch.no_grad():
-        for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), range(1, block_len + 1))):
+        for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             layout = decode_layout(torch.tensor([start]), len(tokens), groups, block_len)
             rows = torch.tensor([[*tokens, *[MASK] * (len(groups) * block_len)]])
-            attention = CachedAttention(cache, 0, layout, len(tokens), start + len(tokens))
+            attention = PagedAttention(
+                cache, table, torch.tensor([start]), used_pages=-(-start // 4), clean_len=len(tokens), groups=groups,
+                block_len=block_len,
+            )  # fmt: skip
             hidden = model(rows, layout.position, attention)
-    return hidden[0], cache
+    return hidden[0]
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 4])
 def test_group_logits_equal_a_fresh_forward_of_prefix_drafts_and_one_block(model, block_len):
     prompt, drafts = prompts(9)[0], prompts(block_len, seed=1)[0]
-    hidden, _ = group_hidden(model, prompt, drafts, block_len)
+    hidden = group_hidden(model, prompt, drafts, block_len)
     for g in range(1, block_len + 1):
         text = (*prompt, *drafts[:g])
         fresh = decode_layout(torch.tensor([0]), len(text), (len(text),), block_len)
@@ -131,7 +136,7 @@ def test_group_logits_equal_a_fresh_forward_of_prefix_drafts_and_one_block(model
 
 def test_group_logits_equal_those_of_the_training_block_at_the_same_place(model):
     block_len, prompt, drafts = 4, prompts(7)[0], prompts(4, seed=1)[0]
-    hidden, _ = group_hidden(model, prompt, drafts, block_len)
+    hidden = group_hidden(model, prompt, drafts, block_len)
     text = (*prompt, *drafts, 1)  # the block that starts at 8 is the group for one accepted draft
     layout = training_layout(documents_row(len(text)), block_len)
     with torch.no_grad():
@@ -141,7 +146,7 @@ def test_group_logits_equal_those_of_the_training_block_at_the_same_place(model)
 
 def test_draft_rows_do_not_feel_the_mask_rows(model):
     prompt, drafts = prompts(9)[0], prompts(4, seed=1)[0]
-    with_groups, _ = group_hidden(model, prompt, drafts, 4)
+    with_groups = group_hidden(model, prompt, drafts, 4)
     layout = causal_layout(documents_row(13))
     with torch.no_grad():
         alone = model(torch.tensor([[*prompt, *drafts]]), layout.position, DenseAttention(layout))[0, 9:]
@@ -152,15 +157,14 @@ def test_draft_rows_do_not_feel_the_mask_rows(model):
 def test_keys_and_values_after_commits_are_those_of_a_clean_prefill(model, block_len):
     decoder = Decoder(model, DraftConfig(block_len=block_len), rows=2)
     request = requests(prompts(7), GREEDY)[0]
-    tokens = [*request.prompt, *decoder.prefill(request).token_ids]
+    tokens = [*request.prompt, *prefilled(decoder, request).token_ids]
     for _ in range(9):
         tokens += decoder.decode_step(dense(decoder))[0].token_ids
     known = len(tokens) - 1  # the last token's key is computed by the next step
-    layout = decode_layout(torch.tensor([0]), known, (), block_len)
-    clean = KVCache(model.config, rows=1, slot_len=known, scratch_len=0)
-    with torch.no_grad():
-        model(torch.tensor([tokens[:known]]), layout.position, CachedAttention(clean, 0, layout, known, known))
-    for ours, expected in zip(decoder.cache.clean(0, known), clean.clean(0, known)):
+    found = decoder.cache.clean(decoder._running[0].holding.pages, known)
+    clean = Decoder(model, DraftConfig(block_len=1), rows=1)
+    prefilled(clean, replace(request, prompt=tuple(tokens[:known])))
+    for ours, expected in zip(found, clean.cache.clean(clean._running[0].holding.pages, known)):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -188,14 +192,14 @@ def test_an_aborted_request_frees_its_row_at_once_and_disturbs_nobody(model):
     out = {str(i): [] for i in range(4)}
     queue = requests(texts, GREEDY)
     for request in queue[:3]:
-        out[request.request_id] += decoder.prefill(request).token_ids
+        out[request.request_id] += prefilled(decoder, request).token_ids
     with pytest.raises(CapacityError, match="all 3 rows"):
-        decoder.prefill(queue[3])
+        prefilled(decoder, queue[3])
     for step in decoder.decode_step(dense(decoder)):
         out[step.request_id] += step.token_ids
     assert decoder.abort("0")
     assert not decoder.abort("0")
-    out["3"] += decoder.prefill(queue[3]).token_ids
+    out["3"] += prefilled(decoder, queue[3]).token_ids
     while decoder.running:
         for step in decoder.decode_step(dense(decoder)):
             out[step.request_id] += step.token_ids
@@ -226,7 +230,7 @@ def test_max_tokens_is_never_overshot_even_when_a_whole_block_stands(model, max_
 def test_a_prompt_longer_than_one_prefill_chunk_reads_the_same(model, monkeypatch):
     text = prompts(50)[0]
     expected = generate_autoregressive(model, text, GREEDY)
-    monkeypatch.setattr("tidar_core.decoder.PREFILL_ROWS", 16)
+    monkeypatch.setattr("tidar_core.decoder.PREFILL_TOKENS", 16)
     assert decoded(model, [text], GREEDY, block_len=4) == [expected]
 
 

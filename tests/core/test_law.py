@@ -10,9 +10,10 @@ from tiny import wide_model
 from tidar_core.attention import DenseAttention
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder, Request
+from tidar_core.decoder import Decoder
 from tidar_core.layout import causal_layout
 from tidar_core.modes import FixedMode
+from tidar_core.request import Request
 from tidar_core.sampling import SamplingTensors, law
 from tidar_core.shapes import named_shape
 

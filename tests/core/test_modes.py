@@ -1,10 +1,8 @@
 """Modes are choices of rows: every one, and every mixture of them, says what autoregression says."""
 
-import random
-
 import pytest
 import torch
-from decoding import GREEDY, expected_texts, prompts, requests
+from decoding import GREEDY, Wanderer, expected_texts, prefilled, prompts, requests
 
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -14,25 +12,6 @@ from tidar_core.modes import MODES, FixedMode, StepPlan
 from tidar_core.planner import planner_of
 
 SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
-
-
-class Wanderer:
-    """Any plan at any step, and drafts at prefill or not."""
-
-    def __init__(self, seed, block_len):
-        self.random, self.block_len = random.Random(seed), block_len
-
-    @property
-    def drafts_at_prefill(self):
-        return self.random.random() < 0.5
-
-    def next_plan(self, pending, context):
-        clean_len = self.random.randint(1, self.block_len)
-        groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
-        return StepPlan(clean_len, tuple(groups))
-
-    def observe(self, pending, steps):
-        assert len(pending) == len(steps)
 
 
 def texts_of(model, texts, sampling, planner, *, block_len, rows=3, kind="argmax"):
@@ -92,11 +71,11 @@ def test_drawn_drafts_survive_random_switching_when_greedy(model, seed):
 
 def test_where_no_mask_drafted_the_stand_in_is_a_point_mass(model):
     decoder = Decoder(model, DraftConfig(block_len=4, kind="sampled"), rows=1)
-    decoder.prefill(requests(prompts(7), SAMPLED)[0], drafts=False)
+    prefilled(decoder, requests(prompts(7), SAMPLED)[0], drafts=False)
     assert decoder.pending == (1,)
-    stored = decoder._proposal[0]
+    stored = decoder._state.proposal[0]
     assert torch.equal(stored.sum(-1), torch.ones(4))
-    assert torch.equal(stored.argmax(-1), decoder._draft[0])
+    assert torch.equal(stored.argmax(-1), decoder._state.draft[0])
     assert stored.max() == 1
 
 
@@ -107,15 +86,15 @@ def test_a_missing_group_hands_on_the_later_masks_of_the_one_below(model):
     request = requests(prompts(7), GREEDY)[0]
     truth = expected_texts(model, prompts(7), SamplingConfig(max_tokens=40))[0]
     for decoder, groups in ((dense, (1, 2, 3, 4)), (sparse, (1,))):
-        decoder.prefill(request)
+        prefilled(decoder, request)
         decoder.redraft("0", [truth[1], (truth[2] + 1) % 500, truth[3]])  # two stand
         assert decoder.decode_step(StepPlan(4, groups))[0].accepted == 2
     assert dense.pending == (4,)
     assert sparse.pending == (3,)
     block_of_group_1 = Decoder(model, DraftConfig(block_len=4), rows=1)
-    block_of_group_1.prefill(request)
+    prefilled(block_of_group_1, request)
     block_of_group_1.decode_step(StepPlan(1, (1,)))
-    assert sparse._draft[0, 1:3].tolist() == block_of_group_1._draft[0, 2:4].tolist()
+    assert sparse._state.draft[0, 1:3].tolist() == block_of_group_1._state.draft[0, 2:4].tolist()
 
 
 def test_forwards_are_counted_by_what_they_verify(model):

@@ -7,10 +7,11 @@ from decoding import GREEDY, expected_texts, prompts, requests
 
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
-from tidar_core.decoder import Decoder, DecodeStep
+from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
 from tidar_core.modes import StepPlan
 from tidar_core.planner import AUTO, Acceptance, AutoPlanner, candidates, expected_tokens, planner_of
+from tidar_core.request import DecodeStep
 
 K = 4
 
@@ -92,7 +93,7 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
         plan = planner.next_plan(pending, 10)
         plans.append(plan)
         n = plan.clean_len  # every draft stands from now on
-        planner.observe(pending, [DecodeStep("r", (1,) * n, None, n, n)])
+        planner.observe([DecodeStep("r", (1,) * n, None, pending[0], n, n)])
         pending = (K,) if plan.groups else (1,)
     assert plans[0] == StepPlan(1)
     assert planner.choice.mode != "autoregressive"
@@ -100,9 +101,9 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
 
 def test_acceptance_is_counted_per_mask_and_stops_at_the_first_that_fell():
     acceptance = Acceptance(4)
-    acceptance.observe(4, DecodeStep("r", (1, 2), None, 2, 4))  # mask 1 stood, mask 2 fell, mask 3 was not reached
-    acceptance.observe(3, DecodeStep("r", (1,), None, 1, 4))  # one late: mask 2 fell
-    acceptance.observe(1, DecodeStep("r", (1,), None, 1, 4))  # nothing was drafted
+    acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # mask 1 stood, mask 2 fell, mask 3 was not reached
+    acceptance.observe(DecodeStep("r", (1,), None, 3, 1, 4))  # one late: mask 2 fell
+    acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4))  # nothing was drafted
     assert acceptance.tried[1] == pytest.approx(3, abs=0.01)
     assert acceptance.kept[1] == pytest.approx(2, abs=0.01)
     assert acceptance.tried[2] == pytest.approx(4, abs=0.02)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tidar_core.config import SamplingConfig
+from tidar_core.errors import RequestError
 from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
@@ -29,9 +30,16 @@ def law_of(**fields):
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
         ({"temperature": 1.0, "top_p": 1e-9}, [0, 1, 0, 0]),
         ({"temperature": 0.0, "top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "min_p": 0.49}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"temperature": 1.0, "min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 1.0, "min_p": 1.0}, [0, 1, 0, 0]),
+        ({"temperature": 0.5, "min_p": 0.3}, [0, 16 / 25, 0, 9 / 25]),  # 4 / 16 is too little, 9 / 16 is not
+        ({"temperature": 1.0, "min_p": 0.49, "top_p": 0.45}, [0, 4 / 7, 0, 3 / 7]),  # of what min-p left, 4 / 9 < 0.45
+        ({"temperature": 1.0, "min_p": 0.6, "top_k": 3}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 0.0, "min_p": 0.5}, [0, 1, 0, 0]),
     ],
 )
-def test_the_law_is_temperature_then_top_k_then_top_p(fields, expected):
+def test_the_law_is_temperature_then_min_p_then_top_k_then_top_p(fields, expected):
     assert law_of(**fields) == pytest.approx(expected, abs=1e-6)
 
 
@@ -45,8 +53,10 @@ def test_each_request_of_a_batch_has_its_own_law():
         SamplingConfig(temperature=0.0),
         SamplingConfig(temperature=1.0, top_k=2),
         SamplingConfig(temperature=1),
+        SamplingConfig(temperature=1.0, min_p=0.6),
     ]
-    laws = law(LOGITS.expand(3, 1, 4), SamplingTensors.of(requests))[:, 0]
+    laws = law(LOGITS.expand(4, 1, 4), SamplingTensors.of(requests))[:, 0]
+    assert laws[3].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
     assert laws[0].tolist() == [0, 1, 0, 0]
     assert laws[1].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
     assert laws[2].tolist() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-6)
@@ -56,6 +66,12 @@ def test_inversion_gives_each_token_its_share_of_the_unit_interval():
     prob = torch.tensor([0.25, 0.0, 0.5, 0.25])
     draws = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
     assert draw(prob.expand(6, 4), draws).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_evenly_spread_draws_give_each_token_its_share_of_the_law_with_min_p():
+    draws = (torch.arange(900) + 0.5) / 900
+    prob = law(LOGITS.expand(1, 900, 4), SamplingTensors.of([SamplingConfig(temperature=1.0, min_p=0.3)]))[0]
+    assert torch.bincount(draw(prob, draws), minlength=4).tolist() == [0, 400, 200, 300]
 
 
 def test_a_token_without_probability_is_never_drawn_even_at_the_edges():
@@ -99,5 +115,29 @@ def test_greedy_needs_no_luck():
 
 def test_a_banned_token_stays_banned_at_any_temperature():
     logits = torch.tensor([[[0.0, -math.inf, 1.0]]])
-    for fields in ({"temperature": 50.0}, {"temperature": 1.0, "top_p": 0.999}, {"temperature": 1.0, "top_k": 3}):
+    filters = ({"temperature": 50.0}, {"top_p": 0.999}, {"top_k": 3}, {"min_p": 1e-9})
+    for fields in ({"temperature": 1.0, **filter_} for filter_ in filters):
         assert law(logits, SamplingTensors.of([SamplingConfig(**fields)]))[0, 0, 1] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"min_p": 1.5}, "min_p is 1.5; it must be from 0 (off) to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf; it must be above 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3; it must be from -2 to 2"),
+        ({"logit_bias": ((4, 0.0), (7, 101.0))}, "logit_bias of token 7 is 101.0; it must be from -100 to 100"),
+        ({"logit_bias": ((4, math.nan),)}, "logit_bias of token 4 is nan; it must be from -100 to 100"),
+        ({"logit_bias": ((4, 1.0), (4, 2.0))}, "logit_bias names a token twice; give each token one bias"),
+        ({"bad_words": ((1,), ())}, "bad_words holds an empty sequence; each must have at least one token"),
+        ({"max_tokens": 8, "min_tokens": 9}, "min_tokens is 9; it must be from 0 to max_tokens, here 8"),
+        ({"min_tokens": -1}, "min_tokens is -1; it must be from 0 to max_tokens"),
+        ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20, or absent"),
+    ],
+)
+def test_a_field_out_of_range_is_told_with_what_is_needed(fields, message):
+    with pytest.raises(RequestError) as raised:
+        SamplingConfig(**fields)
+    assert str(raised.value).startswith(message)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import decode_visibility, documents_row, training_visibility
 
-from tidar_core.layout import cache_layout, decode_layout, training_layout
+from tidar_core.layout import decode_layout, training_layout
 from tidar_core.visibility import dense_visibility, flex_rule
 
 DOCUMENTS = [(6,), (5, 3), (1, 7, 2), (4, 4, 4, 1)]
@@ -47,7 +47,7 @@ def decode_columns(prefix_len, block_len):
     """Rows of a decode step against prefix slots, drafts and masks, in that order."""
     prefix = torch.tensor([prefix_len])
     rows = decode_layout(prefix, block_len, range(1, block_len + 1), block_len)
-    keys = cache_layout(prefix_len, 1, prefix.device).then(rows)
+    keys = decode_layout(torch.tensor([0]), prefix_len, (), 1).then(rows)
     return dense_visibility(rows, keys)[0]
 
 
@@ -109,13 +109,6 @@ def test_a_pre_draft_sees_exactly_what_the_training_block_at_its_place_saw():
     assert trained[:, :start].all()
     assert not group[:, start : prefix_len + block_len].any()
     assert not trained[:, start:9].any()
-
-
-def test_a_slot_beyond_the_drafts_is_invisible_whatever_it_holds():
-    rows = decode_layout(torch.tensor([3, 6]), 2, (1, 2), 2)
-    visible = dense_visibility(rows, cache_layout(12, 2, torch.device("cpu")))
-    assert not visible[0, :, 5:].any()
-    assert not visible[1, :, 8:].any()
 
 
 def test_the_flex_form_asks_the_same_rule():

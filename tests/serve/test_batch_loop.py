@@ -11,8 +11,9 @@ from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder, Request
+from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
+from tidar_core.request import Request
 from tidar_core.shapes import named_shape
 
 ENDLESS = 8000
@@ -157,7 +158,7 @@ def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(batcher
                 await tokens_of(loop, request(str(n)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(batcher.decoder, "prefill", lambda _: 1 / 0)
+        patch.setattr(batcher.decoder, "prefill", lambda **_: 1 / 0)
         asyncio.run(fail(FAILURES_TOLERATED - 1))
         loop.check_health()
         asyncio.run(fail(1))

@@ -11,8 +11,8 @@ from serve_apps.errors import problem_of
 from serve_apps.events import DONE, Failed, Piece, Reply, Tally, Transcript, error_event, interleave
 from serve_apps.schemas import ModelCard, StreamOptions
 from tidar_core.artifacts.tokenizer import train_bpe
-from tidar_core.decoder import DecodeStep
 from tidar_core.errors import CapacityError
+from tidar_core.request import DecodeStep
 
 CARD = ModelCard(id="m", created=5, max_model_len=64, block_len=4, bundle_hash="0123456789abcdef", mode="single-pass")
 TEXT = "Grüße, 日本語 🎉!"
@@ -42,7 +42,7 @@ def steps_of(tokens, lengths, finish_reason):
             "r",
             tuple(tokens[a:b]),
             finish_reason if b == cuts[-1] else None,
-            *((0, 0) if a == 0 else (b - a, b - a + 1)),
+            *((1, 0, 0) if a == 0 else (b - a + 1, b - a, b - a + 1)),
         )
         for a, b in pairwise(cuts)
     ]

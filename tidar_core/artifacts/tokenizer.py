@@ -97,8 +97,13 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: equal for tokenizers that encode alike."""
-        content = locations.canonical_json([json.loads(self._fast.to_str()), self.eos_id])
+        content = locations.canonical_json([json.loads(self.fast_json), self.eos_id])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def fast_json(self) -> str:
+        """The fast tokenizer as Hugging Face writes it into tokenizer.json."""
+        return self._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, nothing added. Raises UserError for half a character (a lone surrogate)."""

@@ -1,0 +1,103 @@
+"""How fast does a model decode on this machine, and where does the time go?
+
+What `tidar bench` and `tidar profile` do once the model is there; progress on standard error, figures as plain values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pipelines.progress import job_progress, stderr
+from tidar_core.benchmark import compare_modes
+from tidar_core.config import SamplingConfig
+from tidar_core.latency import measure_latency
+from tidar_core.model import TidarModel
+from tidar_core.modes import MODES
+from tidar_core.planner import AUTO
+from tidar_core.shapes import named_shape
+from tidar_core.step_bench import StepCost, copy_bandwidth, random_model, step_costs, step_plans
+
+__all__ = ["DTYPES", "compared_modes", "latency_curve", "shape_costs"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compared_modes(
+    model: TidarModel,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingConfig,
+    *,
+    block_len: int,
+    batch: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Every mode on the same prompts in one run."""
+    modes = (*MODES, AUTO)
+    total = len(modes) * (1 + repeats * len(prompts))
+    with job_progress("bench", total=total, unit="prompts") as show:
+        done = iter(range(1, total + 1))
+        results = compare_modes(
+            model, prompts, sampling, block_len=block_len, batch=batch, repeats=repeats, modes=modes,
+            context_len=max(map(len, prompts)) + sampling.max_tokens, on_prompt=lambda: show(next(done), {}),
+        )  # fmt: skip
+    return {
+        **_device(model),
+        "block_len": block_len,
+        "batch": batch,
+        "prompts": len(prompts),
+        "modes": {name: mode.figures() for name, mode in results.items()},
+    }
+
+
+def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
+    """Forwards of 1 to 512 rows, up to `batch` sequences, at several contexts: the free-token-slot curve."""
+    rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    batches = [count for count in (1, 4, 16, 64) if count < batch] + [batch]
+    contexts = [count for count in (64, 1024, 8192) if count < model.config.context_len]
+    total = len(rows) * len(batches) * len(contexts)
+    with job_progress("profile", total=total, unit="shapes") as show:
+        done = iter(range(1, total + 1))
+        table = measure_latency(
+            model, rows=rows, batches=batches, contexts=contexts, on_point=lambda: show(next(done), {})
+        )
+    return {
+        **_device(model),
+        "points": [asdict(point) for point in table.points],
+        "knee_rows": table.knee_rows(),
+    }
+
+
+def shape_costs(
+    shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], dtype: str
+) -> dict[str, Any]:
+    """Decode steps of a published shape with random weights, against the floor that memory bandwidth sets."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bandwidth = copy_bandwidth(device)
+    model = random_model(named_shape(shape), DTYPES[dtype], device)
+    total = len(batches) * len(contexts) * len(step_plans(block_len))
+    with job_progress("bench", total=total, unit="steps") as show:
+        done = iter(range(1, total + 1))
+
+        def tell(cost: StepCost) -> None:
+            show(next(done), {"batch": cost.batch, "context": cost.context, "ms": 1000 * cost.seconds})
+
+        costs = step_costs(
+            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, on_step=tell
+        )
+    if not costs:
+        stderr.print("no cache of these batches and contexts fits into the memory of the device")
+    return {
+        **_device(model),
+        "shape": shape,
+        "block_len": block_len,
+        "copy_bandwidth_bytes_per_second": bandwidth,
+        "steps": [asdict(cost) for cost in costs],
+    }
+
+
+def _device(model: TidarModel) -> dict[str, Any]:
+    weight = model.embedding.weight
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device)
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": str(weight.dtype).removeprefix("torch.")}

@@ -1,0 +1,185 @@
+"""What does one forward do to the rows that it serves?
+
+Verification of each draft block, and the next block drafted in the same forward for the outcomes that the plan names
+(TiDAR, section 3.2). Tensors in, tensors out: shapes follow from the batch and the plan alone, nothing is read back, so
+that a forward can be captured and replayed.
+
+Shape letters: B sequences, C clean rows, K block length, R rows of a forward, E embedding, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tidar_core.config import DraftConfig
+from tidar_core.kv_cache import KVCache, PagedAttention
+from tidar_core.layout import decode_layout
+from tidar_core.model import TidarModel
+from tidar_core.modes import StepPlan
+from tidar_core.row_state import RowState
+from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
+from tidar_core.verify import match, weigh
+
+__all__ = ["NextBlock", "Outcome", "Stepper", "blocks_after"]
+
+
+@dataclass(frozen=True, slots=True)
+class NextBlock:
+    """Which masks of a forward draft the next block."""
+
+    first_row: int
+    """Row of the mask at the position of the next d_1; those after it draft d_2, d_3, .."""
+    pending: int
+    """d_1 and the drafts after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a decode step found out."""
+
+    accepted_emitted: Tensor
+    """[B, 1 + C]: n in 1..C, then as many final tokens, and what stands behind them is of no meaning."""
+    ar_logits: Tensor
+    """[B, C, V]: the autoregressive mode's, as the head gave them."""
+    hidden: Tensor
+    """[B, R, E]."""
+
+
+class Stepper:
+    """A model at work on the pages of a cache and the rows of a state."""
+
+    def __init__(self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: RowState) -> None:
+        self.model, self.draft, self.cache, self.state = model, draft, cache, state
+
+    def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, groups: tuple[int, ...]) -> Tensor:
+        """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
+        prefix_len = torch.tensor([start], device=chunk_1C.device)
+        return self._forward(page_table_1N, prefix_len, chunk_1C, groups, -(-start // self.cache.page_len))
+
+    def begin(self, rows: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
+        """Choose the first token [1] of a sequence that was read to its end, and draft the block behind it.
+
+        rows    its row
+        hidden  [1, R, E], from `read`, its rows as `plan` says
+        logits  [1, 1, V], from `target_logits` of the last clean row
+        """
+        first = sample(logits, sampling, self.state.prefix_len[rows, None], TARGET)[:, 0]
+        self.propose(rows, first, torch.full_like(first, plan.clean_len), hidden, plan, sampling)
+        return first
+
+    def step(
+        self, batch: int, plan: StepPlan, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
+    ) -> Outcome:
+        """Verify and draft for the first `batch` rows.
+
+        used_pages  leading pages that hold all of every prefix
+        adjust      changes the target logits [B, C, V] by the rules of the requests
+        """
+        B, C, state = batch, plan.clean_len, self.state
+        sampling = state.sampling(slice(0, B))
+        prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
+        hidden_BRE = self._forward(state.page_table[:B], prefix_B, draft_BC, plan.groups, used_pages)
+        ar_logits = self.model.head(hidden_BRE[:, :C])
+        logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: self.draft.block_len], sampling)
+        if adjust is not None:
+            logits_BCV = adjust(logits_BCV)
+        next_BC = prefix_B[:, None] + 1 + torch.arange(C, device=prefix_B.device)
+        if state.proposal is None:
+            verdict = match(draft_BC, sample(logits_BCV, sampling, next_BC, TARGET))
+        else:
+            accept_BC, target_BC = (uniform(sampling.seed_B, next_BC, role) for role in (ACCEPT, TARGET))
+            verdict = weigh(draft_BC, law(logits_BCV, sampling), state.proposal[:B, :C], accept_BC, target_BC)
+        accepted_B = verdict.accepted_B
+        emitted_BC = torch.cat([draft_BC[:, 1:], verdict.next_B[:, None]], 1)
+        emitted_BC.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
+        prefix_B += accepted_B * state.live[:B]
+        self.propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
+        return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
+
+    def target_logits(self, ar_BRV: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
+        """z = beta * AR + (1 - beta) * diffusion, fp32; both predict the same positions (TiDAR, section 4.4.3).
+
+        first_masks_BRE  first mask of the group behind each row; not read where all betas are 1
+        """
+        ar_BRV = ar_BRV.float()
+        if sampling.trusts_ar:
+            return ar_BRV
+        beta_B11 = sampling.beta_B[:, None, None]
+        mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * self.model.head(first_masks_BRE).float()
+        return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
+
+    def propose(
+        self, rows: slice, first_B: Tensor, accepted_B: Tensor, hidden_BRE: Tensor, plan: StepPlan,
+        sampling: SamplingTensors,
+    ) -> None:  # fmt: skip
+        """Set the next draft block: the final token, then what the masks after its position believe.
+
+        The prefix lengths must be the new ones.
+        """
+        K, state = self.draft.block_len, self.state
+        self.stand_in(rows, first_B)
+        if K == 1 or not plan.groups:
+            return
+        first_rows, pendings = _blocks_tensors(plan, K, first_B.device)
+        first_row_B1, pending_B1 = first_rows[accepted_B][:, None], pendings[accepted_B][:, None]
+        offset_R = torch.arange(1, K, device=first_B.device)
+        guessed_BR = offset_R < pending_B1
+        row_BR = torch.where(guessed_BR, first_row_B1 + offset_R, 0)
+        hidden_BKE = hidden_BRE.gather(1, row_BR[..., None].expand(-1, -1, hidden_BRE.shape[-1]))
+        logits_BRV = self.model.head(hidden_BKE)
+        if state.proposal is None:
+            state.draft[rows, 1:] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
+            return
+        proposal_BRV = law(logits_BRV, sampling)
+        position_BR = state.prefix_len[rows, None] + offset_R
+        drawn_BR = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
+        state.draft[rows, 1:] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
+        state.proposal[rows, 1:] = torch.where(guessed_BR[..., None], proposal_BRV, state.proposal[rows, 1:])
+
+    def stand_in(self, rows: slice, first_B: Tensor) -> None:
+        """Where there is no mask, the final token stands in for drafts, a point mass like any other guess."""
+        state = self.state
+        state.draft[rows] = first_B[:, None].expand(-1, self.draft.block_len)
+        if state.proposal is not None:
+            state.proposal[rows] = 0.0
+            state.proposal[rows].scatter_(2, state.draft[rows][..., None], 1.0)
+
+    def _forward(
+        self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...], used_pages: int
+    ) -> Tensor:
+        """Hidden states of clean rows, then of a block of masks for each group."""
+        K, C = self.draft.block_len, clean_BC.shape[1]
+        layout = decode_layout(prefix_len_B, C, groups, K)
+        attention = PagedAttention(
+            self.cache, page_table_BN, prefix_len_B, used_pages=used_pages, clean_len=C, groups=groups, block_len=K
+        )
+        if groups:
+            masks_BM = clean_BC.new_full((len(clean_BC), len(groups) * K), self.model.config.mask_id or 0)
+            clean_BC = torch.cat([clean_BC, masks_BM], 1)
+        return self.model(clean_BC, layout.position, attention)
+
+
+@lru_cache(maxsize=1024)
+def blocks_after(plan: StepPlan, block_len: int) -> tuple[NextBlock, ...]:
+    """For each accepted length 0..clean_len: which masks of the forward draft the next block.
+
+    The masks of the largest group that is no larger; where that is smaller, its later ones.
+    """
+    blocks = [NextBlock(0, 1)]
+    for n in range(1, plan.clean_len + 1):
+        below = [index for index, group in enumerate(plan.groups) if group <= n]
+        late = n - plan.groups[below[-1]] if below else block_len
+        first_row = plan.clean_len + below[-1] * block_len + late if late < block_len else 0
+        blocks.append(NextBlock(first_row, max(1, block_len - late)))
+    return tuple(blocks)
+
+
+@lru_cache(maxsize=1024)
+def _blocks_tensors(plan: StepPlan, block_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`blocks_after` on the device: first rows and pending counts, by accepted length."""
+    blocks = blocks_after(plan, block_len)
+    first_rows = torch.tensor([block.first_row for block in blocks], device=device)
+    return first_rows, torch.tensor([block.pending for block in blocks], device=device)
