@@ -184,13 +184,14 @@ def generate(
     """Continue a prompt; text appears as it is committed."""
     import time
 
+    from tidar_core.artifacts.latency_file import bundle_planner
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder
-    from tidar_core.planner import measured_planner
     from tidar_core.request import Request
 
-    bundle = _loaded(model, tracking_uri, threads)
+    uri = _found(model, tracking_uri)
+    bundle = _loaded(uri, threads)
     sampling = SamplingConfig(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         eos_ids=(bundle.tokenizer.eos_id,),
@@ -199,7 +200,7 @@ def generate(
     draft = DraftConfig(block_len=block_len or bundle.info.block_len)
     decoder = Decoder(bundle.model, draft, rows=1)
     decoder.check(request)
-    batcher = Batcher(decoder, measured_planner(mode.value, decoder, len(request.prompt) + max_tokens))
+    batcher = Batcher(decoder, bundle_planner(mode.value, uri, decoder, len(request.prompt) + max_tokens))
     pieces: list[str] = []
     began = time.perf_counter()
     completion = Completion(request)
@@ -257,7 +258,7 @@ def bench(
         )
         _print(facts, as_json, tables.print_steps)
         return
-    bundle = _loaded(str(model), tracking_uri, threads, dtype.value)
+    bundle = _loaded(_found(str(model), tracking_uri), threads, dtype.value)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
     tokens = _prompts(bundle, prompts, count, max_tokens)
     facts = measure.compared_modes(
@@ -287,7 +288,10 @@ def profile(
     """Time forwards of 1 to 512 rows: how many token slots are free on this machine."""
     from pipelines import measure, tables
 
-    facts = measure.latency_curve(_loaded(model, tracking_uri, threads, dtype.value).model, batch=batch)
+    uri = _found(model, tracking_uri)
+    bundle = _loaded(uri, threads, dtype.value)
+    facts = measure.latency_curve(bundle.model, batch=batch)
+    facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
         from pipelines.plots import latency_plot
 
@@ -323,17 +327,22 @@ def serve(
     )
 
 
-def _loaded(model: str, tracking_uri: str, threads: int | None, dtype: str = "fp32") -> Any:
-    """The bundle that MODEL names, verified; on the GPU where there is one."""
+def _found(model: str, tracking_uri: str) -> str:
+    """Address of the bundle that MODEL names."""
+    from tidar_core.artifacts import registry
+
+    return registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model).uri
+
+
+def _loaded(uri: str, threads: int | None, dtype: str = "fp32") -> Any:
+    """A bundle, verified; on the GPU where there is one."""
     import torch
 
-    from tidar_core.artifacts import registry
     from tidar_core.artifacts.bundle import load_bundle
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    found = registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return load_bundle(found.uri, dtype=types[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_bundle(uri, dtype=types[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:

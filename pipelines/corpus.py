@@ -200,6 +200,6 @@ def _is_unicode(text: str) -> bool:
 def _damage_named(uri: str) -> Iterator[None]:
     try:
         yield
-    except (*locations.BROKEN_COMPRESSION, pa.ArrowException, UnicodeDecodeError) as error:
+    except (*locations.broken_compression(), pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CorpusError(f"{uri} is damaged ({reason}); fetch it again or leave it out by include") from error

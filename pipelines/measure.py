@@ -10,16 +10,19 @@ from typing import Any
 import torch
 
 from pipelines.progress import job_progress, stderr
+from tidar_core.artifacts.bundle import Bundle
+from tidar_core.artifacts.latency_file import time_and_store
 from tidar_core.benchmark import compare_modes
-from tidar_core.config import SamplingConfig
-from tidar_core.latency import measure_latency
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoder import Decoder
+from tidar_core.latency import latency_shapes, measure_latency
 from tidar_core.model import TidarModel
 from tidar_core.modes import MODES
 from tidar_core.planner import AUTO
 from tidar_core.shapes import named_shape
 from tidar_core.step_bench import StepCost, copy_bandwidth, random_model, step_costs, step_plans
 
-__all__ = ["DTYPES", "compared_modes", "latency_curve", "shape_costs"]
+__all__ = ["DTYPES", "compared_modes", "latency_curve", "shape_costs", "stored_latency"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,6 +70,14 @@ def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
         "points": [asdict(point) for point in table.points],
         "knee_rows": table.knee_rows(),
     }
+
+
+def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
+    """Time the decode steps that the planner weighs, up to `batch` sequences; address of the table kept for it."""
+    decoder = Decoder(bundle.model, DraftConfig(block_len=bundle.info.block_len), rows=batch)
+    with job_progress("planner's table", total=len(latency_shapes(decoder)), unit="steps") as show:
+        done = iter(range(1, len(latency_shapes(decoder)) + 1))
+        return time_and_store(uri, decoder, on_point=lambda: show(next(done), {}))
 
 
 def shape_costs(

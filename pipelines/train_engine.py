@@ -3,7 +3,6 @@
 Its configuration is derived from the job; nothing is said twice.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.jobs import TrainJob
+from tidar_core.schedule import Schedule
 
 __all__ = ["TrainEngine", "deepspeed_config", "learning_rate"]
 
@@ -98,10 +98,6 @@ def deepspeed_config(job: TrainJob) -> dict[str, Any]:
 
 
 def learning_rate(job: TrainJob, step: int) -> float:
-    """Linear warm-up, then a cosine down to the minimum at the last step (TiDAR, section 4.1)."""
-    warmup = max(1, round(job.warmup * job.steps))
-    if step < warmup:
-        return job.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, job.steps - 1 - warmup)
-    span = job.learning_rate - job.min_learning_rate
-    return job.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Rate of train step `step`."""
+    schedule = Schedule(peak=job.learning_rate, minimum=job.min_learning_rate, warmup=job.warmup)
+    return schedule.at_step(step, job.steps)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from pipelines.batches import rows_of_step
 from pipelines.jobs import TrainJob
 from pipelines.train_engine import TrainEngine, learning_rate
 from tidar_core.artifacts import locations
@@ -26,6 +25,7 @@ from tidar_core.errors import ShardError
 from tidar_core.losses import LossSums, dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
+from tidar_core.row_order import rows_of_step
 from tidar_core.shapes import named_shape
 
 __all__ = ["Surroundings", "starting_model", "train_worker"]

@@ -28,10 +28,10 @@ HOMES = {
     "typer": "tidar.py",
 }
 HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "model", "shapes")
-TRAINING = ("packing", "dual_mode", "losses", "objective")
+TRAINING = ("packing", "row_order", "dual_mode", "flex", "losses", "objective", "schedule", "flops", "single_device")
 DECODING = (
-    "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "step",
-    "step_graph", "decoder", "latency", "planner", "batcher", "autoregressive", "benchmark", "step_bench",
+    "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "decode_forward",
+    "step", "step_graph", "decoder", "latency", "planner", "batcher", "autoregressive", "benchmark", "step_bench",
 )  # fmt: skip
 
 

@@ -13,14 +13,15 @@ from functools import partial
 
 import torch
 
+from tidar_core.decode_forward import decode_forward
 from tidar_core.decoder import Decoder
-from tidar_core.kv_cache import KVCache, PagedAttention
-from tidar_core.layout import decode_layout
+from tidar_core.kernels import kernels_for
+from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
 from tidar_core.pages import page_count
 
-__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "measure_latency"]
+__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency", "timed_plans"]
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
@@ -74,27 +75,33 @@ def decoding_latency(
     """The table that a decoder plans with: whole decode steps, verification included, at the row counts of its modes.
 
     context_len  longest context that is planned for; the decoder's own by default
+    on_point     called after each of `latency_shapes`
     """
-    K, longest = decoder.draft.block_len, min(context_len or decoder.context_len, decoder.context_len)
-    plans = {plan.rows(K): plan for plan in _timed_plans(K)}
     points = []
-    for batch in [count for count in (1, 2, 4, 8, 16, 32, 64) if count < decoder.rows] + [decoder.rows]:
-        for context in [count for count in (128, 1024, 8192) if count < longest] + [longest]:
-            with decoder.rehearsal(batch, context) as step:
-                for rows, plan in sorted(plans.items()):
-                    seconds = _median_seconds(partial(step, plan), repeats)
-                    points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds))
-                    on_point()
+    for batch, context in latency_shapes(decoder, context_len):
+        with decoder.rehearsal(batch, context) as step:
+            for plan in timed_plans(decoder.draft.block_len):
+                seconds = _median_seconds(partial(step, plan), repeats)
+                rows = plan.rows(decoder.draft.block_len)
+                points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds))
+        on_point()
     return LatencyTable(tuple(points))
 
 
-def _timed_plans(block_len: int) -> list[StepPlan]:
-    """From one row to all groups."""
+def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tuple[int, int]]:
+    """Batches and contexts that `decoding_latency` times."""
+    longest = min(context_len or decoder.context_len, decoder.context_len)
+    batches = [count for count in (1, 4, 16, 64) if count < decoder.rows] + [decoder.rows]
+    contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
+    return [(batch, context) for batch in batches for context in contexts]
+
+
+def timed_plans(block_len: int) -> list[StepPlan]:
+    """From one row to all groups, no two with as many rows."""
     K = block_len
-    if K == 1:
-        return [StepPlan(1)]
-    few = [StepPlan(K, tuple(range(1, m + 1))) for m in (1, 2, 4, 8) if m < K]
-    return [StepPlan(1), StepPlan(2), StepPlan(K), StepPlan(1, (1,)), *few, StepPlan(K, tuple(range(1, K + 1)))]
+    few = [StepPlan(K, tuple(range(1, m + 1))) for m in (1, 2, 4, 8, K) if m <= K]
+    plans = [StepPlan(1), StepPlan(min(2, K)), StepPlan(K), *([StepPlan(1, (1,)), *few] if K > 1 else [])]
+    return list({plan.rows(K): plan for plan in plans}.values())
 
 
 @torch.inference_mode()
@@ -123,6 +130,7 @@ def measure_latency(
 
 def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeats: int) -> float:
     weight, page_len = model.embedding.weight, 16
+    kernels = kernels_for(weight.device)
     pages = page_count(context + rows, page_len)
     cache = KVCache(model.config, pages=batch * pages, page_len=page_len, dtype=weight.dtype, device=weight.device)
     page_table_BN = 1 + torch.arange(batch * pages, device=weight.device).view(batch, pages)
@@ -130,12 +138,9 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
     def forward() -> None:
-        position_BR = decode_layout(prefix_B, rows, (), 1).position
-        attention = PagedAttention(
-            cache, page_table_BN, prefix_B, used_pages=page_count(context, page_len), clean_len=rows, groups=(),
-            block_len=1,
-        )  # fmt: skip
-        model.head(model(token_BR, position_BR, attention)[:, -1:]).argmax(-1).tolist()
+        used_pages = page_count(context, page_len)
+        hidden = decode_forward(model, kernels, cache, page_table_BN, prefix_B, token_BR, (), 1, used_pages)
+        model.head(hidden[:, -1:]).argmax(-1).tolist()
 
     return _median_seconds(forward, repeats)
 

@@ -17,12 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from tidar_core.dual_mode import IGNORED, TrainBatch
 
-__all__ = ["LossSums", "dual_mode_loss", "label_counts", "loss_sums"]
+__all__ = ["LossSums", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
 
 LOGITS_AT_ONCE = 2**26
 """Logits held at a time; a vocabulary of 151,936 would need 5 GB for one row of 2 x 4,096 tokens otherwise."""
+LOGITS_AT_ONCE_CUDA = 2**29
+"""The same on an accelerator: 2 GB in fp32, so that 32,768 tokens of a vocabulary of 16,384 need no second pass."""
 
 Head = Callable[[Tensor], Tensor]
+ChunkLoss = Callable[[Head, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +41,32 @@ class LossSums:
     draft_count_K: Tensor
 
 
-def loss_sums(hidden_BLE: Tensor, head: Head, batch: TrainBatch, block_len: int) -> LossSums:
-    """Cross-entropy in nats, summed over labels, and draft accuracy."""
+def chunk_loss(head: Head, hidden_NE: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in fp32 summed over labels, and whose likeliest token is the label [N]."""
+    logits_NV = head(hidden_NE).float()
+    loss = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="sum")
+    return loss, logits_NV.argmax(-1) == target_N
+
+
+def loss_sums(
+    hidden_BLE: Tensor, head: Head, batch: TrainBatch, block_len: int, chunk_loss: ChunkLoss = chunk_loss
+) -> LossSums:
+    """Cross-entropy in nats, summed over labels, and draft accuracy. Never waits for the device.
+
+    chunk_loss  the function of that name, or a compiled form of it
+    """
     S = batch.ar_target_BS.shape[1]
-    ar_sum, _ = _cross_entropy(hidden_BLE[:, :S], head, batch.ar_target_BS)
+    ar_sum, _ = _cross_entropy(hidden_BLE[:, :S], head, batch.ar_target_BS, chunk_loss)
     ar_count, diffusion_count = label_counts(batch)
     hits_K = torch.zeros(block_len, device=hidden_BLE.device)
     count_K = torch.zeros_like(hits_K)
     diffusion_sum = ar_sum.new_zeros(())
     if batch.diffusion_target_BS is not None:
-        target_BS = batch.diffusion_target_BS
-        diffusion_sum, hit_N = _cross_entropy(hidden_BLE[:, S:], head, target_BS)
-        offset_N = (batch.layout.position[:, S:] % block_len)[target_BS != IGNORED]
+        target_N = batch.diffusion_target_BS.flatten()
+        diffusion_sum, hit_N = _cross_entropy(hidden_BLE[:, S:], head, batch.diffusion_target_BS, chunk_loss)
+        offset_N = (batch.layout.position[:, S:] % block_len).flatten()
         hits_K.index_add_(0, offset_N, hit_N.float())
-        count_K.index_add_(0, offset_N, torch.ones_like(hit_N, dtype=torch.float32))
+        count_K.index_add_(0, offset_N, (target_N != IGNORED).float())
     return LossSums(ar_sum, diffusion_sum, ar_count, diffusion_count, hits_K, count_K)
 
 
@@ -66,30 +81,25 @@ def label_counts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
 def dual_mode_loss(sums: LossSums, alpha: float, ar_count: Tensor, diffusion_count: Tensor) -> Tensor:
     """The weighted loss; counts are those of the whole train step. AR loss alone where nothing is masked."""
     ar_mean = sums.ar_sum / ar_count.clamp(min=1)
-    if not diffusion_count:
-        return ar_mean
-    return (alpha * ar_mean + sums.diffusion_sum / diffusion_count) / (1 + alpha)
+    both = (alpha * ar_mean + sums.diffusion_sum / diffusion_count.clamp(min=1)) / (1 + alpha)
+    return torch.where(diffusion_count > 0, both, ar_mean)
 
 
-def _cross_entropy(hidden_BSE: Tensor, head: Head, target_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in fp32, and which labelled tokens were the likeliest [N].
+def _cross_entropy(hidden_BSE: Tensor, head: Head, target_BS: Tensor, of_chunk: ChunkLoss) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and which labels were the likeliest token [B * S].
 
-    Logits exist for labelled tokens only, and for a chunk of them at a time: where one chunk is not enough, each is
-    computed again in the backward pass.
+    Logits exist for a chunk of tokens at a time: where one chunk is not enough, each is computed again in the backward
+    pass. Tokens without a label take part, so that shapes do not depend on what the rows hold.
     """
-    labelled = target_BS != IGNORED
-    hidden_NE, target_N = hidden_BSE[labelled], target_BS[labelled]
-    if not len(target_N):
-        return hidden_BSE.sum() * 0.0, labelled.new_zeros(0)
-    vocab_size = head(hidden_NE[:1].detach()).shape[-1]
-    chunk_len = max(1, LOGITS_AT_ONCE // vocab_size)
-
-    def of_chunk(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        return F.cross_entropy(logits, target, reduction="sum"), logits.argmax(-1) == target
-
-    chunks = list(zip(hidden_NE.split(chunk_len), target_N.split(chunk_len)))
-    if len(chunks) == 1:
-        return of_chunk(*chunks[0])
-    sums, hits = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
+    hidden_NE, target_N = hidden_BSE.flatten(0, 1), target_BS.flatten()
+    with torch.no_grad():
+        vocab_size = head(hidden_NE[:1]).shape[-1]
+    at_once = max(1, (LOGITS_AT_ONCE_CUDA if hidden_NE.is_cuda else LOGITS_AT_ONCE) // vocab_size)
+    if len(target_N) <= at_once:
+        return of_chunk(head, hidden_NE, target_N)
+    chunk_len = -(-len(target_N) // -(-len(target_N) // at_once))  # as even as can be
+    chunks = zip(hidden_NE.split(chunk_len), target_N.split(chunk_len))
+    sums, hits = zip(
+        *(checkpoint(of_chunk, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+    )
     return torch.stack(sums).sum(), torch.cat(hits)

@@ -34,7 +34,7 @@ class TidarModel(nn.Module):
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, L, E] after the last norm; pass the rows you sample from to `head`."""
         hidden = self.embedding(token_BL)
-        rotation = self._rotation(position_BL, hidden.dtype)
+        rotation = self.rotation(position_BL, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, rotation, attention)
         return self.norm(hidden)
@@ -58,8 +58,9 @@ class TidarModel(nn.Module):
                 scale = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
-    def _rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in fp32, then rounded; kept outside the weights, which other dtypes and engines move."""
+    def rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, L, 1, D] in fp32, then rounded; frequencies are kept outside the weights, which other
+        dtypes and engines move."""
         device = position_BL.device
         if device not in self._rotary:
             frequency, scale = rotary_frequencies(self.config)
@@ -86,7 +87,7 @@ class Head(nn.Module):
         if self.mask_id is None:
             return None
         bias = hidden.new_zeros(self.weight.shape[0])
-        bias[self.mask_id] = float("-inf")
+        bias[self.mask_id].fill_(float("-inf"))  # a store of a number would copy it from the host
         return bias
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig
-from tidar_core.kv_cache import KVCache, PagedAttention
-from tidar_core.layout import decode_layout
+from tidar_core.decode_forward import decode_forward
+from tidar_core.kernels import kernels_for
+from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
 from tidar_core.row_state import RowState
@@ -53,6 +54,7 @@ class Stepper:
 
     def __init__(self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: RowState) -> None:
         self.model, self.draft, self.cache, self.state = model, draft, cache, state
+        self._kernels = kernels_for(cache.pages.device)
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, groups: tuple[int, ...]) -> Tensor:
         """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
@@ -150,16 +152,10 @@ class Stepper:
     def _forward(
         self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...], used_pages: int
     ) -> Tensor:
-        """Hidden states of clean rows, then of a block of masks for each group."""
-        K, C = self.draft.block_len, clean_BC.shape[1]
-        layout = decode_layout(prefix_len_B, C, groups, K)
-        attention = PagedAttention(
-            self.cache, page_table_BN, prefix_len_B, used_pages=used_pages, clean_len=C, groups=groups, block_len=K
-        )
-        if groups:
-            masks_BM = clean_BC.new_full((len(clean_BC), len(groups) * K), self.model.config.mask_id or 0)
-            clean_BC = torch.cat([clean_BC, masks_BM], 1)
-        return self.model(clean_BC, layout.position, attention)
+        return decode_forward(
+            self.model, self._kernels, self.cache, page_table_BN, prefix_len_B, clean_BC, groups, self.draft.block_len,
+            used_pages,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

@@ -12,9 +12,11 @@ from tidar_core.attention import DenseAttention
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decode_forward import decode_forward
 from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, ConfigError, RequestError
-from tidar_core.kv_cache import KVCache, PagedAttention
+from tidar_core.kernels import PLAIN
+from tidar_core.kv_cache import KVCache
 from tidar_core.layout import causal_layout, decode_layout, training_layout
 from tidar_core.modes import StepPlan
 from tidar_core.request import Request
@@ -108,13 +110,8 @@ def group_hidden(model, prompt, drafts, block_len):
     table = torch.tensor([[7, 2, 5, 1, 8]])
     with torch.no_grad():
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
-            layout = decode_layout(torch.tensor([start]), len(tokens), groups, block_len)
-            rows = torch.tensor([[*tokens, *[MASK] * (len(groups) * block_len)]])
-            attention = PagedAttention(
-                cache, table, torch.tensor([start]), used_pages=-(-start // 4), clean_len=len(tokens), groups=groups,
-                block_len=block_len,
-            )  # fmt: skip
-            hidden = model(rows, layout.position, attention)
+            prefix, rows = torch.tensor([start]), torch.tensor([tokens])
+            hidden = decode_forward(model, PLAIN, cache, table, prefix, rows, groups, block_len, -(-start // 4))
     return hidden[0]
 
 

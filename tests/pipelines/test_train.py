@@ -37,10 +37,10 @@ def test_two_workers_lower_the_loss_and_leave_a_bundle(ar_bundle):
 
 
 def test_the_loss_curve_of_the_first_step_is_that_of_the_random_weights_on_its_rows(ar_bundle):
-    from pipelines.batches import rows_of_step
     from pipelines.train_worker import starting_model
     from tidar_core.losses import label_counts
     from tidar_core.objective import Objective
+    from tidar_core.row_order import rows_of_step
 
     reader = ShardReader(ar_bundle.shards)
     model, _ = starting_model(ar_bundle, reader.manifest)

@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,17 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import botocore.exceptions
 import fsspec
-import zstandard
 
 from tidar_core.errors import UserError
 
 __all__ = [
-    "BROKEN_COMPRESSION",
     "COMPRESSION_SUFFIXES",
     "FileEntry",
     "absolute",
+    "broken_compression",
     "canonical_json",
     "exists",
     "join",
@@ -60,9 +59,6 @@ __all__ = [
 ]
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
-BROKEN_COMPRESSION = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
-"""What reading a damaged compressed file raises."""
-
 SCHEMES = ("s3",)
 CHUNK_BYTES = 2**22
 
@@ -159,8 +155,15 @@ def open_decompressed(uri: str) -> IO[bytes]:
     if uri.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if uri.endswith(".zst"):
+        import zstandard
+
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return raw
+
+
+def broken_compression() -> tuple[type[Exception], ...]:
+    """What reading a damaged compressed file raises."""
+    return (gzip.BadGzipFile, EOFError, zlib.error, *_raised_by("zstandard", "ZstdError"))
 
 
 def open_write(uri: str) -> IO[bytes]:
@@ -358,6 +361,18 @@ def _in_one_line(uri: str) -> Iterator[None]:
     """Say what an object store or file system refused, in one line."""
     try:
         yield
-    except (PermissionError, botocore.exceptions.BotoCoreError) as error:
+    except _unreachable() as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{uri} cannot be reached: {reason}; check the credentials, the endpoint and rights") from error
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    return (PermissionError, *_raised_by("botocore.exceptions", "BotoCoreError"))
+
+
+def _raised_by(module: str, name: str) -> tuple[type[Exception], ...]:
+    """An exception of a library, or nothing while that library is not loaded: then it cannot have raised.
+
+    So a machine that reads local files alone needs neither an object store's client nor every decompressor.
+    """
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()

@@ -119,6 +119,15 @@ class Tokenizer:
         """The text of `ids`. Special tokens and unused rows have none; bytes that are no UTF-8 become U+FFFD."""
         return self._fast.decode(list(ids), skip_special_tokens=True)
 
+    def spell(self, token_id: int) -> str:
+        """A name for one token: its text, a special token's too; bytes that are no UTF-8 as `bytes:\\xe2\\x80`."""
+        text = self._fast.decode([token_id], skip_special_tokens=False)
+        if UNDECODABLE not in text:
+            return text
+        name = self._fast.id_to_token(token_id) or ""
+        written = [name] if name in BYTES else list(name)
+        return "bytes:" + "".join(rf"\x{BYTES[sign]:02x}" for sign in written) if BYTES.keys() >= set(written) else text
+
     def stream(self) -> "TextStream":
         """A decoder for ids that come one by one."""
         return TextStream(self._fast)
@@ -170,6 +179,17 @@ class TextStream:
         piece = text[self._said : end]
         self._said = max(self._said, end)
         return piece
+
+
+def _bytes_as_written() -> dict[str, int]:
+    """The ways to write a byte: <0xE2> in byte-fallback vocabularies, one character in byte-level ones (GPT-2)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    levels = {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    return levels | {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+BYTES = _bytes_as_written()
 
 
 def _require_characters(text: str) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipelines.batches import rows_of_step, shuffled
+from tidar_core.row_order import rows_of_step, shuffled
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 100, 1000])

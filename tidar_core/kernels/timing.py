@@ -1,0 +1,43 @@
+"""How long does a call take on this device, and how fast can the device copy?"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+__all__ = ["copy_bandwidth", "graph_time"]
+
+COPY_BYTES = 1 << 30
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy within the device's memory, read and written counted."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2e6 * COPY_BYTES / graph_time([lambda: target.copy_(source)])
+
+
+def graph_time(calls: Sequence[Callable[[], object]], *, replays: int = 9) -> float:
+    """Microseconds of one call: the calls captured in one graph, the median replay divided by their number.
+
+    calls  of the same work, on as much different memory as shall not be found in a cache
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return 1000 * median(before.elapsed_time(after) for before, after in pairwise(marks)) / len(calls)

@@ -1,0 +1,316 @@
+"""How is a model trained on one device, with torch alone?
+
+Weights are used in the dtype that they have; where that is bf16, AdamW works on fp32 copies of them (masters), which
+gather the gradients and are rounded back after every update. So the network that is trained is the one that is served,
+bit for bit, while small updates add up: what DeepSpeed's bf16 mode does in the jobs, without its engine. A phase is
+limited by train steps or by seconds; the rows of its steps follow from (seed, step), as everywhere.
+
+Shape letters: B rows, S tokens of a row, K block length.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tidar_core.attention import Attention
+from tidar_core.dual_mode import TrainBatch
+from tidar_core.errors import ConfigError
+from tidar_core.flops import train_flops, visible_pairs
+from tidar_core.layout import TokenLayout
+from tidar_core.losses import LossSums, dual_mode_loss, label_counts
+from tidar_core.model import TidarModel
+from tidar_core.objective import Objective
+from tidar_core.packing import PackedRows
+from tidar_core.row_order import rows_of_step
+from tidar_core.schedule import Schedule
+
+__all__ = ["LossMeans", "Optimisation", "Phase", "Progress", "Trainer"]
+
+STEPS_IN_FLIGHT = 2
+"""Train steps that the device may be behind: it never idles, and the clock is never far off."""
+PAIRS_SAMPLE = 512
+"""Rows over which pairs of tokens are counted for MFU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimisation:
+    """AdamW's numbers; the defaults are usual for training from scratch."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """On matrices alone."""
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of training under one objective and one schedule."""
+
+    dual: bool
+    schedule: Schedule
+    rows_per_step: int
+    rows_per_forward: int
+    """As many as memory holds; gradients add up over the forwards of a step."""
+    steps: int | None = None
+    seconds: float | None = None
+    """One of the two; with seconds, the schedule follows the share of them that has passed."""
+    alpha: float = 1.0
+    seed: int = 0
+    report_every: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ConfigError("a phase has steps or seconds; give one of the two")
+        if self.rows_per_step % self.rows_per_forward:
+            raise ConfigError(
+                f"rows_per_step is {self.rows_per_step}; it must be a multiple of rows_per_forward, "
+                f"{self.rows_per_forward}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossMeans:
+    """Both losses in nats a token, and how often the likeliest draft token was right, by offset in the block."""
+
+    ar_loss: float
+    diffusion_loss: float | None
+    draft_accuracy_K: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What happened since the last report."""
+
+    steps: int
+    """Train steps of the phase that are done."""
+    tokens: int
+    """Clean tokens of the phase that were trained on."""
+    seconds: float
+    eta_seconds: float
+    learning_rate: float
+    grad_norm: float
+    """Of the last step, before clipping."""
+    tokens_per_second: float
+    """Clean tokens; the doubled row's mask half is not counted."""
+    flops_per_second: float
+    """Needed arithmetic (`tidar_core.flops`); over the device's peak it is MFU."""
+    losses: LossMeans
+
+
+class Trainer:
+    """A model, its optimizer state and its compiled forms, over any number of phases."""
+
+    def __init__(
+        self,
+        model: TidarModel,
+        *,
+        block_len: int,
+        optimisation: Optimisation | None = None,
+        compiled: bool = False,
+        attention: Callable[[TokenLayout], Attention] | None = None,
+    ) -> None:
+        """compiled   compile layers and loss for the shapes that come, at their first forward
+        attention  form for a batch's layout; None chooses by device
+        """
+        self.model, self.block_len = model, block_len
+        self.device = model.embedding.weight.device
+        self._objectives = {
+            dual: Objective(model, dual=dual, block_len=block_len, attention=attention).train()
+            for dual in (False, True)
+        }
+        if compiled:
+            for objective in self._objectives.values():
+                objective.compile_parts()
+        self._optimisation = optimisation or Optimisation()
+        self._masters = _Masters(model, self._optimisation)
+
+    def train(self, phase: Phase, rows: PackedRows, report: Callable[[Progress], None]) -> Progress:
+        """Train through `phase` on `rows`, which lie where they fit best; the last report is given back."""
+        objective = self._objectives[phase.dual]
+        window = _Window(self, phase, rows)
+        in_flight: deque[torch.cuda.Event] = deque()
+        began, step, last = time.perf_counter(), 0, None
+        while (share := _share(phase, step, time.perf_counter() - began)) < 1:
+            rate = phase.schedule.at_share(share) if phase.steps is None else phase.schedule.at_step(step, phase.steps)
+            batches = [
+                objective.batch(*picked)
+                for picked in self._picked(rows, step, phase.seed, phase.rows_per_step, phase.rows_per_forward)
+            ]
+            for sums in self._gradients(objective, batches, phase.alpha):
+                window.add(sums)
+            norm = self._masters.update(rate)
+            step += 1
+            self._keep_pace(in_flight)
+            if step % phase.report_every == 0 or step == phase.steps:
+                last = window.close(step, rate, norm, began)
+                report(last)
+        assert last is not None or step, "the phase was over before its first step"
+        if last is None or last.steps < step:
+            last = window.close(step, rate, norm, began)
+            report(last)
+        return last
+
+    def warm_up(self, phase: Phase, rows: PackedRows) -> None:
+        """One forward and backward without an update: what is compiled for the phase is compiled now."""
+        objective = self._objectives[phase.dual]
+        first = next(self._picked(rows, 0, phase.seed, phase.rows_per_forward, phase.rows_per_forward))
+        for _ in self._gradients(objective, [objective.batch(*first)], phase.alpha):
+            pass
+        self._masters.forget()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def evaluate(self, rows: PackedRows, *, rows_per_forward: int) -> LossMeans:
+        """Means over all labels of `rows` in both modes.
+
+        Gradients stay switched on, so that the compiled form of training is used; none is computed.
+        """
+        objective = self._objectives[True]
+        parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
+        for tokens, documents in zip(
+            rows.input_ids_BS.split(rows_per_forward), rows.document_ids_BS.split(rows_per_forward)
+        ):
+            parts += _flat(objective(objective.batch(self._moved(tokens), self._moved(documents))))
+        return _means(parts.tolist(), self.block_len)
+
+    def _gradients(self, objective: Objective, batches: list[TrainBatch], alpha: float) -> Iterator[LossSums]:
+        """Leave the gradients of one train step with the masters; both losses are means over all its labels."""
+        counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
+        for batch in batches:
+            sums = objective(batch)
+            dual_mode_loss(sums, alpha, *counts).backward()
+            self._masters.gather()
+            yield sums
+
+    def _picked(
+        self, rows: PackedRows, step: int, seed: int, rows_per_step: int, rows_per_forward: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(rows.input_ids_BS)
+        indices = torch.tensor(rows_of_step(step, rows_per_step=rows_per_step, rows=count, seed=seed))
+        for index in indices.to(rows.input_ids_BS.device).split(rows_per_forward):
+            yield self._moved(rows.input_ids_BS[index]), self._moved(rows.document_ids_BS[index])
+
+    def _moved(self, ids_BS: Tensor) -> Tensor:
+        return ids_BS.to(self.device, non_blocking=True).long()
+
+    def _keep_pace(self, in_flight: deque[torch.cuda.Event]) -> None:
+        if self.device.type == "cuda":
+            in_flight.append(torch.cuda.current_stream(self.device).record_event())
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().synchronize()
+
+
+class _Masters:
+    """AdamW over fp32 copies of the weights, or over the weights themselves where they are fp32."""
+
+    def __init__(self, model: TidarModel, optimisation: Optimisation) -> None:
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.copied = self.weights[0].dtype != torch.float32
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights] if self.copied else self.weights
+        self.clip_norm = optimisation.clip_norm
+        groups = [
+            {"params": [p for p in self.masters if p.dim() > 1], "weight_decay": optimisation.weight_decay},
+            {"params": [p for p in self.masters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        fused = self.weights[0].is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimisation.betas, fused=fused)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Move the gradients of one backward pass to the masters, where they add up in fp32."""
+        if not self.copied:
+            return
+        for weight, master in zip(self.weights, self.masters):
+            if weight.grad is not None:
+                if master.grad is None:
+                    master.grad = weight.grad.float()
+                else:
+                    master.grad += weight.grad
+                weight.grad = None
+
+    @torch.no_grad()
+    def update(self, rate: float) -> Tensor:
+        """One update with the gathered gradients; their norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.copied:
+            for weight, master in zip(self.weights, self.masters):
+                weight.copy_(master)
+        self.forget()
+        return norm
+
+    def forget(self) -> None:
+        """Drop the gathered gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class _Window:
+    """Sums since the last report."""
+
+    def __init__(self, trainer: Trainer, phase: Phase, rows: PackedRows) -> None:
+        self.phase, self.block_len, self.device = phase, trainer.block_len, trainer.device
+        self.row_len = rows.input_ids_BS.shape[1]
+        sample = rows.document_ids_BS[:PAIRS_SAMPLE].long()
+        pairs = visible_pairs(sample, trainer.block_len if phase.dual else None) / len(sample)
+        tokens = self.row_len * (2 if phase.dual else 1)
+        self.flops_of_step = phase.rows_per_step * train_flops(trainer.model.config, tokens, round(pairs))
+        self.steps = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
+        self.began = time.perf_counter()
+
+    def add(self, sums: LossSums) -> None:
+        self.parts += _flat(sums)
+
+    def close(self, steps: int, rate: float, norm: Tensor, phase_began: float) -> Progress:
+        """The report of the window; begins the next one. Waits for the device."""
+        losses = _means(self.parts.tolist(), self.block_len)
+        now = time.perf_counter()
+        per_second = (steps - self.steps) / (now - self.began)
+        seconds = now - phase_began
+        share = min(1.0, _share(self.phase, steps, seconds))
+        self.steps = steps
+        self._open()
+        tokens_of_step = self.phase.rows_per_step * self.row_len
+        return Progress(
+            steps=steps,
+            tokens=steps * tokens_of_step,
+            seconds=seconds,
+            eta_seconds=seconds * (1 - share) / share,
+            learning_rate=rate,
+            grad_norm=float(norm),
+            tokens_per_second=per_second * tokens_of_step,
+            flops_per_second=per_second * self.flops_of_step,
+            losses=losses,
+        )
+
+
+def _share(phase: Phase, step: int, seconds: float) -> float:
+    """How much of the phase's budget is used up; 1 and more is all."""
+    if phase.steps is not None:
+        return step / phase.steps
+    assert phase.seconds is not None
+    return seconds / phase.seconds
+
+
+def _flat(sums: LossSums) -> Tensor:
+    scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count])
+    return torch.cat([scalars.detach(), sums.draft_hits_K, sums.draft_count_K]).double()
+
+
+def _means(parts: list[float], block_len: int) -> LossMeans:
+    ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = parts
+    if not diffusion_count:
+        return LossMeans(ar_loss=ar_sum / max(1.0, ar_count), diffusion_loss=None)
+    accuracy = [hit / max(1.0, count) for hit, count in zip(drafts[:block_len], drafts[block_len:])]
+    return LossMeans(
+        ar_loss=ar_sum / max(1.0, ar_count), diffusion_loss=diffusion_sum / diffusion_count, draft_accuracy_K=accuracy
+    )
