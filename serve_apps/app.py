@@ -22,9 +22,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from serve_apps.answers import ModelCard
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.http_app import HttpApp
-from serve_apps.schemas import ModelCard
 from serve_apps.settings import ServeSettings
 from tidar_core import errors
 from tidar_core.artifacts import locations, registry

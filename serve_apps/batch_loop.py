@@ -23,13 +23,21 @@ FAILURES_TOLERATED = 3
 
 logger = logging.getLogger("ray.serve")
 
-Answer = list[DecodeStep] | Exception
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    steps: list[DecodeStep]
+    last: bool = False
+
+
+Answer = _News | Exception
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Caller:
     request: Request
     loop: asyncio.AbstractEventLoop
+    until: Callable[[DecodeStep], bool] | None
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
 
     def tell(self, answer: Answer) -> None:
@@ -50,13 +58,17 @@ class BatchLoop:
         self._thread = threading.Thread(target=self._run, name="batch-loop", daemon=True)
         self._thread.start()
 
-    async def steps(self, request: Request) -> AsyncGenerator[list[DecodeStep], None]:
+    async def steps(
+        self, request: Request, until: Callable[[DecodeStep], bool] | None = None
+    ) -> AsyncGenerator[list[DecodeStep], None]:
         """Steps of `request` as they come; the first list is empty and says that it was admitted.
 
         Steps that come faster than they are taken arrive together. Closing the generator before its end, or cancelling
         who waits on it, frees the request's row before the next forward.
+
+        until  asked of each step, in the decoder's thread; True makes it the last, and frees the row at once
         """
-        caller = _Caller(request, asyncio.get_running_loop())
+        caller = _Caller(request, asyncio.get_running_loop(), until)
         self._post(partial(self._admit, caller))
         try:
             finished = False
@@ -68,8 +80,8 @@ class BatchLoop:
                 for answer in answers:
                     if isinstance(answer, Exception):
                         raise answer
-                    steps += answer
-                finished = bool(steps) and steps[-1].finish_reason is not None
+                    steps += answer.steps
+                    finished = answer.last
                 yield steps
         finally:
             self._post(partial(self._drop, caller))
@@ -77,7 +89,7 @@ class BatchLoop:
     @property
     def running(self) -> int:
         """Sequences that hold a row."""
-        return len(self._batcher.decoder.running) + len(self._batcher.decoder.arriving)
+        return self._batcher.decoder.rows - self._batcher.decoder.free_rows
 
     @property
     def waiting(self) -> int:
@@ -136,7 +148,7 @@ class BatchLoop:
             caller.tell(error)
         else:
             self._callers[caller.request.request_id] = caller
-            caller.tell([])
+            caller.tell(_News([]))
 
     def _drop(self, caller: _Caller) -> None:
         request_id = caller.request.request_id
@@ -149,9 +161,12 @@ class BatchLoop:
             return
         for step in self._batcher.advance():
             caller = self._callers[step.request_id]
-            caller.tell([step])
-            if step.finish_reason is not None:
+            ended = step.finish_reason is not None
+            if not ended and caller.until is not None and caller.until(step):
+                ended = self._batcher.abort(step.request_id)
+            if ended:
                 del self._callers[step.request_id]
+            caller.tell(_News([step], ended))
         self._failures = 0
 
     def _end_affected(self, error: Exception) -> None:

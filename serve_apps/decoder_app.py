@@ -4,25 +4,32 @@ A Ray Serve replica: a bundle, a decoder on one device, and a loop that batches 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import secrets
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import torch
 
+from serve_apps.bad_words import token_sequences
 from serve_apps.batch_loop import BatchLoop
-from serve_apps.events import Failed, Piece, Transcript
+from serve_apps.errors import ParameterError
+from serve_apps.pieces import Failed, Piece
+from serve_apps.replica_load import Load, load_of
 from serve_apps.schemas import PromptRequest
 from serve_apps.settings import ServeSettings
+from serve_apps.transcript import Transcript
+from tidar_core import rules
 from tidar_core.artifacts.bundle import load_bundle
+from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
-from tidar_core.errors import BundleError, ConfigError, TidarError
+from tidar_core.errors import BundleError, ConfigError, RequestError, TidarError
 from tidar_core.planner import measured_planner
-from tidar_core.request import Request
+from tidar_core.request import DecodeStep, Request
 
-__all__ = ["DecoderApp", "Load", "Served"]
+__all__ = ["DecoderApp", "Served"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,14 +43,6 @@ class Served:
     bundle_hash: str
     block_len: int
     """K of the decoder: 1 in the autoregressive mode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Sequences in a replica."""
-
-    running: int
-    waiting: int
 
 
 class DecoderApp:
@@ -61,14 +60,17 @@ class DecoderApp:
                 f"{served.bundle_uri} has hash {bundle.info.bundle_hash}; the service was started with "
                 f"{served.bundle_hash}; restart it to serve the new bundle"
             )
-        self._tokenizer = bundle.tokenizer
+        self._tokenizer, self._vocab_size = bundle.tokenizer, bundle.model.config.vocab_size
         self._block_len = served.block_len
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
-        decoder = Decoder(bundle.model, draft, rows=settings.rows, context_len=settings.context_len)
+        decoder = Decoder(
+            bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages
+        )
         planner = measured_planner(settings.mode, decoder)
-        batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
-        _warm_up(batcher, self._tokenizer.eos_id)
-        self._loop = BatchLoop(batcher)
+        self._batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
+        _warm_up(self._batcher, self._tokenizer.eos_id)
+        self._loop = BatchLoop(self._batcher)
+        self._name = secrets.token_hex(4)
 
     async def generate(self, request: PromptRequest) -> AsyncGenerator[Piece | Failed, None]:
         """Pieces of the completion of `request`, an empty one first once it is admitted.
@@ -88,28 +90,70 @@ class DecoderApp:
         return True
 
     async def load(self) -> Load:
-        """Sequences that run and wait here."""
-        return Load(self._loop.running, self._loop.waiting)
+        """How busy this replica is."""
+        return load_of(self._batcher, self._name)
 
     def check_health(self) -> None:
         """Raise if this replica should be replaced."""
         self._loop.check_health()
 
-    async def _pieces(self, request: PromptRequest) -> AsyncGenerator[Piece, None]:
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            prompt = tuple(await asyncio.to_thread(self._tokenizer.encode, prompt))
-        end_of_text = () if request.ignore_eos else (self._tokenizer.eos_id,)
-        sampling = replace(request.sampling, eos_ids=(*end_of_text, *request.sampling.eos_ids))
-        transcript = Transcript(self._tokenizer.stream(), prompt_tokens=len(prompt), block_len=self._block_len)
-        wanted = Request(request_id=request.request_id, prompt=prompt, sampling=sampling)
-        async with aclosing(self._loop.steps(wanted)) as batches:
+    async def _pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
+        wanted = await asyncio.to_thread(self._wanted, asked)
+        transcript = self._transcript(asked, wanted)
+        async with aclosing(self._loop.steps(wanted, self._until(asked, wanted))) as batches:
             admitted = False
             async for steps in batches:
                 transcript.add(steps)
-                if not admitted or transcript.finish_reason or (request.pieces and transcript.pending):
+                if transcript.finish_reason == "stop" and transcript.stop_reason is None:
+                    _check_grammar(asked, wanted)
+                if not admitted or transcript.finish_reason or (asked.pieces and transcript.pending):
                     yield transcript.take()
                     admitted = True
+
+    def _wanted(self, asked: PromptRequest) -> Request:
+        """What is asked, in tokens. Raises RequestError."""
+        prompt = tuple(self._tokenizer.encode(asked.prompt)) if isinstance(asked.prompt, str) else asked.prompt
+        end_of_text = () if asked.ignore_eos else (self._tokenizer.eos_id,)
+        sampling = replace(
+            asked.sampling,
+            eos_ids=(*end_of_text, *asked.sampling.eos_ids),
+            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode),
+        )
+        try:
+            rules.check(sampling, self._vocab_size)
+        except RequestError as error:
+            raise ParameterError(str(error), str(error).split()[0]) from error  # begins with the field's name
+        constraint = None
+        if (grammar := asked.grammar) is not None:
+            try:
+                compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
+            except RequestError as error:
+                raise ParameterError(str(error), grammar.param) from error
+            constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
+        return Request(request_id=asked.request_id, prompt=prompt, sampling=sampling, constraint=constraint)
+
+    def _until(self, asked: PromptRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:
+        """Says in the decoder's thread which step completes a stop string, so that the row is free before the next."""
+        if not asked.stop:
+            return None
+        twin = self._transcript(replace(asked, echo=False, logprobs=None, prompt_logprobs=None), wanted)
+        return lambda step: twin.add([step]).finish_reason is not None
+
+    def _transcript(self, asked: PromptRequest, wanted: Request) -> Transcript:
+        return Transcript(self._tokenizer, asked, wanted.prompt, block_len=self._block_len)
+
+
+def _check_grammar(asked: PromptRequest, wanted: Request) -> None:
+    """Raise ParameterError if the text ended because its grammar asks for too much work."""
+    if not isinstance(wanted.constraint, GrammarConstraint):
+        return
+    wanted.constraint.allowed([])  # a failure that was met beside drafts went with them; it is met again
+    if wanted.constraint.failure is not None:
+        assert asked.grammar is not None
+        raise ParameterError(
+            f"{asked.grammar.param} cannot be followed to its end: {wanted.constraint.failure}; simplify it",
+            asked.grammar.param,
+        )
 
 
 def _warm_up(batcher: Batcher, token_id: int) -> None:

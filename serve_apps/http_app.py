@@ -18,16 +18,23 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from serve_apps.answers import ModelCard, ModelList
 from serve_apps.errors import HttpError, ModelNotFoundError, problem_of
-from serve_apps.events import DONE, Failed, Piece, Reply, error_event, interleave
-from serve_apps.metrics import Counters
-from serve_apps.schemas import CompletionRequest, ModelCard, ModelList, PromptRequest, StreamOptions, read_request
+from serve_apps.events import DONE, Reply, error_event, interleave
+from serve_apps.metrics import Counters, gauges
+from serve_apps.pieces import Failed, Piece
+from serve_apps.reading import read_request
+from serve_apps.replica_load import Load
+from serve_apps.schemas import CompletionRequest, PromptRequest, StreamOptions
 from tidar_core.errors import TidarError
 
 __all__ = ["HttpApp"]
 
 READY_SECONDS = 5.0
 """How long /ready waits for a replica before it says no."""
+
+LOAD_SECONDS = 2.0
+"""How long /metrics waits for the replicas."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -94,8 +101,18 @@ class HttpApp:
         return {"version": _version()}
 
     async def metrics(self) -> Response:
-        """Totals of this process for Prometheus."""
-        return PlainTextResponse(self._counters.exposition(), media_type="text/plain; version=0.0.4")
+        """Totals of this process for Prometheus, and what its decoder replicas are at."""
+        text = self._counters.exposition() + gauges(self._card.id, await self._loads())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def _loads(self) -> list[Load]:
+        """Of all replicas that answer in time; asking starts none."""
+        try:
+            loads = self._decoder.broadcast("load").results_async(timeout_s=LOAD_SECONDS, return_exceptions=True)
+            return [load for load in await loads if isinstance(load, Load)]
+        except Exception as error:  # Serve raises its own where there is no replica
+            logger.info("no decoder replica says how busy it is: %s", error)
+            return []
 
     def _check_model(self, name: str) -> None:
         if name != self._card.id:
@@ -103,7 +120,7 @@ class HttpApp:
 
     async def _complete(self, request: CompletionRequest) -> Response:
         self._check_model(request.model)
-        reply = Reply(completion_id=f"cmpl-{secrets.token_hex(12)}", card=self._card)
+        reply = Reply(completion_id=f"cmpl-{secrets.token_hex(12)}", card=self._card, n=request.n)
         prompts = request.prompts(reply.completion_id)
         pieces = interleave([self._generate(prompt) for prompt in prompts])
         first = await _until_admitted(pieces, len(prompts))
@@ -141,7 +158,7 @@ class HttpApp:
                 self._counters.count_break()
 
     async def _generate(self, prompt: PromptRequest) -> AsyncGenerator[Piece | Failed, None]:
-        """Pieces of one prompt from some replica; closing this frees its row there."""
+        """Pieces of one text from some replica; closing this frees its row there."""
         pieces: Any = self._decoder.options(stream=True).generate.remote(prompt)
         finished = False
         try:

@@ -1,79 +1,58 @@
-"""What may a client ask of /v1/completions, and what does it get back?
+"""What may a client ask of /v1/completions?
 
-OpenAI's shapes with vLLM's extensions. A field is honoured or refused, never passed over: one that is known but not
-honoured here may only have the value that asks for nothing.
+OpenAI's fields with vLLM's extensions. How a body becomes a request, or is refused: `reading`.
 """
 
-import json
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from serve_apps.errors import ParameterError
-from tidar_core.config import COLDEST, SamplingConfig
-from tidar_core.errors import RequestError
+from serve_apps.grammars import AskedGrammar, Choices, ResponseFormat, Schema, StructuredOutputs, asked_grammar
+from tidar_core.config import COLDEST, MOST_LOGPROBS, SamplingConfig
 
-__all__ = [
-    "Choice",
-    "Completion",
-    "CompletionRequest",
-    "Metrics",
-    "ModelCard",
-    "ModelList",
-    "PromptRequest",
-    "SpeculativeDecoding",
-    "Usage",
-    "read_request",
-]
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (False,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (),
-    "metadata": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "priority": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop": ([], ""),
-    "store": (False,),
-    "suffix": ("",),
-    "use_beam_search": (False,),
-}
-"""Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""
+__all__ = ["CompletionRequest", "PromptRequest", "StreamOptions"]
 
 SEED_BITS = 63
 LONGEST_VOCABULARY = 2**31 - 1
+MOST_CHOICES = 128
+"""As OpenAI has it."""
+MOST_TOP_LOGPROBS = 5
+"""As OpenAI's completions have it."""
+MOST_STOP_STRINGS = 64
+"""OpenAI takes 4; each costs a little with every character that is written."""
+MOST_BAD_WORDS = 256
+
+Words = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRequest:
-    """One prompt of a request, as it goes to a decoder replica."""
+    """One text to be written, as it is asked of a decoder replica."""
 
     request_id: str
     prompt: str | tuple[int, ...]
     sampling: SamplingConfig
-    """Its eos_ids are the request's own stop tokens; the replica adds the tokenizer's end-of-text token."""
+    """Its eos_ids are the request's own stop tokens; the replica adds the tokenizer's end-of-text token, and the tokens
+    of bad words. Its logprobs are the most that any part of the answer wants."""
     ignore_eos: bool = False
     pieces: bool = True
     """Text is wanted as it comes; otherwise all at the end."""
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    """The stop string, or the stop token's text, is part of the text."""
+    bad_words: tuple[str, ...] = ()
+    grammar: AskedGrammar | None = None
+    echo: bool = False
+    """The prompt is the beginning of the text."""
+    prompt_alone: bool = False
+    """max_tokens was 0: nothing is written after the prompt."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told for each token of the text."""
+    prompt_logprobs: int | None = None
+    """And for each token of the prompt."""
 
 
 class StreamOptions(BaseModel):
@@ -95,207 +74,94 @@ class CompletionRequest(BaseModel):
     model: str
     prompt: Annotated[list[str | tuple[int, ...]], Field(min_length=1)]
     max_tokens: int = 16
+    """0 with echo alone: the prompt, and how likely it is."""
+    min_tokens: int = 0
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    best_of: int | None = None
+    """Accepted where it equals n, so that there is nothing to choose from."""
+    seed: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[TokenId, float] = {}
+    bad_words: Annotated[list[Words], Field(max_length=MOST_BAD_WORDS)] = []
+    stop: Annotated[list[Words], Field(max_length=MOST_STOP_STRINGS)] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    ignore_eos: bool = False
-    stop_token_ids: list[int] = []
     user: str | None = None
     """Accepted for the client's own books; changes nothing."""
 
     def prompts(self, completion_id: str) -> list[PromptRequest]:
-        """One request per prompt. Without a seed each prompt gets a fresh one."""
+        """One request per choice: the n choices of the first prompt, then those of the next.
+
+        As in vLLM the i-th choice of a prompt has the seed plus i. Without a seed each gets a fresh one.
+        """
+        grammar = self.grammar()
         return [
             PromptRequest(
-                request_id=f"{completion_id}-{index}",
+                request_id=f"{completion_id}-{place * self.n + choice}",
                 prompt=prompt,
-                sampling=self.sampling(secrets.randbits(SEED_BITS) if self.seed is None else self.seed),
+                sampling=self.sampling(self._seed(choice)),
                 ignore_eos=self.ignore_eos,
                 pieces=self.stream,
+                stop=tuple(self.stop),
+                include_stop=self.include_stop_str_in_output,
+                bad_words=tuple(self.bad_words),
+                grammar=grammar,
+                echo=self.echo,
+                prompt_alone=self.max_tokens == 0,
+                logprobs=self.logprobs,
+                prompt_logprobs=self.prompt_logprobs,
             )
-            for index, prompt in enumerate(self.prompt)
+            for place, prompt in enumerate(self.prompt)
+            for choice in range(self.n)
         ]
 
     def sampling(self, seed: int) -> SamplingConfig:
-        """What is asked of the sampler."""
+        """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
+        wanted = [count for count in (self.logprobs, self.prompt_logprobs) if count is not None]
         return SamplingConfig(
-            max_tokens=self.max_tokens,
+            max_tokens=1 if self.echo and self.max_tokens == 0 else self.max_tokens,
+            min_tokens=self.min_tokens,
             temperature=0.0 if 0 <= self.temperature < COLDEST else self.temperature,  # as in vLLM
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else min(self.top_k, LONGEST_VOCABULARY),  # vLLM writes "off" as -1
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
             seed=seed,
             eos_ids=tuple(self.stop_token_ids),
+            logprobs=max(wanted, default=None),
+            prompt_logprobs=self.prompt_logprobs is not None or (self.echo and self.logprobs is not None),
         )
 
+    def grammar(self) -> AskedGrammar | None:
+        """What the texts must keep to. Raises ParameterError if that is asked for twice."""
+        guided: dict[str, Any] = {
+            name: getattr(self, name) for name in type(self).model_fields if name.startswith("guided_")
+        }
+        return asked_grammar(self.response_format, self.structured_outputs, guided)
 
-class Usage(BaseModel):
-    """Tokens read and written; an end-of-text token that was generated counts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class SpeculativeDecoding(BaseModel):
-    """How drafts fared, under vLLM's names. Of the K tokens of a block K - 1 are speculative: its first is final."""
-
-    mean_acceptance_length: float
-    """Tokens per decode step, the AR token (vLLM's bonus token) included."""
-    draft_acceptance_rate: float
-    """Share of the speculative tokens that stood."""
-    acceptance_histogram: list[int]
-    """At index j, the decode steps in which j speculative tokens stood."""
-    num_spec_steps: int
-    num_accepted_draft_tokens: int
-    num_draft_tokens: int
-    num_spec_tokens: int
-    """Speculative tokens in a draft block: K - 1."""
-
-
-class Metrics(BaseModel):
-    """What a response says beyond OpenAI's fields."""
-
-    speculative_decoding: SpeculativeDecoding
-
-
-class Choice(BaseModel):
-    """The text of one prompt, or a piece of it."""
-
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class Completion(BaseModel):
-    """A whole response, or one chunk of a stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage | None = None
-    metrics: Metrics | None = None
-
-
-class ModelCard(BaseModel):
-    """The model that is served."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "tidar"
-    max_model_len: int
-    block_len: int
-    bundle_hash: str
-    mode: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Same weights, same way of decoding: same string."""
-        return f"{self.bundle_hash[:12]}-{self.mode}-{self.block_len}"
-
-
-class ModelList(BaseModel):
-    """All models that are served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-def read_request(body: bytes) -> CompletionRequest:
-    """The request in a JSON body. Raises ParameterError, which names the first parameter that is wrong."""
-    try:
-        fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half a character, which no text holds
-    except UnicodeEncodeError as error:
-        raise ParameterError(f"the body spells half a character: {error}; send whole ones") from error
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(f"the body is not JSON: {error}; send one JSON object") from error
-    if not isinstance(fields, dict):
-        raise ParameterError(f"the body is a JSON {type(fields).__name__}; send one JSON object")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    for name, value in fields.items():
-        _refuse_unsupported(name, value)
-    fields = {name: value for name, value in fields.items() if name not in NEUTRAL}
-    if "prompt" in fields:
-        fields["prompt"] = _prompts(fields["prompt"])
-    try:
-        request = CompletionRequest.model_validate(fields)
-    except ValidationError as error:
-        raise _parameter_error(error.errors()[0]) from error
-    if "stream_options" in fields and not request.stream:
-        raise ParameterError(
-            "stream_options is given and stream is false; set stream to true or drop it", "stream_options"
-        )
-    try:
-        request.sampling(seed=request.seed or 0)
-    except RequestError as error:
-        raise ParameterError(str(error), str(error).split()[0]) from error  # our messages begin with the field's name
-    return request
-
-
-def _refuse_unsupported(name: str, value: Any) -> None:
-    if name in CompletionRequest.model_fields:
-        return
-    if name not in NEUTRAL:
-        raise ParameterError(
-            f"parameter {name!r} is not known here; known are {', '.join(CompletionRequest.model_fields)}; drop it",
-            name,
-            "unsupported_parameter",
-        )
-    if value not in NEUTRAL[name] or (isinstance(value, bool) and not _has_bool(NEUTRAL[name])):
-        raise ParameterError(
-            f"{name} is {_shortened(value)}; this server does not support it; drop it", name, "unsupported_parameter"
-        )
-
-
-def _has_bool(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, bool) for value in values)
-
-
-def _prompts(value: Any) -> list[str | tuple[int, ...]]:
-    """The four forms of `prompt` as one: a list whose members are a text or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if _is_ids(value):
-            return [tuple(value)]
-        if all(isinstance(item, list) and _is_ids(item) for item in value):
-            return [tuple(item) for item in value]
-    raise ParameterError(
-        f"prompt is {_shortened(value)}; it must be a string, a list of strings, a list of token ids, or a list of "
-        "lists of token ids, none of the lists empty",
-        "prompt",
-    )
-
-
-def _is_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(item) is int for item in value)
-
-
-def _parameter_error(error: Any) -> ParameterError:
-    """Pydantic's first complaint, in our words."""
-    unknown = error["type"] == "extra_forbidden"
-    known = CompletionRequest.model_fields | StreamOptions.model_fields
-    param = ".".join(part for part in error["loc"] if unknown or part in known)
-    if error["type"] == "missing":
-        return ParameterError(f"{param} is missing; give it", param)
-    if unknown:
-        return ParameterError(f"{param} is not known here; drop it", param, "unsupported_parameter")
-    message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return ParameterError(f"{param} is {_shortened(error['input'])}; it {message}", param)
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    def _seed(self, choice: int) -> int:
+        if self.seed is None:
+            return secrets.randbits(SEED_BITS)
+        seed = self.seed + choice
+        return seed if seed < 2**SEED_BITS else seed - 2 ** (SEED_BITS + 1) + 1  # beyond the last comes the first

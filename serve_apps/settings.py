@@ -38,6 +38,9 @@ class ServeSettings(BaseModel):
     """Most tokens of prompt and completion together; by default the model's own context."""
     rows: Positive = 8
     """Sequences that a replica decodes together."""
+    pages: Positive | None = None
+    """Pages of a replica's KV cache; by default enough for `rows` whole contexts. With fewer, the youngest sequences
+    give way when there are none left, and are read again."""
     max_waiting: Annotated[int, Field(ge=0)] = 256
     """Sequences that may wait for a row of a replica; one more is answered 429."""
     threads: Positive | None = None

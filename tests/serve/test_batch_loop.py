@@ -83,6 +83,21 @@ def test_a_closed_generator_frees_the_row_and_what_waits_takes_it(loop):
     asyncio.run(leave())
 
 
+def test_a_step_that_the_caller_ends_is_its_last_and_frees_the_row_before_the_next_forward(loop, batcher):
+    seen = []
+
+    def until(step):
+        seen.append(step)
+        return len(seen) == 3
+
+    async def all_steps():
+        return [step async for steps in loop.steps(request("a", max_tokens=ENDLESS), until) for step in steps]
+
+    assert asyncio.run(all_steps()) == seen
+    assert (len(seen), loop.running) == (3, 0)
+    assert batcher.decoder.pool.held == 0
+
+
 def test_a_cancelled_caller_leaves_the_queue(loop):
     async def leave():
         tasks = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "abc"]

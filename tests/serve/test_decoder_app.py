@@ -4,12 +4,15 @@ import asyncio
 import dataclasses
 
 import pytest
+from llguidance import LLParserLimits, grammar_from
 
-from serve_apps.decoder_app import DecoderApp, Load, Served
-from serve_apps.events import Failed
+from serve_apps.decoder_app import DecoderApp, Served
+from serve_apps.grammars import AskedGrammar
+from serve_apps.pieces import Failed
 from serve_apps.schemas import PromptRequest
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import read_bundle_info
+from tidar_core.artifacts.grammar import Grammar
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import BundleError, ConfigError, ContextLengthError
 
@@ -33,11 +36,12 @@ def prompt_request(max_tokens=20, pieces=True, **sampling):
     )
 
 
-def answer(app, request):
-    async def collect():
-        return [event async for event in app.generate(request)]
+async def collected(app, request):
+    return [event async for event in app.generate(request)]
 
-    return asyncio.run(collect())
+
+def answer(app, request):
+    return asyncio.run(collected(app, request))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
@@ -70,6 +74,22 @@ def test_a_refusal_is_an_event(served):
     assert isinstance(refused.error, ContextLengthError)
 
 
+@pytest.mark.parametrize(("mode", "block_len"), [("single-pass", 4), ("autoregressive", 1)])
+def test_a_grammar_that_asks_for_too_much_work_fails_the_request_instead_of_ending_its_text(
+    served, monkeypatch, mode, block_len
+):
+    def narrow(kind, content, tokenizer):
+        return Grammar(grammar_from(kind, content), tokenizer, LLParserLimits(step_max_items=40, verbose_errors=False))
+
+    monkeypatch.setattr("serve_apps.decoder_app.compile_constraint", narrow)
+    grammar = AskedGrammar("guided_grammar", "grammar", 'start: x\nx: x x | "a" | "aa" | "b"')
+    asked = dataclasses.replace(prompt_request(max_tokens=60, min_tokens=60), grammar=grammar)
+    *_, refused = answer(DecoderApp(with_settings(served, block_len, mode=mode)), asked)
+    assert isinstance(refused, Failed)
+    assert (refused.error.param, refused.error.code) == ("guided_grammar", None)
+    assert "Too many items" in str(refused.error)
+
+
 def test_a_shorter_context_is_the_one_that_counts(served):
     app = DecoderApp(with_settings(served, context_len=30))
     assert isinstance(answer(app, prompt_request(max_tokens=25))[-1], Failed)
@@ -80,7 +100,44 @@ def test_a_new_replica_is_idle_and_healthy(served):
     app = DecoderApp(served)
     app.check_health()
     assert asyncio.run(app.ready())
-    assert asyncio.run(app.load()) == Load(running=0, waiting=0)
+    load = asyncio.run(app.load())
+    assert (load.running, load.waiting, load.pages_held, load.preemptions, load.shared_tokens) == (0, 0, 0, 0, 0)
+    assert (load.mode, load.expected_over_ar) == ("single-pass", None)
+
+
+def test_with_few_pages_texts_are_the_same_and_the_young_give_way(served, said_by_the_oracle):
+    app = DecoderApp(with_settings(served, pages=5, context_len=64, rows=3))
+
+    async def together():
+        requests = [dataclasses.replace(prompt_request(max_tokens=40), request_id=str(i)) for i in range(3)]
+        return await asyncio.gather(*[collected(app, request) for request in requests])
+
+    expected = said_by_the_oracle(PROMPT, 40)[0]
+    assert {"".join(piece.text for piece in pieces) for pieces in asyncio.run(together())} == {expected}
+    load = asyncio.run(app.load())
+    assert load.pages == 5
+    assert load.preemptions > 0
+    assert load.pages_held == 0
+
+
+def test_fewer_pages_than_one_context_takes_are_refused(served):
+    with pytest.raises(ConfigError, match="pages"):
+        DecoderApp(with_settings(served, pages=5))
+
+
+def test_in_auto_mode_a_replica_says_what_its_planner_has_chosen_and_expects(served):
+    app = DecoderApp(with_settings(served, mode="auto", context_len=64))
+    answer(app, prompt_request())
+    load = asyncio.run(app.load())
+    assert load.mode in ("single-pass", "two-pass", "autoregressive")
+    assert load.expected_over_ar >= 1 / 1.03  # hysteresis keeps a choice that is no more than that much worse
+
+
+def test_a_prompt_that_came_before_is_not_read_again(served):
+    app = DecoderApp(with_settings(served))
+    for _ in range(2):
+        answer(app, dataclasses.replace(prompt_request(), prompt=tuple(range(1, 60))))
+    assert asyncio.run(app.load()).shared_tokens == 48  # three pages of 16
 
 
 def test_a_bundle_that_is_no_longer_the_one_looked_up_is_refused(served):

@@ -1,32 +1,20 @@
-"""From decode steps to what a client reads."""
+"""From pieces to what a client reads."""
 
 import asyncio
 import json
-from itertools import pairwise
 
 import pytest
 from openai.types import Completion
 
+from serve_apps.answers import Logprobs, ModelCard, TokenScore
 from serve_apps.errors import problem_of
-from serve_apps.events import DONE, Failed, Piece, Reply, Tally, Transcript, error_event, interleave
-from serve_apps.schemas import ModelCard, StreamOptions
-from tidar_core.artifacts.tokenizer import train_bpe
+from serve_apps.events import DONE, Reply, error_event, interleave
+from serve_apps.pieces import Failed, Piece, Tally
+from serve_apps.schemas import StreamOptions
 from tidar_core.errors import CapacityError
-from tidar_core.request import DecodeStep
 
 CARD = ModelCard(id="m", created=5, max_model_len=64, block_len=4, bundle_hash="0123456789abcdef", mode="single-pass")
-TEXT = "Grüße, 日本語 🎉!"
 SILENT, USAGE = StreamOptions(), StreamOptions(include_usage=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_bpe(["plain words, then more plain words"], 270)
-
-
-@pytest.fixture
-def transcript(tokenizer):
-    return Transcript(tokenizer.stream(), prompt_tokens=3, block_len=4)
 
 
 @pytest.fixture
@@ -34,75 +22,10 @@ def reply():
     return Reply(completion_id="cmpl-1", card=CARD, created=9)
 
 
-def steps_of(tokens, lengths, finish_reason):
-    """A prefill, then decode steps of these lengths."""
-    cuts = [0, 1, *(1 + sum(lengths[: i + 1]) for i in range(len(lengths)))]
-    return [
-        DecodeStep(
-            "r",
-            tuple(tokens[a:b]),
-            finish_reason if b == cuts[-1] else None,
-            *((1, 0, 0) if a == 0 else (b - a + 1, b - a, b - a + 1)),
-        )
-        for a, b in pairwise(cuts)
-    ]
-
-
 def data(event):
     assert event.startswith("data: ")
     assert event.endswith("\n\n")
     return json.loads(event.removeprefix("data: "))
-
-
-def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer, transcript):
-    tokens = tokenizer.encode(TEXT)
-    pieces = []
-    for step in steps_of(tokens, [3] * (len(tokens) // 3) + [len(tokens) - 1 - len(tokens) // 3 * 3], "length"):
-        pieces.append(transcript.add([step]).take())
-    assert "".join(piece.text for piece in pieces) == TEXT
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece.text for piece in pieces)
-    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
-
-
-def test_a_text_cut_within_a_character_ends_as_its_tokens_decode(tokenizer, transcript):
-    tokens = tokenizer.encode("🎉")[:2]
-    assert transcript.add(steps_of(tokens, [1], "length")).take().text == tokenizer.decode(tokens)
-
-
-def test_the_token_that_stops_a_text_is_counted_but_not_spoken(tokenizer, transcript):
-    stop = tokenizer.encode("s")[0]
-    tokens = [*tokenizer.encode("words"), stop]
-    piece = transcript.add(steps_of(tokens, [len(tokens) - 1], "stop")).take()
-    assert (piece.text, piece.finish_reason) == ("words", "stop")
-    assert piece.tally.completion_tokens == len(tokens)
-
-
-def test_an_end_of_text_token_that_was_ignored_has_no_text(tokenizer, transcript):
-    tokens = [*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]
-    assert transcript.add(steps_of(tokens, [2], "length")).take().text == "ab"
-
-
-def test_nothing_is_pending_until_a_character_is_whole(tokenizer, transcript):
-    first, *rest = tokenizer.encode("é")
-    assert not transcript.add([]).pending
-    assert not transcript.add([DecodeStep("r", (first,), None, 0, 0)]).pending
-    assert transcript.add([DecodeStep("r", tuple(rest), None, 1, 4)]).pending
-
-
-def test_the_speculative_metrics_are_vllms(transcript):
-    # decode steps that kept 4, 1, 1 and 2 drafts, the final first one included: 3, 0, 0 and 1 speculative tokens stood
-    lengths = [4, 1, 1, 2]
-    tally = transcript.add(steps_of([5] * 9, lengths, "length")).take().tally
-    assert tally.metrics().speculative_decoding.model_dump() == {
-        "mean_acceptance_length": 2.0,  # 8 tokens in 4 steps
-        "draft_acceptance_rate": 4 / 12,
-        "acceptance_histogram": [2, 1, 0, 1],
-        "num_spec_steps": 4,
-        "num_accepted_draft_tokens": 4,
-        "num_draft_tokens": 12,
-        "num_spec_tokens": 3,
-    }
-    assert tally.usage().model_dump() == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
 
 
 def test_tallies_of_several_prompts_add_up():
@@ -132,9 +55,36 @@ def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
     assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 3
 
 
+def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
+    reply = Reply(completion_id="cmpl-1", card=CARD, n=2)
+    for index in range(4):
+        reply.chunk(index, Piece("a", "stop", Tally(10, 1)), SILENT)
+    assert reply.tally.usage().model_dump() == {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+
+
+def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
+    one = Logprobs(text_offset=[0], token_logprobs=[None], tokens=["he"], top_logprobs=[None])
+    two = Logprobs(text_offset=[2], token_logprobs=[-1.5], tokens=["y"], top_logprobs=[{"y": -1.5, "z": -2.0}])
+    prompt = [None, {7: TokenScore(logprob=-2.0, rank=None, decoded_token="x")}]
+    pieces = [
+        (0, Piece("", None, Tally(3))), (0, Piece("he", None, Tally(3), None, one, prompt)),
+        (0, Piece("y", "stop", Tally(3, 2), "!", two)),
+    ]  # fmt: skip
+    body = json.loads(reply.body(pieces).model_dump_json())
+    (choice,) = Completion.construct(**body).choices  # as the client does; its types know of no null, its server does
+    assert choice.logprobs.to_dict() == {
+        "text_offset": [0, 2], "token_logprobs": [None, -1.5], "tokens": ["he", "y"],
+        "top_logprobs": [None, {"y": -1.5, "z": -2.0}],
+    }  # fmt: skip
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == ("hey", "stop", "!")
+    assert choice.prompt_logprobs == [None, {"7": {"logprob": -2.0, "rank": None, "decoded_token": "x"}}]
+    assert (one.tokens, two.tokens) == (["he"], ["y"])
+
+
 def test_a_chunk_has_the_piece_and_no_usage_unless_asked(reply):
     chunk = data(reply.chunk(0, Piece("he", None, Tally(3, 1)), SILENT))
-    assert chunk["choices"] == [{"index": 0, "text": "he", "logprobs": None, "finish_reason": None}]
+    assert chunk["choices"] == [{"index": 0, "text": "he", "logprobs": None, "finish_reason": None,
+                                 "stop_reason": None, "prompt_logprobs": None}]  # fmt: skip
     assert "usage" not in chunk
     assert "metrics" not in chunk
     assert data(reply.chunk(0, Piece("", "stop", Tally(3, 2)), SILENT))["choices"][0]["finish_reason"] == "stop"

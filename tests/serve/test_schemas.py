@@ -6,7 +6,8 @@ import pytest
 from openai.types import CompletionCreateParams
 
 from serve_apps.errors import ParameterError
-from serve_apps.schemas import NEUTRAL, CompletionRequest, read_request
+from serve_apps.reading import NEUTRAL, read_request
+from serve_apps.schemas import CompletionRequest
 
 SMALLEST = {"model": "m", "prompt": "a"}
 
@@ -51,21 +52,118 @@ def test_a_prompt_of_another_form_is_refused(given):
 
 
 def test_all_that_is_honoured_reaches_the_sampler():
-    request = read(
-        max_tokens=3, temperature=0, top_p=0.5, top_k=7, seed=-5, ignore_eos=True, stop_token_ids=[4, 9], user="me"
-    )
+    fields = {
+        "max_tokens": 9, "min_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.25, "seed": -5,
+        "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 0.5,
+    }  # fmt: skip
+    request = read(**fields, ignore_eos=True, stop_token_ids=[4, 9], logit_bias={"5": 1, "07": -100}, user="me")
     (prompt,) = request.prompts("id")
-    sampling = prompt.sampling
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (3, 0.0, 0.5, 7)
-    assert sampling.seed == -5
-    assert sampling.eos_ids == (4, 9)
+    assert {name: getattr(prompt.sampling, name) for name in fields} == fields
+    assert prompt.sampling.eos_ids == (4, 9)
+    assert prompt.sampling.logit_bias == ((5, 1), (7, -100))
     assert prompt.ignore_eos
 
 
-def test_without_a_seed_every_prompt_gets_a_fresh_one():
-    prompts = read(prompt=["a", "a"]).prompts("x") + read(prompt=["a", "a"]).prompts("y")
-    assert len({p.sampling.seed for p in prompts}) == 4
-    assert {p.sampling.seed for p in read(prompt=["a", "a"], seed=7).prompts("x")} == {7}
+def test_all_that_the_replica_does_reaches_it():
+    (prompt,) = read(
+        stop=["a", "b"], include_stop_str_in_output=True, bad_words=["c"], echo=True, logprobs=5, prompt_logprobs=2
+    ).prompts("id")
+    assert (prompt.stop, prompt.include_stop, prompt.bad_words, prompt.echo) == (("a", "b"), True, ("c",), True)
+    assert (prompt.logprobs, prompt.prompt_logprobs) == (5, 2)
+    assert (prompt.sampling.logprobs, prompt.sampling.prompt_logprobs) == (5, True)
+    assert read(stop="a").prompts("id")[0].stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({}, (None, False)),
+        ({"logprobs": 0}, (0, False)),
+        ({"logprobs": 2, "echo": True}, (2, True)),
+        ({"echo": True}, (None, False)),
+        ({"prompt_logprobs": 20, "logprobs": 1}, (20, True)),
+        ({"prompt_logprobs": 0}, (0, True)),
+    ],
+)
+def test_the_sampler_reports_what_any_part_of_the_answer_needs(fields, sampling):
+    wanted = read(**fields).sampling(0)
+    assert (wanted.logprobs, wanted.prompt_logprobs) == sampling
+
+
+def test_with_echo_no_new_token_may_be_asked_for():
+    (prompt,) = read(echo=True, max_tokens=0).prompts("id")
+    assert (prompt.prompt_alone, prompt.sampling.max_tokens) == (True, 1)
+    assert refusal(max_tokens=0) == ("max_tokens", None)
+
+
+def test_the_choices_of_a_prompt_come_together_and_each_has_its_own_seed():
+    prompts = read(prompt=["a", "b"], n=3, seed=7, best_of=3).prompts("x")
+    assert [(p.request_id, p.prompt, p.sampling.seed) for p in prompts] == [
+        ("x-0", "a", 7), ("x-1", "a", 8), ("x-2", "a", 9), ("x-3", "b", 7), ("x-4", "b", 8), ("x-5", "b", 9),
+    ]  # fmt: skip
+    last = 2**63 - 1
+    assert [p.sampling.seed for p in read(n=2, seed=last).prompts("x")] == [last, -last]
+
+
+def test_without_a_seed_every_text_gets_a_fresh_one():
+    prompts = read(prompt=["a", "a"], n=2).prompts("x") + read(prompt=["a", "a"]).prompts("y")
+    assert len({p.sampling.seed for p in prompts}) == 6
+
+
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("response_format", "json_object", None)),
+        (
+            {"response_format": {"type": "json_schema",
+                                 "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+            ("response_format", "json_schema", SCHEMA),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, ("structured_outputs", "json_schema", SCHEMA)),
+        ({"structured_outputs": {"json": "{}", "disable_any_whitespace": False, "regex": None}},
+         ("structured_outputs", "json_schema", "{}")),
+        ({"structured_outputs": {"regex": "a+"}}, ("structured_outputs", "regex", "a+")),
+        ({"structured_outputs": {"choice": ["a"]}}, ("structured_outputs", "choice", ["a"])),
+        ({"structured_outputs": {"grammar": "g"}}, ("structured_outputs", "grammar", "g")),
+        ({"structured_outputs": {"json_object": True}}, ("structured_outputs", "json_object", True)),
+        ({"guided_json": SCHEMA}, ("guided_json", "json_schema", SCHEMA)),
+        ({"guided_regex": "a"}, ("guided_regex", "regex", "a")),
+        ({"guided_choice": ["a", "b"]}, ("guided_choice", "choice", ["a", "b"])),
+        ({"guided_grammar": "g", "response_format": {"type": "text"}}, ("guided_grammar", "grammar", "g")),
+    ],
+)  # fmt: skip
+def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
+    (prompt,) = read(**fields).prompts("id")
+    grammar = prompt.grammar
+    assert (grammar and (grammar.param, grammar.kind, grammar.content)) == asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"guided_regex": "a", "guided_json": {}}, ("guided_regex", None)),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, ("structured_outputs", None)),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, ("response_format", None)),
+        ({"structured_outputs": {}}, ("structured_outputs", None)),
+        ({"structured_outputs": {"json": None, "json_object": False}}, ("structured_outputs", None)),
+        ({"structured_outputs": {"whitespace_pattern": " "}},
+         ("structured_outputs.whitespace_pattern", "unsupported_parameter")),
+        ({"structured_outputs": {"regex": 5}}, ("structured_outputs.regex", None)),
+        ({"structured_outputs": "a"}, ("structured_outputs", None)),
+        ({"guided_choice": []}, ("guided_choice", None)),
+        ({"response_format": {"type": "structural_tag"}}, ("response_format.type", None)),
+        ({"response_format": {}}, ("response_format.type", None)),
+        ({"response_format": {"type": "json_schema"}}, ("response_format.json_schema", None)),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+         ("response_format.json_schema.schema", None)),
+    ],
+)  # fmt: skip
+def test_a_grammar_asked_for_wrongly_or_twice_is_refused(fields, refused):
+    assert refusal(**fields) == refused
 
 
 def test_top_k_may_be_off_in_vllms_way_and_longer_than_any_vocabulary():
@@ -92,10 +190,10 @@ def test_a_neutral_value_is_accepted(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("best_of", 2), ("logprobs", 0), ("logprobs", 1), ("logprobs", False), ("echo", True),
-        ("suffix", "x"), ("stop", "\n"), ("stop", ["a"]), ("logit_bias", {"5": 1}), ("presence_penalty", 0.1),
-        ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("min_p", 0.1), ("min_tokens", 3),
-        ("prompt_logprobs", 1), ("structured_outputs", {"json": {}}), ("max_completion_tokens", 5), ("tempreature", 1),
+        ("best_of", 2), ("suffix", "x"), ("add_special_tokens", True), ("use_beam_search", True), ("priority", 1),
+        ("return_token_ids", True), ("skip_special_tokens", False), ("allowed_token_ids", [1]), ("length_penalty", 2),
+        ("guided_whitespace_pattern", " "), ("max_completion_tokens", 5), ("tempreature", 1),
+        ("logprob_token_ids", [5]),
     ],
 )  # fmt: skip
 def test_what_is_not_honoured_is_refused_by_name(name, value):
@@ -113,7 +211,12 @@ def test_every_parameter_of_openais_completions_is_decided_upon():
     [
         ("max_tokens", 0), ("max_tokens", "16"), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -1),
         ("temperature", "hot"), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
-        ("seed", 2**63), ("stream", "yes"), ("stop_token_ids", ["a"]), ("model", 5), ("stream_options", 1),
+        ("seed", 2**63), ("n", 0), ("n", 129), ("n", True), ("logprobs", 6), ("logprobs", -1), ("logprobs", True),
+        ("prompt_logprobs", 21), ("echo", 1), ("min_p", 2), ("min_tokens", 17), ("min_tokens", -1), ("stop", ""),
+        ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("stop", [5]), ("bad_words", "a"), ("bad_words", [""]),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": "a"}),
+        ("logit_bias", {"5": 1, "05": 1}), ("presence_penalty", 2.1), ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0), ("stream", "yes"), ("stop_token_ids", ["a"]), ("model", 5), ("stream_options", 1),
     ],
 )  # fmt: skip
 def test_a_wrong_value_names_its_parameter(name, value):

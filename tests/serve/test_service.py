@@ -14,6 +14,7 @@ from ray import serve
 
 from serve_apps import app
 from serve_apps.settings import ServeSettings
+from tidar_core.autoregressive import score
 from tidar_core.errors import BundleError, ConfigError, RegistryError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -155,6 +156,99 @@ def test_an_ignored_end_of_text_token_ends_nothing(greedy, said_by_the_oracle, t
     assert (tokens, reason) == (40, "length")
 
 
+def test_a_stop_string_ends_the_text_before_it_streamed_or_whole(greedy, said_by_the_oracle):
+    text, _, _ = said_by_the_oracle("x", 20, frequency_penalty=2.0)
+    stop = text[6:9]
+    asked = {"prompt": "x", "frequency_penalty": 2.0, "stop": [stop, "\0\1\2"]}
+    whole = greedy(**asked)
+    (choice,) = whole.choices
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == (text[: text.index(stop)], "stop", stop)
+    *chunks, last = list(greedy(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    assert (chunks[-1].choices[0].stop_reason, last.usage) == (stop, whole.usage)
+    included = greedy(**asked, extra_body={"include_stop_str_in_output": True}).choices[0]
+    assert included.text == choice.text + stop
+    until((0, 0), seconds=2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_an_echoed_prompt_and_its_completion_are_those_of_a_plain_forward(
+    greedy, model, tokenizer, stream
+):
+    answer = greedy(echo=True, logprobs=2, stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    logprobs = {
+        name: [entry for choice in choices for entry in getattr(choice.logprobs, name)]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
+    text = "".join(choice.text for choice in choices)
+    prompt = tokenizer.encode(PROMPT)
+    spelled = {tokenizer.spell(token): token for token in range(tokenizer.vocab_len)}
+    tokens = (*prompt, *(spelled[name] for name in logprobs["tokens"][len(prompt) :]))
+    assert logprobs["tokens"][: len(prompt)] == [tokenizer.spell(token) for token in prompt]
+    first, *rest = logprobs["token_logprobs"]
+    assert first is None
+    assert rest == pytest.approx(score(model, tokens).logprob_L.tolist(), abs=1e-4)  # fp32, another order of sums
+    assert logprobs["top_logprobs"][0] is None
+    assert {len(top) for top in logprobs["top_logprobs"][1:]} <= {2, 3}
+    for name, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert name.startswith("bytes:") or text[offset:].startswith(name) or offset == len(text)
+
+
+def test_a_likelihood_request_of_lm_eval_is_answered_in_its_shape(greedy, model, tokenizer):
+    prompts = [tokenizer.encode(PROMPT), tokenizer.encode("import os")]
+    answer = greedy(prompts, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        scores = score(model, tuple(prompt), top=1)
+        assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(scores.logprob_L.tolist(), abs=1e-4)
+        greedy_too = [max(top.values()) for top in choice.logprobs.top_logprobs[1:-1]]
+        assert greedy_too == pytest.approx(scores.top_logprob_LT[:, 0].tolist(), abs=1e-4)
+
+
+def test_each_of_n_choices_is_the_text_of_its_own_seed_streamed_or_whole(greedy, said_by_the_oracle):
+    prompts = ["x", PROMPT]
+    expected = [said_by_the_oracle(p, 12, temperature=3.0, seed=5 + i)[0] for p in prompts for i in range(3)]
+    asked = {"temperature": 3.0, "seed": 5, "n": 3, "max_tokens": 12}
+    answer = greedy(prompts, **asked)
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
+    assert answer.usage.prompt_tokens == greedy(prompts, max_tokens=1).usage.prompt_tokens
+    texts = [""] * 6
+    for chunk in greedy(prompts, **asked, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+
+
+def test_a_response_with_everything_in_it_is_strictly_openais(service):
+    body = {"model": NAME, "prompt": ["x", PROMPT], "n": 2, "best_of": 2, "logprobs": 5, "prompt_logprobs": 1,
+            "seed": 1, "stop": ["e"], "presence_penalty": 1, "min_p": 0.01, "repetition_penalty": 1.1,
+            "logit_bias": {"70": -5}, "bad_words": ["self"], "min_tokens": 2}  # fmt: skip
+    answer = httpx.post(f"{service}/v1/completions", json=body)
+    assert answer.status_code == 200
+    read = Completion.model_validate(answer.json(), strict=True)
+    assert [choice.index for choice in read.choices] == [0, 1, 2, 3]
+    assert sum(len(choice.logprobs.tokens) for choice in read.choices) == read.usage.completion_tokens
+    assert all(choice.prompt_logprobs[0] is None for choice in read.choices)
+
+
+def test_a_json_schema_is_kept_to(greedy):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    asked = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
+    (choice,) = greedy("x", max_tokens=120, extra_body={"response_format": asked}).choices
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.text)["n"] in (1, 2)
+    (choice,) = greedy("x", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices
+    assert choice.text in ("yes", "no")
+
+
+def test_metrics_say_what_the_replica_is_at(service, greedy):
+    greedy(max_tokens=2)
+    lines = httpx.get(f"{service}/metrics").text.splitlines()
+    values = {line.split("{")[0]: line for line in lines if not line.startswith("#")}
+    assert values["tidar:num_requests_running"].endswith(" 0")
+    assert values["tidar:kv_cache_usage_perc"].endswith(" 0.0")
+    assert 'mode="single-pass"' in values["tidar:decode_mode"]
+
+
 def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by_the_oracle):
     wanted = [(PROMPT + " a" * n, 3 + 9 * n, n % 2 == 0) for n in range(6)]
 
@@ -177,7 +271,11 @@ def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by
     [
         ({"max_tokens": 5000}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
         ({"max_tokens": 5000, "stream": True}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
-        ({"logprobs": 2}, openai.BadRequestError, "logprobs", "unsupported_parameter"),
+        ({"suffix": "x"}, openai.BadRequestError, "suffix", "unsupported_parameter"),
+        ({"logprobs": 6}, openai.BadRequestError, "logprobs", None),
+        ({"best_of": 2}, openai.BadRequestError, "best_of", "unsupported_parameter"),
+        ({"logit_bias": {"999": 1}}, openai.BadRequestError, "logit_bias", None),
+        ({"extra_body": {"guided_regex": "("}, "stream": True}, openai.BadRequestError, "guided_regex", None),
         ({"extra_body": {"tempreature": 2}}, openai.BadRequestError, "tempreature", "unsupported_parameter"),
         ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", None),

@@ -34,6 +34,7 @@ def test_a_gpu_share_is_what_makes_it_compute_there():
         ({"prot": 1}, "unknown key 'prot'; known are model, "),
         ({"port": 0}, "port is 0; "),
         ({"rows": 0}, "rows is 0; "),
+        ({"pages": 0}, "pages is 0; "),
         ({"mode": "fast"}, "mode is 'fast'; "),
         ({"model": ""}, "model is ''; "),
         ({"min_replicas": 2, "max_replicas": 1}, "max_replicas is 1 and min_replicas 2; "),

@@ -1,0 +1,77 @@
+"""What does a decoder replica tell the ingress of one text?
+
+Pieces, each with the new text and with all that it has cost so far; or that it has failed.
+"""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from serve_apps.answers import FinishReason, Logprobs, Metrics, PromptScores, SpeculativeDecoding, Usage
+
+__all__ = ["Failed", "Piece", "Tally"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What prompts have cost so far, and how their drafts fared."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    histogram: tuple[int, ...] = ()
+    """At index j, the decode steps in which j speculative tokens stood; K entries."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            tuple(a + b for a, b in zip_longest(self.histogram, other.histogram, fillvalue=0)),
+        )
+
+    def usage(self) -> Usage:
+        """Tokens read and written."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+        )
+
+    def metrics(self) -> Metrics | None:
+        """How the drafts fared; None in the autoregressive mode, which has none."""
+        spec_tokens, steps = len(self.histogram) - 1, sum(self.histogram)
+        if spec_tokens < 1:
+            return None
+        accepted = sum(j * count for j, count in enumerate(self.histogram))
+        return Metrics(
+            speculative_decoding=SpeculativeDecoding(
+                mean_acceptance_length=1 + accepted / steps if steps else 1.0,
+                draft_acceptance_rate=accepted / (steps * spec_tokens) if steps else 0.0,
+                acceptance_histogram=list(self.histogram),
+                num_spec_steps=steps,
+                num_accepted_draft_tokens=accepted,
+                num_draft_tokens=steps * spec_tokens,
+                num_spec_tokens=spec_tokens,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What has come of one text since its last piece; the first says that it was admitted and may have no text."""
+
+    text: str
+    finish_reason: FinishReason | None
+    """Set on the last piece."""
+    tally: Tally
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended the text."""
+    logprobs: Logprobs | None = None
+    """Of the tokens whose text has been told by now, where asked for."""
+    prompt_logprobs: PromptScores | None = None
+    """With the first text, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end of a text that cannot be completed."""
+
+    error: Exception

@@ -1,0 +1,73 @@
+"""Where does a text end that must stop at certain strings?
+
+At the first of them that is complete; of several that are complete with the same character, at the longest. So the end
+depends on the text alone: not on the tokens it came in, nor on how many of them came together. A piece of text is told
+as soon as no stop string can begin in it, and no sooner.
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["StopStrings"]
+
+
+class StopStrings:
+    """The stop strings of one text, which comes in pieces."""
+
+    def __init__(self, strings: Sequence[str] = (), *, include: bool = False) -> None:
+        """strings  none of them empty
+        include  the one that ends the text is part of it
+        """
+        assert all(strings), "an empty string ends every text before it begins"
+        self.found: str | None = None
+        """The string that ended the text."""
+        self._searches = [_Search(string) for string in strings]
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str, *, looked_for: bool = True) -> str:
+        """The text that is certain after this piece; up to the stop string, where one is complete: see `found`.
+
+        looked_for  False: strings that are complete within this piece do not end the text, though one may begin here
+        """
+        assert self.found is None, "the text has ended"
+        said = self._held + text
+        for length, char in enumerate(text, len(self._held) + 1):
+            complete = [search.string for search in self._searches if search.push(char)]
+            if complete and looked_for:
+                self.found, self._held = max(complete, key=len), ""
+                return said[: length if self._include else length - len(self.found)]
+        held_len = max((search.matched for search in self._searches), default=0)
+        told_len = len(said) if self._include else len(said) - held_len
+        self._held = said[told_len:]
+        return said[:told_len]
+
+    def flush(self) -> str:
+        """What was held back of a text that has ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Search:
+    """One string, looked for one character at a time (Knuth, Morris, Pratt 1977)."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        """Characters of the string, not all, that the text ends with now."""
+        self._borders = [0]
+        """At index i, the longest proper prefix of the string that its first i + 1 characters end with."""
+        for char in string[1:]:
+            self._borders.append(self._longest(self._borders[-1], char))
+
+    def push(self, char: str) -> bool:
+        """Whether the text ends with the string now."""
+        self.matched = self._longest(self.matched, char)
+        if self.matched < len(self.string):
+            return False
+        self.matched = self._borders[-1]
+        return True
+
+    def _longest(self, matched: int, char: str) -> int:
+        while matched and self.string[matched] != char:
+            matched = self._borders[matched - 1]
+        return matched + (self.string[matched] == char)

@@ -1,0 +1,146 @@
+"""How do the decode steps of one request become its text?
+
+Only final tokens become text, and a character only when all its bytes have come. The text ends at the first stop
+string, wherever the steps that brought it begin and end: tokens after the one that completes it do not count.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, Self
+
+from serve_apps.answers import FinishReason, PromptScores
+from serve_apps.pieces import Piece, Tally
+from serve_apps.schemas import PromptRequest
+from serve_apps.scores import ScoreSheet, prompt_scores
+from serve_apps.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from tidar_core.request import DecodeStep, TokenLogprob
+
+__all__ = ["Transcript"]
+
+
+class TextStream(Protocol):
+    """An incremental detokenizer: see `tidar_core.artifacts.tokenizer.TextStream`."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now."""
+
+    def flush(self) -> str:
+        """What was held back."""
+
+
+class Tokenizer(Protocol):
+    """What a transcript asks of a `tidar_core.artifacts.tokenizer.Tokenizer`."""
+
+    eos_id: int
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one by one."""
+
+    def spell(self, token_id: int) -> str:
+        """The name of a token."""
+
+
+class Transcript:
+    """The text of one request's tokens, as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, request: PromptRequest, prompt: Sequence[int], *, block_len: int) -> None:
+        """prompt  the tokens of the request's prompt"""
+        self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
+        self._stream = tokenizer.stream()
+        self._stops = StopStrings(request.stop, include=request.include_stop)
+        self._sheet = None if request.logprobs is None else ScoreSheet(tokenizer.spell, request.logprobs)
+        self._completion_tokens = 0
+        self._histogram = [0] * block_len
+        self._begun = False
+        self._text = ""
+        self._heard_len = self._told_len = 0
+        """Characters of the text so far, and of those taken; a stop string that is cut off counts as heard."""
+        self._prompt_scores: PromptScores | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, steps: "Iterable[DecodeStep]") -> Self:
+        """Take in more steps. A stop token is counted, but is no part of the text unless that is asked for."""
+        for step in steps:
+            if self.finish_reason is None:
+                self._hear(step)
+        return self
+
+    @property
+    def pending(self) -> bool:
+        """There is something to tell the client."""
+        return bool(self._text) or self.finish_reason is not None
+
+    def take(self) -> Piece:
+        """All since the last piece."""
+        tally = Tally(len(self._prompt), self._completion_tokens, tuple(self._histogram))
+        if not self.pending:
+            return Piece("", None, tally)
+        text, self._text = self._text, ""
+        scores, self._prompt_scores = self._prompt_scores, None
+        self._told_len += len(text)
+        logprobs = None
+        if self._sheet is not None:
+            logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
+        return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores)
+
+    def _hear(self, step: "DecodeStep") -> None:
+        if not self._begun:
+            self._begin(step.prompt_logprobs)
+        if self._request.prompt_alone:
+            self.finish_reason = "length"
+            return
+        if step.verified > 1:
+            self._histogram[step.accepted - 1] += 1
+        ending = step.finish_reason == "stop"
+        for place, token in enumerate(step.token_ids):
+            spoken = self._request.include_stop or not (ending and place == len(step.token_ids) - 1)
+            self._say(token, step.logprobs[place] if step.logprobs else None, spoken=spoken)
+            if self._stops.found is not None:
+                return
+        if step.finish_reason is not None:
+            self._end(step)
+
+    def _begin(self, scored: "Sequence[TokenLogprob]") -> None:
+        """What the client is told of the prompt."""
+        self._begun = True
+        if self._request.prompt_logprobs is not None:
+            self._prompt_scores = prompt_scores(scored, self._request.prompt_logprobs, self._tokenizer.spell)
+        if not self._request.echo:
+            return
+        stream, length = self._tokenizer.stream(), 0
+        for place, token in enumerate(self._prompt):
+            piece = stream.push(token)
+            if self._sheet is not None:
+                self._sheet.add(token, scored[place - 1] if place else None, length, length + len(piece))
+            self._text, length = self._text + piece, length + len(piece)
+        self._text += stream.flush()
+        if isinstance(self._request.prompt, str):
+            self._text = self._request.prompt  # as it was written, whatever a tokenizer makes of it
+        self._heard_len = len(self._text)
+
+    def _say(self, token: int, scored: "TokenLogprob | None", *, spoken: bool) -> None:
+        self._completion_tokens += 1
+        piece = self._stream.push(token) if spoken else ""
+        if self._sheet is not None:
+            self._sheet.add(token, scored, self._heard_len, self._heard_len + len(piece))
+        self._hold_to_stops(piece)
+
+    def _hold_to_stops(self, piece: str) -> None:
+        """Add text, as far as no stop string may begin in it; as in vLLM, none ends within the first min_tokens."""
+        self._heard_len += len(piece)
+        self._text += self._stops.push(piece, looked_for=self._completion_tokens > self._request.sampling.min_tokens)
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+
+    def _end(self, step: "DecodeStep") -> None:
+        """The decoder has ended the text; what was held back is told, unless it completes a stop string."""
+        self._hold_to_stops(self._stream.flush())
+        if self._stops.found is not None:
+            return
+        self._text += self._stops.flush()
+        self.finish_reason = "stop" if step.finish_reason == "stop" else "length"
+        end_of_text = None if self._request.ignore_eos else self._tokenizer.eos_id
+        if step.finish_reason == "stop" and step.token_ids[-1] != end_of_text:
+            self.stop_reason = step.token_ids[-1]
