@@ -7,62 +7,100 @@ come from `kernels`, so that a CPU and a GPU differ in nothing else.
 Shape letters: B sequences, C clean rows, R rows, N pages of a sequence, H query heads, D head width, E embedding.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_core.kernels import Kernels
+from tidar_core.kernels import kernels_for
 from tidar_core.kv_cache import KVCache
 from tidar_core.layout import decode_layout, decode_rows
 from tidar_core.model import TidarModel
 from tidar_core.visibility import dense_visibility
 
-__all__ = ["decode_forward"]
+__all__ = ["DecodeForward"]
 
 
-def decode_forward(
-    model: TidarModel,
-    kernels: Kernels,
-    cache: KVCache,
-    page_table_BN: Tensor,
-    prefix_len_B: Tensor,
-    clean_BC: Tensor,
-    groups: tuple[int, ...],
-    block_len: int,
-    used_pages: int,
-) -> Tensor:
-    """Hidden states [B, R, E] of clean rows, then of a block of masks for each group, as `decode_layout` lays them out.
+class DecodeForward:
+    """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module."""
 
-    Every row sees all of its sequence's prefix, since no horizon lies before the prefix's end; among the rows of the
-    forward, who sees whom is the same for all sequences. Keys and values of the clean rows are in the cache afterwards,
-    those of the masks nowhere.
+    def __init__(self, model: TidarModel, cache: KVCache, block_len: int) -> None:
+        self.model, self.cache, self.block_len = model, cache, block_len
+        self._kernels = kernels_for(cache.pages.device)
+        self._layers = [_LayerWeights.of(layer) for layer in model.layers]
 
-    page_table_BN  pages of each sequence, with room for the prefix and the clean rows
-    prefix_len_B   clean tokens read before
-    used_pages     leading pages that hold all of every prefix
-    """
-    clean_len, page_len = clean_BC.shape[1], cache.page_len
-    position_BR = decode_layout(prefix_len_B, clean_len, groups, block_len).position
-    own_RR = _own_visibility(clean_len, groups, block_len, clean_BC.device)
-    gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, own_RR, page_len)
-    clean_position_BC = position_BR[:, :clean_len]
-    slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
-    x = model.embedding(_with_masks(clean_BC, len(groups) * block_len, model.config.mask_id))
-    cos, sin = (half[:, :, 0] for half in model.rotation(position_BR, x.dtype))
-    eps, heads = model.config.norm_eps, model.config.heads
-    residual = None
-    layer: Any
-    for index, layer in enumerate(model.layers):
-        pages, attention = cache.pages[index], layer.attention
-        x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm.weight, eps)
-        norms = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
-        q, k, v = kernels.rotate_and_store(attention.qkv(x), *norms, cos, sin, pages, slot_BC, eps=eps, heads=heads)
-        x = attention.output(gather(q, k, v, pages).flatten(2))
-        x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm.weight, eps)
-        x = layer.mlp.down(kernels.silu_mul(layer.mlp.gate_up(x)))
-    return kernels.add_rms_norm(x, residual, model.norm.weight, eps)[0]
+    def __call__(
+        self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...], used_pages: int
+    ) -> Tensor:
+        """Hidden states [B, R, E] of clean rows, then of a block of masks for each group, as `decode_layout` has them.
+
+        Every row sees all of its sequence's prefix, since no horizon lies before the prefix's end; among the rows of
+        the forward, who sees whom is the same for all sequences. Keys and values of the clean rows are in the cache
+        afterwards, those of the masks nowhere.
+
+        page_table_BN  pages of each sequence, with room for the prefix and the clean rows
+        prefix_len_B   clean tokens read before
+        used_pages     leading pages that hold all of every prefix
+        """
+        config, kernels, page_len = self.model.config, self._kernels, self.cache.page_len
+        clean_len = clean_BC.shape[1]
+        position_BR = decode_layout(prefix_len_B, clean_len, groups, self.block_len).position
+        own_RR = _own_visibility(clean_len, groups, self.block_len, clean_BC.device)
+        gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, own_RR, page_len)
+        clean_position_BC = position_BR[:, :clean_len]
+        slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
+        x = F.embedding(
+            _with_masks(clean_BC, len(groups) * self.block_len, config.mask_id), self.model.embedding.weight
+        )
+        cos, sin = (half[:, :, 0] for half in self.model.rotation(position_BR, x.dtype))
+        eps, residual = config.norm_eps, None
+        for layer, pages in zip(self._layers, self.cache.pages.unbind()):
+            x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
+            q, k, v = kernels.rotate_and_store(
+                F.linear(x, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, cos, sin, pages, slot_BC,
+                eps=eps, heads=config.heads,
+            )  # fmt: skip
+            x = F.linear(gather(q, k, v, pages).flatten(2), layer.output, layer.output_bias)
+            x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = F.linear(kernels.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+        return kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    @staticmethod
+    def of(layer: Any) -> "_LayerWeights":
+        attention, mlp = layer.attention, layer.mlp
+        return _LayerWeights(
+            attention_norm=layer.attention_norm.weight,
+            qkv=attention.qkv.weight,
+            qkv_bias=attention.qkv.bias,
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            output=attention.output.weight,
+            output_bias=attention.output.bias,
+            mlp_norm=layer.mlp_norm.weight,
+            gate_up=mlp.gate_up.weight,
+            gate_up_bias=mlp.gate_up.bias,
+            down=mlp.down.weight,
+            down_bias=mlp.down.bias,
+        )
 
 
 @lru_cache(maxsize=256)

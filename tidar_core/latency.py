@@ -13,9 +13,8 @@ from functools import partial
 
 import torch
 
-from tidar_core.decode_forward import decode_forward
+from tidar_core.decode_forward import DecodeForward
 from tidar_core.decoder import Decoder
-from tidar_core.kernels import kernels_for
 from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
@@ -130,16 +129,17 @@ def measure_latency(
 
 def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeats: int) -> float:
     weight, page_len = model.embedding.weight, 16
-    kernels = kernels_for(weight.device)
     pages = page_count(context + rows, page_len)
     cache = KVCache(model.config, pages=batch * pages, page_len=page_len, dtype=weight.dtype, device=weight.device)
     page_table_BN = 1 + torch.arange(batch * pages, device=weight.device).view(batch, pages)
     prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
+    read = DecodeForward(model, cache, 1)
+
     def forward() -> None:
         used_pages = page_count(context, page_len)
-        hidden = decode_forward(model, kernels, cache, page_table_BN, prefix_B, token_BR, (), 1, used_pages)
+        hidden = read(page_table_BN, prefix_B, token_BR, (), used_pages)
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
     return _median_seconds(forward, repeats)

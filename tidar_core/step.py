@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig
-from tidar_core.decode_forward import decode_forward
-from tidar_core.kernels import kernels_for
+from tidar_core.decode_forward import DecodeForward
 from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
@@ -54,7 +53,7 @@ class Stepper:
 
     def __init__(self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: RowState) -> None:
         self.model, self.draft, self.cache, self.state = model, draft, cache, state
-        self._kernels = kernels_for(cache.pages.device)
+        self._forward = DecodeForward(model, cache, draft.block_len)
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, groups: tuple[int, ...]) -> Tensor:
         """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
@@ -88,15 +87,16 @@ class Stepper:
         logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: self.draft.block_len], sampling)
         if adjust is not None:
             logits_BCV = adjust(logits_BCV)
-        next_BC = prefix_B[:, None] + 1 + torch.arange(C, device=prefix_B.device)
+        next_BC = prefix_B[:, None] + _ahead(C, prefix_B.device)
         if state.proposal is None:
-            verdict = match(draft_BC, sample(logits_BCV, sampling, next_BC, TARGET))
+            emitted_BC = sample(logits_BCV, sampling, next_BC, TARGET)  # drafts that stand are what the target drew
+            verdict = match(draft_BC, emitted_BC)
         else:
             accept_BC, target_BC = (uniform(sampling.seed_B, next_BC, role) for role in (ACCEPT, TARGET))
             verdict = weigh(draft_BC, law(logits_BCV, sampling), state.proposal[:B, :C], accept_BC, target_BC)
+            emitted_BC = torch.cat([draft_BC[:, 1:], verdict.next_B[:, None]], 1)
+            emitted_BC.scatter_(1, verdict.accepted_B[:, None] - 1, verdict.next_B[:, None])
         accepted_B = verdict.accepted_B
-        emitted_BC = torch.cat([draft_BC[:, 1:], verdict.next_B[:, None]], 1)
-        emitted_BC.scatter_(1, accepted_B[:, None] - 1, verdict.next_B[:, None])
         prefix_B += accepted_B * state.live[:B]
         self.propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
         return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
@@ -149,13 +149,11 @@ class Stepper:
             state.proposal[rows] = 0.0
             state.proposal[rows].scatter_(2, state.draft[rows][..., None], 1.0)
 
-    def _forward(
-        self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...], used_pages: int
-    ) -> Tensor:
-        return decode_forward(
-            self.model, self._kernels, self.cache, page_table_BN, prefix_len_B, clean_BC, groups, self.draft.block_len,
-            used_pages,
-        )  # fmt: skip
+
+@lru_cache(maxsize=64)
+def _ahead(clean_len: int, device: torch.device) -> Tensor:
+    """1..clean_len: how far behind the prefix each row's next token stands."""
+    return 1 + torch.arange(clean_len, device=device)
 
 
 @lru_cache(maxsize=1024)

@@ -39,6 +39,8 @@ def match(draft_BK: Tensor, target_BK: Tensor) -> Verdict:
     draft_BK   d_1..d_K; d_1 is final already
     target_BK  tokens drawn from the law after d_j, given the prefix and d_1..d_j
     """
+    if draft_BK.shape[1] == 1:
+        return Verdict(torch.ones_like(draft_BK[:, 0]), target_BK[:, 0])
     accepted_B = _leading(draft_BK[:, 1:] == target_BK[:, :-1])
     return Verdict(accepted_B, target_BK.gather(1, accepted_B[:, None] - 1)[:, 0])
 

@@ -12,10 +12,9 @@ from tidar_core.attention import DenseAttention
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decode_forward import decode_forward
+from tidar_core.decode_forward import DecodeForward
 from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, ConfigError, RequestError
-from tidar_core.kernels import PLAIN
 from tidar_core.kv_cache import KVCache
 from tidar_core.layout import causal_layout, decode_layout, training_layout
 from tidar_core.modes import StepPlan
@@ -111,7 +110,7 @@ def group_hidden(model, prompt, drafts, block_len):
     with torch.no_grad():
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
-            hidden = decode_forward(model, PLAIN, cache, table, prefix, rows, groups, block_len, -(-start // 4))
+            hidden = DecodeForward(model, cache, block_len)(table, prefix, rows, groups, -(-start // 4))
     return hidden[0]
 
 

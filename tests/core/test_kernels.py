@@ -228,11 +228,11 @@ def test_heads_are_normed_rotated_and_stored(triton_set, heads, kv_heads, size, 
     rest = (angle.cos().to(dtype), angle.sin().to(dtype))
     found, expected = (
         kernels.rotate_and_store(
-            qkv, *weights, *rest, pages, slots.view(batch, clean_len).to(DEVICE), eps=1e-6, heads=heads
+            qkv.clone(), *weights, *rest, pages, slots.view(batch, clean_len).to(DEVICE), eps=1e-6, heads=heads
         )
         for kernels, pages in ((triton_set, kept), (PLAIN, expected_pages))
     )
-    tolerance = EXACT if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}  # four roundings with a norm
+    tolerance = EXACT if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-4}  # five roundings with a norm
     torch.testing.assert_close(found, expected, **tolerance)
     torch.testing.assert_close(kept, expected_pages, **tolerance)
     untouched = torch.ones(5 * PAGE_LEN, dtype=torch.bool)
@@ -261,10 +261,11 @@ def test_rotation_is_the_model_s_own():
     handed = []
     attention(hidden, rotation, lambda layer, q, k, v: handed.extend((q, k, v)) or q)
     pages = torch.zeros(2, PAGE_LEN, 2, config.kv_heads, config.head_size)
-    found = PLAIN.rotate_and_store(
-        attention.qkv(hidden), attention.q_norm.weight, attention.k_norm.weight, rotation[0][:, :, 0],
-        rotation[1][:, :, 0], pages, torch.tensor([[1], [17]]), eps=config.norm_eps, heads=config.heads,
-    )  # fmt: skip
+    with torch.no_grad():
+        found = PLAIN.rotate_and_store(
+            attention.qkv(hidden), attention.q_norm.weight, attention.k_norm.weight, rotation[0][:, :, 0],
+            rotation[1][:, :, 0], pages, torch.tensor([[1], [17]]), eps=config.norm_eps, heads=config.heads,
+        )  # fmt: skip
     torch.testing.assert_close(found, tuple(handed))
     torch.testing.assert_close(pages[:, 1], torch.stack([found[1][:, 0], found[2][:, 0]], 1))
 

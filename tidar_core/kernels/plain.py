@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Gathering", "add_rms_norm", "paged_attention", "rotate_and_store", "silu_mul", "store_rows"]
+__all__ = ["Gathering", "add_rms_norm", "paged_attention", "rotate_and_store", "silu_mul"]
 
 
 def paged_attention(
@@ -101,34 +101,28 @@ def rotate_and_store(
     """Queries [B, R, H, D], keys and values [B, R, G, D] of a forward's rows, normed per head where there are weights,
     and rotated; keys and values of the clean rows go to the cache.
 
-    qkv_BRW           projected rows, W = (H + 2 G) * D
+    qkv_BRW           projected rows, W = (H + 2 G) * D; of no use afterwards
     cos_BRD, sin_BRD  rotation of each row's position, both halves, in the dtype of qkv
     kv_pages          one layer of the cache [P, page_len, 2, G, D], written in place
     write_slot_BC     page * page_len + offset of the C leading rows, which are clean; the others leave no trace
     """
     kv_heads, size = kv_pages.shape[-2:]
-    q, k, v = qkv_BRW.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], 2)
+    row_BRHD = qkv_BRW.unflatten(-1, (-1, size))
+    turned = row_BRHD[:, :, : heads + kv_heads]
+    x = turned
     if q_norm_weight is not None and k_norm_weight is not None:
-        q = F.rms_norm(q, (size,), q_norm_weight.to(q.dtype), eps)
-        k = F.rms_norm(k, (size,), k_norm_weight.to(k.dtype), eps)
-    q, k = (_rotate(x, cos_BRD[:, :, None], sin_BRD[:, :, None]) for x in (q, k))
-    store_rows(kv_pages, k, v, write_slot_BC)
-    return q, k, v
-
-
-def store_rows(kv_pages: Tensor, k_BRGD: Tensor, v_BRGD: Tensor, write_slot_BC: Tensor) -> None:
-    """Write keys and values of the clean rows to their slots, page * page_len + offset."""
-    clean_len = write_slot_BC.shape[1]
-    new_BC2GD = torch.stack([k_BRGD[:, :clean_len], v_BRGD[:, :clean_len]], 2)
-    kv_pages.view(-1, *kv_pages.shape[2:])[write_slot_BC.flatten()] = new_BC2GD.flatten(0, 1)
+        weights = [q_norm_weight.expand(heads, -1), k_norm_weight.expand(kv_heads, -1)]
+        x = F.rms_norm(x, (size,), eps=eps) * torch.cat(weights).to(x.dtype)
+    first, second = x.chunk(2, -1)
+    swapped = torch.cat([-second, first], -1)
+    torch.add(x * cos_BRD[:, :, None], swapped.mul_(sin_BRD[:, :, None]), out=turned)
+    q_BRHD, kv_BRHD = row_BRHD[:, :, :heads], row_BRHD[:, :, heads:]
+    clean_BCHD = kv_BRHD[:, : write_slot_BC.shape[1]]
+    kv_pages.view(-1, *kv_pages.shape[2:])[write_slot_BC] = clean_BCHD.unflatten(2, (2, kv_heads))
+    return q_BRHD, kv_BRHD[:, :, :kv_heads], kv_BRHD[:, :, kv_heads:]
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up [.., W], of a product [.., 2 W] that holds both."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
