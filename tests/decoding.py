@@ -25,7 +25,7 @@ class Wanderer:
     def next_plan(self, pending, context):
         clean_len = self.random.randint(1, self.block_len)
         groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
-        return StepPlan(clean_len, tuple(groups))
+        return StepPlan(clean_len, tuple(groups), self.random.randint(1, self.block_len) if groups else 0)
 
     def observe(self, steps):
         assert steps

@@ -27,15 +27,21 @@ __all__ = ["DecodeForward"]
 class DecodeForward:
     """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module."""
 
-    def __init__(self, model: TidarModel, cache: KVCache, block_len: int) -> None:
-        self.model, self.cache, self.block_len = model, cache, block_len
+    def __init__(self, model: TidarModel, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
         self._kernels = kernels_for(cache.pages.device)
         self._layers = [_LayerWeights.of(layer) for layer in model.layers]
 
     def __call__(
-        self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, groups: tuple[int, ...], used_pages: int
+        self,
+        page_table_BN: Tensor,
+        prefix_len_B: Tensor,
+        clean_BC: Tensor,
+        groups: tuple[int, ...],
+        width: int,
+        used_pages: int,
     ) -> Tensor:
-        """Hidden states [B, R, E] of clean rows, then of a block of masks for each group, as `decode_layout` has them.
+        """Hidden states [B, R, E] of the rows of `decode_layout`: clean ones, then `width` masks for each group.
 
         Every row sees all of its sequence's prefix, since no horizon lies before the prefix's end; among the rows of
         the forward, who sees whom is the same for all sequences. Keys and values of the clean rows are in the cache
@@ -47,14 +53,12 @@ class DecodeForward:
         """
         config, kernels, page_len = self.model.config, self._kernels, self.cache.page_len
         clean_len = clean_BC.shape[1]
-        position_BR = decode_layout(prefix_len_B, clean_len, groups, self.block_len).position
-        own_RR = _own_visibility(clean_len, groups, self.block_len, clean_BC.device)
+        position_BR = decode_layout(prefix_len_B, clean_len, groups, width).position
+        own_RR = _own_visibility(clean_len, groups, width, clean_BC.device)
         gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, own_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
         slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
-        x = F.embedding(
-            _with_masks(clean_BC, len(groups) * self.block_len, config.mask_id), self.model.embedding.weight
-        )
+        x = F.embedding(_with_masks(clean_BC, len(groups) * width, config.mask_id), self.model.embedding.weight)
         cos, sin = (half[:, :, 0] for half in self.model.rotation(position_BR, x.dtype))
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):

@@ -109,6 +109,11 @@ class Decoder:
         return tuple(sequence.request.request_id for sequence in self._arriving)
 
     @property
+    def captures(self) -> bool:
+        """Whether each shape of step is captured when it is first met, which takes a while."""
+        return self._graphs is not None
+
+    @property
     def free_rows(self) -> int:
         """Requests that may be admitted now."""
         return self.rows - len(self._running) - len(self._arriving)
@@ -190,7 +195,7 @@ class Decoder:
         for row, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
             sequence = self._running[row]
             steps.append(self._step(sequence, tokens[:n], n, plan.clean_len, outcome.ar_logits[row]))
-            sequence.pending = block_after[n].pending
+            sequence.pending, sequence.late = block_after[n].pending, block_after[n].late
             if sequence.rules is not None and steps[row].finish_reason is None:
                 self._draft_within_rules(row, outcome.hidden[row], block_after[n])
         return self._finish_steps(steps)
@@ -260,7 +265,7 @@ class Decoder:
         start, stop = sequence.read, sequence.read + plan.clean_len
         chunk = torch.tensor([sequence.tokens[start:stop]], device=self.device)
         pages = torch.tensor([sequence.holding.pages], device=self.device)
-        hidden = self._stepper.read(pages, start, chunk, plan.groups)
+        hidden = self._stepper.read(pages, start, chunk, plan)
         sequence.read = stop
         self.pool.commit(sequence.holding, sequence.tokens, stop)
         sampling, following = sequence.request.sampling, sequence.tokens[start + 1 : stop + 1]
@@ -292,7 +297,7 @@ class Decoder:
             logits = sequence.rules.adjust(logits[0])[None]
         first = int(self._stepper.begin(rows, hidden, plan, logits, sampling))
         block = blocks_after(plan, self.draft.block_len)[C]
-        sequence.pending = block.pending
+        sequence.pending, sequence.late = block.pending, block.late
         step = self._step(sequence, [first], 0, 0, ar_logits[0])
         if sequence.rules is not None and step.finish_reason is None:
             self._draft_within_rules(row, hidden[0], block)

@@ -17,10 +17,10 @@ from tidar_core.decode_forward import DecodeForward
 from tidar_core.decoder import Decoder
 from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
-from tidar_core.modes import StepPlan
 from tidar_core.pages import page_count
+from tidar_core.ways import few_ways, timed_plans
 
-__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency", "timed_plans"]
+__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency"]
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
@@ -79,7 +79,7 @@ def decoding_latency(
     points = []
     for batch, context in latency_shapes(decoder, context_len):
         with decoder.rehearsal(batch, context) as step:
-            for plan in timed_plans(decoder.draft.block_len):
+            for plan in timed_plans(few_ways(decoder.draft.block_len)):
                 seconds = _median_seconds(partial(step, plan), repeats)
                 rows = plan.rows(decoder.draft.block_len)
                 points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds))
@@ -93,14 +93,6 @@ def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tup
     batches = [count for count in (1, 4, 16, 64) if count < decoder.rows] + [decoder.rows]
     contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
     return [(batch, context) for batch in batches for context in contexts]
-
-
-def timed_plans(block_len: int) -> list[StepPlan]:
-    """From one row to all groups, no two with as many rows."""
-    K = block_len
-    few = [StepPlan(K, tuple(range(1, m + 1))) for m in (1, 2, 4, 8, K) if m <= K]
-    plans = [StepPlan(1), StepPlan(min(2, K)), StepPlan(K), *([StepPlan(1, (1,)), *few] if K > 1 else [])]
-    return list({plan.rows(K): plan for plan in plans}.values())
 
 
 @torch.inference_mode()
@@ -135,11 +127,11 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
-    read = DecodeForward(model, cache, 1)
+    read = DecodeForward(model, cache)
 
     def forward() -> None:
         used_pages = page_count(context, page_len)
-        hidden = read(page_table_BN, prefix_B, token_BR, (), used_pages)
+        hidden = read(page_table_BN, prefix_B, token_BR, (), 1, used_pages)
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
     return _median_seconds(forward, repeats)

@@ -6,6 +6,7 @@ block is drafted. The cache is the same for all, so any step may follow any othe
     autoregressive   verify d_1 alone, draft nothing                               1 row a token
     single-pass      verify all, draft for every outcome (TiDAR, section 3.2)      K + K * K rows
                      or for some: an outcome without a group takes the next lower group's later masks
+                     or with fewer masks in a block: drafts are guesses, so any number of them is exact
     two-pass         draft behind d_1, then verify, in turns                       1 + K, then K rows
 """
 
@@ -30,11 +31,17 @@ class StepPlan:
     clean_len: int
     """Pending tokens read, d_1 first, 1..K."""
     groups: tuple[int, ...] = ()
-    """Assumed accepted lengths, ascending, within 1..clean_len, that a block of K masks is spent on."""
+    """Assumed accepted lengths, ascending, within 1..clean_len, that a block of masks is spent on."""
+    width: int = 0
+    """Masks of each block, up to K; 0 stands for K."""
+
+    def masks(self, block_len: int) -> int:
+        """Masks of each block, where the longest has `block_len`."""
+        return self.width or block_len
 
     def rows(self, block_len: int) -> int:
         """Rows of one sequence."""
-        return self.clean_len + len(self.groups) * block_len
+        return self.clean_len + len(self.groups) * self.masks(block_len)
 
 
 class Planner(Protocol):

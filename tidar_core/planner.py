@@ -5,23 +5,27 @@ mask of its block it came from, so a plan is a walk over how late in a block the
 tokens per forward follow from the walk's stationary law. Autoregression is always among the candidates.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyTable, decoding_latency
 from tidar_core.modes import FixedMode, Planner, StepPlan
 from tidar_core.request import DecodeStep
+from tidar_core.step import blocks_after
+from tidar_core.ways import Way, few_ways, many_ways
 
 __all__ = [
     "AUTO",
     "Acceptance",
     "AutoPlanner",
     "Choice",
-    "candidates",
     "expected_tokens",
     "measured_planner",
     "planner_of",
@@ -54,11 +58,10 @@ class Acceptance:
 
     def observe(self, step: DecodeStep) -> None:
         """Take in one verification."""
-        late = self.block_len - step.pending
         for draft in range(1, min(step.pending, step.verified)):
             if draft > step.accepted:
                 return
-            mask = late + draft
+            mask = step.late + draft
             stood = draft < step.accepted
             self.kept[mask] = FORGET * self.kept[mask] + stood
             self.tried[mask] = FORGET * self.tried[mask] + 1.0
@@ -80,62 +83,61 @@ class Choice:
     """Expected, over all sequences of the batch."""
 
 
-def planner_of(mode: str, block_len: int, table: LatencyTable | None = None) -> Planner:
-    """The planner of a mode; `auto` needs the device's latency table."""
+def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:
+    """The planner of a mode for a decoder; `auto` needs the latency table of its device.
+
+    Where steps are captured, few ways are weighed, those that the table was made of: they are captured already.
+    """
+    block_len = decoder.draft.block_len
     if mode != AUTO:
         return FixedMode(mode, block_len)
     assert table is not None, "auto needs a latency table"
-    return AutoPlanner(table, block_len)
+    return AutoPlanner(table, block_len, few_ways(block_len) if decoder.captures else None)
 
 
 def measured_planner(mode: str, decoder: Decoder, context_len: int | None = None) -> Planner:
     """The planner of a mode for a decoder; `auto` times forwards on its device first, up to `context_len`."""
     table = decoding_latency(decoder, context_len=context_len) if mode == AUTO else None
-    return planner_of(mode, decoder.draft.block_len, table)
+    return planner_of(mode, decoder, table)
 
 
-def expected_tokens(plan: StepPlan, chance: Sequence[float]) -> float:
-    """Long-run tokens per forward of one sequence that repeats `plan`; group 1 must be among its groups.
+def expected_tokens(plans: Sequence[StepPlan], chance: Sequence[float]) -> list[float]:
+    """Long-run tokens per forward of one sequence that repeats each of `plans`; group 1 must be among their groups.
 
-    The walk's state is the mask that the pending d_1 came from: 0 for a whole block, K for none.
+    The walk's state is the mask that predicted the place of the pending d_1: 0 for a whole block, K for none.
     """
-    assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
     K = len(chance)
-    law = [1.0] + [0.0] * K
-    tokens = 0.0
+    moves, gains = [], []
+    laws: dict[tuple[int, int], Tensor] = {}
+    for plan in plans:
+        assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
+        shape = (plan.clean_len, plan.masks(K))
+        if shape not in laws:
+            laws[shape] = torch.tensor([_lengths(*shape, late, chance) for late in range(K + 1)], dtype=torch.double)
+        after = [min(K, block.late) for block in blocks_after(plan, K)[1:]]
+        law = laws[shape]
+        moves.append(torch.zeros(K + 1, K + 1, dtype=torch.double).index_add_(1, torch.tensor(after), law))
+        gains.append(law @ torch.arange(1.0, plan.clean_len + 1, dtype=torch.double))
+    move, gain = torch.stack(moves), torch.stack(gains)
+    state = torch.zeros(len(plans), 1, K + 1, dtype=torch.double)
+    state[..., 0] = 1.0
+    tokens = torch.zeros(len(plans), dtype=torch.double)
     for step in range(2 * WALK_STEPS):
-        after = [0.0] * (K + 1)
-        for late, weight in enumerate(law):
-            if weight < 1e-9:
-                continue
-            for n, probability in enumerate(_lengths(plan.clean_len, late, chance), 1):
-                below = [group for group in plan.groups if group <= n]
-                after[min(K, n - below[-1]) if below else K] += weight * probability
-                tokens += weight * probability * n * (step >= WALK_STEPS)
-        law = after
-    return tokens / WALK_STEPS
-
-
-def candidates(block_len: int) -> Iterator[tuple[str, tuple[StepPlan, ...]]]:
-    """Every way to decode that is weighed: names and cycles."""
-    yield "autoregressive", (StepPlan(1),)
-    depths = sorted({2, 3, 4, 6, 8, 12, 16, block_len} & set(range(2, block_len + 1)))
-    for clean_len in depths:
-        yield "two-pass", (StepPlan(1, (1,)), StepPlan(clean_len))
-        for groups in sorted({m for m in (1, 2, 3, 4, 6, 8, 12, 16) if m < clean_len} | {clean_len}):
-            first = tuple(range(1, groups + 1))
-            yield "single-pass", (StepPlan(clean_len, first),)
-            if groups < clean_len - 1:
-                yield "single-pass", (StepPlan(clean_len, (*first, clean_len)),)
+        if step >= WALK_STEPS:
+            tokens += (state[:, 0] * gain).sum(-1)
+        state = state @ move
+    return (tokens / WALK_STEPS).tolist()
 
 
 class AutoPlanner:
     """Picks the choice that promises most; reviews it as acceptance is learned, keeps to it unless clearly beaten."""
 
-    def __init__(self, table: LatencyTable, block_len: int) -> None:
+    def __init__(self, table: LatencyTable, block_len: int, ways: Sequence[Way] | None = None) -> None:
+        """ways  that are weighed, autoregression first; many by default"""
         self.table, self.block_len = table, block_len
+        self.ways = ways or many_ways(block_len)
         self.acceptance = Acceptance(block_len)
-        self.choice = Choice("single-pass", (StepPlan(block_len, (1,)),), 0.0)
+        self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
         self._batch = self._steps = self._since_drafts = 0
         self._review_at, self._gap = 0, FIRST_REVIEW
@@ -154,7 +156,7 @@ class AutoPlanner:
             return self._probe(pending)
         if max(pending) > 1:
             return self.choice.cycle[-1]
-        return StepPlan(1, (1,))
+        return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
 
     def observe(self, steps: Sequence[DecodeStep]) -> None:
         """Learn from the decode step that `next_plan` was asked for."""
@@ -165,7 +167,10 @@ class AutoPlanner:
         """What it holds to, what that promises over autoregression, and what it has learned; for reports."""
         return {
             "mode": self.choice.mode,
-            "plans": [{"verified": plan.clean_len, "groups": list(plan.groups)} for plan in self.choice.cycle],
+            "plans": [
+                {"verified": plan.clean_len, "groups": list(plan.groups), "masks": plan.masks(self.block_len)}
+                for plan in self.choice.cycle
+            ],
             "expected_over_ar": self.expected_over_ar,
             "chance_by_mask": self.acceptance.chance,
         }
@@ -180,10 +185,19 @@ class AutoPlanner:
     def weigh(self, batch: int, context: int) -> list[Choice]:
         """All candidates with what they promise for this batch."""
         chance = self.acceptance.chance
-        return [
-            Choice(mode, cycle, self._tokens_per_second(mode, cycle, chance, batch, context))
-            for mode, cycle in candidates(self.block_len)
-        ]
+        walks = [way.cycle[0] for way in self.ways if way.mode == "single-pass"]
+        walked = dict(zip(walks, expected_tokens(walks, chance))) if walks else {}
+        choices = []
+        for way in self.ways:
+            mode, cycle = way.mode, way.cycle
+            if mode == "two-pass":
+                lengths = _lengths(cycle[1].clean_len, cycle[0].width, 0, chance)
+                tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
+            else:
+                tokens = walked.get(cycle[0], 1.0)
+            seconds = sum(self.table.seconds(plan.rows(self.block_len), batch, context) for plan in cycle)
+            choices.append(Choice(mode, cycle, batch * tokens / seconds))
+        return choices
 
     def _review(self, batch: int, context: int) -> None:
         if batch != self._batch:
@@ -197,30 +211,20 @@ class AutoPlanner:
         keeps = best.tokens_per_second < HYSTERESIS * present.tokens_per_second
         self.choice = present if keeps else best
 
-    def _tokens_per_second(
-        self, mode: str, cycle: tuple[StepPlan, ...], chance: Sequence[float], batch: int, context: int
-    ) -> float:
-        seconds = sum(self.table.seconds(plan.rows(self.block_len), batch, context) for plan in cycle)
-        if mode == "autoregressive":
-            tokens = 1.0
-        elif mode == "two-pass":
-            tokens = 1.0 + sum(n * p for n, p in enumerate(_lengths(cycle[1].clean_len, 0, chance), 1))
-        else:
-            tokens = expected_tokens(cycle[0], chance)
-        return batch * tokens / seconds
-
     def _probe(self, pending: tuple[int, ...]) -> StepPlan:
         """One token a step; now and then one block is drafted, and then verified."""
         if max(pending) > 1:
             self._since_drafts = 0
             return StepPlan(self.block_len)
         self._since_drafts += 1
-        return StepPlan(1, (1,)) if self._since_drafts >= PROBE_EVERY and self.block_len > 1 else StepPlan(1)
+        if self._since_drafts < PROBE_EVERY or self.block_len == 1:
+            return StepPlan(1)
+        return StepPlan(1, (1,), self.block_len)
 
 
-def _lengths(clean_len: int, late: int, chance: Sequence[float]) -> list[float]:
-    """Law of the accepted length 1..clean_len, where pending drafts came from the masks after `late`."""
-    drafts = max(0, min(clean_len, len(chance) - late) - 1)
+def _lengths(clean_len: int, width: int, late: int, chance: Sequence[float]) -> list[float]:
+    """Law of the accepted length 1..clean_len, where mask `late` of a block of `width` predicted d_1's place."""
+    drafts = max(0, min(clean_len, width - late) - 1)
     survival = list(accumulate(chance[late + 1 : late + 1 + drafts], mul, initial=1.0))
     law = [a - b for a, b in zip(survival, [*survival[1:], 0.0])]
     return law + [0.0] * (clean_len - len(law))

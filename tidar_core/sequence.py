@@ -25,6 +25,8 @@ class Sequence:
     """Clean tokens in the cache; while it runs, all tokens but the last."""
     pending: int = 1
     """Tokens of the draft block that are worth verifying: d_1 and what masks have drafted."""
+    late: int = 0
+    """Which mask of its block predicted d_1's place."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
@@ -49,4 +51,5 @@ class Sequence:
             self.rules.commit(tokens)
         ended = "length" if self.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
-        return DecodeStep(self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified)
+        late = self.late if verified else 0
+        return DecodeStep(self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late)

@@ -34,6 +34,8 @@ class NextBlock:
     """Row of the mask at the position of the next d_1; those after it draft d_2, d_3, .."""
     pending: int
     """d_1 and the drafts after it."""
+    late: int
+    """Which mask of its block predicted d_1's place, from 0; of no meaning where nothing else is pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,12 @@ class Stepper:
 
     def __init__(self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: RowState) -> None:
         self.model, self.draft, self.cache, self.state = model, draft, cache, state
-        self._forward = DecodeForward(model, cache, draft.block_len)
+        self._forward = DecodeForward(model, cache)
 
-    def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, groups: tuple[int, ...]) -> Tensor:
+    def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
         """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
         prefix_len = torch.tensor([start], device=chunk_1C.device)
-        return self._forward(page_table_1N, prefix_len, chunk_1C, groups, -(-start // self.cache.page_len))
+        return self._read(page_table_1N, prefix_len, chunk_1C, plan, -(-start // self.cache.page_len))
 
     def begin(self, rows: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """Choose the first token [1] of a sequence that was read to its end, and draft the block behind it.
@@ -82,9 +84,9 @@ class Stepper:
         B, C, state = batch, plan.clean_len, self.state
         sampling = state.sampling(slice(0, B))
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
-        hidden_BRE = self._forward(state.page_table[:B], prefix_B, draft_BC, plan.groups, used_pages)
+        hidden_BRE = self._read(state.page_table[:B], prefix_B, draft_BC, plan, used_pages)
         ar_logits = self.model.head(hidden_BRE[:, :C])
-        logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: self.draft.block_len], sampling)
+        logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: plan.masks(self.draft.block_len)], sampling)
         if adjust is not None:
             logits_BCV = adjust(logits_BCV)
         next_BC = prefix_B[:, None] + _ahead(C, prefix_B.device)
@@ -123,23 +125,26 @@ class Stepper:
         """
         K, state = self.draft.block_len, self.state
         self.stand_in(rows, first_B)
-        if K == 1 or not plan.groups:
+        width = plan.masks(K)
+        if width == 1 or not plan.groups:
             return
         first_rows, pendings = _blocks_tensors(plan, K, first_B.device)
         first_row_B1, pending_B1 = first_rows[accepted_B][:, None], pendings[accepted_B][:, None]
-        offset_R = torch.arange(1, K, device=first_B.device)
+        offset_R = _ahead(width - 1, first_B.device)
         guessed_BR = offset_R < pending_B1
         row_BR = torch.where(guessed_BR, first_row_B1 + offset_R, 0)
         hidden_BKE = hidden_BRE.gather(1, row_BR[..., None].expand(-1, -1, hidden_BRE.shape[-1]))
         logits_BRV = self.model.head(hidden_BKE)
         if state.proposal is None:
-            state.draft[rows, 1:] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
+            state.draft[rows, 1:width] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
             return
         proposal_BRV = law(logits_BRV, sampling)
         position_BR = state.prefix_len[rows, None] + offset_R
         drawn_BR = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
-        state.draft[rows, 1:] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
-        state.proposal[rows, 1:] = torch.where(guessed_BR[..., None], proposal_BRV, state.proposal[rows, 1:])
+        drafted = slice(1, width)
+        state.draft[rows, drafted] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
+        kept_BRV = state.proposal[rows, drafted]
+        state.proposal[rows, drafted] = torch.where(guessed_BR[..., None], proposal_BRV, kept_BRV)
 
     def stand_in(self, rows: slice, first_B: Tensor) -> None:
         """Where there is no mask, the final token stands in for drafts, a point mass like any other guess."""
@@ -149,11 +154,17 @@ class Stepper:
             state.proposal[rows] = 0.0
             state.proposal[rows].scatter_(2, state.draft[rows][..., None], 1.0)
 
+    def _read(
+        self, page_table_BN: Tensor, prefix_len_B: Tensor, clean_BC: Tensor, plan: StepPlan, used_pages: int
+    ) -> Tensor:
+        width = plan.masks(self.draft.block_len)
+        return self._forward(page_table_BN, prefix_len_B, clean_BC, plan.groups, width, used_pages)
+
 
 @lru_cache(maxsize=64)
-def _ahead(clean_len: int, device: torch.device) -> Tensor:
-    """1..clean_len: how far behind the prefix each row's next token stands."""
-    return 1 + torch.arange(clean_len, device=device)
+def _ahead(count: int, device: torch.device) -> Tensor:
+    """1..count: how far behind something each of a run of rows stands."""
+    return 1 + torch.arange(count, device=device)
 
 
 @lru_cache(maxsize=1024)
@@ -162,12 +173,13 @@ def blocks_after(plan: StepPlan, block_len: int) -> tuple[NextBlock, ...]:
 
     The masks of the largest group that is no larger; where that is smaller, its later ones.
     """
-    blocks = [NextBlock(0, 1)]
+    width = plan.masks(block_len)
+    blocks = [NextBlock(0, 1, 0)]
     for n in range(1, plan.clean_len + 1):
         below = [index for index, group in enumerate(plan.groups) if group <= n]
-        late = n - plan.groups[below[-1]] if below else block_len
-        first_row = plan.clean_len + below[-1] * block_len + late if late < block_len else 0
-        blocks.append(NextBlock(first_row, max(1, block_len - late)))
+        late = n - plan.groups[below[-1]] if below else width
+        first_row = plan.clean_len + below[-1] * width + late if late < width else 0
+        blocks.append(NextBlock(first_row, max(1, width - late), late))
     return tuple(blocks)
 
 

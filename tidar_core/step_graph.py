@@ -19,10 +19,17 @@ __all__ = ["StepGraphs", "rounded"]
 WARM_UPS = 2
 """Runs before a capture: kernels are compiled and handles made outside of it."""
 
+BATCH_BASE, PAGES_BASE = 2, 8
+"""Batches are rounded up to powers of the one, since every row is computed; used pages to powers of the other, since a
+program leaves at once where a prefix has no page."""
 
-def rounded(count: int, most: int) -> int:
-    """The next power of two, but no more than `most`; 0 stays 0."""
-    return min(most, 1 << max(0, count - 1).bit_length()) if count else 0
+
+def rounded(count: int, most: int, base: int) -> int:
+    """The next power of `base`, but no more than `most`; 0 stays 0."""
+    power = 1
+    while power < count:
+        power *= base
+    return min(most, power) if count else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,8 @@ class StepGraphs:
     def step(self, batch: int, plan: StepPlan, used_pages: int) -> Outcome:
         """`Stepper.step` without rules. Its tensors hold until the next call; rows behind `batch` mean nothing."""
         state: RowState = self._stepper.state
-        batch = rounded(batch, state.rows)
-        used_pages = rounded(used_pages, state.page_table.shape[1])
+        batch = rounded(batch, state.rows, BATCH_BASE)
+        used_pages = rounded(used_pages, state.page_table.shape[1], PAGES_BASE)
         key = (batch, plan, used_pages, state.sampling(slice(0, batch)).kind)
         if key not in self._captured:
             self._captured[key] = self._capture(batch, plan, used_pages)

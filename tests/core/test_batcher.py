@@ -11,8 +11,7 @@ from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.errors import ConfigError
-from tidar_core.modes import StepPlan
-from tidar_core.planner import planner_of
+from tidar_core.modes import FixedMode, StepPlan
 
 SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
 
@@ -31,7 +30,7 @@ def texts_of(batcher, texts, sampling):
 def test_sequences_that_give_up_their_pages_are_read_again_and_say_the_same(model, mode, sampling):
     texts = prompts(15, 12, 20, 8, 17)
     decoder = decoder_of(model, pages=19)
-    assert texts_of(Batcher(decoder, planner_of(mode, 4)), texts, sampling) == expected_texts(model, texts, sampling)
+    assert texts_of(Batcher(decoder, FixedMode(mode, 4)), texts, sampling) == expected_texts(model, texts, sampling)
     assert decoder.preemptions > 0
     assert decoder.pool.held == 0
 

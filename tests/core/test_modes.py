@@ -9,7 +9,6 @@ from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.errors import ConfigError
 from tidar_core.modes import MODES, FixedMode, StepPlan
-from tidar_core.planner import planner_of
 
 SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
 
@@ -29,7 +28,7 @@ def texts_of(model, texts, sampling, planner, *, block_len, rows=3, kind="argmax
     ],
 )
 def test_each_mode_spends_these_rows(mode, pending, plan):
-    assert planner_of(mode, 4).next_plan(pending, 9) == plan
+    assert FixedMode(mode, 4).next_plan(pending, 9) == plan
 
 
 def test_a_dense_step_has_k_plus_k_squared_rows_and_a_two_pass_round_three_k():
@@ -42,7 +41,7 @@ def test_a_dense_step_has_k_plus_k_squared_rows_and_a_two_pass_round_three_k():
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_autoregressive_text(model, mode, block_len, sampling):
     texts = prompts(5, 12, 3, 8)
-    planner = planner_of(mode, block_len)
+    planner = FixedMode(mode, block_len)
     assert texts_of(model, texts, sampling, planner, block_len=block_len) == expected_texts(model, texts, sampling)
 
 
@@ -97,11 +96,35 @@ def test_a_missing_group_hands_on_the_later_masks_of_the_one_below(model):
     assert sparse._state.draft[0, 1:3].tolist() == block_of_group_1._state.draft[0, 2:4].tolist()
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_blocks_of_fewer_masks_give_the_autoregressive_text(model, width):
+    texts = prompts(5, 12, 3)
+    groups = (1, 3)
+
+    class Narrow(FixedMode):
+        def next_plan(self, pending, context):
+            return StepPlan(4, groups, width)
+
+    found = texts_of(model, texts, GREEDY, Narrow("single-pass", 6), block_len=6)
+    assert found == expected_texts(model, texts, GREEDY)
+
+
+def test_a_narrow_block_leaves_as_many_pending_as_it_has_masks(model):
+    decoder = Decoder(model, DraftConfig(block_len=6), rows=1)
+    prefilled(decoder, requests(prompts(7), GREEDY)[0])
+    truth = expected_texts(model, prompts(7), SamplingConfig(max_tokens=40))[0]
+    decoder.redraft("0", [truth[1], (truth[2] + 1) % 500, 1, 2, 3])  # two stand
+    step = decoder.decode_step(StepPlan(3, (1,), 4))[0]
+    assert (step.accepted, step.pending, step.verified) == (2, 6, 3)
+    assert decoder.pending == (3,), "the second, third and fourth of group 1's four masks"
+    assert decoder.decode_step(StepPlan(1))[0].late == 1
+
+
 def test_forwards_are_counted_by_what_they_verify(model):
     request = requests(prompts(7), GREEDY)
     for mode, verifications in (("autoregressive", 0), ("two-pass", 1), ("single-pass", 1)):
         decoder = Decoder(model, DraftConfig(block_len=4), rows=1)
-        completion = complete(Batcher(decoder, planner_of(mode, 4)), request)[0]
+        completion = complete(Batcher(decoder, FixedMode(mode, 4)), request)[0]
         decode_steps = completion.forwards - 1
         share = {0: 0, 1: decode_steps if mode == "single-pass" else decode_steps // 2}[verifications]
         assert completion.accepted.total() == share

@@ -10,22 +10,24 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
 from tidar_core.modes import StepPlan
-from tidar_core.planner import AUTO, Acceptance, AutoPlanner, candidates, expected_tokens, planner_of
+from tidar_core.planner import Acceptance, AutoPlanner, expected_tokens
 from tidar_core.request import DecodeStep
+from tidar_core.step_graph import rounded
+from tidar_core.ways import few_ways, many_ways, timed_plans
 
 K = 4
 
 
 def simulated_tokens(plan, chance, forwards=40_000, seed=0):
     """Tokens per forward of a sequence that is decoded draft by draft."""
-    luck, late, tokens = random.Random(seed), 0, 0
+    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(chance))
     for _ in range(forwards):
-        n, drafts = 1, min(plan.clean_len, len(chance) - late) - 1
+        n, drafts = 1, min(plan.clean_len, width - late) - 1
         while n <= drafts and luck.random() < chance[late + n]:
             n += 1
         tokens += n
         groups = [g for g in plan.groups if g <= n]
-        late = min(len(chance), n - max(groups)) if groups else len(chance)
+        late = min(width, n - max(groups)) if groups else width
     return tokens / forwards
 
 
@@ -37,16 +39,25 @@ def table_of(seconds_of_rows, batch=1):
 @pytest.mark.parametrize("chance", [[0, 0.9, 0.9, 0.9], [0, 0.5, 0.3, 0.1], [0, 0.0, 0.9, 0.9], [0, 1.0, 1.0, 1.0]])
 @pytest.mark.parametrize(
     "plan",
-    [StepPlan(4, (1, 2, 3, 4)), StepPlan(4, (1,)), StepPlan(4, (1, 4)), StepPlan(3, (1, 2)), StepPlan(4, (1, 3))],
+    [
+        StepPlan(4, (1, 2, 3, 4)),
+        StepPlan(4, (1,)),
+        StepPlan(4, (1, 4)),
+        StepPlan(3, (1, 2)),
+        StepPlan(4, (1, 3)),
+        StepPlan(2, (1, 2), 2),
+        StepPlan(2, (1,), 3),
+        StepPlan(3, (1,), 3),
+    ],
 )
 def test_expected_tokens_are_those_of_a_simulation(plan, chance):
     # 40,000 forwards of at most 4 tokens: the standard error is below 0.01
-    assert expected_tokens(plan, chance) == pytest.approx(simulated_tokens(plan, chance), abs=0.04)
+    assert expected_tokens([plan], chance)[0] == pytest.approx(simulated_tokens(plan, chance), abs=0.04)
 
 
 def test_dense_groups_give_the_plain_expectation():
     chance = [0, 0.8, 0.5, 0.2]
-    assert expected_tokens(StepPlan(4, (1, 2, 3, 4)), chance) == pytest.approx(1 + 0.8 + 0.4 + 0.08)
+    assert expected_tokens([StepPlan(4, (1, 2, 3, 4))], chance)[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
 
 
 @pytest.mark.parametrize("chance", [[0, 0.05, 0.05, 0.05], [0, 0.6, 0.5, 0.4], [0, 0.95, 0.95, 0.95]])
@@ -57,13 +68,14 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
     planner.acceptance.tried = [1e6] * K
     planner.next_plan((1,), 10)
     rates = {}
-    for mode, cycle in candidates(K):
+    for way in many_ways(K):
+        mode, cycle = way.mode, way.cycle
         seconds = sum(1.0 + row_cost * plan.rows(K) for plan in cycle)
         if mode == "single-pass":
             tokens = simulated_tokens(cycle[0], chance)
         else:
             tokens = 1.0 if mode == "autoregressive" else 1 + simulated_tokens(
-                StepPlan(cycle[1].clean_len, tuple(range(1, cycle[1].clean_len + 1))), chance
+                StepPlan(cycle[1].clean_len, tuple(range(1, cycle[1].clean_len + 1)), cycle[0].width), chance
             )  # fmt: skip
         rates[cycle] = tokens / seconds
     # the choice may keep to a candidate within its hysteresis of 3 %, and the simulation has an error of 1 %
@@ -81,7 +93,7 @@ def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
     planner = AutoPlanner(table_of(lambda rows: 1.0), K)
     planner.acceptance.kept = [1.9] * K
     planner.next_plan((4,), 10)
-    assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4)),)
+    assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
@@ -94,7 +106,7 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
         plans.append(plan)
         n = plan.clean_len  # every draft stands from now on
         planner.observe([DecodeStep("r", (1,) * n, None, pending[0], n, n)])
-        pending = (K,) if plan.groups else (1,)
+        pending = (plan.masks(K),) if plan.groups else (1,)
     assert plans[0] == StepPlan(1)
     assert planner.choice.mode != "autoregressive"
 
@@ -102,7 +114,7 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
 def test_acceptance_is_counted_per_mask_and_stops_at_the_first_that_fell():
     acceptance = Acceptance(4)
     acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # mask 1 stood, mask 2 fell, mask 3 was not reached
-    acceptance.observe(DecodeStep("r", (1,), None, 3, 1, 4))  # one late: mask 2 fell
+    acceptance.observe(DecodeStep("r", (1,), None, 3, 1, 4, late=1))  # one late: mask 2 fell
     acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4))  # nothing was drafted
     assert acceptance.tried[1] == pytest.approx(3, abs=0.01)
     assert acceptance.kept[1] == pytest.approx(2, abs=0.01)
@@ -132,7 +144,30 @@ def test_a_measured_table_covers_what_was_asked(model):
 @pytest.mark.parametrize("row_cost", [0.0, 0.05, 1.0])
 def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost):
     texts = prompts(5, 12, 3, 8)
-    planner = planner_of(AUTO, K, table_of(lambda rows: 1.0 + row_cost * rows))
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + row_cost * rows), K)
     batcher = Batcher(Decoder(model, DraftConfig(block_len=K), rows=3), planner)
     found = [tuple(c.token_ids) for c in complete(batcher, requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
+
+
+@pytest.mark.parametrize("block_len", [1, 2, 3, 8, 16])
+def test_every_way_can_be_taken_and_each_is_there_once(block_len):
+    for ways in (few_ways(block_len), many_ways(block_len)):
+        assert ways[0].cycle == (StepPlan(1),)
+        assert len({way.cycle for way in ways}) == len(ways)
+        for plan in timed_plans(ways):
+            assert 1 <= plan.clean_len <= block_len
+            assert plan.masks(block_len) <= block_len
+            assert set(plan.groups) <= set(range(1, plan.clean_len + 1))
+    assert set(timed_plans(few_ways(block_len))) <= set(timed_plans(many_ways(block_len))) | {StepPlan(block_len)}
+
+
+def test_where_steps_are_captured_only_few_ways_are_weighed_all_of_them_timed():
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), 16, few_ways(16))
+    assert [choice.cycle for choice in planner.weigh(1, 10)] == [way.cycle for way in few_ways(16)]
+    assert len(timed_plans(few_ways(16))) < 20
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (2, 8), (8, 8), (9, 64), (65, 100), (100, 100)])
+def test_shapes_are_rounded_up_to_few(count, expected):
+    assert rounded(count, 100, 8) == expected

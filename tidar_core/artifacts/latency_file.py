@@ -52,7 +52,7 @@ def bundle_planner(mode: str, bundle: str, decoder: Decoder, context_len: int | 
     table = None
     if mode == AUTO:
         table = stored_table(bundle, decoder) or decoding_latency(decoder, context_len=context_len)
-    return planner_of(mode, decoder.draft.block_len, table)
+    return planner_of(mode, decoder, table)
 
 
 def _made_with(decoder: Decoder) -> dict[str, Any]:
