@@ -21,7 +21,7 @@ from tidar_core.artifacts.bundle import Bundle, load_bundle
 from tidar_core.artifacts.made_by import made_by, write_made_by
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.autoregressive import generate_autoregressive
-from tidar_core.benchmark import compare_modes
+from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import ConfigError, ShardError
 from tidar_core.layout import PADDING
@@ -43,7 +43,11 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         update={name: locations.absolute(getattr(job, name)) for name in ("bundle", "shards", "output")}
     )
     connect()
-    units = -(-job.loss_rows // ROWS_AT_ONCE) + job.prompts + len(MODES) * (1 + job.repeats * job.prompts)
+    units = (
+        -(-job.loss_rows // ROWS_AT_ONCE)
+        + job.prompts
+        + prompts_in_all(job.prompts, modes=len(MODES), batch=job.batch, repeats=job.repeats)
+    )
     try:
         with watched_board("evaluate", total=units, unit="parts") as board:
             return ray.get(_on_node.options(num_gpus=job.gpus, num_cpus=job.cpus).remote(job, board))

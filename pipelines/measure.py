@@ -12,7 +12,7 @@ import torch
 from pipelines.progress import job_progress, stderr
 from tidar_core.artifacts.bundle import Bundle
 from tidar_core.artifacts.latency_file import time_and_store
-from tidar_core.benchmark import compare_modes
+from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.latency import latency_shapes, measure_latency
@@ -38,7 +38,7 @@ def compared_modes(
 ) -> dict[str, Any]:
     """Every mode on the same prompts in one run."""
     modes = (*MODES, AUTO)
-    total = len(modes) * (1 + repeats * len(prompts))
+    total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
         done = iter(range(1, total + 1))
         results = compare_modes(

@@ -20,7 +20,7 @@ from tidar_core.modes import MODES, Planner
 from tidar_core.planner import AutoPlanner, measured_planner
 from tidar_core.request import Request
 
-__all__ = ["Divergence", "ModeResult", "compare_modes"]
+__all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ def compare_modes(
     modes: Sequence[str] = MODES,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> dict[str, ModeResult]:
-    """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one prompt to warm up.
+    """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one batch to warm up.
 
     Every prompt is read anew each time: prefixes are not shared.
 
-    on_prompt  called after each finished prompt, len(modes) * (1 + repeats * len(prompts)) times in all
+    on_prompt  called after each finished prompt, `prompts_in_all` times
     """
     decoder = Decoder(
         model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len, share_prefixes=False
@@ -96,7 +96,7 @@ def compare_modes(
     planners = {mode: measured_planner(mode, decoder, longest) for mode in modes}
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
     for planner in planners.values():
-        _run(decoder, planner, prompts[:1], sampling, on_prompt)
+        _run(decoder, planner, prompts[:batch], sampling, on_prompt)
     for _ in range(repeats):
         for mode, planner in planners.items():
             runs[mode].append(_run(decoder, planner, prompts, sampling, on_prompt))
@@ -106,6 +106,11 @@ def compare_modes(
         parted = _divergences(model, prompts, truth, [tuple(c.token_ids) for c in done[0].completions])
         results[mode] = _result(done, block_len, parted, planners[mode])
     return results
+
+
+def prompts_in_all(prompts: int, *, modes: int, batch: int, repeats: int) -> int:
+    """Prompts that `compare_modes` continues, those to warm up included."""
+    return modes * (min(batch, prompts) + repeats * prompts)
 
 
 @dataclass(slots=True)
