@@ -31,8 +31,8 @@ HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "mo
 TRAINING = ("packing", "row_order", "dual_mode", "flex", "losses", "objective", "schedule", "flops", "single_device")
 DECODING = (
     "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "decode_forward",
-    "step", "step_graph", "decoder", "ways", "latency", "planner", "batcher", "autoregressive", "benchmark",
-    "step_bench",
+    "step", "step_graph", "decoder", "ways", "latency", "acceptance", "planner", "batcher", "autoregressive",
+    "benchmark", "step_bench",
 )  # fmt: skip
 
 

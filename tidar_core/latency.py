@@ -36,6 +36,8 @@ class LatencyPoint:
     context: int
     """Clean tokens of each sequence in the cache."""
     seconds: float
+    drafts: bool = False
+    """Masks are among the rows, and drafts are made of them, which costs a little more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,13 @@ class LatencyTable:
 
     points: tuple[LatencyPoint, ...]
 
-    def seconds(self, rows: int, batch: int, context: int) -> float:
+    def seconds(self, rows: int, batch: int, context: int, *, drafts: bool = False) -> float:
         """Expected time of a forward: linear in rows between measured ones, at the next larger measured batch and
-        context (the largest beyond that)."""
-        curve = self._curve(batch, context)
+        context (the largest beyond that).
+
+        drafts  masks are among the rows; where none such was measured, the others stand for them
+        """
+        curve = self._curve(batch, context, drafts) or self._curve(batch, context, False)
         index = min(max(1, bisect_left([p.rows for p in curve], rows)), len(curve) - 1)
         low, high = curve[max(0, index - 1)], curve[index]
         if low.rows == high.rows:
@@ -57,32 +62,33 @@ class LatencyTable:
 
     def knee_rows(self, batch: int = 1) -> int:
         """The most measured rows that are still free at the smallest context."""
-        curve = self._curve(batch, 0)
+        curve = self._curve(batch, 0, False)
         return max(point.rows for point in curve if point.seconds <= KNEE_COST * curve[0].seconds)
 
-    def _curve(self, batch: int, context: int) -> list[LatencyPoint]:
+    def _curve(self, batch: int, context: int, drafts: bool) -> list[LatencyPoint]:
         batches = sorted({p.batch for p in self.points})
         near = batches[min(bisect_left(batches, batch), len(batches) - 1)]
         contexts = sorted({p.context for p in self.points if p.batch == near})
         far = contexts[min(bisect_left(contexts, context), len(contexts) - 1)]
-        return sorted((p for p in self.points if (p.batch, p.context) == (near, far)), key=lambda p: p.rows)
+        here = [p for p in self.points if (p.batch, p.context, p.drafts) == (near, far, drafts)]
+        return sorted(here, key=lambda p: p.rows)
 
 
 def decoding_latency(
-    decoder: Decoder, *, context_len: int | None = None, repeats: int = 5, on_point: Callable[[], None] = lambda: None
+    decoder: Decoder, *, context_len: int | None = None, repeats: int = 9, on_point: Callable[[], None] = lambda: None
 ) -> LatencyTable:
     """The table that a decoder plans with: whole decode steps, verification included, at the row counts of its modes.
 
     context_len  longest context that is planned for; the decoder's own by default
     on_point     called after each of `latency_shapes`
     """
-    points = []
+    K, points = decoder.draft.block_len, []
+    plans = timed_plans(few_ways(K))
     for batch, context in latency_shapes(decoder, context_len):
         with decoder.rehearsal(batch, context) as step:
-            for plan in timed_plans(few_ways(decoder.draft.block_len)):
-                seconds = _median_seconds(partial(step, plan), repeats)
-                rows = plan.rows(decoder.draft.block_len)
-                points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds))
+            times = _median_seconds([partial(step, plan) for plan in plans], repeats)
+        for (rows, drafts), seconds in {(p.rows(K), bool(p.groups)): t for p, t in zip(plans, times)}.items():
+            points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds, drafts=drafts))
         on_point()
     return LatencyTable(tuple(points))
 
@@ -134,15 +140,17 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
         hidden = read(page_table_BN, prefix_B, token_BR, (), 1, used_pages)
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
-    return _median_seconds(forward, repeats)
+    return _median_seconds([forward], repeats)[0]
 
 
-def _median_seconds(run: Callable[[], None], repeats: int) -> float:
-    """Of `repeats` runs, after a warm-up."""
-    run()
-    times = []
+def _median_seconds(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+    """Of `repeats` of each, in turns: what disturbs the machine for a while disturbs all. Each is run once before it is
+    timed, so that none pays for what its neighbour left in the caches."""
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        for run, taken in zip(runs, times):
+            run()
+            began = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]

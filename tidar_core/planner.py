@@ -1,32 +1,24 @@
 """Which mode, with which rows, brings the most tokens per second right now?
 
-Cost comes from a measured latency table, gain from how often drafts stood so far. A draft's chance depends on which
-mask of its block it came from, so a plan is a walk over how late in a block the pending drafts began; its long-run
-tokens per forward follow from the walk's stationary law. Autoregression is always among the candidates.
+Cost comes from a measured latency table, gain from how often drafts stood so far (`acceptance`). Autoregression is
+always among what is weighed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tidar_core.acceptance import Acceptance, accepted_lengths, expected_tokens
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyTable, decoding_latency
 from tidar_core.modes import FixedMode, Planner, StepPlan
 from tidar_core.request import DecodeStep
-from tidar_core.step import blocks_after
 from tidar_core.ways import Way, few_ways, many_ways
 
 __all__ = [
     "AUTO",
-    "Acceptance",
     "AutoPlanner",
     "Choice",
-    "expected_tokens",
     "measured_planner",
     "planner_of",
 ]
@@ -34,42 +26,14 @@ __all__ = [
 AUTO = "auto"
 """The mode that is all others, by turns."""
 
-FORGET = 0.998
-"""What an observation still weighs after the next verification of its mask."""
-PRIOR = (1.0, 2.0)
-"""Drafts kept and tried before any was seen, for each mask."""
 HYSTERESIS = 1.03
 """A new choice must promise this many times the tokens per second of the present one."""
+SURE = 1.05
+"""To draft at all, a choice must promise this many times those of the autoregressive mode: a table is never exact."""
 FIRST_REVIEW, LONGEST_REVIEW = 8, 256
 """Decode steps before the choice is first reviewed, and between reviews later; the gap doubles."""
 PROBE_EVERY = 256
 """Autoregressive steps after which one block is drafted and verified, to see whether drafting would pay by now."""
-WALK_STEPS = 24
-"""Steps of the walk before its tokens are averaged, and over which they are: a multiple of most periods it can have."""
-
-
-class Acceptance:
-    """How often the i-th mask of a block drafted a token that stood, given that those before it did."""
-
-    def __init__(self, block_len: int) -> None:
-        self.block_len = block_len
-        self.kept = [PRIOR[0]] * block_len
-        self.tried = [PRIOR[1]] * block_len
-
-    def observe(self, step: DecodeStep) -> None:
-        """Take in one verification."""
-        for draft in range(1, min(step.pending, step.verified)):
-            if draft > step.accepted:
-                return
-            mask = step.late + draft
-            stood = draft < step.accepted
-            self.kept[mask] = FORGET * self.kept[mask] + stood
-            self.tried[mask] = FORGET * self.tried[mask] + 1.0
-
-    @property
-    def chance(self) -> list[float]:
-        """For masks 0..K-1; entry 0 is not used: the first token of a block is final."""
-        return [kept / tried for kept, tried in zip(self.kept, self.tried)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,34 +65,6 @@ def measured_planner(mode: str, decoder: Decoder, context_len: int | None = None
     return planner_of(mode, decoder, table)
 
 
-def expected_tokens(plans: Sequence[StepPlan], chance: Sequence[float]) -> list[float]:
-    """Long-run tokens per forward of one sequence that repeats each of `plans`; group 1 must be among their groups.
-
-    The walk's state is the mask that predicted the place of the pending d_1: 0 for a whole block, K for none.
-    """
-    K = len(chance)
-    moves, gains = [], []
-    laws: dict[tuple[int, int], Tensor] = {}
-    for plan in plans:
-        assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
-        shape = (plan.clean_len, plan.masks(K))
-        if shape not in laws:
-            laws[shape] = torch.tensor([_lengths(*shape, late, chance) for late in range(K + 1)], dtype=torch.double)
-        after = [min(K, block.late) for block in blocks_after(plan, K)[1:]]
-        law = laws[shape]
-        moves.append(torch.zeros(K + 1, K + 1, dtype=torch.double).index_add_(1, torch.tensor(after), law))
-        gains.append(law @ torch.arange(1.0, plan.clean_len + 1, dtype=torch.double))
-    move, gain = torch.stack(moves), torch.stack(gains)
-    state = torch.zeros(len(plans), 1, K + 1, dtype=torch.double)
-    state[..., 0] = 1.0
-    tokens = torch.zeros(len(plans), dtype=torch.double)
-    for step in range(2 * WALK_STEPS):
-        if step >= WALK_STEPS:
-            tokens += (state[:, 0] * gain).sum(-1)
-        state = state @ move
-    return (tokens / WALK_STEPS).tolist()
-
-
 class AutoPlanner:
     """Picks the choice that promises most; reviews it as acceptance is learned, keeps to it unless clearly beaten."""
 
@@ -139,8 +75,8 @@ class AutoPlanner:
         self.acceptance = Acceptance(block_len)
         self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
-        self._batch = self._steps = self._since_drafts = 0
-        self._review_at, self._gap = 0, FIRST_REVIEW
+        self._steps = self._since_drafts = 0
+        self._reviews: dict[int, _Review] = {}
 
     @property
     def drafts_at_prefill(self) -> bool:
@@ -149,9 +85,9 @@ class AutoPlanner:
 
     def next_plan(self, pending: tuple[int, ...], context: int) -> StepPlan:
         """The choice's plan; where nothing is pending to be verified, drafts are made first."""
-        if len(pending) != self._batch or self._steps >= self._review_at:
-            self._review(len(pending), context)
         self._steps += 1
+        review = self._review(len(pending), context)
+        self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
         if self.choice.mode == "autoregressive":
             return self._probe(pending)
         if max(pending) > 1:
@@ -191,25 +127,33 @@ class AutoPlanner:
         for way in self.ways:
             mode, cycle = way.mode, way.cycle
             if mode == "two-pass":
-                lengths = _lengths(cycle[1].clean_len, cycle[0].width, 0, chance)
+                lengths = accepted_lengths(cycle[1].clean_len, cycle[0].width, 0, chance)
                 tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
             else:
                 tokens = walked.get(cycle[0], 1.0)
-            seconds = sum(self.table.seconds(plan.rows(self.block_len), batch, context) for plan in cycle)
+            seconds = sum(self._seconds(plan, batch, context) for plan in cycle)
             choices.append(Choice(mode, cycle, batch * tokens / seconds))
         return choices
 
-    def _review(self, batch: int, context: int) -> None:
-        if batch != self._batch:
-            self._gap = FIRST_REVIEW
-        self._batch, self._review_at = batch, self._steps + self._gap
-        self._gap = min(2 * self._gap, LONGEST_REVIEW)
-        weighed = self.weigh(batch, context)
-        self.autoregressive_tokens_per_second = weighed[0].tokens_per_second
-        best = max(weighed, key=lambda choice: choice.tokens_per_second)
-        present = next((c for c in weighed if c.cycle == self.choice.cycle), weighed[0])
-        keeps = best.tokens_per_second < HYSTERESIS * present.tokens_per_second
-        self.choice = present if keeps else best
+    def _seconds(self, plan: StepPlan, batch: int, context: int) -> float:
+        return self.table.seconds(plan.rows(self.block_len), batch, context, drafts=bool(plan.groups))
+
+    def _review(self, batch: int, context: int) -> "_Review":
+        """What holds for a batch: what was found last, or found anew where that is due."""
+        last = self._reviews.get(batch)
+        if last is not None and self._steps < last.due:
+            return last
+        gap = FIRST_REVIEW if last is None else min(2 * last.gap, LONGEST_REVIEW)
+        ar, *others = self.weigh(batch, context)
+        best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
+        held = self.choice if last is None else last.choice
+        present = next((choice for choice in others if choice.cycle == held.cycle), ar)
+        if best.tokens_per_second < SURE * ar.tokens_per_second:
+            best = ar
+        elif present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
+            best = present
+        self._reviews[batch] = _Review(best, ar.tokens_per_second, self._steps + gap, gap)
+        return self._reviews[batch]
 
     def _probe(self, pending: tuple[int, ...]) -> StepPlan:
         """One token a step; now and then one block is drafted, and then verified."""
@@ -222,9 +166,10 @@ class AutoPlanner:
         return StepPlan(1, (1,), self.block_len)
 
 
-def _lengths(clean_len: int, width: int, late: int, chance: Sequence[float]) -> list[float]:
-    """Law of the accepted length 1..clean_len, where mask `late` of a block of `width` predicted d_1's place."""
-    drafts = max(0, min(clean_len, width - late) - 1)
-    survival = list(accumulate(chance[late + 1 : late + 1 + drafts], mul, initial=1.0))
-    law = [a - b for a, b in zip(survival, [*survival[1:], 0.0])]
-    return law + [0.0] * (clean_len - len(law))
+@dataclass(frozen=True, slots=True)
+class _Review:
+    choice: Choice
+    autoregressive_tokens_per_second: float
+    due: int
+    """Decode step at which the next is made."""
+    gap: int

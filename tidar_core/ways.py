@@ -42,10 +42,10 @@ def many_ways(block_len: int) -> tuple[Way, ...]:
 
 @cache
 def few_ways(block_len: int) -> tuple[Way, ...]:
-    """Autoregression first, then whole and half blocks with one group up to all."""
+    """Autoregression first, then whole, half and quarter blocks with one group up to all."""
     K = block_len
     ways = [_autoregressive()]
-    for C in _among((K // 2, K), 2, K):
+    for C in _among((K // 4, K // 2, K), 2, K):
         ways += [_two_pass(C), *(_single_pass(C, m, C) for m in _among((1, 2, 4, 8, C), 1, C))]
     return tuple(ways)
 

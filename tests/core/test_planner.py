@@ -5,12 +5,13 @@ import random
 import pytest
 from decoding import GREEDY, expected_texts, prompts, requests
 
+from tidar_core.acceptance import Acceptance, expected_tokens
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
 from tidar_core.modes import StepPlan
-from tidar_core.planner import Acceptance, AutoPlanner, expected_tokens
+from tidar_core.planner import AutoPlanner
 from tidar_core.request import DecodeStep
 from tidar_core.step_graph import rounded
 from tidar_core.ways import few_ways, many_ways, timed_plans
@@ -84,21 +85,21 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
 
 def test_hopeless_drafts_and_costly_rows_mean_autoregression():
     planner = AutoPlanner(table_of(lambda rows: float(rows)), K)
-    planner.acceptance.kept = [0.0] * K
+    planner.acceptance.tried = [1e6] * K
     assert planner.next_plan((1, 1), 10) == StepPlan(1)
     assert planner.choice.mode == "autoregressive"
 
 
 def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
     planner = AutoPlanner(table_of(lambda rows: 1.0), K)
-    planner.acceptance.kept = [1.9] * K
+    planner.acceptance.kept, planner.acceptance.tried = [0.9e6] * K, [1e6] * K
     planner.next_plan((4,), 10)
     assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), K)
-    planner.acceptance.kept, planner.acceptance.tried = [0.0] * K, [20.0] * K
+    planner.acceptance.tried = [60.0] * K
     plans = []
     pending = (1,)
     for _ in range(3000):
@@ -116,11 +117,25 @@ def test_acceptance_is_counted_per_mask_and_stops_at_the_first_that_fell():
     acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # mask 1 stood, mask 2 fell, mask 3 was not reached
     acceptance.observe(DecodeStep("r", (1,), None, 3, 1, 4, late=1))  # one late: mask 2 fell
     acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4))  # nothing was drafted
-    assert acceptance.tried[1] == pytest.approx(3, abs=0.01)
-    assert acceptance.kept[1] == pytest.approx(2, abs=0.01)
-    assert acceptance.tried[2] == pytest.approx(4, abs=0.02)
-    assert acceptance.kept[2] == pytest.approx(1, abs=0.02)
-    assert acceptance.tried[3] == 2.0
+    assert acceptance.tried == pytest.approx([0, 1, 2, 0], abs=0.01)
+    assert acceptance.kept == pytest.approx([0, 1, 0, 0], abs=0.01)
+
+
+def test_a_mask_is_thought_as_good_as_the_one_before_until_it_was_tried():
+    acceptance = Acceptance(4)
+    acceptance.kept, acceptance.tried = [0, 80.0, 0, 0], [0, 100.0, 0, 0]
+    first = (80 + 8 * 0.5) / 108
+    assert acceptance.chance[1:] == pytest.approx([first] * 3)
+    acceptance.kept[2], acceptance.tried[2] = 1.0, 8.0
+    assert acceptance.chance[2] == pytest.approx((1 + 8 * first) / 16)
+
+
+def test_what_was_not_tried_for_long_is_unknown_again():
+    acceptance = Acceptance(4)
+    acceptance.kept, acceptance.tried = [0, 0, 0.0, 0], [0, 0, 50.0, 0]
+    for _ in range(3000):
+        acceptance.observe(DecodeStep("r", (1, 1), None, 2, 2, 2))
+    assert acceptance.chance[2] > 0.9
 
 
 def test_latency_is_linear_between_measured_rows():
@@ -131,6 +146,33 @@ def test_latency_is_linear_between_measured_rows():
     assert table.seconds(24, 1, 50) == pytest.approx(2.8)
     assert table.seconds(1, 9, 5000) == 1.0
     assert table.knee_rows() == 8
+
+
+def test_steps_that_draft_have_a_curve_of_their_own():
+    points = [LatencyPoint(rows=r, batch=1, context=64, seconds=1.0 + r, drafts=d) for r in (1, 5) for d in (False,)]
+    points += [LatencyPoint(rows=r, batch=1, context=64, seconds=2.0 + r, drafts=True) for r in (3, 5)]
+    table = LatencyTable(tuple(points))
+    assert (table.seconds(4, 1, 9), table.seconds(4, 1, 9, drafts=True)) == (5.0, 6.0)
+    assert LatencyTable(tuple(points[:2])).seconds(4, 1, 9, drafts=True) == 5.0
+
+
+def test_drafting_must_promise_clearly_more_than_autoregression():
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    planner.acceptance.kept, planner.acceptance.tried = [0.3e6] * K, [1e6] * K
+    weighed = planner.weigh(1, 10)
+    best = max(choice.tokens_per_second for choice in weighed) / weighed[0].tokens_per_second
+    assert 1 < best < 1.05
+    assert planner.next_plan((1,), 10) == StepPlan(1)
+
+
+def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
+    planner = AutoPlanner(table_of(lambda rows: 1.0), K)
+    weighed = []
+    weigh = planner.weigh
+    monkeypatch.setattr(planner, "weigh", lambda batch, context: weighed.append(batch) or weigh(batch, context))
+    for batch in (1, 2, 1, 2, 1, 2):
+        planner.next_plan((1,) * batch, 10)
+    assert weighed == [1, 2]
 
 
 def test_a_measured_table_covers_what_was_asked(model):
