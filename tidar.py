@@ -188,6 +188,7 @@ def generate(
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder
+    from tidar_core.planner import AutoPlanner
     from tidar_core.request import Request
 
     uri = _found(model, tracking_uri)
@@ -200,7 +201,8 @@ def generate(
     draft = DraftConfig(block_len=block_len or bundle.info.block_len)
     decoder = Decoder(bundle.model, draft, rows=1)
     decoder.check(request)
-    batcher = Batcher(decoder, bundle_planner(mode.value, uri, decoder, len(request.prompt) + max_tokens))
+    planner = bundle_planner(mode.value, uri, decoder, len(request.prompt) + max_tokens)
+    batcher = Batcher(decoder, planner)
     pieces: list[str] = []
     began = time.perf_counter()
     completion = Completion(request)
@@ -222,6 +224,7 @@ def generate(
             "forwards": completion.forwards,
             "tokens_per_forward": completion.tokens_per_forward,
             "seconds": seconds,
+            "choice": planner.facts() if isinstance(planner, AutoPlanner) else None,
         },
         as_json,
     )

@@ -22,11 +22,11 @@ from serve_apps.transcript import Transcript
 from tidar_core import rules
 from tidar_core.artifacts.bundle import load_bundle
 from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
+from tidar_core.artifacts.latency_file import bundle_planner
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.errors import BundleError, ConfigError, RequestError, TidarError
-from tidar_core.planner import measured_planner
 from tidar_core.request import DecodeStep, Request
 
 __all__ = ["DecoderApp", "Served"]
@@ -66,7 +66,7 @@ class DecoderApp:
         decoder = Decoder(
             bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages
         )
-        planner = measured_planner(settings.mode, decoder)
+        planner = bundle_planner(settings.mode, served.bundle_uri, decoder)
         self._batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
         _warm_up(self._batcher, self._tokenizer.eos_id)
         self._loop = BatchLoop(self._batcher)

@@ -5,7 +5,7 @@ always among what is weighed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tidar_core.acceptance import Acceptance, accepted_lengths, expected_tokens
@@ -30,10 +30,13 @@ HYSTERESIS = 1.03
 """A new choice must promise this many times the tokens per second of the present one."""
 SURE = 1.05
 """To draft at all, a choice must promise this many times those of the autoregressive mode: a table is never exact."""
-FIRST_REVIEW, LONGEST_REVIEW = 8, 256
-"""Decode steps before the choice is first reviewed, and between reviews later; the gap doubles."""
-PROBE_EVERY = 256
-"""Autoregressive steps after which one block is drafted and verified, to see whether drafting would pay by now."""
+FIRST_REVIEW, LONGEST_REVIEW = 16, 256
+"""Decode steps before a new choice is reviewed, and between reviews later: the gap doubles as long as it holds."""
+PROBE_COST = 0.01
+"""Share of the time that the autoregressive choice spends on seeing whether drafting would pay by now: a block is
+drafted and verified as often as that allows."""
+SHORTEST_PROBE, LONGEST_PROBE = 32, 256
+"""Autoregressive steps from one such block to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class AutoPlanner:
         review = self._review(len(pending), context)
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
         if self.choice.mode == "autoregressive":
-            return self._probe(pending)
+            return self._probe(pending, review.probe_every)
         if max(pending) > 1:
             return self.choice.cycle[-1]
         return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
@@ -108,7 +111,7 @@ class AutoPlanner:
                 for plan in self.choice.cycle
             ],
             "expected_over_ar": self.expected_over_ar,
-            "chance_by_mask": self.acceptance.chance,
+            "chances": asdict(self.acceptance.chances),
         }
 
     @property
@@ -120,14 +123,14 @@ class AutoPlanner:
 
     def weigh(self, batch: int, context: int) -> list[Choice]:
         """All candidates with what they promise for this batch."""
-        chance = self.acceptance.chance
+        chances = self.acceptance.chances
         walks = [way.cycle[0] for way in self.ways if way.mode == "single-pass"]
-        walked = dict(zip(walks, expected_tokens(walks, chance))) if walks else {}
+        walked = dict(zip(walks, expected_tokens(walks, chances))) if walks else {}
         choices = []
         for way in self.ways:
             mode, cycle = way.mode, way.cycle
             if mode == "two-pass":
-                lengths = accepted_lengths(cycle[1].clean_len, cycle[0].width, 0, chance)
+                lengths = accepted_lengths(cycle[1].clean_len, cycle[0].width, 0, chances)
                 tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
             else:
                 tokens = walked.get(cycle[0], 1.0)
@@ -143,7 +146,6 @@ class AutoPlanner:
         last = self._reviews.get(batch)
         if last is not None and self._steps < last.due:
             return last
-        gap = FIRST_REVIEW if last is None else min(2 * last.gap, LONGEST_REVIEW)
         ar, *others = self.weigh(batch, context)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
@@ -152,16 +154,28 @@ class AutoPlanner:
             best = ar
         elif present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
             best = present
-        self._reviews[batch] = _Review(best, ar.tokens_per_second, self._steps + gap, gap)
+        holds = last is not None and last.choice.cycle == best.cycle
+        gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
+        probe_every = self._probe_every(batch, context)
+        self._reviews[batch] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
         return self._reviews[batch]
 
-    def _probe(self, pending: tuple[int, ...]) -> StepPlan:
+    def _probe_every(self, batch: int, context: int) -> int:
+        """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among."""
+        K, ar_seconds = self.block_len, self._seconds(StepPlan(1), batch, context)
+        seconds = self._seconds(StepPlan(1, (1,), K), batch, context) + self._seconds(StepPlan(K), batch, context)
+        lengths = accepted_lengths(K, K, 0, self.acceptance.chances)
+        tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
+        lost = seconds / ar_seconds - tokens
+        return int(min(max(lost / PROBE_COST, SHORTEST_PROBE), LONGEST_PROBE))
+
+    def _probe(self, pending: tuple[int, ...], every: int) -> StepPlan:
         """One token a step; now and then one block is drafted, and then verified."""
         if max(pending) > 1:
             self._since_drafts = 0
             return StepPlan(self.block_len)
         self._since_drafts += 1
-        if self._since_drafts < PROBE_EVERY or self.block_len == 1:
+        if self._since_drafts < every or self.block_len == 1:
             return StepPlan(1)
         return StepPlan(1, (1,), self.block_len)
 
@@ -173,3 +187,4 @@ class _Review:
     due: int
     """Decode step at which the next is made."""
     gap: int
+    probe_every: int

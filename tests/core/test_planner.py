@@ -5,7 +5,7 @@ import random
 import pytest
 from decoding import GREEDY, expected_texts, prompts, requests
 
-from tidar_core.acceptance import Acceptance, expected_tokens
+from tidar_core.acceptance import Acceptance, Chances, accepted_lengths, expected_tokens
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
@@ -19,12 +19,18 @@ from tidar_core.ways import few_ways, many_ways, timed_plans
 K = 4
 
 
-def simulated_tokens(plan, chance, forwards=40_000, seed=0):
+def known(planner, following, recovering):
+    """So certain of its chances that nothing else counts."""
+    planner.acceptance.kept = [c * 1e6 for c in (*following, recovering)]
+    planner.acceptance.tried = [1e6] * (K + 1)
+
+
+def simulated_tokens(plan, chances, forwards=40_000, seed=0):
     """Tokens per forward of a sequence that is decoded draft by draft."""
-    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(chance))
+    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(chances.following))
     for _ in range(forwards):
         n, drafts = 1, min(plan.clean_len, width - late) - 1
-        while n <= drafts and luck.random() < chance[late + n]:
+        while n <= drafts and luck.random() < (chances.recovering if late and n == 1 else chances.following[n]):
             n += 1
         tokens += n
         groups = [g for g in plan.groups if g <= n]
@@ -37,7 +43,8 @@ def table_of(seconds_of_rows, batch=1):
     return LatencyTable(tuple(points))
 
 
-@pytest.mark.parametrize("chance", [[0, 0.9, 0.9, 0.9], [0, 0.5, 0.3, 0.1], [0, 0.0, 0.9, 0.9], [0, 1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("recovering", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("chance", [(0, 0.9, 0.9, 0.9), (0, 0.5, 0.3, 0.1), (0, 0.0, 0.9, 0.9), (0, 1.0, 1.0, 1.0)])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -51,32 +58,33 @@ def table_of(seconds_of_rows, batch=1):
         StepPlan(3, (1,), 3),
     ],
 )
-def test_expected_tokens_are_those_of_a_simulation(plan, chance):
+def test_expected_tokens_are_those_of_a_simulation(plan, chance, recovering):
+    chances = Chances(chance, recovering)
     # 40,000 forwards of at most 4 tokens: the standard error is below 0.01
-    assert expected_tokens([plan], chance)[0] == pytest.approx(simulated_tokens(plan, chance), abs=0.04)
+    assert expected_tokens([plan], chances)[0] == pytest.approx(simulated_tokens(plan, chances), abs=0.04)
 
 
 def test_dense_groups_give_the_plain_expectation():
-    chance = [0, 0.8, 0.5, 0.2]
-    assert expected_tokens([StepPlan(4, (1, 2, 3, 4))], chance)[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
+    chances = Chances((0, 0.8, 0.5, 0.2), 0.4)
+    assert expected_tokens([StepPlan(4, (1, 2, 3, 4))], chances)[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
 
 
 @pytest.mark.parametrize("chance", [[0, 0.05, 0.05, 0.05], [0, 0.6, 0.5, 0.4], [0, 0.95, 0.95, 0.95]])
 @pytest.mark.parametrize("row_cost", [0.0, 0.02, 0.1, 1.0])
 def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
     planner = AutoPlanner(table_of(lambda rows: 1.0 + row_cost * rows), K)
-    planner.acceptance.kept = [c * 1e6 for c in chance]
-    planner.acceptance.tried = [1e6] * K
+    known(planner, chance, 0.3 * chance[1])
+    chances = planner.acceptance.chances
     planner.next_plan((1,), 10)
     rates = {}
     for way in many_ways(K):
         mode, cycle = way.mode, way.cycle
         seconds = sum(1.0 + row_cost * plan.rows(K) for plan in cycle)
         if mode == "single-pass":
-            tokens = simulated_tokens(cycle[0], chance)
+            tokens = simulated_tokens(cycle[0], chances)
         else:
             tokens = 1.0 if mode == "autoregressive" else 1 + simulated_tokens(
-                StepPlan(cycle[1].clean_len, tuple(range(1, cycle[1].clean_len + 1)), cycle[0].width), chance
+                StepPlan(cycle[1].clean_len, tuple(range(1, cycle[1].clean_len + 1)), cycle[0].width), chances
             )  # fmt: skip
         rates[cycle] = tokens / seconds
     # the choice may keep to a candidate within its hysteresis of 3 %, and the simulation has an error of 1 %
@@ -85,21 +93,21 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
 
 def test_hopeless_drafts_and_costly_rows_mean_autoregression():
     planner = AutoPlanner(table_of(lambda rows: float(rows)), K)
-    planner.acceptance.tried = [1e6] * K
+    known(planner, [0.0] * K, 0.0)
     assert planner.next_plan((1, 1), 10) == StepPlan(1)
     assert planner.choice.mode == "autoregressive"
 
 
 def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
     planner = AutoPlanner(table_of(lambda rows: 1.0), K)
-    planner.acceptance.kept, planner.acceptance.tried = [0.9e6] * K, [1e6] * K
+    known(planner, [0.9] * K, 0.9)
     planner.next_plan((4,), 10)
     assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), K)
-    planner.acceptance.tried = [60.0] * K
+    planner.acceptance.tried = [60.0] * (K + 1)
     plans = []
     pending = (1,)
     for _ in range(3000):
@@ -112,30 +120,38 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     assert planner.choice.mode != "autoregressive"
 
 
-def test_acceptance_is_counted_per_mask_and_stops_at_the_first_that_fell():
+def test_acceptance_is_counted_per_draft_and_stops_at_the_first_that_fell():
     acceptance = Acceptance(4)
-    acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # mask 1 stood, mask 2 fell, mask 3 was not reached
-    acceptance.observe(DecodeStep("r", (1,), None, 3, 1, 4, late=1))  # one late: mask 2 fell
+    acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # draft 1 stood, draft 2 fell, draft 3 was not reached
+    acceptance.observe(DecodeStep("r", (1, 2), None, 3, 2, 4, late=1))  # stood behind a correction; the next fell
     acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4))  # nothing was drafted
-    assert acceptance.tried == pytest.approx([0, 1, 2, 0], abs=0.01)
-    assert acceptance.kept == pytest.approx([0, 1, 0, 0], abs=0.01)
+    assert acceptance.tried == pytest.approx([0, 1, 1, 0, 1], abs=0.01)
+    assert acceptance.kept == pytest.approx([0, 1, 0, 0, 1], abs=0.01)
 
 
-def test_a_mask_is_thought_as_good_as_the_one_before_until_it_was_tried():
+def test_a_draft_is_thought_as_good_as_the_one_before_until_it_was_tried():
     acceptance = Acceptance(4)
-    acceptance.kept, acceptance.tried = [0, 80.0, 0, 0], [0, 100.0, 0, 0]
+    acceptance.kept[1], acceptance.tried[1] = 80.0, 100.0
     first = (80 + 8 * 0.5) / 108
-    assert acceptance.chance[1:] == pytest.approx([first] * 3)
+    assert acceptance.chances.following[1:] == pytest.approx([first] * 3)
+    assert acceptance.chances.recovering == 0.25
     acceptance.kept[2], acceptance.tried[2] = 1.0, 8.0
-    assert acceptance.chance[2] == pytest.approx((1 + 8 * first) / 16)
+    assert acceptance.chances.following[2] == pytest.approx((1 + 8 * first) / 16)
 
 
 def test_what_was_not_tried_for_long_is_unknown_again():
     acceptance = Acceptance(4)
-    acceptance.kept, acceptance.tried = [0, 0, 0.0, 0], [0, 0, 50.0, 0]
+    acceptance.tried[2] = 50.0
     for _ in range(3000):
         acceptance.observe(DecodeStep("r", (1, 1), None, 2, 2, 2))
-    assert acceptance.chance[2] > 0.9
+    assert acceptance.chances.following[2] > 0.9
+
+
+def test_a_late_block_begins_behind_a_correction():
+    chances = Chances((0.5, 0.8, 0.6, 0.4), 0.1)
+    assert accepted_lengths(3, 4, 0, chances) == pytest.approx([0.2, 0.8 * 0.4, 0.8 * 0.6])
+    assert accepted_lengths(3, 4, 1, chances) == pytest.approx([0.9, 0.1 * 0.4, 0.1 * 0.6])
+    assert accepted_lengths(3, 4, 3, chances) == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_latency_is_linear_between_measured_rows():
@@ -158,7 +174,7 @@ def test_steps_that_draft_have_a_curve_of_their_own():
 
 def test_drafting_must_promise_clearly_more_than_autoregression():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
-    planner.acceptance.kept, planner.acceptance.tried = [0.3e6] * K, [1e6] * K
+    known(planner, [0.3] * K, 0.3)
     weighed = planner.weigh(1, 10)
     best = max(choice.tokens_per_second for choice in weighed) / weighed[0].tokens_per_second
     assert 1 < best < 1.05
