@@ -224,7 +224,8 @@ class Decoder:
     @contextmanager
     def rehearsal(self, batch: int, context: int) -> Iterator[Callable[[StepPlan], None]]:
         """Decode steps of `batch` sequences that do not exist, each with `context` tokens read: for timing alone."""
-        assert not self._running, "rehearse before requests come"
+        assert not self._running, "rehearse while nothing runs"
+        assert not (self._arrivals and self.share_prefixes), "rehearse before requests come: it writes over pages"
         state, used_pages = self._state, page_count(context, self.pool.page_len)
         state.gather_sampling([SamplingConfig()] * batch)
         spread = torch.arange(batch * state.page_table.shape[1], device=self.device) % self.pool.pages + 1
@@ -235,10 +236,12 @@ class Decoder:
         def step(plan: StepPlan) -> None:
             self._launch(batch, plan, used_pages).accepted_emitted.tolist()
 
-        yield step
-        state.page_table.zero_()
-        state.prefix_len.zero_()
-        state.gather_sampling([])
+        try:
+            yield step
+        finally:
+            state.page_table.zero_()
+            state.prefix_len.zero_()
+            state.gather_sampling([])
 
     def _launch(
         self, batch: int, plan: StepPlan, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None

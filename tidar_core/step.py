@@ -25,6 +25,10 @@ from tidar_core.verify import match, weigh
 
 __all__ = ["NextBlock", "Outcome", "Stepper", "blocks_after"]
 
+ROWS_TOGETHER = 64
+"""Up to so many rows of a sequence, one product with the head serves all: reading its weights costs more than the rows
+that are not sampled from."""
+
 
 @dataclass(frozen=True, slots=True)
 class NextBlock:
@@ -85,7 +89,9 @@ class Stepper:
         sampling = state.sampling(slice(0, B))
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
         hidden_BRE = self._read(state.page_table[:B], prefix_B, draft_BC, plan, used_pages)
-        ar_logits = self.model.head(hidden_BRE[:, :C])
+        together = bool(plan.groups) and plan.rows(self.draft.block_len) <= ROWS_TOGETHER
+        logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
+        ar_logits = logits_BRV[:, :C]
         logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: plan.masks(self.draft.block_len)], sampling)
         if adjust is not None:
             logits_BCV = adjust(logits_BCV)
@@ -100,7 +106,9 @@ class Stepper:
             emitted_BC.scatter_(1, verdict.accepted_B[:, None] - 1, verdict.next_B[:, None])
         accepted_B = verdict.accepted_B
         prefix_B += accepted_B * state.live[:B]
-        self.propose(slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling)
+        self.propose(
+            slice(0, B), verdict.next_B, accepted_B, hidden_BRE, plan, sampling, logits_BRV if together else None
+        )
         return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
 
     def target_logits(self, ar_BRV: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
@@ -117,11 +125,13 @@ class Stepper:
 
     def propose(
         self, rows: slice, first_B: Tensor, accepted_B: Tensor, hidden_BRE: Tensor, plan: StepPlan,
-        sampling: SamplingTensors,
+        sampling: SamplingTensors, logits_BRV: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Set the next draft block: the final token, then what the masks after its position believe.
 
         The prefix lengths must be the new ones.
+
+        logits_BRV  of all rows, where they are there
         """
         K, state = self.draft.block_len, self.state
         self.stand_in(rows, first_B)
@@ -133,8 +143,8 @@ class Stepper:
         offset_R = _ahead(width - 1, first_B.device)
         guessed_BR = offset_R < pending_B1
         row_BR = torch.where(guessed_BR, first_row_B1 + offset_R, 0)
-        hidden_BKE = hidden_BRE.gather(1, row_BR[..., None].expand(-1, -1, hidden_BRE.shape[-1]))
-        logits_BRV = self.model.head(hidden_BKE)
+        chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, row_BR)
+        logits_BRV = self.model.head(chosen) if logits_BRV is None else chosen
         if state.proposal is None:
             state.draft[rows, 1:width] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
             return
@@ -159,6 +169,11 @@ class Stepper:
     ) -> Tensor:
         width = plan.masks(self.draft.block_len)
         return self._forward(page_table_BN, prefix_len_B, clean_BC, plan.groups, width, used_pages)
+
+
+def _chosen(x_BRN: Tensor, row_BK: Tensor) -> Tensor:
+    """Some rows of each sequence [B, K, N]."""
+    return x_BRN.gather(1, row_BK[..., None].expand(-1, -1, x_BRN.shape[-1]))
 
 
 @lru_cache(maxsize=64)

@@ -135,6 +135,13 @@ def test_a_cache_too_small_for_one_context_is_refused(model):
         decoder_of(model, pages=16)
 
 
+def test_a_rehearsal_after_requests_would_write_over_shared_pages(model):
+    decoder = decoder_of(model)
+    texts_of(Batcher(decoder), prompts(9), GREEDY)
+    with pytest.raises(AssertionError, match="before requests come"), decoder.rehearsal(1, 8):
+        pass
+
+
 def test_a_rehearsal_leaves_no_trace(model):
     text = prompts(9)[0]
     decoder = decoder_of(model)

@@ -109,6 +109,17 @@ def test_blocks_of_fewer_masks_give_the_autoregressive_text(model, width):
     assert found == expected_texts(model, texts, GREEDY)
 
 
+@pytest.mark.parametrize("kind", ["argmax", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_one_product_with_the_head_or_two_say_the_same(model, monkeypatch, kind, sampling):
+    texts = prompts(5, 12, 3)
+    said = []
+    for rows in (0, 1000):
+        monkeypatch.setattr("tidar_core.step.ROWS_TOGETHER", rows)
+        said.append(texts_of(model, texts, sampling, FixedMode("single-pass", 4), block_len=4, kind=kind))
+    assert said[0] == said[1]
+
+
 def test_a_narrow_block_leaves_as_many_pending_as_it_has_masks(model):
     decoder = Decoder(model, DraftConfig(block_len=6), rows=1)
     prefilled(decoder, requests(prompts(7), GREEDY)[0])
