@@ -188,7 +188,6 @@ def generate(
     from tidar_core.batcher import Batcher, Completion
     from tidar_core.config import DraftConfig, SamplingConfig
     from tidar_core.decoder import Decoder
-    from tidar_core.planner import AutoPlanner
     from tidar_core.request import Request
 
     uri = _found(model, tracking_uri)
@@ -202,11 +201,10 @@ def generate(
     decoder = Decoder(bundle.model, draft, rows=1)
     decoder.check(request)
     planner = bundle_planner(mode.value, uri, decoder, len(request.prompt) + max_tokens)
-    batcher = Batcher(decoder, planner)
     pieces: list[str] = []
     began = time.perf_counter()
     completion = Completion(request)
-    for text in _spoken(batcher, completion, bundle.tokenizer.stream()):
+    for text in _spoken(Batcher(decoder, planner), completion, bundle.tokenizer.stream()):
         pieces.append(text)
         if not as_json:
             print(text, end="", flush=True)
@@ -224,7 +222,7 @@ def generate(
             "forwards": completion.forwards,
             "tokens_per_forward": completion.tokens_per_forward,
             "seconds": seconds,
-            "choice": planner.facts() if isinstance(planner, AutoPlanner) else None,
+            "choice": planner.facts(),
         },
         as_json,
     )

@@ -17,7 +17,7 @@ from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
 from tidar_core.model import TidarModel
 from tidar_core.modes import MODES, Planner
-from tidar_core.planner import AutoPlanner, measured_planner
+from tidar_core.planner import measured_planner
 from tidar_core.request import Request
 
 __all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
@@ -169,7 +169,7 @@ def _result(runs: list[_Run], block_len: int, parted: tuple[Divergence, ...], pl
         time_to_first_token_seconds=statistics.median(s for run in runs for s in run.first_token_seconds),
         equal_to_ar=not parted,
         divergences=parted,
-        choice=planner.facts() if isinstance(planner, AutoPlanner) else None,
+        choice=planner.facts(),
         texts=texts,
     )
 

@@ -12,7 +12,7 @@ block is drafted. The cache is the same for all, so any step may follow any othe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tidar_core.errors import ConfigError
 
@@ -61,6 +61,10 @@ class Planner(Protocol):
         """Learn what came of the plan; a sequence that was preempted brought no step."""
         ...
 
+    def facts(self) -> dict[str, Any] | None:
+        """What it holds to and why, for reports; None where nothing was chosen."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FixedMode:
@@ -92,3 +96,6 @@ class FixedMode:
 
     def observe(self, steps: "Sequence[DecodeStep]") -> None:
         """A fixed mode has nothing to learn."""
+
+    def facts(self) -> None:
+        """It chose nothing."""

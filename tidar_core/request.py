@@ -47,13 +47,13 @@ class DecodeStep:
     verified: int
     """Tokens of the draft block that the forward read, those beyond `pending` in vain; 1 puts no draft to the test.
     0 for a prefill."""
-    late: int = 0
-    """Which mask of its block, from 0, predicted the place of the first pending token: that of the i-th draft after it
-    is mask late + i. Of no meaning where nothing else was pending."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each new token, where the request asks for them."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With the first token: one for each token of the prompt but the first, where the request asks for them."""
+    late: int = 0
+    """Which mask of its block, from 0, predicted the place of the first pending token: that of the i-th draft after it
+    is mask late + i. Of no meaning where nothing else was pending."""
 
 
 def check_request(request: Request, config: ModelConfig, context_len: int) -> None:

@@ -52,4 +52,4 @@ class Sequence:
         ended = "length" if self.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
         late = self.late if verified else 0
-        return DecodeStep(self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late)
+        return DecodeStep(self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late=late)
