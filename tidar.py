@@ -242,7 +242,7 @@ def bench(
     transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
     shape: Annotated[str | None, typer.Option(help="Time steps of a published shape instead of a model.")] = None,
     random_weights: Annotated[bool, typer.Option(help="With --shape, which has no other.")] = False,
-    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens read before.")] = [512],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens read before; 512.")] = [],  # noqa: B006
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -255,10 +255,12 @@ def bench(
         raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
     if shape is not None:
         facts = measure.shape_costs(
-            shape, block_len=block_len or 16, batches=batch, contexts=context, dtype=dtype.value
+            shape, block_len=block_len or 16, batches=batch, contexts=context or [512], dtype=dtype.value
         )
         _print(facts, as_json, tables.print_steps)
         return
+    if len(batch) > 1 or context:
+        raise RequestError("several --batch, or --context, time the steps of a --shape; give a MODEL one --batch")
     bundle = _loaded(_found(str(model), tracking_uri), threads, dtype.value)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
     tokens = _prompts(bundle, prompts, count, max_tokens)
@@ -339,11 +341,10 @@ def _loaded(uri: str, threads: int | None, dtype: str = "fp32") -> Any:
     """A bundle, verified; on the GPU where there is one."""
     import torch
 
-    from tidar_core.artifacts.bundle import load_bundle
+    from tidar_core.artifacts.bundle import DTYPES, load_bundle
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return load_bundle(uri, dtype=types[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:

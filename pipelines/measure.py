@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.progress import job_progress, stderr
-from tidar_core.artifacts.bundle import Bundle
+from tidar_core.artifacts.bundle import DTYPES, Bundle
 from tidar_core.artifacts.latency_file import time_and_store
 from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -22,9 +22,7 @@ from tidar_core.planner import AUTO
 from tidar_core.shapes import named_shape
 from tidar_core.step_bench import StepCost, copy_bandwidth, random_model, step_costs, step_plans
 
-__all__ = ["DTYPES", "compared_modes", "latency_curve", "shape_costs", "stored_latency"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+__all__ = ["compared_modes", "latency_curve", "shape_costs", "stored_latency"]
 
 
 def compared_modes(

@@ -20,7 +20,7 @@ from serve_apps.schemas import PromptRequest
 from serve_apps.settings import ServeSettings
 from serve_apps.transcript import Transcript
 from tidar_core import rules
-from tidar_core.artifacts.bundle import load_bundle
+from tidar_core.artifacts.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
 from tidar_core.artifacts.latency_file import bundle_planner
 from tidar_core.batcher import Batcher, complete
@@ -30,8 +30,6 @@ from tidar_core.errors import BundleError, ConfigError, RequestError, TidarError
 from tidar_core.request import DecodeStep, Request
 
 __all__ = ["DecoderApp", "Served"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,3 +184,14 @@ def test_a_prompts_file_without_prompts_is_refused(run, bundle, tmp_path, conten
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     assert "prompts.jsonl" in refused(run, "bench", bundle, "--prompts", path)
+
+
+@pytest.mark.parametrize(
+    "options", [("--batch", 1, "--batch", 4), ("--context", 64), ("--shape", "tiny"), ("--random-weights",)]
+)
+def test_a_bench_option_that_would_be_ignored_is_refused(run, bundle, options):
+    assert "--shape" in refused(run, "bench", bundle, *options)
+
+
+def test_a_shape_that_is_not_known_is_refused(run):
+    assert "known are" in refused(run, "bench", "--shape", "gpt-9", "--random-weights")

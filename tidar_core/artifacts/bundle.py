@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 BUNDLE_JSON = "tidar.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What weights can be loaded as, by the names that users give."""
 FORMAT_VERSION = 1
 REFETCH = "fetch the bundle again or train it again"
 
