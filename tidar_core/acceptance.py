@@ -6,11 +6,11 @@ block the pending drafts begin; its long-run tokens per forward follow from the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 
 import torch
-from torch import Tensor
 
 from tidar_core.modes import StepPlan
 from tidar_core.request import DecodeStep
@@ -26,8 +26,8 @@ FIRST_CHANCE, WEIGHT = 0.5, 8.0
 trials would show it."""
 RECOVERY = 0.25
 """Of the first draft behind a correction, before any was seen."""
-WALK_STEPS = 24
-"""Steps of the walk before its tokens are averaged, and over which they are: a multiple of most periods it can have."""
+OPEN = (1e-9, 1 - 1e-9)
+"""Chances are kept within, so that every walk comes back to a whole block and has one stationary law."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +77,8 @@ class Acceptance:
 
 
 def expected_tokens(plans: Sequence[StepPlan], chances: Chances) -> list[float]:
-    """Long-run tokens per forward of one sequence that repeats each of `plans`; group 1 must be among their groups.
-
-    The walk's state is the mask that predicted the place of the pending d_1: 0 for a whole block, K for none.
-    """
-    K = len(chances.following)
-    moves, gains = [], []
-    laws: dict[tuple[int, int], Tensor] = {}
-    for plan in plans:
-        assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
-        shape = (plan.clean_len, plan.masks(K))
-        if shape not in laws:
-            laws[shape] = torch.tensor(
-                [accepted_lengths(*shape, late, chances) for late in range(K + 1)], dtype=torch.double
-            )
-        after = [min(K, block.late) for block in blocks_after(plan, K)[1:]]
-        law = laws[shape]
-        moves.append(torch.zeros(K + 1, K + 1, dtype=torch.double).index_add_(1, torch.tensor(after), law))
-        gains.append(law @ torch.arange(1.0, plan.clean_len + 1, dtype=torch.double))
-    move, gain = torch.stack(moves), torch.stack(gains)
-    state = torch.zeros(len(plans), 1, K + 1, dtype=torch.double)
-    state[..., 0] = 1.0
-    tokens = torch.zeros(len(plans), dtype=torch.double)
-    for step in range(2 * WALK_STEPS):
-        if step >= WALK_STEPS:
-            tokens += (state[:, 0] * gain).sum(-1)
-        state = state @ move
-    return (tokens / WALK_STEPS).tolist()
+    """Long-run tokens per forward of one sequence that repeats each of `plans`; group 1 must be among their groups."""
+    return _walks(tuple(plans), len(chances.following)).tokens(chances)
 
 
 def accepted_lengths(clean_len: int, width: int, late: int, chances: Chances) -> list[float]:
@@ -115,3 +90,45 @@ def accepted_lengths(clean_len: int, width: int, late: int, chances: Chances) ->
     survival = list(accumulate(chance, mul, initial=1.0))
     law = [a - b for a, b in zip(survival, [*survival[1:], 0.0])]
     return law + [0.0] * (clean_len - len(law))
+
+
+class _Walks:
+    """The walks of some plans, as one batch of matrices: what stays the same when chances change.
+
+    Shape letters: P plans, J = K + 1 states (the mask that predicted the place of the pending d_1: 0 for a whole block,
+    K for none), N = K lengths.
+    """
+
+    def __init__(self, plans: tuple[StepPlan, ...], block_len: int) -> None:
+        K, drafts, after = block_len, [], []
+        for plan in plans:
+            assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
+            blocks = blocks_after(plan, K)[1:]
+            longest = [max(0, min(plan.clean_len, plan.masks(K) - late) - 1) for late in range(K + 1)]
+            drafts.append([[i <= most for i in range(K)] for most in longest])
+            after.append([min(K, block.late) for block in blocks] + [K] * (K - len(blocks)))
+        self.tested_PJN = torch.tensor(drafts, dtype=torch.double)
+        """1 where draft i of a block that is so late is put to the test; draft 0 is d_1."""
+        self.state_PNJ = torch.nn.functional.one_hot(torch.tensor(after), K + 1).double()
+        """State after each accepted length."""
+        self.states = torch.eye(K + 1, dtype=torch.double)
+
+    def tokens(self, chances: Chances) -> list[float]:
+        """Mean accepted length under the stationary law of each walk."""
+        following = torch.tensor((1.0, *chances.following[1:]), dtype=torch.double).clamp(*OPEN)
+        recovering = torch.tensor(chances.recovering, dtype=torch.double).clamp(*OPEN)
+        whole_N = following.cumprod(0)
+        late_N = torch.cat([whole_N[:1], whole_N[1:] * (recovering / following[1])]) if len(whole_N) > 1 else whole_N
+        reached_PJN = self.tested_PJN * torch.stack([whole_N, *[late_N] * (len(self.states) - 1)])
+        law_PJN = reached_PJN - torch.nn.functional.pad(reached_PJN[..., 1:], (0, 1))
+        move_PJJ = law_PJN @ self.state_PNJ
+        # stationary: p (M - 1) = 0 and sum p = 1, the sum in place of the last of the dependent equations
+        equations = (move_PJJ - self.states).transpose(1, 2)
+        equations[:, -1] = 1.0
+        state_PJ = torch.linalg.solve(equations, self.states[-1].expand(len(equations), -1))
+        return (state_PJ * reached_PJN.sum(-1)).sum(-1).tolist()
+
+
+@lru_cache(maxsize=64)
+def _walks(plans: tuple[StepPlan, ...], block_len: int) -> _Walks:
+    return _Walks(plans, block_len)

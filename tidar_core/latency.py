@@ -7,9 +7,9 @@ weights dominates; past the knee each row is paid for (TiDAR, section 2).
 import statistics
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -20,7 +20,7 @@ from tidar_core.model import TidarModel
 from tidar_core.pages import page_count
 from tidar_core.ways import few_ways, timed_plans
 
-__all__ = ["LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency"]
+__all__ = ["Curve", "LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency"]
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
@@ -40,38 +40,84 @@ class LatencyPoint:
     """Masks are among the rows, and drafts are made of them, which costs a little more."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LatencyTable:
     """Measured shapes, and what lies between them."""
 
     points: tuple[LatencyPoint, ...]
 
     def seconds(self, rows: int, batch: int, context: int, *, drafts: bool = False) -> float:
-        """Expected time of a forward: linear in rows between measured ones, at the next larger measured batch and
-        context (the largest beyond that).
+        """Expected time of a forward: linear between measured rows, contexts and batches. Beyond the largest batch or
+        context it is that of the largest; beyond the most rows it goes on as between the last two.
 
         drafts  masks are among the rows; where none such was measured, the others stand for them
         """
-        curve = self._curve(batch, context, drafts) or self._curve(batch, context, False)
-        index = min(max(1, bisect_left([p.rows for p in curve], rows)), len(curve) - 1)
-        low, high = curve[max(0, index - 1)], curve[index]
-        if low.rows == high.rows:
-            return low.seconds
-        slope = (high.seconds - low.seconds) / (high.rows - low.rows)
-        return max(low.seconds + slope * (rows - low.rows), min(p.seconds for p in curve))
+        return self.curve(batch, context, drafts=drafts).seconds(rows)
+
+    def curve(self, batch: int, context: int, *, drafts: bool = False) -> "Curve":
+        """`seconds` of any rows at one batch and context."""
+        return _between(
+            self._curves,
+            batch,
+            lambda near: _between(
+                self._curves[near],
+                context,
+                lambda far: self._curves[near][far].get(drafts) or self._curves[near][far][False],
+            ),
+        )
 
     def knee_rows(self, batch: int = 1) -> int:
-        """The most measured rows that are still free at the smallest context."""
-        curve = self._curve(batch, 0, False)
-        return max(point.rows for point in curve if point.seconds <= KNEE_COST * curve[0].seconds)
+        """The most measured rows that are still free, at the smallest context and at `batch` or the next larger."""
+        near = next((b for b in self._curves if b >= batch), max(self._curves))
+        curve = self._curves[near][min(self._curves[near])][False]
+        return max(rows for rows, seconds in zip(curve.rows, curve.times) if seconds <= KNEE_COST * curve.times[0])
 
-    def _curve(self, batch: int, context: int, drafts: bool) -> list[LatencyPoint]:
-        batches = sorted({p.batch for p in self.points})
-        near = batches[min(bisect_left(batches, batch), len(batches) - 1)]
-        contexts = sorted({p.context for p in self.points if p.batch == near})
-        far = contexts[min(bisect_left(contexts, context), len(contexts) - 1)]
-        here = [p for p in self.points if (p.batch, p.context, p.drafts) == (near, far, drafts)]
-        return sorted(here, key=lambda p: p.rows)
+    @cached_property
+    def _curves(self) -> dict[int, dict[int, dict[bool, "Curve"]]]:
+        """By batch, context and drafts; all ascend."""
+        measured: dict[int, dict[int, dict[bool, dict[int, float]]]] = {}
+        for p in sorted(self.points, key=lambda p: (p.batch, p.context, p.rows)):
+            of_shape = measured.setdefault(p.batch, {}).setdefault(p.context, {})
+            of_shape.setdefault(p.drafts, {})[p.rows] = p.seconds
+        return {
+            batch: {
+                context: {drafts: Curve(tuple(times), tuple(times.values())) for drafts, times in of_shape.items()}
+                for context, of_shape in of_batch.items()
+            }
+            for batch, of_batch in measured.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Time against rows of a sequence."""
+
+    rows: tuple[int, ...]
+    """Ascending."""
+    times: tuple[float, ...]
+
+    def seconds(self, rows: int) -> float:
+        """Linear between measured rows and beyond them, but never less than anything measured."""
+        if len(self.rows) == 1:
+            return self.times[0]
+        high = min(max(1, bisect_left(self.rows, rows)), len(self.rows) - 1)
+        share = (rows - self.rows[high - 1]) / (self.rows[high] - self.rows[high - 1])
+        return max(self.times[high - 1] + share * (self.times[high] - self.times[high - 1]), min(self.times))
+
+    def towards(self, other: "Curve", share: float) -> "Curve":
+        """The curve that lies so far on the way to another: 0 is here, 1 there."""
+        rows = tuple(sorted({*self.rows, *other.rows}))
+        return Curve(rows, tuple((1 - share) * self.seconds(r) + share * other.seconds(r) for r in rows))
+
+
+def _between(measured: Collection[int], value: int, at: Callable[[int], Curve]) -> Curve:
+    """Between the neighbours of `value` among the ascending `measured`; at their ends what was measured there."""
+    shapes = list(measured)
+    index = bisect_left(shapes, value)
+    if index in (0, len(shapes)) or shapes[index] == value:
+        return at(shapes[min(index, len(shapes) - 1)])
+    low, high = shapes[index - 1], shapes[index]
+    return at(low).towards(at(high), (value - low) / (high - low))
 
 
 def decoding_latency(
@@ -144,13 +190,18 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
 
 
 def _median_seconds(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Of `repeats` of each, in turns: what disturbs the machine for a while disturbs all. Each is run once before it is
-    timed, so that none pays for what its neighbour left in the caches."""
-    times: list[list[float]] = [[] for _ in runs]
+    """Of `repeats` of each, in turns. Each is run once before it is timed, so that none pays for what its neighbour has
+    left in the caches; and each time is taken relative to its turn, since what slows the machine slows all."""
+    turns: list[list[float]] = []
     for _ in range(repeats):
-        for run, taken in zip(runs, times):
+        times = []
+        for run in runs:
             run()
             began = time.perf_counter()
             run()
-            taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+            times.append(time.perf_counter() - began)
+        turns.append(times)
+    pace = statistics.median(sum(times) for times in turns)
+    return [
+        statistics.median(pace * taken / sum(times) for taken, times in zip(of_run, turns)) for of_run in zip(*turns)
+    ]

@@ -17,6 +17,7 @@ from tidar_core.ways import Way, few_ways, many_ways
 
 __all__ = [
     "AUTO",
+    "SURE",
     "AutoPlanner",
     "Choice",
     "measured_planner",
@@ -28,14 +29,14 @@ AUTO = "auto"
 
 HYSTERESIS = 1.03
 """A new choice must promise this many times the tokens per second of the present one."""
-SURE = 1.05
+SURE = 1.1
 """To draft at all, a choice must promise this many times those of the autoregressive mode: a table is never exact."""
 FIRST_REVIEW, LONGEST_REVIEW = 16, 256
 """Decode steps before a new choice is reviewed, and between reviews later: the gap doubles as long as it holds."""
-PROBE_COST = 0.01
+PROBE_COST = 0.005
 """Share of the time that the autoregressive choice spends on seeing whether drafting would pay by now: a block is
 drafted and verified as often as that allows."""
-SHORTEST_PROBE, LONGEST_PROBE = 32, 256
+SHORTEST_PROBE, LONGEST_PROBE = 32, 1024
 """Autoregressive steps from one such block to the next."""
 
 
@@ -126,6 +127,7 @@ class AutoPlanner:
         chances = self.acceptance.chances
         walks = [way.cycle[0] for way in self.ways if way.mode == "single-pass"]
         walked = dict(zip(walks, expected_tokens(walks, chances))) if walks else {}
+        curves = {drafts: self.table.curve(batch, context, drafts=drafts) for drafts in (False, True)}
         choices = []
         for way in self.ways:
             mode, cycle = way.mode, way.cycle
@@ -134,7 +136,7 @@ class AutoPlanner:
                 tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
             else:
                 tokens = walked.get(cycle[0], 1.0)
-            seconds = sum(self._seconds(plan, batch, context) for plan in cycle)
+            seconds = sum(curves[bool(plan.groups)].seconds(plan.rows(self.block_len)) for plan in cycle)
             choices.append(Choice(mode, cycle, batch * tokens / seconds))
         return choices
 
