@@ -119,9 +119,9 @@ class Decoder:
         return self.rows - len(self._running) - len(self._arriving)
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """How many tokens each running sequence has pending: d_1 and its drafts, 1..K."""
-        return tuple(sequence.pending for sequence in self._running)
+    def pending(self) -> dict[str, int]:
+        """How many tokens each running request has pending: d_1 and its drafts, 1..K."""
+        return {sequence.request.request_id: sequence.pending for sequence in self._running}
 
     @property
     def context(self) -> int:

@@ -10,7 +10,7 @@ block is drafted. The cache is the same for all, so any step may follow any othe
     two-pass         draft behind d_1, then verify, in turns                       1 + K, then K rows
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,8 +52,8 @@ class Planner(Protocol):
         """Whether a prefill drafts the first block."""
         ...
 
-    def next_plan(self, pending: tuple[int, ...], context: int) -> StepPlan:
-        """The next step's plan, given how many tokens (d_1 and its drafts) each running sequence has pending, and how
+    def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
+        """The next step's plan, given how many tokens (d_1 and its drafts) each running request has pending, and how
         many the longest has in the cache."""
         ...
 
@@ -86,13 +86,13 @@ class FixedMode:
         """In single-pass mode; in two-pass mode the first step drafts, so that all sequences keep one rhythm."""
         return self.mode == "single-pass" and self.block_len > 1
 
-    def next_plan(self, pending: tuple[int, ...], context: int) -> StepPlan:
+    def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The mode's plan."""
         if self.mode == "autoregressive" or self.block_len == 1:
             return StepPlan(1)
         if self.mode == "single-pass":
             return StepPlan(self.block_len, self.groups or tuple(range(1, self.block_len + 1)))
-        return StepPlan(self.block_len) if max(pending) > 1 else StepPlan(1, (1,))
+        return StepPlan(self.block_len) if max(pending.values()) > 1 else StepPlan(1, (1,))
 
     def observe(self, steps: "Sequence[DecodeStep]") -> None:
         """A fixed mode has nothing to learn."""

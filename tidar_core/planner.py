@@ -4,11 +4,11 @@ Cost comes from a measured latency table, gain from how often drafts stood so fa
 always among what is weighed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, KeysView, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tidar_core.acceptance import Acceptance, accepted_lengths, expected_tokens
+from tidar_core.acceptance import NONE, Acceptance, Chances, Walk, expected_tokens, mood_after, two_pass_walk
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyTable, decoding_latency
 from tidar_core.modes import FixedMode, Planner, StepPlan
@@ -33,6 +33,8 @@ SURE = 1.1
 """To draft at all, a choice must promise this many times those of the autoregressive mode: a table is never exact."""
 FIRST_REVIEW, LONGEST_REVIEW = 16, 256
 """Decode steps before a new choice is reviewed, and between reviews later: the gap doubles as long as it holds."""
+FEW = 4
+"""Up to so many requests, each counts with its own drafts: texts differ much. More are weighed as one."""
 PROBE_COST = 0.005
 """Share of the time that the autoregressive choice spends on seeing whether drafting would pay by now: a block is
 drafted and verified as often as that allows."""
@@ -77,31 +79,38 @@ class AutoPlanner:
         self.table, self.block_len = table, block_len
         self.ways = ways or many_ways(block_len)
         self.acceptance = Acceptance(block_len)
+        """Of all requests so far."""
         self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
+        self._own: dict[str, tuple[Acceptance, int]] = {}
+        """Acceptance of each running request, and its mood."""
         self._steps = self._since_drafts = 0
-        self._reviews: dict[int, _Review] = {}
+        self._reviews: dict[frozenset[str] | int, _Review] = {}
 
     @property
     def drafts_at_prefill(self) -> bool:
         """In single-pass mode only; two-pass rounds keep one rhythm for the whole batch."""
         return self.choice.mode == "single-pass"
 
-    def next_plan(self, pending: tuple[int, ...], context: int) -> StepPlan:
+    def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The choice's plan; where nothing is pending to be verified, drafts are made first."""
         self._steps += 1
-        review = self._review(len(pending), context)
+        review = self._review(pending.keys(), context)
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
+        most = max(pending.values())
         if self.choice.mode == "autoregressive":
-            return self._probe(pending, review.probe_every)
-        if max(pending) > 1:
+            return self._probe(most, review.probe_every)
+        if most > 1:
             return self.choice.cycle[-1]
         return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
 
     def observe(self, steps: Sequence[DecodeStep]) -> None:
         """Learn from the decode step that `next_plan` was asked for."""
         for step in steps:
-            self.acceptance.observe(step)
+            own, mood = self._own.get(step.request_id) or (Acceptance(self.block_len), NONE)
+            for acceptance in (own, self.acceptance):
+                acceptance.observe(step, mood)
+            self._own[step.request_id] = own, mood_after(mood, step)
 
     def facts(self) -> dict[str, Any]:
         """What it holds to, what that promises over autoregression, and what it has learned; for reports."""
@@ -112,7 +121,7 @@ class AutoPlanner:
                 for plan in self.choice.cycle
             ],
             "expected_over_ar": self.expected_over_ar,
-            "chances": asdict(self.acceptance.chances),
+            "chances": asdict(self.acceptance.pooled()),
         }
 
     @property
@@ -122,33 +131,44 @@ class AutoPlanner:
             return 1.0
         return self.choice.tokens_per_second / self.autoregressive_tokens_per_second
 
-    def weigh(self, batch: int, context: int) -> list[Choice]:
-        """All candidates with what they promise for this batch."""
-        chances = self.acceptance.chances
-        walks = [way.cycle[0] for way in self.ways if way.mode == "single-pass"]
-        walked = dict(zip(walks, expected_tokens(walks, chances))) if walks else {}
-        curves = {drafts: self.table.curve(batch, context, drafts=drafts) for drafts in (False, True)}
+    def weigh(self, requests: Collection[str], context: int) -> list[Choice]:
+        """All candidates with what they promise for a batch of these requests."""
+        drafting = {way.cycle: self._walk(way) for way in self.ways if way.mode != "autoregressive"}
+        accepted = dict(zip(drafting, self._tokens(list(drafting.values()), requests)))
+        curves = {drafts: self.table.curve(len(requests), context, drafts=drafts) for drafts in (False, True)}
         choices = []
         for way in self.ways:
-            mode, cycle = way.mode, way.cycle
-            if mode == "two-pass":
-                lengths = accepted_lengths(cycle[1].clean_len, cycle[0].width, 0, chances)
-                tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
-            else:
-                tokens = walked.get(cycle[0], 1.0)
-            seconds = sum(curves[bool(plan.groups)].seconds(plan.rows(self.block_len)) for plan in cycle)
-            choices.append(Choice(mode, cycle, batch * tokens / seconds))
+            # what draws up a block commits a token as well: all of an autoregressive step, the first of two passes
+            tokens = accepted.get(way.cycle, 0.0) + (way.mode != "single-pass")
+            seconds = sum(curves[bool(plan.groups)].seconds(plan.rows(self.block_len)) for plan in way.cycle)
+            choices.append(Choice(way.mode, way.cycle, len(requests) * tokens / seconds))
         return choices
 
-    def _seconds(self, plan: StepPlan, batch: int, context: int) -> float:
-        return self.table.seconds(plan.rows(self.block_len), batch, context, drafts=bool(plan.groups))
+    def _walk(self, way: Way) -> Walk:
+        if way.mode == "single-pass":
+            return Walk.of(way.cycle[0], self.block_len)
+        return two_pass_walk(way.cycle[1].clean_len, way.cycle[0].masks(self.block_len))
 
-    def _review(self, batch: int, context: int) -> "_Review":
+    def _tokens(self, walks: Sequence[Walk], requests: Collection[str]) -> list[float]:
+        return expected_tokens(walks, *self._chances(requests)) if walks else []
+
+    def _chances(self, requests: Collection[str]) -> list[list[Chances]]:
+        """Of each request, where they are few; else of all that ever were."""
+        of_all = self.acceptance.moods()
+        if len(requests) > FEW:
+            return [of_all]
+        own = (self._own.get(request) for request in requests)
+        return [of_all if known is None else known[0].beside(self.acceptance) for known in own]
+
+    def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """What holds for a batch: what was found last, or found anew where that is due."""
-        last = self._reviews.get(batch)
+        crowd = frozenset(requests) if len(requests) <= FEW else len(requests)
+        last = self._reviews.get(crowd)
         if last is not None and self._steps < last.due:
             return last
-        ar, *others = self.weigh(batch, context)
+        if last is None:
+            self._forget_all_but(requests)
+        ar, *others = self.weigh(requests, context)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
         present = next((choice for choice in others if choice.cycle == held.cycle), ar)
@@ -158,22 +178,26 @@ class AutoPlanner:
             best = present
         holds = last is not None and last.choice.cycle == best.cycle
         gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
-        probe_every = self._probe_every(batch, context)
-        self._reviews[batch] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
-        return self._reviews[batch]
+        probe_every = self._probe_every(requests, context)
+        self._reviews[crowd] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
+        return self._reviews[crowd]
 
-    def _probe_every(self, batch: int, context: int) -> int:
+    def _forget_all_but(self, requests: KeysView[str]) -> None:
+        """What was known of requests that are gone."""
+        self._own = {request: own for request, own in self._own.items() if request in requests}
+        self._reviews = {crowd: review for crowd, review in self._reviews.items() if isinstance(crowd, int)}
+
+    def _probe_every(self, requests: Collection[str], context: int) -> int:
         """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among."""
-        K, ar_seconds = self.block_len, self._seconds(StepPlan(1), batch, context)
-        seconds = self._seconds(StepPlan(1, (1,), K), batch, context) + self._seconds(StepPlan(K), batch, context)
-        lengths = accepted_lengths(K, K, 0, self.acceptance.chances)
-        tokens = 1.0 + sum(n * p for n, p in enumerate(lengths, 1))
-        lost = seconds / ar_seconds - tokens
+        K, batch = self.block_len, len(requests)
+        drafting = self.table.seconds(StepPlan(1, (1,), K).rows(K), batch, context, drafts=True)
+        ar, verifying = (self.table.seconds(rows, batch, context) for rows in (1, K))
+        lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_walk(K, K)], requests)[0]
         return int(min(max(lost / PROBE_COST, SHORTEST_PROBE), LONGEST_PROBE))
 
-    def _probe(self, pending: tuple[int, ...], every: int) -> StepPlan:
+    def _probe(self, pending: int, every: int) -> StepPlan:
         """One token a step; now and then one block is drafted, and then verified."""
-        if max(pending) > 1:
+        if pending > 1:
             self._since_drafts = 0
             return StepPlan(self.block_len)
         self._since_drafts += 1

@@ -127,11 +127,11 @@ def test_drafts_within_a_grammar_are_all_allowed(model):
     decoder.admit(Request(request_id="r", prompt=(1, 2, 3), sampling=GREEDY, constraint=constraint))
     first = decoder.prefill()[0].token_ids[0]
     for _ in range(3):
-        drafts = decoder._state.draft[0, : decoder.pending[0]].tolist()
-        assert decoder.pending == (8,)
+        drafts = decoder._state.draft[0, : decoder.pending["r"]].tolist()
+        assert tuple(decoder.pending.values()) == (8,)
         assert drafts[0] == first
         assert all(token % 2 == (len(constraint.said) - 1 + i) % 2 for i, token in enumerate(drafts))
-        first = decoder.decode_step(FixedMode("single-pass", 8).next_plan((8,), 3))[0].token_ids[-1]
+        first = decoder.decode_step(FixedMode("single-pass", 8).next_plan({"r": 8}, 3))[0].token_ids[-1]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, replace(WARM, **FEATURES["all"])], ids=["greedy", "sampled"])

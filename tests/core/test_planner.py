@@ -5,7 +5,7 @@ import random
 import pytest
 from decoding import GREEDY, expected_texts, prompts, requests
 
-from tidar_core.acceptance import Acceptance, Chances, accepted_lengths, expected_tokens
+from tidar_core.acceptance import ALL, NONE, SOME, Acceptance, Chances, Walk, expected_tokens, mood_after, two_pass_walk
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
@@ -19,22 +19,38 @@ from tidar_core.ways import few_ways, many_ways, timed_plans
 K = 4
 
 
-def known(planner, following, recovering):
+def chances(whole, late=0.3):
+    """The same in every mood; what comes late in a block is as likely throughout."""
+    return [Chances(tuple(whole), (late, late))] * 3
+
+
+MOODS = [
+    Chances((0, 0.4, 0.3, 0.2), (0.1, 0.3)),
+    Chances((0, 0.6, 0.5, 0.5), (0.4, 0.6)),
+    Chances((0, 0.9, 0.9, 0.8), (0.7, 0.9)),
+]
+"""By how many drafts stood before: none, some, all."""
+
+
+def known(planner, moods):
     """So certain of its chances that nothing else counts."""
-    planner.acceptance.kept = [c * 1e6 for c in (*following, recovering)]
-    planner.acceptance.tried = [1e6] * (K + 1)
+    planner.acceptance.kept = [[c * 1e6 for c in (*mood.whole, *mood.late)] for mood in moods]
+    planner.acceptance.tried = [[1e6] * (K + 2) for _ in moods]
 
 
-def simulated_tokens(plan, chances, forwards=40_000, seed=0):
-    """Tokens per forward of a sequence that is decoded draft by draft."""
-    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(chances.following))
+def simulated_tokens(plan, moods, forwards=40_000, seed=0, whole_blocks=False):
+    """Accepted length of a sequence that is decoded draft by draft, mean over verifications."""
+    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(moods[0].whole))
+    mood = moods[0]
     for _ in range(forwards):
         n, drafts = 1, min(plan.clean_len, width - late) - 1
-        while n <= drafts and luck.random() < (chances.recovering if late and n == 1 else chances.following[n]):
+        while n <= drafts and luck.random() < (mood.late[n > 1] if late else mood.whole[n]):
             n += 1
         tokens += n
+        if drafts > 0:
+            mood = moods[2 if n == plan.clean_len else 1 if n > 1 else 0]
         groups = [g for g in plan.groups if g <= n]
-        late = min(width, n - max(groups)) if groups else width
+        late = 0 if whole_blocks else min(width, n - max(groups)) if groups else width
     return tokens / forwards
 
 
@@ -43,8 +59,10 @@ def table_of(seconds_of_rows, batch=1):
     return LatencyTable(tuple(points))
 
 
-@pytest.mark.parametrize("recovering", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("chance", [(0, 0.9, 0.9, 0.9), (0, 0.5, 0.3, 0.1), (0, 0.0, 0.9, 0.9), (0, 1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "moods", [MOODS, *(chances((0, *whole), late) for whole in ((0.9, 0.9, 0.9), (0.0, 0.9, 0.9), (1.0, 1.0, 1.0))
+                       for late in (0.0, 0.3, 0.9))]
+)  # fmt: skip
 @pytest.mark.parametrize(
     "plan",
     [
@@ -58,33 +76,43 @@ def table_of(seconds_of_rows, batch=1):
         StepPlan(3, (1,), 3),
     ],
 )
-def test_expected_tokens_are_those_of_a_simulation(plan, chance, recovering):
-    chances = Chances(chance, recovering)
-    # 40,000 forwards of at most 4 tokens: the standard error is below 0.01
-    assert expected_tokens([plan], chances)[0] == pytest.approx(simulated_tokens(plan, chances), abs=0.04)
+def test_expected_tokens_are_those_of_a_simulation(plan, moods):
+    # 40,000 forwards of at most 4 tokens: the standard error is below 0.02, runs of a mood included
+    assert expected_tokens([Walk.of(plan, K)], moods)[0] == pytest.approx(simulated_tokens(plan, moods), abs=0.06)
+
+
+def test_expected_tokens_of_two_passes_are_those_of_a_simulation():
+    simulated = simulated_tokens(StepPlan(3, (), 4), MOODS, whole_blocks=True)
+    assert expected_tokens([two_pass_walk(3, 4)], MOODS)[0] == pytest.approx(simulated, abs=0.06)
 
 
 def test_dense_groups_give_the_plain_expectation():
-    chances = Chances((0, 0.8, 0.5, 0.2), 0.4)
-    assert expected_tokens([StepPlan(4, (1, 2, 3, 4))], chances)[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
+    dense = Walk.of(StepPlan(4, (1, 2, 3, 4)), K)
+    assert expected_tokens([dense], chances((0, 0.8, 0.5, 0.2)))[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
+
+
+def test_what_a_batch_expects_is_the_mean_over_its_sequences():
+    dense = Walk.of(StepPlan(4, (1, 2, 3, 4)), K)
+    found = expected_tokens([dense], chances((0, 1.0, 1.0, 1.0)), chances((0, 0.0, 0.0, 0.0)))
+    assert found == pytest.approx([(4 + 1) / 2])
 
 
 @pytest.mark.parametrize("chance", [[0, 0.05, 0.05, 0.05], [0, 0.6, 0.5, 0.4], [0, 0.95, 0.95, 0.95]])
 @pytest.mark.parametrize("row_cost", [0.0, 0.02, 0.1, 1.0])
 def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
     planner = AutoPlanner(table_of(lambda rows: 1.0 + row_cost * rows), K)
-    known(planner, chance, 0.3 * chance[1])
-    chances = planner.acceptance.chances
-    planner.next_plan((1,), 10)
+    known(planner, chances(chance, 0.3 * chance[1]))
+    moods = planner.acceptance.moods()
+    planner.next_plan({"r": 1}, 10)
     rates = {}
     for way in many_ways(K):
         mode, cycle = way.mode, way.cycle
         seconds = sum(1.0 + row_cost * plan.rows(K) for plan in cycle)
         if mode == "single-pass":
-            tokens = simulated_tokens(cycle[0], chances)
+            tokens = simulated_tokens(cycle[0], moods)
         else:
             tokens = 1.0 if mode == "autoregressive" else 1 + simulated_tokens(
-                StepPlan(cycle[1].clean_len, tuple(range(1, cycle[1].clean_len + 1)), cycle[0].width), chances
+                StepPlan(cycle[1].clean_len, (), cycle[0].width), moods, whole_blocks=True
             )  # fmt: skip
         rates[cycle] = tokens / seconds
     best = max(rates.values())
@@ -96,65 +124,82 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
 
 def test_hopeless_drafts_and_costly_rows_mean_autoregression():
     planner = AutoPlanner(table_of(lambda rows: float(rows)), K)
-    known(planner, [0.0] * K, 0.0)
-    assert planner.next_plan((1, 1), 10) == StepPlan(1)
+    known(planner, chances([0.0] * K, 0.0))
+    assert planner.next_plan({"a": 1, "b": 1}, 10) == StepPlan(1)
     assert planner.choice.mode == "autoregressive"
 
 
 def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
     planner = AutoPlanner(table_of(lambda rows: 1.0), K)
-    known(planner, [0.9] * K, 0.9)
-    planner.next_plan((4,), 10)
+    known(planner, chances([0.9] * K, 0.9))
+    planner.next_plan({"r": 4}, 10)
     assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), K)
-    planner.acceptance.tried = [60.0] * (K + 1)
+    planner.acceptance.tried = [[60.0] * (K + 2) for _ in range(3)]
     plans = []
-    pending = (1,)
+    pending = 1
     for _ in range(3000):
-        plan = planner.next_plan(pending, 10)
+        plan = planner.next_plan({"r": pending}, 10)
         plans.append(plan)
         n = plan.clean_len  # every draft stands from now on
-        planner.observe([DecodeStep("r", (1,) * n, None, pending[0], n, n)])
-        pending = (plan.masks(K),) if plan.groups else (1,)
+        planner.observe([DecodeStep("r", (1,) * n, None, pending, n, n)])
+        pending = plan.masks(K) if plan.groups else 1
     assert plans[0] == StepPlan(1)
     assert planner.choice.mode != "autoregressive"
 
 
-def test_acceptance_is_counted_per_draft_and_stops_at_the_first_that_fell():
+def test_acceptance_is_counted_per_draft_and_mood_and_stops_at_the_first_that_fell():
     acceptance = Acceptance(4)
-    acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4))  # draft 1 stood, draft 2 fell, draft 3 was not reached
-    acceptance.observe(DecodeStep("r", (1, 2), None, 3, 2, 4, late=1))  # stood behind a correction; the next fell
-    acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4))  # nothing was drafted
-    assert acceptance.tried == pytest.approx([0, 1, 1, 0, 1], abs=0.01)
-    assert acceptance.kept == pytest.approx([0, 1, 0, 0, 1], abs=0.01)
+    acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4), NONE)  # draft 1 stood, 2 fell, 3 was not reached
+    acceptance.observe(DecodeStep("r", (1, 2), None, 3, 2, 4, late=1), SOME)  # stood behind a correction; the next fell
+    acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4), ALL)  # nothing was drafted
+    assert acceptance.tried[NONE] == pytest.approx([0, 1, 1, 0, 0, 0], abs=0.01)
+    assert acceptance.kept[NONE] == pytest.approx([0, 1, 0, 0, 0, 0], abs=0.01)
+    assert acceptance.tried[SOME] == pytest.approx([0, 0, 0, 0, 1, 1], abs=0.01)
+    assert acceptance.kept[SOME] == pytest.approx([0, 0, 0, 0, 1, 0], abs=0.01)
+    assert acceptance.tried[ALL] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("pending", "accepted", "verified", "mood"),
+    [(4, 1, 4, NONE), (4, 3, 4, SOME), (4, 4, 4, ALL), (4, 2, 2, ALL), (1, 1, 4, "same"), (4, 1, 1, "same"),
+     (1, 4, 4, ALL)],
+)  # fmt: skip
+def test_the_mood_is_how_many_of_the_tested_drafts_stood(pending, accepted, verified, mood):
+    step = DecodeStep("r", (1,) * accepted, None, pending, accepted, verified)
+    for before in (NONE, SOME, ALL):
+        assert mood_after(before, step) == (before if mood == "same" else mood)
 
 
 def test_a_draft_is_thought_as_good_as_the_one_before_until_it_was_tried():
     acceptance = Acceptance(4)
-    acceptance.kept[1], acceptance.tried[1] = 80.0, 100.0
-    first = (80 + 8 * 0.5) / 108
-    assert acceptance.chances.following[1:] == pytest.approx([first] * 3)
-    assert acceptance.chances.recovering == 0.25
-    acceptance.kept[2], acceptance.tried[2] = 1.0, 8.0
-    assert acceptance.chances.following[2] == pytest.approx((1 + 8 * first) / 16)
+    acceptance.kept[NONE][1], acceptance.tried[NONE][1] = 80.0, 100.0
+    first = (80 + 16 * 0.5) / 116
+    assert acceptance.pooled().whole[1:] == pytest.approx([first] * 3)
+    assert acceptance.pooled().late == (0.5, 0.7)
+    acceptance.kept[SOME][2], acceptance.tried[SOME][2] = 1.0, 8.0
+    assert acceptance.pooled().whole[2] == pytest.approx((1 + 16 * first) / 24)
+
+
+def test_a_request_whose_drafts_stand_more_often_than_others_is_thought_better_by_the_same_odds():
+    everyone, own = Acceptance(4), Acceptance(4)
+    for mood in (NONE, SOME, ALL):
+        everyone.kept[mood], everyone.tried[mood] = [5e5] * 6, [1e6] * 6
+        own.kept[mood][1], own.tried[mood][1] = 1e6 * 0.8, 1e6
+    for known_in_mood in own.beside(everyone):
+        assert known_in_mood.whole[1:] == pytest.approx([0.8] * 3, abs=0.001)  # odds of 4 to 1 instead of 1 to 1
+    assert Acceptance(4).beside(everyone)[NONE].whole[1:] == pytest.approx([0.5] * 3, abs=0.001)
 
 
 def test_what_was_not_tried_for_long_is_unknown_again():
     acceptance = Acceptance(4)
-    acceptance.tried[2] = 50.0
-    for _ in range(3000):
-        acceptance.observe(DecodeStep("r", (1, 1), None, 2, 2, 2))
-    assert acceptance.chances.following[2] > 0.9
-
-
-def test_a_late_block_begins_behind_a_correction():
-    chances = Chances((0.5, 0.8, 0.6, 0.4), 0.1)
-    assert accepted_lengths(3, 4, 0, chances) == pytest.approx([0.2, 0.8 * 0.4, 0.8 * 0.6])
-    assert accepted_lengths(3, 4, 1, chances) == pytest.approx([0.9, 0.1 * 0.4, 0.1 * 0.6])
-    assert accepted_lengths(3, 4, 3, chances) == pytest.approx([1.0, 0.0, 0.0])
+    acceptance.tried[ALL][2] = 50.0
+    for _ in range(20_000):  # so many that the weights of the counts must be renewed
+        acceptance.observe(DecodeStep("r", (1, 1), None, 2, 2, 2), ALL)
+    assert acceptance.moods()[ALL].whole[2] > 0.9
 
 
 def test_latency_is_linear_between_measured_rows():
@@ -189,21 +234,42 @@ def test_steps_that_draft_have_a_curve_of_their_own():
 
 def test_drafting_must_promise_clearly_more_than_autoregression():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
-    known(planner, [0.3] * K, 0.3)
-    weighed = planner.weigh(1, 10)
+    known(planner, chances([0.3] * K, 0.3))
+    weighed = planner.weigh(["r"], 10)
     best = max(choice.tokens_per_second for choice in weighed) / weighed[0].tokens_per_second
-    assert 1 < best < 1.05
-    assert planner.next_plan((1,), 10) == StepPlan(1)
+    assert 1 < best < SURE
+    assert planner.next_plan({"r": 1}, 10) == StepPlan(1)
 
 
 def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
     planner = AutoPlanner(table_of(lambda rows: 1.0), K)
     weighed = []
     weigh = planner.weigh
-    monkeypatch.setattr(planner, "weigh", lambda batch, context: weighed.append(batch) or weigh(batch, context))
-    for batch in (1, 2, 1, 2, 1, 2):
-        planner.next_plan((1,) * batch, 10)
-    assert weighed == [1, 2]
+    monkeypatch.setattr(
+        planner, "weigh", lambda requests, context: weighed.append(len(requests)) or weigh(requests, context)
+    )
+    for batch in (5, 6, 5, 6, 5, 6):
+        planner.next_plan({str(i): 1 for i in range(batch)}, 10)
+    assert weighed == [5, 6]
+
+
+def test_few_requests_are_weighed_each_with_its_own_drafts_and_forgotten_when_they_are_gone():
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    known(planner, chances([0.5] * K, 0.5))
+    for request, n in (("good", 4), ("bad", 1)):
+        for _ in range(200):
+            planner.observe([DecodeStep(request, (1,) * n, None, 4, n, 4)])
+    assert planner.next_plan({"bad": 1}, 10) == StepPlan(1)
+    assert planner.choice.mode == "autoregressive"
+    for _ in range(200):
+        planner.observe([DecodeStep("good", (1,) * 4, None, 4, 4, 4)])
+    planner.next_plan({"good": 4, "bad": 4}, 10)
+    both = planner.choice.tokens_per_second
+    planner.next_plan({"good": 4}, 10)
+    assert planner.choice.mode != "autoregressive"
+    assert planner.choice.tokens_per_second > both / 2
+    planner.next_plan({"new": 1}, 10)
+    assert planner._own == {}
 
 
 def test_a_measured_table_covers_what_was_asked(model):
@@ -237,7 +303,7 @@ def test_every_way_can_be_taken_and_each_is_there_once(block_len):
 
 def test_where_steps_are_captured_only_few_ways_are_weighed_all_of_them_timed():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), 16, few_ways(16))
-    assert [choice.cycle for choice in planner.weigh(1, 10)] == [way.cycle for way in few_ways(16)]
+    assert [choice.cycle for choice in planner.weigh(["r"], 10)] == [way.cycle for way in few_ways(16)]
     assert len(timed_plans(few_ways(16))) < 20
 
 
