@@ -31,10 +31,11 @@ HYSTERESIS = 1.03
 """A new choice must promise this many times the tokens per second of the present one."""
 SURE = 1.1
 """To draft at all, a choice must promise this many times those of the autoregressive mode: a table is never exact."""
-FIRST_REVIEW, LONGEST_REVIEW = 16, 256
+FIRST_REVIEW, LONGEST_REVIEW = 24, 256
 """Decode steps before a new choice is reviewed, and between reviews later: the gap doubles as long as it holds."""
-FEW = 4
-"""Up to so many requests, each counts with its own drafts: texts differ much. More are weighed as one."""
+FEW = 1
+"""Up to so many requests, each counts with its own drafts: texts differ much. More are weighed as one, since a review
+takes as long for each."""
 PROBE_COST = 0.005
 """Share of the time that the autoregressive choice spends on seeing whether drafting would pay by now: a block is
 drafted and verified as often as that allows."""
