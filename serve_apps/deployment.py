@@ -1,0 +1,85 @@
+"""What does a cluster have to be told to run the service?
+
+    python -m serve_apps.deployment SETTINGS.yaml TARGET.yaml...
+
+writes the Serve config of the settings into each target: as the whole file, for `serve deploy`, or as the serveConfigV2
+of a RayService manifest. How many replicas there are and what each needs follows from the settings when the application
+is built, so the config does not repeat it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_apps.settings import ServeSettings
+from tidar_core.errors import ConfigError, TidarError
+
+__all__ = ["embedded", "main", "read_settings", "serve_config"]
+
+BUILDER = "serve_apps.app:build_app"
+"""Called on the cluster with the settings; looks the model up there."""
+FIELD = "  serveConfigV2: |\n"
+"""Last field of a RayService manifest of ours: what follows it is the config."""
+
+
+def read_settings(path: str | Path) -> ServeSettings:
+    """Settings in the YAML file at `path`. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"settings file {path} does not exist; give a YAML file such as infra/serve.settings.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings file {path} holds {type(values).__name__}; it must be a mapping of keys to values")
+    return ServeSettings.model_validate(values)
+
+
+def serve_config(settings: ServeSettings) -> dict[str, Any]:
+    """What `serve deploy` reads, and KubeRay's serveConfigV2."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": settings.host, "port": settings.port},
+        "logging_config": {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False},
+        "applications": [
+            {
+                "name": "tidar",
+                "route_prefix": "/",
+                "import_path": BUILDER,
+                "args": settings.model_dump(mode="json", exclude_unset=True),
+            }
+        ],
+    }
+
+
+def embedded(manifest: str, config: str) -> str:
+    """A RayService manifest with `config` as its serveConfigV2."""
+    head, field, _ = manifest.partition(FIELD)
+    return head + field + "".join(f"    {line}\n" for line in config.splitlines())
+
+
+def main(arguments: list[str]) -> int:
+    """Write the config of a settings file into each target; the exit code."""
+    if len(arguments) < 2:
+        print("usage: python -m serve_apps.deployment SETTINGS.yaml TARGET.yaml...", file=sys.stderr)
+        return 2
+    settings, *targets = map(Path, arguments)
+    try:
+        config = yaml.safe_dump(serve_config(read_settings(settings)), sort_keys=False)
+    except TidarError as error:
+        print(f"deployment: {error}", file=sys.stderr)
+        return 2
+    note = (
+        f"# Written by `python -m serve_apps.deployment {settings} {targets[0]}`: change the settings, not this file.\n"
+    )
+    for target in targets:
+        before = target.read_text(encoding="utf-8") if target.is_file() else ""
+        target.write_text(embedded(before, config) if FIELD in before else note + config, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

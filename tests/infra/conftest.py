@@ -1,0 +1,99 @@
+"""A head as `ray start --head` makes it, for this room's tests alone, and the commands that speak to it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_SECONDS = 90
+
+
+def free_port():
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: where its dashboard listens, and the environment that may speak to it."""
+
+    address: str
+    env: dict[str, str]
+    temp: Path
+    free_port = staticmethod(free_port)
+
+    def command(self, *arguments, seconds=240):
+        """Run a program of the virtual environment against the head, from the root of the repository."""
+        program, *rest = arguments
+        return subprocess.run(
+            [BIN / program, *rest], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=seconds, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def head():
+    """`ray start --head` on loopback with free ports, a token and a folder of its own; ended by its own process."""
+    with tempfile.TemporaryDirectory(prefix="tidar-head-") as folder:  # pytest's own paths are too long for sockets
+        dashboard, agent = free_port(), free_port()
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `ray job`
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `serve`
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_prestart_worker_first_driver": "0",  # every job's workers have its own environment
+        }
+        with open(Path(folder) / "head.log", "wb") as log:
+            process = subprocess.Popen(_start(folder, dashboard, agent), env=env, stdout=log, stderr=log, cwd=folder)
+        try:
+            urls = (f"{env['RAY_ADDRESS']}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
+            _wait_until_up(urls, env, process, Path(folder) / "head.log")
+            yield Head(env["RAY_ADDRESS"], env, Path(folder))
+        finally:
+            process.send_signal(signal.SIGTERM)  # with --block it ends what it started
+            process.wait(timeout=60)
+
+
+def _start(folder, dashboard, agent):
+    ports = {
+        name: free_port()
+        for name in ("port", "ray-client-server-port", "dashboard-agent-grpc-port", "metrics-export-port",
+                     "node-manager-port", "object-manager-port")
+    }  # fmt: skip
+    return [
+        BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}",
+        "--num-cpus=3", f"--object-store-memory={200 * 2**20}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+
+
+def _wait_until_up(urls, env, process, log):
+    """Jobs need the dashboard, which takes them, and the node's agent, which starts them."""
+    deadline = time.monotonic() + START_SECONDS
+    waiting = [
+        urllib.request.Request(url, headers={"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"}) for url in urls
+    ]
+    while waiting:
+        try:
+            with urllib.request.urlopen(waiting[0], timeout=5):
+                waiting.pop(0)
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)

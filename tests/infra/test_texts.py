@@ -1,0 +1,124 @@
+"""What the runbook and the menu of infra/ name is there: metrics, commands, options, files, settings."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import promql_parser
+import pytest
+import typer
+from metric_names import exported
+from ray.scripts.scripts import cli as ray_cli
+from ray.serve.scripts import cli as serve_cli
+
+import tidar
+from pipelines.jobs import TrainJob
+from serve_apps.settings import ServeSettings
+
+ROOT = Path(__file__).parents[2]
+RUNBOOK = (ROOT / "docs/operations.md").read_text()
+MENU = (ROOT / "infra/README.md").read_text()
+TEXTS = {"runbook": RUNBOOK, "menu": MENU}
+COMMANDS = typer.main.get_command(tidar.app).commands
+
+
+def quoted(text):
+    """Everything in backticks, and every line of a fenced block."""
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return inline + [line.strip() for block in blocks for line in block.splitlines()]
+
+
+def tidar_commands(text):
+    """Words after `tidar` or `python -m tidar`, of every command that is quoted."""
+    for code in quoted(text):
+        words = shlex.split(code.split(" && ")[0], comments=True)
+        for place, word in enumerate(words):
+            if word == "tidar" and place + 1 < len(words) and re.fullmatch(r"[a-z]+", words[place + 1]):
+                yield words[place + 1 :]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_is_one_of_the_front_door_s_with_its_options(name):
+    commands = list(tidar_commands(TEXTS[name]))
+    assert commands
+    for command, *rest in commands:
+        known = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+        given = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert given <= known, command
+        needed = [p for p in COMMANDS[command].params if p.param_type_name == "argument" and p.required]
+        assert not rest or len([word for word in rest if not word.startswith("--")]) >= len(needed)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_of_ray_and_serve_exists_with_its_options(name):
+    programs = {"ray": ray_cli, "serve": serve_cli}
+    found = [shlex.split(code, comments=True) for code in quoted(TEXTS[name]) if re.match("(ray|serve) [a-z]", code)]
+    assert found
+    for program, *words in found:
+        command = programs[program]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        words = words[: words.index("--")] if "--" in words else words
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, command.name
+
+
+def test_every_metric_of_the_runbook_is_exported_and_every_query_is_promql():
+    named = set(re.findall(r"tidar:([a-z_]\w*)", RUNBOOK))
+    assert named <= exported()
+    assert {"requests_total", "kv_cache_usage_perc", "spec_decode_num_accepted_tokens_total"} <= named
+    for code in quoted(RUNBOOK):
+        if re.search(r"tidar:[a-z]", code):
+            promql_parser.parse(code)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_file_that_is_named_exists(name):
+    found = set(re.findall(r"\b(?:infra|docs|tests|serve_apps)/[\w./*-]*\w", TEXTS[name]))
+    assert found
+    assert not [path for path in found if not list(ROOT.glob(path))]
+
+
+def test_the_menu_has_every_file_of_infra():
+    rows = re.findall(r"^\| `([^`]+)` \|", MENU, re.M)
+    named = {path for row in rows for path in (ROOT / "infra").glob(row)}
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "infra"], cwd=ROOT, capture_output=True,
+        text=True, check=False,
+    ).stdout.split()  # fmt: skip
+    there = {ROOT / path for path in listed if (ROOT / path).is_file()}
+    assert there - named == {ROOT / "infra/README.md"}
+
+
+@pytest.mark.parametrize("subject", ["First cluster", "Promote", "Roll back", "A replica that runs out of memory",
+                                     "A node that dies in training", "Acceptance drops"])  # fmt: skip
+def test_the_runbook_has_for_each_trouble_a_symptom_a_metric_and_a_command(subject):
+    section = RUNBOOK.split(f"## {subject}\n")[1].split("\n## ")[0]
+    assert [code for code in quoted(section) if re.match(r"(tidar|kubectl|ray|serve|helm) ", code)]
+    if subject not in ("First cluster", "Promote"):
+        assert "| symptom |" in section
+        assert "| metric |" in section
+
+
+@pytest.mark.parametrize("key", ["pages", "rows", "context_len", "dtype", "max_replicas", "model"])
+def test_settings_that_the_runbook_turns_exist(key):
+    assert re.search(rf"`{key}[`:]", RUNBOOK)
+    assert key in ServeSettings.model_fields
+
+
+@pytest.mark.parametrize("key", ["max_failures", "checkpoint_every", "workers", "rows_per_step", "rows_per_forward"])
+def test_job_keys_that_the_runbook_turns_exist(key):
+    assert f"`{key}`" in RUNBOOK
+    assert key in TrainJob.model_fields
+
+
+@pytest.mark.parametrize(("word", "source"), [
+    ("acceptance_by_position", "tidar_core/benchmark.py"), ("tokens_per_second", "pipelines/train_w*.py"),
+    ("bundle_hash", "serve_apps/answers.py"),
+])  # fmt: skip
+def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
+    assert f"`{word}`" in RUNBOOK
+    assert any(word in path.read_text() for path in ROOT.glob(source))
