@@ -107,3 +107,27 @@ def test_a_folder_without_a_tokenizer_and_a_broken_one_are_refused(folder, tmp_p
 def test_a_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(TokenizerError, match="vocab_size is 256; 256 bytes"):
         train_bpe(iter(["a"]), 256)
+
+
+def test_a_spoken_special_token_is_that_token_and_a_shown_one_its_name(tokenizer):
+    assert tokenizer.special_ids == {"<|endoftext|>": 0}
+    ids = tokenizer.encode_spoken("a<|endoftext|>b")
+    assert ids == [*tokenizer.encode("a"), 0, *tokenizer.encode("b")]
+    assert tokenizer.encode("a<|endoftext|>b") != ids  # the twin changes nothing here
+    assert (tokenizer.decode(ids), tokenizer.decode(ids, skip_special=False)) == ("ab", "a<|endoftext|>b")
+    stream = tokenizer.stream(skip_special=False)
+    assert "".join([stream.push(i) for i in ids]) + stream.flush() == "a<|endoftext|>b"
+
+
+def test_the_bytes_of_all_tokens_of_a_text_join_to_its_own(tokenizer):
+    assert b"".join(tokenizer.bytes_of(i) for i in tokenizer.encode(TEXT)) == TEXT.encode()
+    assert (tokenizer.bytes_of(0), tokenizer.bytes_of(999)) == (b"<|endoftext|>", b"")
+
+
+def test_a_framed_text_has_what_the_tokenizer_puts_around_it():
+    from tokenizers.processors import TemplateProcessing
+
+    framing = train_bpe(iter(["a b c"]), 260)
+    framing._fast.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    plain = framing.encode("a b")
+    assert framing.encode_batch(["a b"], framed=True) == [[0, *plain]]

@@ -1,13 +1,15 @@
 """How does text become token ids, and ids text?
 
-`Tokenizer` wraps a Hugging Face fast tokenizer. Text is always plain text: nothing is added to it (no BOS, no EOS), and
-a string in it that looks like a special token, such as <|endoftext|>, is split like any other word. Added tokens that
+`Tokenizer` wraps a Hugging Face fast tokenizer. Text is plain text unless a method says otherwise: nothing is added to
+it (no BOS, no EOS), and a string in it that looks like a special token, such as <|endoftext|>, is split like any other
+word. Conversations, whose templates speak special tokens: `chat_tokens`. Added tokens that
 the tokenizer does not call special (Qwen's <think>, for one) stay single tokens. The mask token is no token of the
 tokenizer: it is a row of the vocabulary at or above `vocab_len`, so no text can ever contain it.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidar_core.artifacts import locations
+from tidar_core.artifacts.chat_template import ChatTemplate
 from tidar_core.errors import TokenizerError, UserError
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer", "train_bpe"]
@@ -30,6 +33,8 @@ WORDS = (
 space, so that an indentation is one token."""
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+AS_BYTES = "bytes:"
+"""What the name of a token begins with whose bytes are no text."""
 LONGEST_CHARACTER = 4
 """Bytes of a UTF-8 character, so the tokens over which one can be spread."""
 
@@ -109,15 +114,32 @@ class Tokenizer:
         """The ids of `text`, nothing added. Raises UserError for half a character (a lone surrogate)."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text: `encode`, many at once."""
+    def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
+        """The ids of each text: `encode`, many at once.
+
+        framed  with the special tokens that the tokenizer puts around a text, such as Llama's <|begin_of_text|>
+        """
         for text in texts:
             _require_characters(text)
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=framed)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special tokens and unused rows have none; bytes that are no UTF-8 become U+FFFD."""
-        return self._fast.decode(list(ids), skip_special_tokens=True)
+    def encode_spoken(self, text: str) -> list[int]:
+        """The ids of `text`, in which a special token's name is that token. Never for what a user wrote."""
+        _require_characters(text)
+        return self._special_reader.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Special tokens by their names."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`. Unused rows have none; bytes that are no UTF-8 become U+FFFD.
+
+        skip_special  special tokens have none either; otherwise their names
+        """
+        return self._fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def spell(self, token_id: int) -> str:
         """A name for one token: its text, a special token's too; bytes that are no UTF-8 as `bytes:\\xe2\\x80`."""
@@ -126,11 +148,21 @@ class Tokenizer:
             return text
         name = self._fast.id_to_token(token_id) or ""
         written = [name] if name in BYTES else list(name)
-        return "bytes:" + "".join(rf"\x{BYTES[sign]:02x}" for sign in written) if BYTES.keys() >= set(written) else text
+        return AS_BYTES + "".join(rf"\x{BYTES[sign]:02x}" for sign in written) if BYTES.keys() >= set(written) else text
 
-    def stream(self) -> "TextStream":
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token's name; nothing for an unused row."""
+        name = self.spell(token_id)
+        written = re.fullmatch(AS_BYTES + r"((\\x[0-9a-f]{2})+)", name)
+        return bytes.fromhex(written[1].replace(r"\x", "")) if written else name.encode()
+
+    def stream(self, *, skip_special: bool = True) -> "TextStream":
         """A decoder for ids that come one by one."""
-        return TextStream(self._fast)
+        return TextStream(self._fast, skip_special=skip_special)
+
+    def adopt_chat_template(self, template: ChatTemplate | None) -> None:
+        """From now on `save` writes this chat template beside the tokenizer; None: none."""
+        self._loaded.chat_template = None if template is None else dict(template.sources)
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load_tokenizer` and transformers open."""
@@ -140,6 +172,11 @@ class Tokenizer:
         finally:
             self._fast.encode_special_tokens = True
 
+    @cached_property
+    def _special_reader(self) -> FastTokenizer:
+        """A twin that takes special tokens by their names; the setting is no argument of `encode`."""
+        return FastTokenizer.from_str(self.fast_json)
+
 
 class TextStream:
     """Ids in, pieces of text out; the pieces join to the text of all ids.
@@ -148,8 +185,8 @@ class TextStream:
     SentencePiece kind, bytes that never become UTF-8 may be cut into other replacement characters.
     """
 
-    def __init__(self, fast: FastTokenizer) -> None:
-        self._fast = fast
+    def __init__(self, fast: FastTokenizer, *, skip_special: bool = True) -> None:
+        self._fast, self._skip_special = fast, skip_special
         self._ids: list[int] = []
         self._said = 0
         """Characters of the text of `_ids` already given out."""
@@ -173,7 +210,7 @@ class TextStream:
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        return self._fast.decode(ids, skip_special_tokens=True)
+        return self._fast.decode(ids, skip_special_tokens=self._skip_special)
 
     def _take(self, text: str, end: int) -> str:
         piece = text[self._said : end]
