@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 __all__ = [
+    "Answer",
     "Choice",
     "Completion",
     "FinishReason",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length"]
+"""How a text ends."""
 
 
 class Usage(BaseModel):
@@ -89,19 +91,28 @@ class Choice(BaseModel):
     stop_reason: int | str | None = None
     """The stop string or the stop token's id that ended the text; None for the end-of-text token."""
     prompt_logprobs: PromptScores | None = None
+    prompt_token_ids: list[int] | None = None
+    """Where asked for; with the first piece of a stream."""
+    token_ids: list[int] | None = None
 
 
-class Completion(BaseModel):
-    """A whole response, or one chunk of a stream."""
+class Answer(BaseModel):
+    """What every answer has, and every chunk of a stream."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     system_fingerprint: str
-    choices: list[Choice]
+    """Same weights, same way of decoding: same string."""
     usage: Usage | None = None
     metrics: Metrics | None = None
+
+
+class Completion(Answer):
+    """A whole response, or one chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[Choice]
 
 
 class ModelCard(BaseModel):

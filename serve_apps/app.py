@@ -25,6 +25,7 @@ from ray.serve.schema import LoggingConfig
 from serve_apps.answers import ModelCard
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.http_app import HttpApp
+from serve_apps.limits import Limits
 from serve_apps.settings import ServeSettings
 from tidar_core import errors
 from tidar_core.artifacts import locations, registry
@@ -75,7 +76,8 @@ def build_app(settings: ServeSettings) -> serve.Application:
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(HttpApp)
-    return ingress.bind(decoder.bind(served), card)
+    limits = Limits(seconds=settings.request_seconds, body_bytes=settings.max_body_bytes)
+    return ingress.bind(decoder.bind(served), card, limits)
 
 
 def run(settings: ServeSettings, *, blocking: bool = True) -> None:

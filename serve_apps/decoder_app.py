@@ -11,22 +11,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from serve_apps.bad_words import token_sequences
+from serve_apps.asked import Chat, PromptRequest
 from serve_apps.batch_loop import BatchLoop
-from serve_apps.errors import ParameterError
 from serve_apps.pieces import Failed, Piece
+from serve_apps.prompting import PromptReader
 from serve_apps.replica_load import Load, load_of
-from serve_apps.schemas import PromptRequest
 from serve_apps.settings import ServeSettings
+from serve_apps.tokenizing import Tokenized, TokenizerInfo
+from serve_apps.tool_forms import form_of
 from serve_apps.transcript import Transcript
-from tidar_core import rules
+from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import DTYPES, load_bundle
-from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
+from tidar_core.artifacts.chat_template import ChatTemplate, load_chat_template
 from tidar_core.artifacts.latency_file import bundle_planner
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
-from tidar_core.errors import BundleError, ConfigError, RequestError, TidarError
+from tidar_core.errors import BundleError, ConfigError, TidarError
 from tidar_core.request import DecodeStep, Request
 
 __all__ = ["DecoderApp", "Served"]
@@ -58,7 +59,7 @@ class DecoderApp:
                 f"{served.bundle_uri} has hash {bundle.info.bundle_hash}; the service was started with "
                 f"{served.bundle_hash}; restart it to serve the new bundle"
             )
-        self._tokenizer, self._vocab_size = bundle.tokenizer, bundle.model.config.vocab_size
+        self._tokenizer = bundle.tokenizer
         self._block_len = served.block_len
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
         decoder = Decoder(
@@ -66,6 +67,16 @@ class DecoderApp:
         )
         planner = bundle_planner(settings.mode, served.bundle_uri, decoder)
         self._batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
+        template = load_chat_template(served.bundle_uri, instead=settings.chat_template)
+        self._info = _tokenizer_info(served.bundle_uri, template)
+        self._context_len = decoder.context_len
+        self._prompts = PromptReader(
+            bundle.tokenizer,
+            template,
+            vocab_size=bundle.model.config.vocab_size,
+            context_len=decoder.context_len,
+            tool_form=None if template is None else form_of(template, settings.tool_form),
+        )
         _warm_up(self._batcher, self._tokenizer.eos_id)
         self._loop = BatchLoop(self._batcher)
         self._name = secrets.token_hex(4)
@@ -83,6 +94,27 @@ class DecoderApp:
         except TidarError as error:
             yield Failed(error)
 
+    async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized | Failed:
+        """The tokens of a prompt, as `generate` reads it; with their names if they are wanted `spelled`."""
+        try:
+            tokens = await asyncio.to_thread(self._prompts.tokens, prompt, framed=framed)
+        except TidarError as error:
+            return Failed(error)
+        return Tokenized(
+            count=len(tokens),
+            max_model_len=self._context_len,
+            tokens=list(tokens),
+            token_strs=[self._tokenizer.spell(token) for token in tokens] if spelled else None,
+        )
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """The text of tokens, special ones by their names."""
+        return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special=False)
+
+    async def tokenizer_info(self) -> TokenizerInfo:
+        """What the tokenizer's configuration says."""
+        return self._info
+
     async def ready(self) -> bool:
         """True: whoever can be asked has loaded its model and run it once."""
         return True
@@ -96,39 +128,19 @@ class DecoderApp:
         self._loop.check_health()
 
     async def _pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
-        wanted = await asyncio.to_thread(self._wanted, asked)
+        wanted = await asyncio.to_thread(self._prompts.request, asked)
         transcript = self._transcript(asked, wanted)
         async with aclosing(self._loop.steps(wanted, self._until(asked, wanted))) as batches:
             admitted = False
             async for steps in batches:
                 transcript.add(steps)
                 if transcript.finish_reason == "stop" and transcript.stop_reason is None:
-                    _check_grammar(asked, wanted)
+                    self._prompts.check_grammar(asked, wanted)
                 if not admitted or transcript.finish_reason or (asked.pieces and transcript.pending):
-                    yield transcript.take()
+                    piece = transcript.take()
+                    calls = not admitted and asked.tools is not None
+                    yield replace(piece, tool_form=self._prompts.tool_form) if calls else piece
                     admitted = True
-
-    def _wanted(self, asked: PromptRequest) -> Request:
-        """What is asked, in tokens. Raises RequestError."""
-        prompt = tuple(self._tokenizer.encode(asked.prompt)) if isinstance(asked.prompt, str) else asked.prompt
-        end_of_text = () if asked.ignore_eos else (self._tokenizer.eos_id,)
-        sampling = replace(
-            asked.sampling,
-            eos_ids=(*end_of_text, *asked.sampling.eos_ids),
-            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode),
-        )
-        try:
-            rules.check(sampling, self._vocab_size)
-        except RequestError as error:
-            raise ParameterError(str(error), str(error).split()[0]) from error  # begins with the field's name
-        constraint = None
-        if (grammar := asked.grammar) is not None:
-            try:
-                compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
-            except RequestError as error:
-                raise ParameterError(str(error), grammar.param) from error
-            constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
-        return Request(request_id=asked.request_id, prompt=prompt, sampling=sampling, constraint=constraint)
 
     def _until(self, asked: PromptRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:
         """Says in the decoder's thread which step completes a stop string, so that the row is free before the next."""
@@ -141,17 +153,11 @@ class DecoderApp:
         return Transcript(self._tokenizer, asked, wanted.prompt, block_len=self._block_len)
 
 
-def _check_grammar(asked: PromptRequest, wanted: Request) -> None:
-    """Raise ParameterError if the text ended because its grammar asks for too much work."""
-    if not isinstance(wanted.constraint, GrammarConstraint):
-        return
-    wanted.constraint.allowed([])  # a failure that was met beside drafts went with them; it is met again
-    if wanted.constraint.failure is not None:
-        assert asked.grammar is not None
-        raise ParameterError(
-            f"{asked.grammar.param} cannot be followed to its end: {wanted.constraint.failure}; simplify it",
-            asked.grammar.param,
-        )
+def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> TokenizerInfo:
+    config = locations.read_json(locations.join(bundle_uri, "tokenizer_config.json"))
+    sources = None if template is None else template.sources
+    shown = sources["default"] if sources is not None and len(sources) == 1 else sources
+    return TokenizerInfo.model_validate(config | {"chat_template": shown})
 
 
 def _warm_up(batcher: Batcher, token_id: int) -> None:

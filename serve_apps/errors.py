@@ -3,17 +3,33 @@
 The only place where an exception becomes a status and OpenAI's envelope, {"error": {message, type, param, code}}.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
+
 from tidar_core.errors import CapacityError, ContextLengthError, RequestError
 
-__all__ = ["HttpError", "ModelNotFoundError", "ParameterError", "Problem", "problem_of"]
+__all__ = [
+    "ApiKeyError",
+    "BodyTooLargeError",
+    "ErrorBody",
+    "HttpError",
+    "ModelNotFoundError",
+    "ParameterError",
+    "Problem",
+    "RequestTimeoutError",
+    "problem_of",
+    "shortened",
+]
 
 INVALID_REQUEST = "invalid_request_error"
 RETRY_AFTER_SECONDS = 1
+ONCE = {"x-should-retry": "false"}
+"""Tells OpenAI's clients not to pay for the same work again."""
 
 
 class ParameterError(RequestError):
@@ -31,6 +47,18 @@ class ModelNotFoundError(RequestError):
     """A model name that is not served here."""
 
 
+class ApiKeyError(RequestError):
+    """A request without a key that opens this service."""
+
+
+class BodyTooLargeError(RequestError):
+    """A body that is longer than the service reads."""
+
+
+class RequestTimeoutError(RequestError):
+    """A request that took longer than it may, and was aborted."""
+
+
 class HttpError(RequestError):
     """A request that no route takes."""
 
@@ -40,6 +68,22 @@ class HttpError(RequestError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is to blame."""
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is a refusal or a failure."""
+
+    error: ErrorDetail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +99,8 @@ class Problem:
 
     def body(self) -> dict[str, Any]:
         """The JSON body of the response; also the data of a server-sent event that ends a stream."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -65,6 +110,23 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(status=400, message=error.message, param=error.param, code=error.code)
         case ModelNotFoundError():
             return Problem(status=404, message=str(error), param="model", code="model_not_found")
+        case ApiKeyError():
+            return Problem(
+                status=HTTPStatus.UNAUTHORIZED,
+                message=str(error),
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        case BodyTooLargeError():
+            return Problem(status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message=str(error), code="request_too_large")
+        case RequestTimeoutError():
+            return Problem(
+                status=HTTPStatus.REQUEST_TIMEOUT,
+                message=str(error),
+                type="timeout_error",
+                code="request_timeout",
+                headers=ONCE,
+            )
         case HttpError():
             return Problem(status=error.status, message=error.message, headers=error.headers)
         case ContextLengthError():
@@ -84,5 +146,11 @@ def problem_of(error: BaseException) -> Problem:
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
                 message="the server failed on this request; the server's log says why, under its X-Request-Id",
                 type="server_error",
-                headers={"x-should-retry": "false"},
+                headers=ONCE,
             )
+
+
+def shortened(value: Any) -> str:
+    """A value of a request, as a message quotes it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,18 +1,22 @@
-"""How do the pieces of texts become what a client reads: server-sent events, or one body?"""
+"""How do the pieces of texts become what a client reads: server-sent events, or one body?
+
+What completions and chats have in common, and completions; chats: `chat_events`.
+"""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from serve_apps.answers import Choice, Completion, Logprobs, ModelCard
+from serve_apps.answers import Answer, Choice, Completion, Logprobs, ModelCard
 from serve_apps.errors import Problem
+from serve_apps.fields import StreamOptions
 from serve_apps.pieces import Failed, Piece, Tally
-from serve_apps.schemas import StreamOptions
 
-__all__ = ["DONE", "Reply", "error_event", "interleave"]
+__all__ = ["DONE", "CompletionReply", "Reply", "error_event", "event", "interleave"]
 
 DONE = "data: [DONE]\n\n"
 
@@ -21,85 +25,109 @@ DONE = "data: [DONE]\n\n"
 class Reply:
     """One response, from the pieces of all its choices."""
 
-    completion_id: str
+    reply_id: str
     card: ModelCard
     n: int = 1
     """Choices of a prompt, which is paid for once."""
+    options: StreamOptions = field(default_factory=StreamOptions)
     created: int = field(default_factory=lambda: int(time.time()))
     tallies: dict[int, Tally] = field(default_factory=dict)
 
-    def chunk(self, index: int, piece: Piece, options: StreamOptions) -> str:
-        """A server-sent event for a piece of choice `index`; empty if there is nothing in it to tell."""
+    def events(self, index: int, piece: Piece) -> Iterator[str]:
+        """Server-sent events for a piece of choice `index`; none if there is nothing in it to tell."""
         self.tallies[index] = piece.tally
-        if not piece.text and piece.finish_reason is None:
-            return ""
-        chunk = self._completion([_choice(index, piece)])
-        if options.continuous_usage_stats:
-            chunk.usage = self.tally.usage()
-        hidden = {"metrics"} if options.include_usage or options.continuous_usage_stats else {"metrics", "usage"}
-        return f"data: {chunk.model_dump_json(exclude=hidden)}\n\n"
+        for chunk in self._chunks(index, piece):
+            if self.options.continuous_usage_stats:
+                chunk["usage"] = self.tally.usage().model_dump()
+            elif not self.options.include_usage:
+                chunk.pop("usage")
+            chunk.pop("metrics")
+            yield event(chunk)
 
-    def usage_chunk(self) -> str:
+    def usage_event(self) -> str:
         """The server-sent event that says what the whole request cost."""
-        chunk = self._completion([])
-        chunk.usage, chunk.metrics = self.tally.usage(), self.tally.metrics()
-        return f"data: {chunk.model_dump_json()}\n\n"
+        return event(self._last_chunk().model_dump(mode="json"))
 
-    def body(self, pieces: Iterable[tuple[int, Piece]]) -> Completion:
+    def body(self, pieces: Iterable[tuple[int, Piece]]) -> dict[str, Any]:
         """The whole response, of all pieces of all choices, each with the index of its choice."""
-        choices: dict[int, Choice] = {}
+        choices: dict[int, list[Piece]] = {}
         for index, piece in pieces:
             self.tallies[index] = piece.tally
-            if index in choices:
-                _add(choices[index], piece)
-            else:
-                choices[index] = _choice(index, piece)
-        whole = self._completion([choices[index] for index in sorted(choices)])
-        whole.usage, whole.metrics = self.tally.usage(), self.tally.metrics()
-        return whole
+            choices.setdefault(index, []).append(piece)
+        return self._whole([choices[index] for index in sorted(choices)])
 
     @property
     def tally(self) -> Tally:
         """Over all choices."""
         return sum((self._paid(*entry) for entry in self.tallies.items()), Tally())
 
+    def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """JSON of what a stream tells of a piece."""
+        raise NotImplementedError
+
+    def _last_chunk(self) -> Answer:
+        """The chunk without choices."""
+        raise NotImplementedError
+
+    def _whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
+        """JSON of the response, from the pieces of each choice."""
+        raise NotImplementedError
+
     def _paid(self, index: int, tally: Tally) -> Tally:
         return tally if index % self.n == 0 else replace(tally, prompt_tokens=0)
 
-    def _completion(self, choices: list[Choice]) -> Completion:
-        return Completion(
-            id=self.completion_id,
-            created=self.created,
-            model=self.card.id,
-            system_fingerprint=self.card.fingerprint,
-            choices=choices,
-        )
+    def _heading(self) -> dict[str, Any]:
+        return {
+            "id": self.reply_id,
+            "created": self.created,
+            "model": self.card.id,
+            "system_fingerprint": self.card.fingerprint,
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        return {"usage": self.tally.usage(), "metrics": self.tally.metrics()}
 
 
-def _choice(index: int, piece: Piece) -> Choice:
-    return Choice(
-        index=index,
-        text=piece.text,
-        logprobs=piece.logprobs,
-        finish_reason=piece.finish_reason,
-        stop_reason=piece.stop_reason,
-        prompt_logprobs=piece.prompt_logprobs,
-    )
+class CompletionReply(Reply):
+    """A response of /v1/completions."""
+
+    def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        if piece.text or piece.finish_reason is not None:
+            yield Completion(**self._heading(), choices=[_choice(index, [piece])]).model_dump(mode="json")
+
+    def _last_chunk(self) -> Completion:
+        return Completion(**self._heading(), **self._cost(), choices=[])
+
+    def _whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
+        told = [_choice(index, pieces) for index, pieces in enumerate(choices)]
+        return Completion(**self._heading(), **self._cost(), choices=told).model_dump(mode="json")
 
 
-def _add(choice: Choice, piece: Piece) -> None:
-    choice.text += piece.text
-    choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
-    choice.prompt_logprobs = choice.prompt_logprobs or piece.prompt_logprobs
-    if piece.logprobs is not None:
-        so_far = choice.logprobs or Logprobs()
-        lists = {name: getattr(so_far, name) + getattr(piece.logprobs, name) for name in Logprobs.model_fields}
-        choice.logprobs = Logprobs(**lists)
+def event(data: Any) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def error_event(problem: Problem) -> str:
     """The server-sent event that ends a stream which cannot go on; no [DONE] follows it."""
-    return f"data: {json.dumps(problem.body())}\n\n"
+    return event(problem.body())
+
+
+def _choice(index: int, pieces: Sequence[Piece]) -> Choice:
+    last = pieces[-1]
+    told = [piece.logprobs for piece in pieces if isinstance(piece.logprobs, Logprobs)]
+    logprobs = {name: [entry for each in told for entry in getattr(each, name)] for name in Logprobs.model_fields}
+    ids = [piece.token_ids for piece in pieces if piece.token_ids is not None]
+    return Choice(
+        index=index,
+        text="".join(piece.text for piece in pieces),
+        logprobs=Logprobs(**logprobs) if told else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), None),
+        prompt_token_ids=next((list(p.prompt_token_ids) for p in pieces if p.prompt_token_ids is not None), None),
+        token_ids=[token for each in ids for token in each] if ids else None,
+    )
 
 
 async def interleave(

@@ -8,24 +8,32 @@ import asyncio
 import importlib.metadata
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from serve_apps.answers import ModelCard, ModelList
+from serve_apps.answers import Completion, ModelCard, ModelList
+from serve_apps.asked import PromptRequest
+from serve_apps.chat_answers import ChatChunk, ChatCompletion
+from serve_apps.chat_events import ChatReply
+from serve_apps.chat_schemas import ChatRequest
 from serve_apps.errors import HttpError, ModelNotFoundError, problem_of
-from serve_apps.events import DONE, Reply, error_event, interleave
+from serve_apps.events import DONE, CompletionReply, Reply, error_event, interleave
+from serve_apps.limits import Limits
 from serve_apps.metrics import Counters, gauges
+from serve_apps.openapi import DOCS_PAGE, described, errors
 from serve_apps.pieces import Failed, Piece
 from serve_apps.reading import read_request
 from serve_apps.replica_load import Load
-from serve_apps.schemas import CompletionRequest, PromptRequest, StreamOptions
+from serve_apps.schemas import CompletionRequest
+from serve_apps.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from tidar_core.errors import TidarError
 
 __all__ = ["HttpApp"]
@@ -36,6 +44,18 @@ READY_SECONDS = 5.0
 LOAD_SECONDS = 2.0
 """How long /metrics waits for the replicas."""
 
+ROUTES = "/v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /docs"
+BODIES = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+STREAMS = {"/v1/completions": Completion, "/v1/chat/completions": ChatChunk}
+GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500)
+READING = errors(400, 401, 404, 405, 408, 413, 500)
+PLAIN = errors(401, 405, 500)
+
 logger = logging.getLogger("ray.serve")
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
@@ -45,35 +65,41 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 class HttpApp:
     """The routes, over a handle to the decoder deployment."""
 
-    def __init__(self, decoder: DeploymentHandle, card: ModelCard) -> None:
-        self._decoder, self._card = decoder, card
+    def __init__(self, decoder: DeploymentHandle, card: ModelCard, limits: Limits) -> None:
+        self._decoder, self._card, self._limits = decoder, card, limits
         self._counters = Counters(card.id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for routes that know their deployment: all that the service answers."""
         api = FastAPI(title="TiDAR", version=_version(), docs_url=None, redoc_url=None, openapi_url=None)
-        api.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
-        api.add_api_route("/v1/models", self.models, methods=["GET"])
-        api.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
-        api.add_api_route("/health", self.health, methods=["GET"])
-        api.add_api_route("/ready", self.ready, methods=["GET"], response_model=None)
-        api.add_api_route("/version", self.version, methods=["GET"])
-        api.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
+        add = api.add_api_route
+        add("/v1/completions", self.completions, methods=["POST"], response_model=Completion, responses=GENERATING)
+        add("/v1/chat/completions", self.chat, methods=["POST"], response_model=ChatCompletion, responses=GENERATING)
+        add("/v1/models", self.models, methods=["GET"], responses=PLAIN)
+        add("/v1/models/{model_id:path}", self.model, methods=["GET"], responses=PLAIN | errors(404))
+        add("/tokenize", self.tokenize, methods=["POST"], response_model=Tokenized, responses=READING)
+        add("/detokenize", self.detokenize, methods=["POST"], response_model=Detokenized, responses=READING)
+        add("/tokenizer_info", self.tokenizer_info, methods=["GET"], response_model=TokenizerInfo, responses=PLAIN)
+        add("/health", self.health, methods=["GET"], responses=errors(405))
+        add("/ready", self.ready, methods=["GET"], response_model=dict[str, str], responses=errors(405, 503))
+        add("/version", self.version, methods=["GET"], responses=errors(405))
+        add("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse, responses=errors(405))
+        add("/docs", self.docs, methods=["GET"], include_in_schema=False)
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
+        api.add_exception_handler(Exception, _refuse)
+        document = get_openapi(title=api.title, version=api.version, description=__doc__, routes=api.routes)
+        document = described(document, BODIES, STREAMS, model_name=self._card.id)
+        add("/openapi.json", lambda: JSONResponse(document), methods=["GET"], include_in_schema=False)
         return api
 
     async def completions(self, http: Request) -> Response:
         """Continue prompts."""
-        try:
-            answer = await self._complete(read_request(await http.body()))
-        except TidarError as error:
-            answer = _answer(error)
-        except Exception as error:
-            logger.exception("a completion failed")
-            answer = _answer(error)
-        self._counters.count_answer(answer.status_code)
-        return answer
+        return await self._counted(self._complete(http))
+
+    async def chat(self, http: Request) -> Response:
+        """Continue a conversation."""
+        return await self._counted(self._converse(http))
 
     async def models(self) -> ModelList:
         """The models served here: one."""
@@ -84,6 +110,31 @@ class HttpApp:
         self._check_model(model_id)
         return self._card
 
+    async def tokenize(self, http: Request) -> Response:
+        """The tokens of a prompt or of messages, as the completion routes read them."""
+        asked = read_request(await self._limits.body(http.headers, http.stream()), TokenizeRequest)
+        self._check_model(asked.model or self._card.id)
+        called = self._decoder.tokenize.remote(
+            asked.asked(), framed=asked.add_special_tokens, spelled=asked.return_token_strs
+        )
+        tokenized = await self._limits.in_time(_awaited(called), http.headers)
+        if isinstance(tokenized, Failed):
+            raise tokenized.error
+        return JSONResponse(tokenized.model_dump(mode="json"))
+
+    async def detokenize(self, http: Request) -> Response:
+        """The text of tokens, special ones by their names."""
+        asked = read_request(await self._limits.body(http.headers, http.stream()), DetokenizeRequest)
+        self._check_model(asked.model or self._card.id)
+        called = self._decoder.detokenize.remote(asked.tokens)
+        text = await self._limits.in_time(_awaited(called), http.headers)
+        return JSONResponse(Detokenized(prompt=text).model_dump(mode="json"))
+
+    async def tokenizer_info(self, http: Request) -> Response:
+        """What the tokenizer's configuration says, and the chat template."""
+        info = await self._limits.in_time(_awaited(self._decoder.tokenizer_info.remote()), http.headers)
+        return JSONResponse(info.model_dump(mode="json"))
+
     async def health(self) -> dict[str, str]:
         """This process lives; says nothing about the decoder."""
         return {"status": "ok"}
@@ -93,7 +144,7 @@ class HttpApp:
         try:
             await asyncio.wait_for(_awaited(self._decoder.ready.remote()), READY_SECONDS)
         except Exception:
-            return JSONResponse({"status": "no decoder replica is ready"}, status_code=503)
+            return _answer(HttpError(503, "no decoder replica is ready; ask again", {"Retry-After": "1"}))
         return JSONResponse({"status": "ready"})
 
     async def version(self) -> dict[str, str]:
@@ -104,6 +155,10 @@ class HttpApp:
         """Totals of this process for Prometheus, and what its decoder replicas are at."""
         text = self._counters.exposition() + gauges(self._card.id, await self._loads())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def docs(self) -> Response:
+        """A page that shows the OpenAPI document."""
+        return HTMLResponse(DOCS_PAGE)
 
     async def _loads(self) -> list[Load]:
         """Of all replicas that answer in time; asking starts none."""
@@ -118,36 +173,61 @@ class HttpApp:
         if name != self._card.id:
             raise ModelNotFoundError(f"model {name!r} is not served here; this service has {self._card.id!r}")
 
-    async def _complete(self, request: CompletionRequest) -> Response:
-        self._check_model(request.model)
-        reply = Reply(completion_id=f"cmpl-{secrets.token_hex(12)}", card=self._card, n=request.n)
-        prompts = request.prompts(reply.completion_id)
-        pieces = interleave([self._generate(prompt) for prompt in prompts])
-        first = await _until_admitted(pieces, len(prompts))
-        if request.stream:
-            events = self._events(reply, request.stream_options, first, pieces)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async with aclosing(pieces):
-            whole = reply.body([*first, *[item async for item in pieces]])
-        self._counters.count_tokens(reply.tally)
-        return JSONResponse(whole.model_dump(mode="json"))
+    async def _counted(self, answering: Awaitable[Response]) -> Response:
+        """The answer, or the refusal, of a request for text."""
+        try:
+            answer = await answering
+        except TidarError as error:
+            answer = _answer(error)
+        except Exception as error:
+            logger.exception("a completion failed")
+            answer = _answer(error)
+        self._counters.count_answer(answer.status_code)
+        return answer
 
-    async def _events(
-        self, reply: Reply, options: StreamOptions, first: list[tuple[int, Piece]], pieces: Pieces
-    ) -> AsyncGenerator[str, None]:
+    async def _complete(self, http: Request) -> Response:
+        asked = read_request(await self._limits.body(http.headers, http.stream()), CompletionRequest)
+        self._check_model(asked.model)
+        reply = CompletionReply(
+            reply_id=f"cmpl-{asked.request_id or secrets.token_hex(12)}",
+            card=self._card, n=asked.n, options=asked.stream_options,
+        )  # fmt: skip
+        return await self._answered(http, reply, asked.prompts(secrets.token_hex(12)), stream=asked.stream)
+
+    async def _converse(self, http: Request) -> Response:
+        asked = read_request(await self._limits.body(http.headers, http.stream()), ChatRequest)
+        self._check_model(asked.model)
+        reply = ChatReply(
+            reply_id=f"chatcmpl-{asked.request_id or secrets.token_hex(12)}",
+            card=self._card, n=asked.n, options=asked.stream_options, tools=asked.tool_use(),
+        )  # fmt: skip
+        return await self._answered(http, reply, asked.prompts(secrets.token_hex(12)), stream=asked.stream)
+
+    async def _answered(self, http: Request, reply: Reply, prompts: list[PromptRequest], *, stream: bool) -> Response:
+        pieces = interleave([self._generate(prompt) for prompt in prompts])
+        timed = self._limits.timed(pieces, http.headers)
+        first = await _until_admitted(timed, len(prompts))
+        if stream:
+            return StreamingResponse(self._events(reply, first, timed), media_type="text/event-stream")
+        async with aclosing(timed):
+            whole = reply.body([*first, *[item async for item in timed]])
+        self._counters.count_tokens(reply.tally)
+        return JSONResponse(whole)
+
+    async def _events(self, reply: Reply, first: list[tuple[int, Piece]], pieces: Pieces) -> AsyncGenerator[str, None]:
         """Server-sent events of a stream whose first pieces are there already."""
         complete = False
         try:
             async with aclosing(pieces):
                 for item in first:
-                    if chunk := reply.chunk(*item, options):
+                    for chunk in reply.events(*item):
                         yield chunk
                 async for item in pieces:
-                    if chunk := reply.chunk(*item, options):
+                    for chunk in reply.events(*item):
                         yield chunk
             complete = True
-            if options.include_usage:
-                yield reply.usage_chunk()
+            if reply.options.include_usage:
+                yield reply.usage_event()
             yield DONE
         except Exception as error:
             logger.exception("a stream broke off")
@@ -194,7 +274,7 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 async def _refuse_route(http: Request, error: Exception) -> JSONResponse:
     """No such route, or not by this method."""
     assert isinstance(error, HTTPException)
-    message = f"{http.method} {http.url.path} is not served here: {error.detail}; see /v1/models and /v1/completions"
+    message = f"{http.method} {http.url.path} is not served here: {error.detail}; see {ROUTES}"
     return _answer(HttpError(error.status_code, message, error.headers))
 
 

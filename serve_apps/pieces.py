@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from serve_apps.answers import FinishReason, Logprobs, Metrics, PromptScores, SpeculativeDecoding, Usage
+from serve_apps.chat_answers import ChatTokenLogprob
 
 __all__ = ["Failed", "Piece", "Tally"]
 
@@ -64,10 +65,16 @@ class Piece:
     tally: Tally
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the text."""
-    logprobs: Logprobs | None = None
+    logprobs: Logprobs | list[ChatTokenLogprob] | None = None
     """Of the tokens whose text has been told by now, where asked for."""
     prompt_logprobs: PromptScores | None = None
     """With the first text, where asked for."""
+    token_ids: tuple[int, ...] | None = None
+    """New tokens, where asked for."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """With the first piece, where asked for."""
+    tool_form: str | None = None
+    """With the first piece, where functions may be called: how calls are written (`tool_forms.FORMS`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,16 @@ class ServeSettings(BaseModel):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
+    request_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest that a request may take, from its first byte to its last; then it is aborted and answered 408. A client's
+    header X-Request-Timeout-Seconds may ask for less."""
+    max_body_bytes: Positive = 8 * 2**20
+    """Longest body of a request; a longer one is answered 413."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Location of a Jinja file that takes the place of the bundle's own chat template."""
+    tool_form: Literal["auto", "hermes", "llama3"] = "auto"
+    """How the model writes calls of functions; by default as its chat template teaches."""
+
     mode: Literal["auto", "single-pass", "two-pass", "autoregressive"] = "single-pass"
     draft_kind: Literal["argmax", "sampled"] = "argmax"
     block_len: Positive | None = None

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, Self
 
 from serve_apps.answers import FinishReason, PromptScores
+from serve_apps.asked import Chat, PromptRequest
 from serve_apps.pieces import Piece, Tally
-from serve_apps.schemas import PromptRequest
-from serve_apps.scores import ScoreSheet, prompt_scores
+from serve_apps.scores import ChatScoreSheet, ScoreSheet, prompt_scores
 from serve_apps.stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -34,11 +34,14 @@ class Tokenizer(Protocol):
 
     eos_id: int
 
-    def stream(self) -> TextStream:
+    def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder for ids that come one by one."""
 
     def spell(self, token_id: int) -> str:
         """The name of a token."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text."""
 
 
 class Transcript:
@@ -47,9 +50,15 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer, request: PromptRequest, prompt: Sequence[int], *, block_len: int) -> None:
         """prompt  the tokens of the request's prompt"""
         self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(skip_special=request.skip_special)
         self._stops = StopStrings(request.stop, include=request.include_stop)
-        self._sheet = None if request.logprobs is None else ScoreSheet(tokenizer.spell, request.logprobs)
+        self._sheet: ScoreSheet | None = None
+        if request.logprobs is not None and isinstance(request.prompt, Chat):
+            self._sheet = ChatScoreSheet(tokenizer.spell, request.logprobs, tokenizer.bytes_of)
+        elif request.logprobs is not None:
+            self._sheet = ScoreSheet(tokenizer.spell, request.logprobs)
+        self._new_ids: list[int] = []
+        self._prompt_told = False
         self._completion_tokens = 0
         self._histogram = [0] * block_len
         self._begun = False
@@ -75,15 +84,18 @@ class Transcript:
     def take(self) -> Piece:
         """All since the last piece."""
         tally = Tally(len(self._prompt), self._completion_tokens, tuple(self._histogram))
+        prompt_ids = tuple(self._prompt) if self._request.token_ids and not self._prompt_told else None
+        self._prompt_told = True
         if not self.pending:
-            return Piece("", None, tally)
+            return Piece("", None, tally, prompt_token_ids=prompt_ids)
         text, self._text = self._text, ""
         scores, self._prompt_scores = self._prompt_scores, None
         self._told_len += len(text)
         logprobs = None
         if self._sheet is not None:
             logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
-        return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores)
+        new_ids, self._new_ids = tuple(self._new_ids) if self._request.token_ids else None, []
+        return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids)
 
     def _hear(self, step: "DecodeStep") -> None:
         if not self._begun:
@@ -109,7 +121,7 @@ class Transcript:
             self._prompt_scores = prompt_scores(scored, self._request.prompt_logprobs, self._tokenizer.spell)
         if not self._request.echo:
             return
-        stream, length = self._tokenizer.stream(), 0
+        stream, length = self._tokenizer.stream(skip_special=self._request.skip_special), 0
         for place, token in enumerate(self._prompt):
             piece = stream.push(token)
             if self._sheet is not None:
@@ -122,6 +134,7 @@ class Transcript:
 
     def _say(self, token: int, scored: "TokenLogprob | None", *, spoken: bool) -> None:
         self._completion_tokens += 1
+        self._new_ids.append(token)
         piece = self._stream.push(token) if spoken else ""
         if self._sheet is not None:
             self._sheet.add(token, scored, self._heard_len, self._heard_len + len(piece))

@@ -1,14 +1,17 @@
 """A tiny bundle with random weights, and what its model says one token at a time."""
 
 import contextlib
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chat_templates import chat_tokenizer
 from tiny import wide_model
 
+from serve_apps import app
+from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import save_bundle
-from tidar_core.artifacts.tokenizer import train_bpe
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.config import SamplingConfig
 from tidar_core.shapes import named_shape
@@ -16,7 +19,7 @@ from tidar_core.shapes import named_shape
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_bpe([Path(contextlib.__file__).read_text()], 300)
+    return chat_tokenizer("qwen2.5", trained_on=[Path(contextlib.__file__).read_text()])
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,24 @@ def bundle(tmp_path_factory, tokenizer, model):
     mask_id = model.config.mask_id
     save_bundle(uri, model, tokenizer, block_len=4, mask_id=mask_id, objective="dual", lineage={}, made_by={})
     return uri
+
+
+@pytest.fixture(scope="module")
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def service(bundle, free_port):
+    """Base address of a running service of `tiny-model`, with three rows and little room to wait."""
+    settings = ServeSettings(
+        model=bundle, port=free_port, rows=3, max_waiting=4, threads=1, num_cpus=0.5, max_body_bytes=100_000
+    )
+    app.run(settings, blocking=False)
+    yield f"http://127.0.0.1:{free_port}"
+    app.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import dataclasses
 import pytest
 from llguidance import LLParserLimits, grammar_from
 
+from serve_apps.asked import PromptRequest
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.grammars import AskedGrammar
 from serve_apps.pieces import Failed
-from serve_apps.schemas import PromptRequest
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.artifacts.grammar import Grammar
@@ -81,7 +81,7 @@ def test_a_grammar_that_asks_for_too_much_work_fails_the_request_instead_of_endi
     def narrow(kind, content, tokenizer):
         return Grammar(grammar_from(kind, content), tokenizer, LLParserLimits(step_max_items=40, verbose_errors=False))
 
-    monkeypatch.setattr("serve_apps.decoder_app.compile_constraint", narrow)
+    monkeypatch.setattr("serve_apps.prompting.compile_constraint", narrow)
     grammar = AskedGrammar("guided_grammar", "grammar", 'start: x\nx: x x | "a" | "aa" | "b"')
     asked = dataclasses.replace(prompt_request(max_tokens=60, min_tokens=60), grammar=grammar)
     *_, refused = answer(DecoderApp(with_settings(served, block_len, mode=mode)), asked)

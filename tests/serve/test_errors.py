@@ -6,7 +6,15 @@ import pickle
 import pytest
 from openai.types.shared import ErrorObject
 
-from serve_apps.errors import HttpError, ModelNotFoundError, ParameterError, problem_of
+from serve_apps.errors import (
+    ApiKeyError,
+    BodyTooLargeError,
+    HttpError,
+    ModelNotFoundError,
+    ParameterError,
+    RequestTimeoutError,
+    problem_of,
+)
 from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
 
 SECRET = "/home/someone/key.pem"
@@ -20,6 +28,9 @@ SECRET = "/home/someone/key.pem"
         (ContextLengthError("too long"), 400, "invalid_request_error", "max_tokens", "context_length_exceeded"),
         (ModelNotFoundError("no such model"), 404, "invalid_request_error", "model", "model_not_found"),
         (HttpError(405, "not by GET", {"allow": "POST"}), 405, "invalid_request_error", None, None),
+        (ApiKeyError("no key"), 401, "invalid_request_error", None, "invalid_api_key"),
+        (RequestTimeoutError("60 s"), 408, "timeout_error", None, "request_timeout"),
+        (BodyTooLargeError("9 bytes"), 413, "invalid_request_error", None, "request_too_large"),
         (CapacityError("full"), 429, "rate_limit_error", None, "rate_limit_exceeded"),
         (TidarError(f"lost {SECRET}"), 500, "server_error", None, None),
         (RuntimeError(f"lost {SECRET}"), 500, "server_error", None, None),
@@ -39,6 +50,8 @@ def test_an_error_has_its_status_and_its_envelope(error, status, kind, param, co
 def test_a_full_server_says_when_to_come_back_and_a_failed_one_not_to():
     assert problem_of(CapacityError("full")).headers == {"Retry-After": "1"}
     assert problem_of(ValueError()).headers == {"x-should-retry": "false"}
+    assert problem_of(RequestTimeoutError("60 s")).headers == {"x-should-retry": "false"}
+    assert problem_of(ApiKeyError("no key")).headers == {"WWW-Authenticate": "Bearer"}
     assert problem_of(HttpError(405, "not by GET", {"allow": "POST"})).headers == {"allow": "POST"}
 
 

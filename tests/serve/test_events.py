@@ -8,18 +8,24 @@ from openai.types import Completion
 
 from serve_apps.answers import Logprobs, ModelCard, TokenScore
 from serve_apps.errors import problem_of
-from serve_apps.events import DONE, Reply, error_event, interleave
+from serve_apps.events import DONE, CompletionReply, error_event, interleave
+from serve_apps.fields import StreamOptions
 from serve_apps.pieces import Failed, Piece, Tally
-from serve_apps.schemas import StreamOptions
 from tidar_core.errors import CapacityError
 
 CARD = ModelCard(id="m", created=5, max_model_len=64, block_len=4, bundle_hash="0123456789abcdef", mode="single-pass")
-SILENT, USAGE = StreamOptions(), StreamOptions(include_usage=True)
+USAGE = StreamOptions(include_usage=True)
 
 
 @pytest.fixture
 def reply():
-    return Reply(completion_id="cmpl-1", card=CARD, created=9)
+    return CompletionReply(reply_id="cmpl-1", card=CARD, created=9)
+
+
+def told(reply, index, piece):
+    """What the one event of a piece says."""
+    (event,) = reply.events(index, piece)
+    return data(event)
 
 
 def data(event):
@@ -43,7 +49,7 @@ def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
         (1, Piece("", None, Tally(2))), (0, Piece("he", None, Tally(3))), (1, Piece("b", "stop", Tally(2, 2, (1, 0)))),
         (0, Piece("y", "length", Tally(3, 5, (0, 2)))),
     ]  # fmt: skip
-    body = json.loads(reply.body(pieces).model_dump_json())
+    body = json.loads(json.dumps(reply.body(pieces)))
     read = Completion.model_validate(body, strict=True)
     assert [(c.index, c.text, c.finish_reason, c.logprobs) for c in read.choices] == [
         (0, "hey", "length", None),
@@ -56,9 +62,9 @@ def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
 
 
 def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
-    reply = Reply(completion_id="cmpl-1", card=CARD, n=2)
+    reply = CompletionReply(reply_id="cmpl-1", card=CARD, n=2)
     for index in range(4):
-        reply.chunk(index, Piece("a", "stop", Tally(10, 1)), SILENT)
+        told(reply, index, Piece("a", "stop", Tally(10, 1)))
     assert reply.tally.usage().model_dump() == {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
 
 
@@ -70,7 +76,7 @@ def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
         (0, Piece("", None, Tally(3))), (0, Piece("he", None, Tally(3), None, one, prompt)),
         (0, Piece("y", "stop", Tally(3, 2), "!", two)),
     ]  # fmt: skip
-    body = json.loads(reply.body(pieces).model_dump_json())
+    body = json.loads(json.dumps(reply.body(pieces)))
     (choice,) = Completion.construct(**body).choices  # as the client does; its types know of no null, its server does
     assert choice.logprobs.to_dict() == {
         "text_offset": [0, 2], "token_logprobs": [None, -1.5], "tokens": ["he", "y"],
@@ -82,23 +88,25 @@ def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
 
 
 def test_a_chunk_has_the_piece_and_no_usage_unless_asked(reply):
-    chunk = data(reply.chunk(0, Piece("he", None, Tally(3, 1)), SILENT))
+    chunk = told(reply, 0, Piece("he", None, Tally(3, 1)))
     assert chunk["choices"] == [{"index": 0, "text": "he", "logprobs": None, "finish_reason": None,
-                                 "stop_reason": None, "prompt_logprobs": None}]  # fmt: skip
+                                 "stop_reason": None, "prompt_logprobs": None, "prompt_token_ids": None,
+                                 "token_ids": None}]  # fmt: skip
     assert "usage" not in chunk
     assert "metrics" not in chunk
-    assert data(reply.chunk(0, Piece("", "stop", Tally(3, 2)), SILENT))["choices"][0]["finish_reason"] == "stop"
+    assert told(reply, 0, Piece("", "stop", Tally(3, 2)))["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_piece_without_news_is_no_chunk(reply):
-    assert reply.chunk(0, Piece("", None, Tally(3)), SILENT) == ""
+    assert list(reply.events(0, Piece("", None, Tally(3)))) == []
 
 
 def test_with_include_usage_the_last_chunk_alone_has_it(reply):
-    assert data(reply.chunk(0, Piece("he", None, Tally(3, 1, (0, 0))), USAGE))["usage"] is None
-    reply.chunk(1, Piece("x", "stop", Tally(1, 4, (1, 1))), USAGE)
-    reply.chunk(0, Piece("y", "length", Tally(3, 2, (1, 0))), USAGE)
-    last = data(reply.usage_chunk())
+    reply.options = USAGE
+    assert told(reply, 0, Piece("he", None, Tally(3, 1, (0, 0))))["usage"] is None
+    told(reply, 1, Piece("x", "stop", Tally(1, 4, (1, 1))))
+    told(reply, 0, Piece("y", "length", Tally(3, 2, (1, 0))))
+    last = data(reply.usage_event())
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
     assert last["metrics"]["speculative_decoding"]["acceptance_histogram"] == [2, 1]
@@ -106,8 +114,18 @@ def test_with_include_usage_the_last_chunk_alone_has_it(reply):
 
 
 def test_continuous_usage_counts_the_tokens_so_far(reply):
-    options = StreamOptions(continuous_usage_stats=True)
-    assert data(reply.chunk(0, Piece("he", None, Tally(3, 4)), options))["usage"]["completion_tokens"] == 4
+    reply.options = StreamOptions(continuous_usage_stats=True)
+    assert told(reply, 0, Piece("he", None, Tally(3, 4)))["usage"]["completion_tokens"] == 4
+
+
+def test_the_ids_of_all_pieces_join(reply):
+    pieces = [
+        (0, Piece("", None, Tally(3), prompt_token_ids=(7, 8, 9))),
+        (0, Piece("he", None, Tally(3, 1), token_ids=(4,))),
+        (0, Piece("y", "stop", Tally(3, 3), token_ids=(5, 6))),
+    ]
+    (choice,) = reply.body(pieces)["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([7, 8, 9], [4, 5, 6])
 
 
 def test_an_error_in_a_stream_is_openais_envelope():

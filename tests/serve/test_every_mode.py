@@ -9,6 +9,7 @@ import pytest
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.pieces import Failed
 from serve_apps.reading import read_request
+from serve_apps.schemas import CompletionRequest
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.autoregressive import score
@@ -53,7 +54,7 @@ def answers(app, bodies):
 
 def prompts(name, body):
     whole = {"model": "m", "prompt": PROMPT, "temperature": 0, "max_tokens": 24} | body
-    return read_request(json.dumps(whole).encode()).prompts(name)
+    return read_request(json.dumps(whole).encode(), CompletionRequest).prompts(name)
 
 
 def whole(events):

@@ -6,14 +6,15 @@ import pytest
 from openai.types import CompletionCreateParams
 
 from serve_apps.errors import ParameterError
-from serve_apps.reading import NEUTRAL, read_request
+from serve_apps.reading import read_request
 from serve_apps.schemas import CompletionRequest
 
+NEUTRAL = CompletionRequest.NEUTRAL
 SMALLEST = {"model": "m", "prompt": "a"}
 
 
 def read(**fields):
-    return read_request(json.dumps(SMALLEST | fields).encode())
+    return read_request(json.dumps(SMALLEST | fields).encode(), CompletionRequest)
 
 
 def refusal(**fields):
@@ -72,6 +73,8 @@ def test_all_that_the_replica_does_reaches_it():
     assert (prompt.logprobs, prompt.prompt_logprobs) == (5, 2)
     assert (prompt.sampling.logprobs, prompt.sampling.prompt_logprobs) == (5, True)
     assert read(stop="a").prompts("id")[0].stop == ("a",)
+    (prompt,) = read(add_special_tokens=True, skip_special_tokens=False, return_token_ids=True).prompts("id")
+    assert (prompt.framed, prompt.skip_special, prompt.token_ids) == (True, False, True)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +193,8 @@ def test_a_neutral_value_is_accepted(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 2), ("suffix", "x"), ("add_special_tokens", True), ("use_beam_search", True), ("priority", 1),
-        ("return_token_ids", True), ("skip_special_tokens", False), ("allowed_token_ids", [1]), ("length_penalty", 2),
+        ("best_of", 2), ("suffix", "x"), ("use_beam_search", True), ("priority", 1), ("cache_salt", "s"),
+        ("allowed_token_ids", [1]), ("length_penalty", 2),
         ("guided_whitespace_pattern", " "), ("max_completion_tokens", 5), ("tempreature", 1),
         ("logprob_token_ids", [5]),
     ],
@@ -236,18 +239,18 @@ def test_stream_options_need_a_stream():
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe\xfd", b"[" * 100_000, b"null"])
 def test_a_body_that_is_no_json_object_is_refused(body):
     with pytest.raises(ParameterError, match="body"):
-        read_request(body)
+        read_request(body, CompletionRequest)
 
 
 def test_what_is_missing_is_named():
     for name in SMALLEST:
         with pytest.raises(ParameterError) as caught:
-            read_request(json.dumps({k: v for k, v in SMALLEST.items() if k != name}).encode())
+            read_request(json.dumps({k: v for k, v in SMALLEST.items() if k != name}).encode(), CompletionRequest)
         assert (caught.value.param, str(caught.value)) == (name, f"{name} is missing; give it")
 
 
 @pytest.mark.parametrize("body", [rb'{"model": "m", "prompt": "\ud800"}', rb'{"\udfff": 1}'])
 def test_half_a_character_is_no_text(body):
     with pytest.raises(ParameterError) as caught:
-        read_request(body)
+        read_request(body, CompletionRequest)
     str(caught.value).encode()

@@ -4,7 +4,7 @@ from itertools import accumulate, pairwise, product
 
 import pytest
 
-from serve_apps.schemas import PromptRequest
+from serve_apps.asked import PromptRequest
 from serve_apps.transcript import Transcript
 from tidar_core.artifacts.tokenizer import train_bpe
 from tidar_core.config import SamplingConfig

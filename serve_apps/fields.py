@@ -1,0 +1,181 @@
+"""Which fields do completions and chats have in common, and what do they ask of the sampler?
+
+OpenAI's with vLLM's extensions. How a body becomes a request, or is refused: `reading`.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from serve_apps.errors import ParameterError
+from serve_apps.grammars import AskedGrammar, Choices, ResponseFormat, Schema, StructuredOutputs, asked_grammar
+from serve_apps.reading import Body
+from tidar_core.config import COLDEST, MOST_LOGPROBS, SamplingConfig
+from tidar_core.errors import RequestError
+
+__all__ = ["GenerationFields", "StreamOptions", "said_as", "shown"]
+
+SEED_BITS = 63
+LONGEST_VOCABULARY = 2**31 - 1
+MOST_CHOICES = 128
+"""As OpenAI has it."""
+MOST_STOP_STRINGS = 64
+"""OpenAI takes 4; each costs a little with every character that is written."""
+MOST_BAD_WORDS = 256
+
+Words = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
+def shown(**limits: float) -> Any:
+    """Limits for the OpenAPI document alone: `SamplingConfig` is who refuses, in its own words."""
+    return Field(json_schema_extra={**limits})
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    include_usage: bool = False
+    """A last chunk without choices says what the request cost."""
+    continuous_usage_stats: bool = False
+    """Every chunk says what the request has cost so far."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _without_nothing(value: Any) -> Any:
+    """What is null or false asks for nothing here."""
+    return {k: v for k, v in value.items() if v is not None and v is not False} if isinstance(value, dict) else value
+
+
+StopWords = Annotated[list[Words], Field(max_length=MOST_STOP_STRINGS)]
+ONE_OR_MORE = BeforeValidator(_as_list, json_schema_input_type=Words | StopWords)
+
+
+class GenerationFields(Body):
+    """What a request for text may say."""
+
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": ([],),
+        "cache_salt": ("",),
+        "length_penalty": (1,),
+        "metadata": ({},),
+        "priority": (0,),
+        "return_tokens_as_token_ids": (False,),
+        "spaces_between_special_tokens": (True,),
+        "store": (False,),
+        "use_beam_search": (False,),
+    }
+
+    model: str
+    min_tokens: Annotated[int, shown(minimum=0)] = 0
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    seed: int | None = None
+    temperature: Annotated[float, shown(minimum=0, maximum=100)] = 1.0
+    top_p: Annotated[float, shown(exclusiveMinimum=0, maximum=1)] = 1.0
+    top_k: Annotated[int, shown(minimum=-1)] = 0
+    min_p: Annotated[float, shown(minimum=0, maximum=1)] = 0.0
+    repetition_penalty: Annotated[float, shown(exclusiveMinimum=0)] = 1.0
+    presence_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
+    frequency_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
+    logit_bias: Annotated[dict[TokenId, float], Field(default_factory=dict)]
+    bad_words: Annotated[list[Words], Field(max_length=MOST_BAD_WORDS, default_factory=list)]
+    stop: Annotated[StopWords, ONE_OR_MORE, Field(default_factory=list)]
+    stop_token_ids: Annotated[list[int], Field(default_factory=list)]
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    response_format: Annotated[ResponseFormat, BeforeValidator(_without_nothing)] | None = None
+    structured_outputs: Annotated[StructuredOutputs, BeforeValidator(_without_nothing)] | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    return_token_ids: bool = False
+    """The ids of the tokens read and written are told."""
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """The answer's id is made of it."""
+    user: str | None = None
+    """Accepted for the client's own books; changes nothing."""
+
+    def check(self, given: set[str]) -> None:
+        """Raise ParameterError if fields that are right alone do not go together."""
+        if "stream_options" in given and not self.stream:
+            raise ParameterError(
+                "stream_options is given and stream is false; set stream to true or drop it", "stream_options"
+            )
+        with said_as():
+            self.sampling(seed=self.seed or 0)
+        self.grammar()
+
+    def sampling(self, seed: int) -> SamplingConfig:
+        """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
+        raise NotImplementedError
+
+    def grammar(self) -> AskedGrammar | None:
+        """What the texts must keep to. Raises ParameterError if that is asked for twice."""
+        guided: dict[str, Any] = {
+            name: getattr(self, name) for name in type(self).model_fields if name.startswith("guided_")
+        }
+        return asked_grammar(self.response_format, self.structured_outputs, guided)
+
+    def _sampling(self, *, max_tokens: int, seed: int, logprobs: int | None, of_prompt: bool) -> SamplingConfig:
+        wanted = [count for count in (logprobs, self.prompt_logprobs) if count is not None]
+        return SamplingConfig(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=0.0 if 0 <= self.temperature < COLDEST else self.temperature,  # as in vLLM
+            top_p=self.top_p,
+            top_k=0 if self.top_k == -1 else min(self.top_k, LONGEST_VOCABULARY),  # vLLM writes "off" as -1
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            seed=seed,
+            eos_ids=tuple(self.stop_token_ids),
+            logprobs=max(wanted, default=None),
+            prompt_logprobs=self.prompt_logprobs is not None or of_prompt,
+        )
+
+    def _same_for_all(self) -> dict[str, Any]:
+        """What every choice of every prompt is asked with."""
+        return {
+            "ignore_eos": self.ignore_eos,
+            "pieces": self.stream,
+            "stop": tuple(self.stop),
+            "include_stop": self.include_stop_str_in_output,
+            "skip_special": self.skip_special_tokens,
+            "bad_words": tuple(self.bad_words),
+            "grammar": self.grammar(),
+            "prompt_logprobs": self.prompt_logprobs,
+            "token_ids": self.return_token_ids,
+        }
+
+    def _seed(self, choice: int) -> int:
+        """As in vLLM the i-th choice of a prompt has the seed plus i. Without a seed each gets a fresh one."""
+        if self.seed is None:
+            return secrets.randbits(SEED_BITS)
+        seed = self.seed + choice
+        return seed if seed < 2**SEED_BITS else seed - 2 ** (SEED_BITS + 1) + 1  # beyond the last comes the first
+
+
+@contextmanager
+def said_as(param: str | None = None) -> Iterator[None]:
+    """RequestErrors of what stands within become ParameterErrors: of `param`, or of the field that they begin with."""
+    try:
+        yield
+    except ParameterError:
+        raise
+    except RequestError as error:
+        raise ParameterError(str(error), param or str(error).split()[0]) from error

@@ -1,0 +1,111 @@
+"""How does what is asked in words become what is asked in tokens?
+
+In the decoder's replica, where the tokenizer and the chat template are, and off its event loop.
+"""
+
+from dataclasses import replace
+
+from serve_apps.asked import Chat, PromptRequest
+from serve_apps.bad_words import token_sequences
+from serve_apps.errors import ParameterError
+from serve_apps.fields import said_as
+from serve_apps.grammars import AskedGrammar
+from serve_apps.tool_forms import FORMS, call_grammar
+from tidar_core import rules
+from tidar_core.artifacts.chat_template import ChatTemplate
+from tidar_core.artifacts.chat_tokens import encode_chat, turn_end_id
+from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
+from tidar_core.artifacts.tokenizer import Tokenizer
+from tidar_core.request import Request
+
+__all__ = ["PromptReader"]
+
+
+class PromptReader:
+    """Reads prompts for one model."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        vocab_size: int,
+        context_len: int,
+        tool_form: str | None,
+    ) -> None:
+        """template   None for a model that knows no conversations
+        tool_form  how it writes calls; None where it knows none
+        """
+        self._tokenizer, self._template = tokenizer, template
+        self._vocab_size, self._context_len = vocab_size, context_len
+        self.tool_form = tool_form
+        self._turn_end = None if template is None else turn_end_id(template, tokenizer)
+
+    def request(self, asked: PromptRequest) -> Request:
+        """What is asked, in tokens. Raises RequestError."""
+        prompt = self.tokens(asked.prompt, framed=asked.framed)
+        ends = [] if asked.ignore_eos else [self._tokenizer.eos_id]
+        if isinstance(asked.prompt, Chat) and self._turn_end is not None and not asked.ignore_eos:
+            ends.append(self._turn_end)
+        sampling = replace(
+            asked.sampling,
+            eos_ids=tuple(dict.fromkeys([*ends, *asked.sampling.eos_ids])),
+            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode),
+        )
+        if asked.to_the_end:
+            sampling = replace(sampling, max_tokens=max(self._context_len - len(prompt), sampling.max_tokens))
+        with said_as():
+            rules.check(sampling, self._vocab_size)
+        constraint: GrammarConstraint | None = None
+        if (grammar := self.grammar(asked)) is not None:
+            with said_as(grammar.param):
+                compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
+            constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
+        return Request(request_id=asked.request_id, prompt=prompt, sampling=sampling, constraint=constraint)
+
+    def tokens(self, prompt: str | tuple[int, ...] | Chat, *, framed: bool = False) -> tuple[int, ...]:
+        """The ids of a prompt. Raises RequestError."""
+        if isinstance(prompt, tuple):
+            return prompt
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode_batch([prompt], framed=framed)[0])
+        if self._template is None:
+            raise ParameterError(
+                "this model has no chat template; ask /v1/completions, or serve it with one", "messages"
+            )
+        if prompt.tools is not None and self.tool_form is None:
+            raise ParameterError(
+                "this model's chat template knows no tools, or calls in a form unknown here; drop tools",
+                "tools",
+                "unsupported_parameter",
+            )
+        with said_as("messages"):
+            ids = encode_chat(
+                self._template,
+                self._tokenizer,
+                prompt.messages,
+                tools=prompt.tools,
+                add_generation_prompt=prompt.add_generation_prompt,
+                leave_open=prompt.leave_open,
+                variables=prompt.variables,
+            )
+        return tuple(ids)
+
+    def grammar(self, asked: PromptRequest) -> AskedGrammar | None:
+        """What the text must keep to."""
+        if asked.grammar is not None or asked.tools is None or self.tool_form is None:
+            return asked.grammar
+        return call_grammar(FORMS[self.tool_form], asked.tools)
+
+    def check_grammar(self, asked: PromptRequest, wanted: Request) -> None:
+        """Raise ParameterError if a text ended because its grammar asks for too much work."""
+        if not isinstance(wanted.constraint, GrammarConstraint):
+            return
+        wanted.constraint.allowed([])  # a failure that was met beside drafts went with them; it is met again
+        if wanted.constraint.failure is not None:
+            grammar = self.grammar(asked)
+            assert grammar is not None
+            raise ParameterError(
+                f"{grammar.param} cannot be followed to its end: {wanted.constraint.failure}; simplify it",
+                grammar.param,
+            )

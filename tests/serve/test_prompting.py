@@ -1,0 +1,134 @@
+"""From what is asked to tokens, ends and grammars."""
+
+import pytest
+from chat_templates import chat_tokenizer
+
+from serve_apps.asked import Chat, PromptRequest, ToolUse
+from serve_apps.errors import ParameterError
+from serve_apps.prompting import PromptReader
+from serve_apps.tool_forms import form_of
+from tidar_core.artifacts.chat_template import ChatTemplate, load_chat_template
+from tidar_core.config import SamplingConfig
+
+SCHEMA = {
+    "type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["a"], "additionalProperties": False,
+    "$defs": {"n": {"type": "integer"}},
+}  # fmt: skip
+ADD, NOW = {"name": "add", "parameters": SCHEMA}, {"name": "now", "parameters": None}
+HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>'
+HERMES_NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+WRONG = '<tool_call>\n{"name": "add", "arguments": {"b"'
+LLAMA = '{"name": "add", "parameters": {"a": 12}}'
+HELLO = Chat(messages=({"role": "user", "content": "hello"},))
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """A reader for each form of calls, with its tokenizer."""
+    made = {}
+    for family in ("qwen2.5", "llama3", "qwen3"):
+        folder = tmp_path_factory.mktemp(family)
+        tokenizer = chat_tokenizer(family)
+        tokenizer.save(folder)
+        template = load_chat_template(folder)
+        form = form_of(template, "auto")
+        made[family] = (
+            tokenizer,
+            PromptReader(tokenizer, template, vocab_size=tokenizer.vocab_len + 1, context_len=100, tool_form=form),
+        )
+    return made
+
+
+def asked(**fields):
+    return PromptRequest(**{"request_id": "r", "prompt": HELLO, "sampling": SamplingConfig(max_tokens=9)} | fields)
+
+
+def test_the_form_of_calls_follows_from_the_template(readers):
+    assert {family: reader.tool_form for family, (_, reader) in readers.items()} == {
+        "qwen2.5": "hermes", "llama3": "llama3", "qwen3": None,
+    }  # fmt: skip
+    assert form_of(ChatTemplate("{{ tools }}<tool_call><function=f>"), "auto") is None
+    assert form_of(ChatTemplate("{{ tools }}"), "hermes") == "hermes"
+
+
+def test_a_conversation_ends_at_the_end_of_a_turn_or_of_the_text_and_a_prompt_at_that_of_the_text(readers):
+    tokenizer, reader = readers["qwen2.5"]
+    turn_end = tokenizer.special_ids["<|im_end|>"]
+    assert reader.request(asked()).sampling.eos_ids == (tokenizer.eos_id, turn_end)
+    assert reader.request(asked(prompt="a")).sampling.eos_ids == (tokenizer.eos_id,)
+    assert reader.request(asked(ignore_eos=True)).sampling.eos_ids == ()
+
+
+def test_a_text_to_the_end_fills_the_context(readers):
+    _, reader = readers["qwen2.5"]
+    wanted = reader.request(asked(prompt="a b c", to_the_end=True))
+    assert len(wanted.prompt) + wanted.sampling.max_tokens == 100
+
+
+def test_what_a_model_does_not_know_is_refused(readers):
+    tokenizer, reader = readers["qwen3"]
+    with pytest.raises(ParameterError) as caught:
+        reader.request(asked(prompt=Chat(messages=HELLO.messages, tools=({},))))
+    assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+    without = PromptReader(tokenizer, None, vocab_size=400, context_len=100, tool_form=None)
+    with pytest.raises(ParameterError, match="no chat template"):
+        without.request(asked())
+    wizard = Chat(messages=({"role": "wizard", "content": "a"},))
+    with pytest.raises(ParameterError, match="Unexpected role wizard") as caught:
+        readers["qwen2.5"][1].request(asked(prompt=wizard))
+    assert caught.value.param == "messages"
+
+
+def verdict(tokenizer, constraint, text):
+    """Whether `text` may be said, and whether it may end there."""
+    for token in tokenizer.encode(text):
+        if not constraint.allowed([])[0][token]:
+            return "refused"
+        constraint.advance([token])
+    return "whole" if constraint.allowed([])[0][tokenizer.eos_id] else "open"
+
+
+REQUIRED = ToolUse(functions=(ADD, NOW), required=True)
+ONE = ToolUse(functions=(ADD, NOW), required=True, parallel=False)
+STRICT = ToolUse(functions=(ADD | {"strict": True}, NOW))
+
+
+@pytest.mark.parametrize(
+    ("family", "use", "text", "expected"),
+    [
+        ("qwen2.5", REQUIRED, HERMES, "whole"),
+        ("qwen2.5", REQUIRED, f"{HERMES_NOW}\n{HERMES}", "whole"),
+        ("qwen2.5", REQUIRED, "Hello", "refused"),
+        ("qwen2.5", REQUIRED, WRONG, "refused"),
+        ("qwen2.5", REQUIRED, HERMES[:-3], "open"),
+        ("qwen2.5", REQUIRED, '<tool_call>\n{"name": "other"', "refused"),
+        ("qwen2.5", ONE, HERMES, "whole"),
+        ("qwen2.5", ONE, HERMES + "\n", "refused"),
+        ("qwen2.5", STRICT, "Hello, 2 < 3.", "whole"),
+        ("qwen2.5", STRICT, f"Let me <add>:\n{HERMES}\n{HERMES_NOW} Done.", "whole"),
+        ("qwen2.5", STRICT, f"Let me see. {WRONG}", "refused"),
+        ("qwen2.5", STRICT, '<tool_call>\n{"name": "now", "arguments": {"anything": [1]}}\n</tool_call>', "whole"),
+        ("llama3", REQUIRED, LLAMA, "whole"),
+        ("llama3", REQUIRED, f"{LLAMA}; {LLAMA}", "whole"),
+        ("llama3", REQUIRED, '{"name": "add", "parameters": {"a": "x', "refused"),
+        ("llama3", ONE, LLAMA + ";", "refused"),
+        ("llama3", STRICT, " Hello {", "whole"),
+        ("llama3", STRICT, LLAMA, "whole"),
+        ("llama3", STRICT, '{"name": "add", "parameters": {"b', "refused"),
+    ],
+)
+def test_calls_keep_to_the_schemas_of_their_functions(readers, family, use, text, expected):
+    tokenizer, reader = readers[family]
+    constraint = reader.request(asked(tools=use)).constraint
+    assert verdict(tokenizer, constraint, text) == expected
+
+
+def test_where_nothing_is_required_or_strict_anything_may_be_said(readers):
+    assert readers["qwen2.5"][1].request(asked(tools=ToolUse(functions=(ADD,)))).constraint is None
+
+
+def test_a_schema_that_is_none_is_refused_by_its_field(readers):
+    wrong = ToolUse(functions=({"name": "f", "parameters": {"type": "wizard"}},), required=True)
+    with pytest.raises(ParameterError) as caught:
+        readers["qwen2.5"][1].request(asked(tools=wrong))
+    assert caught.value.param == "tools"
