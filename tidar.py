@@ -2,6 +2,7 @@
 
     tidar quickstart                     the whole river on this machine
     tidar pack | train | evaluate | publish JOB.yaml
+    tidar models [NAME]                  what is registered
     tidar promote NAME VERSION           and rollback NAME
     tidar generate | bench | profile | serve MODEL
 
@@ -12,7 +13,7 @@ else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -119,14 +120,23 @@ def pack(job: JobFile, as_json: Json = False) -> None:
 
 
 @app.command()
-def train(job: JobFile, as_json: Json = False) -> None:
+def train(
+    job: JobFile,
+    dry_run: Annotated[bool, typer.Option(help="Say what it would do, and whether it can.")] = False,
+    as_json: Json = False,
+) -> None:
     """Train on packed shards, or go on where a stopped run left off; ends with a bundle."""
-    from pipelines import train as station
     from pipelines.jobs import TrainJob, read_job
 
     parsed = read_job(TrainJob, job)
+    if dry_run:
+        from pipelines.dry_run import dry_run as foretold
+
+        return _print(foretold(parsed), as_json)
+    from pipelines import train as station
+
     info = station.train(parsed)
-    _print({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
+    return _print({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
 
 
 @app.command()
@@ -149,12 +159,28 @@ def publish(job: JobFile, as_json: Json = False) -> None:
 
 
 @app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model; all by default.")] = None,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """List registered versions: status, hash, gates."""
+    from dataclasses import asdict
+
+    from pipelines.tables import print_models
+    from tidar_core.artifacts import registry
+
+    listed = registry.list_versions(registry.absolute_tracking_uri(tracking_uri), name)
+    _print({"models": [asdict(one) for one in listed]}, as_json, print_models)
+
+
+@app.command()
 def promote(name: str, version: int, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
     """Make a version the champion; the one before it is remembered."""
     from tidar_core.artifacts import registry
 
-    registry.promote(registry.absolute_tracking_uri(tracking_uri), name, version)
-    _print({"name": name, "registry_version": version, "alias": "champion"}, as_json)
+    champion = registry.promote(registry.absolute_tracking_uri(tracking_uri), name, version)
+    _print({"name": name, "registry_version": champion, "alias": "champion"}, as_json)
 
 
 @app.command()
@@ -176,56 +202,29 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Annotated[list[str], typer.Option(help="End before this text; may be given several times.")] = [],  # noqa: B006
+    fields: Annotated[str, typer.Option(help="JSON object of any other field of POST /v1/completions.")] = "{}",
     block_len: BlockLen = None,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; text appears as it is committed."""
-    import time
+    from serve_apps.one_text import OneText
 
-    from tidar_core.artifacts.latency_file import bundle_planner
-    from tidar_core.batcher import Batcher, Completion
-    from tidar_core.config import DraftConfig, SamplingConfig
-    from tidar_core.decoder import Decoder
-    from tidar_core.request import Request
-
+    asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+             "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
     uri = _found(model, tracking_uri)
-    bundle = _loaded(uri, threads)
-    sampling = SamplingConfig(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        eos_ids=(bundle.tokenizer.eos_id,),
-    )  # fmt: skip
-    request = Request(request_id="prompt", prompt=tuple(bundle.tokenizer.encode(prompt)), sampling=sampling)
-    draft = DraftConfig(block_len=block_len or bundle.info.block_len)
-    decoder = Decoder(bundle.model, draft, rows=1)
-    decoder.check(request)
-    planner = bundle_planner(mode.value, uri, decoder, len(request.prompt) + max_tokens)
-    pieces: list[str] = []
-    began = time.perf_counter()
-    completion = Completion(request)
-    for text in _spoken(Batcher(decoder, planner), completion, bundle.tokenizer.stream()):
-        pieces.append(text)
+    writing = OneText(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len)
+    for text in writing.pieces():
         if not as_json:
             print(text, end="", flush=True)
-    seconds = time.perf_counter() - began
-    if not as_json:
-        print()
-        _note(f"{len(completion.token_ids)} tokens, {completion.tokens_per_forward:.2f} per forward, {seconds:.2f} s")
-        return
-    _print(
-        {
-            "text": "".join(pieces),
-            "token_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-            "mode": str(mode),
-            "forwards": completion.forwards,
-            "tokens_per_forward": completion.tokens_per_forward,
-            "seconds": seconds,
-            "choice": planner.facts(),
-        },
-        as_json,
-    )
+    facts = writing.figures()
+    if as_json:
+        return _print(facts, as_json)
+    print()
+    tokens, per_forward = len(facts["token_ids"]), facts["tokens_per_forward"]
+    return _note(f"{tokens} tokens, {per_forward:.2f} per forward, {facts['seconds']:.2f} s")
 
 
 @app.command()
@@ -357,15 +356,15 @@ def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> lis
     return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
 
 
-def _spoken(batcher: Any, completion: Any, stream: Any) -> Iterator[str]:
-    """Text of a request as its tokens become final; the token that ends it is not spoken."""
-    eos_ids = completion.request.sampling.eos_ids
-    batcher.submit(completion.request)
-    while batcher.busy:
-        for step in batcher.advance():
-            completion.add(step)
-            yield "".join(stream.push(token) for token in step.token_ids if token not in eos_ids)
-    yield stream.flush()
+def _object(text: str, option: str) -> dict[str, Any]:
+    """A JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(f"{option} is {text}; it must be a JSON object such as '{{\"min_p\": 0.1}}'")
+    return value
 
 
 def _print(values: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None] | None = None) -> None:

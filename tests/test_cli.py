@@ -60,6 +60,32 @@ def test_generated_text_is_the_same_streamed_or_in_json(run, bundle):
     assert "9 tokens" in err
 
 
+def test_generate_takes_every_field_of_a_completion(run, bundle):
+    def ask(mode, fields, *options):
+        code, out, _ = run(
+            "generate", bundle, "def f(x", "--mode", mode, "--fields", json.dumps(fields), "--json", *options
+        )
+        assert code == 0
+        return json.loads(out)
+
+    plain = ask("autoregressive", {"logprobs": 2}, "--max-tokens", 12)
+    cut = ask("single-pass", {}, "--max-tokens", 12, "--stop", plain["text"][5:8])
+    assert cut["text"] == plain["text"][: plain["text"].index(plain["text"][5:8])]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", plain["text"][5:8])
+    assert len(plain["logprobs"]["token_logprobs"]) == 12
+    assert ask("two-pass", {"logprobs": 2}, "--max-tokens", 12)["logprobs"]["tokens"] == plain["logprobs"]["tokens"]
+    assert ask("single-pass", {"guided_regex": "[ab]{4}", "max_tokens": 12})["text"].strip("ab") == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [("[1]", "JSON object"), ("{", "JSON object"), ('{"n": 2}', "n = 1"), ('{"speed": 2}', "speed"),
+     ('{"min_p": 3}', "min_p is 3")],
+)  # fmt: skip
+def test_a_wrong_field_is_refused(run, bundle, fields, words):
+    assert words in refused(run, "generate", bundle, "x", "--fields", fields)
+
+
 def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
     code, out, _ = run("bench", bundle, "--count", 2, "--max-tokens", 8, "--repeats", 2, "--json")
     assert code == 0
