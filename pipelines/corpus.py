@@ -1,33 +1,41 @@
 """Which documents does a corpus hold, and in which order?
 
-The order is that of the file names, and within a file that of its lines or rows. A text file is one document; JSON
-lines and Parquet hold one in each row, under one field. Documents of no characters are passed over.
+The order is that of the sources, then of the file names, and within a file that of its lines or rows. A text file is
+one document; JSON lines and Parquet hold one in each row: a text under one field, or a conversation. Documents of no
+characters are passed over.
 
 Text is UTF-8 and is never repaired. A text file that is not UTF-8 is no document: it is passed over and said so. A
-damaged file, a line that is not JSON or a row without its text stops the job by name.
+damaged file, a line that is not JSON, a row without its text or a document without end stops the job by name.
 """
 
-import hashlib
-import io
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.conversations import CONVERSATION_FIELDS, conversation_of
+from pipelines.jobs import Source
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.errors import CorpusError
 
-__all__ = ["Piece", "documents", "first_texts", "list_corpus", "split_of", "work_units"]
+__all__ = ["Piece", "documents", "first_texts", "list_corpus", "work_units"]
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 128
+READ_BYTES = 2**22
+"""Of a Parquet column at once."""
 FEWEST_BYTES = 2**16
 """Read from a file, at least, when a tokenizer is trained on the beginnings of all files."""
+LONGEST_DOCUMENT = 2**27
+"""Bytes of one document, at most: it is held in memory whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +79,42 @@ def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]
     return units
 
 
-def documents(piece: Piece, text_field: str, pass_over: Callable[[str], object]) -> Iterator[str]:
-    """The texts of a piece in order, none empty. `pass_over` is told of each file that is no text."""
+def documents(piece: Piece, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
+    """The texts of a piece in order, none empty. `pass_over` is told of each file that is no text.
+
+    A conversation is given as the JSON that `pipelines.conversations` makes of it.
+    """
     kind = _format(piece.uri)
     with _damage_named(piece.uri):
         if kind == ".jsonl":
-            texts = _json_lines(piece, text_field)
+            texts = _json_lines(piece, source)
         elif kind == ".parquet":
-            texts = _parquet_rows(piece.uri, text_field)
+            texts = _parquet_rows(piece.uri, source)
         else:
-            texts = _whole_file(piece.uri, pass_over)
+            texts = _whole_file(piece.uri, source, pass_over)
         yield from (text for text in texts if text)
 
 
-def split_of(text: str, held_out: float) -> str:
-    """`held_out` for that share of all texts, else `train`; decided by the text alone."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return "held_out" if draw < held_out else "train"
-
-
-def first_texts(files: Sequence[FileEntry], text_field: str, max_bytes: int, held_out: float) -> Iterator[str]:
-    """Texts of `train` from the start of every file in turn, `max_bytes` in all, shared evenly as far as files reach.
+def first_texts(
+    corpus: Sequence[tuple[FileEntry, Source]], max_bytes: int, taken: Callable[[str], bool]
+) -> Iterator[str]:
+    """Texts from the start of every file in turn, `max_bytes` in all, shared evenly as far as files reach.
 
     The last text taken from a file may be cut short.
+
+    taken  whether a text may be read at all
     """
     left = max_bytes
-    for ordinal, file in enumerate(files):
-        share = min(max(left // (len(files) - ordinal), FEWEST_BYTES), left)
-        for text in documents(Piece(file.uri, 0, file.size, whole=True), text_field, _ignore):
+    for ordinal, (file, source) in enumerate(corpus):
+        share = min(max(left // (len(corpus) - ordinal), FEWEST_BYTES), left)
+        for text in documents(Piece(file.uri, 0, file.size, whole=True), source, _ignore):
             if share <= 0:
                 break
-            if split_of(text, held_out) == "train":
-                taken = text.encode()[:share]
-                yield taken.decode(errors="ignore")
-                share -= len(taken)
-                left -= len(taken)
+            if taken(text):
+                begin = text.encode()[:share]
+                yield begin.decode(errors="ignore")
+                share -= len(begin)
+                left -= len(begin)
 
 
 def _pieces(file: FileEntry, unit_bytes: int) -> list[Piece]:
@@ -120,68 +129,121 @@ def _format(uri: str) -> str:
     return path.with_suffix("").suffix if path.suffix in locations.COMPRESSION_SUFFIXES else path.suffix
 
 
-def _whole_file(uri: str, pass_over: Callable[[str], object]) -> Iterator[str]:
+def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
+    if source.documents == "conversations":
+        raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet: leave it out by include")
     with locations.open_decompressed(uri) as stream:
-        content = stream.read()
+        content = stream.read(LONGEST_DOCUMENT + 1)
+    _require_end(len(content), uri)
     try:
         yield content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
         pass_over(uri)
 
 
-def _json_lines(piece: Piece, text_field: str) -> Iterator[str]:
+def _json_lines(piece: Piece, source: Source) -> Iterator[str]:
     with locations.open_decompressed(piece.uri) as stream:
         position = 0
         if piece.start:  # the line that the byte before us is in belongs to the piece before us
             stream.seek(piece.start - 1)
-            position = piece.start - 1 + len(stream.readline())
+            position = piece.start - 1 + len(_line(stream, piece.uri, piece.start - 1))
         while piece.whole or position < piece.stop:
-            line = stream.readline()
+            line = _line(stream, piece.uri, position)
             if not line:
                 return
             if line.strip():
-                yield _text_of_line(line, piece.uri, position, text_field)
+                try:
+                    text = _document_of(_values(line), source)
+                except ValueError as fault:
+                    raise CorpusError(f"line {_line_number(piece.uri, position)} of {piece.uri} {fault}") from None
+                yield text
             position += len(line)
 
 
-def _text_of_line(line: bytes, uri: str, position: int, text_field: str) -> str:
+def _line(stream: IO[bytes], uri: str, position: int) -> bytes:
+    line = stream.readline(LONGEST_DOCUMENT + 1)
+    if len(line) > LONGEST_DOCUMENT:
+        _require_end(len(line), f"line {_line_number(uri, position)} of {uri}")
+    return line
+
+
+def _values(line: bytes) -> dict[str, Any]:
+    """The object in a line. Raises ValueError with what is at fault."""
     try:
         values = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError:
-        fault = "is not UTF-8; convert the file"
+        raise ValueError("is not UTF-8; convert the file") from None
     except ValueError as error:
-        fault = f"is not JSON ({error}); each line must be one object"
-    else:
-        text = values.get(text_field) if isinstance(values, dict) else None
-        if isinstance(text, str) and _is_unicode(text):
-            return text
-        fault = f"has no text under {text_field!r}; set text_field to the key that holds it"
-        if isinstance(text, str):
-            fault = f"has half a surrogate pair under {text_field!r}, which no text can hold; repair the line"
-    raise CorpusError(f"line {_line_number(uri, position)} of {uri} {fault}")
+        raise ValueError(f"is not JSON ({error}); each line must be one object") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _document_of(values: dict[str, Any], source: Source) -> str:
+    """The text of a row. Raises ValueError with what is at fault."""
+    text = conversation_of(values) if source.documents == "conversations" else values.get(str(source.text_field))
+    if not isinstance(text, str):
+        raise ValueError(f"has no text under {source.text_field!r}; set text_field to the key that holds it")
+    if not _is_unicode(text):
+        raise ValueError("has half a surrogate pair, which no text can hold; repair it")
+    return text
 
 
 def _line_number(uri: str, position: int) -> int:
     """Counted only when a line is at fault: lines before that byte of the decompressed file, and this one."""
+    number = 1
     with locations.open_decompressed(uri) as stream:
-        return stream.read(position).count(b"\n") + 1
+        while position > 0 and (chunk := stream.read(min(position, locations.CHUNK_BYTES))):
+            number += chunk.count(b"\n")
+            position -= len(chunk)
+    return number
 
 
-def _parquet_rows(uri: str, text_field: str) -> Iterator[str]:
-    plain = uri.endswith(".parquet")
-    with locations.open_random(uri) if plain else locations.open_decompressed(uri) as stream:
-        file = pq.ParquetFile(stream if plain else io.BytesIO(stream.read()))
-        names = file.schema_arrow.names
-        kind = file.schema_arrow.field(text_field).type if text_field in names else pa.null()
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise CorpusError(f"{uri} has no text column {text_field!r}; set text_field to one of {', '.join(names)}")
+def _parquet_rows(uri: str, source: Source) -> Iterator[str]:
+    fields = CONVERSATION_FIELDS if source.documents == "conversations" else (str(source.text_field),)
+    with _seekable(uri) as stream:
+        file = pq.ParquetFile(stream, buffer_size=READ_BYTES)
+        columns = [name for name in file.schema_arrow.names if name in fields]
+        _require_columns(uri, file.schema_arrow, columns, source)
         row = 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+            for values in batch.to_pylist():
                 row += 1
-                if text is None:
-                    raise CorpusError(f"row {row} of {uri} has no text under {text_field!r}; remove it or fill it in")
+                try:
+                    text = _document_of(values, source)
+                except ValueError as fault:
+                    raise CorpusError(f"row {row} of {uri} {fault}") from None
+                _require_end(len(text), f"row {row} of {uri}")
                 yield text
+
+
+def _require_columns(uri: str, schema: pa.Schema, columns: list[str], source: Source) -> None:
+    kinds = {name: schema.field(name).type for name in columns}
+    if source.documents == "conversations":
+        if not kinds:
+            raise CorpusError(f"{uri} has no column of a conversation; it needs messages, or prompt and response")
+    elif not any(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        for kind in kinds.values()
+    ):
+        names = ", ".join(schema.names)
+        raise CorpusError(f"{uri} has no text column {source.text_field!r}; set text_field to one of {names}")
+
+
+@contextmanager
+def _seekable(uri: str) -> Iterator[IO[bytes]]:
+    """The file at `uri` for reads in any order; a compressed one is laid out on this disk first."""
+    if uri.endswith(".parquet"):
+        with locations.open_random(uri) as stream:
+            yield stream
+    else:
+        with locations.open_decompressed(uri) as packed, tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(packed, plain)
+            yield plain
+
+
+def _require_end(size: int, where: str) -> None:
+    if size > LONGEST_DOCUMENT:
+        raise CorpusError(f"{where} is longer than {LONGEST_DOCUMENT // 2**20} MiB; cut it into documents")
 
 
 def _ignore(uri: str) -> None:

@@ -1,212 +1,179 @@
 """How does a corpus become packed shards, on many machines, with the same bytes whatever their number?
 
 1. The driver lists the corpus and groups it, in order, into units of work.
-2. Actors tokenize units into token parts beside the output; only their counts come back.
-3. From the counts, arithmetic says which tokens each shard holds (`tidar_core.packing`).
-4. Tasks write the shards, each reading just the parts that it needs; only manifest entries come back.
+2. If no document may come twice, tasks leave the hashes of each unit's documents and compare them (`duplicates`).
+3. Tasks tokenize units into token parts beside the output; only their counts come back.
+4. From the counts and the weights, arithmetic says which tokens each shard holds (`tidar_core.packing`).
+5. Tasks write the shards, each reading just the parts that it needs; only manifest entries come back.
 
-Documents and tokens never pass through the driver. The folder is put in place when it is complete.
+Documents and tokens never pass through the driver. What tasks leave lies in a work folder beside the output, named by
+the identity of the job: a job that was killed finds it there and does the rest (`pipelines.pack_tasks`). The output is
+put in place when it is complete.
 """
 
 import hashlib
-import json
 import logging
-import os
+import pickle
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import ray
 import ray.data
-import torch
 
-from pipelines import corpus
+from pipelines import corpus, duplicates, pack_tasks
 from pipelines.cluster import connect, original_error
-from pipelines.jobs import PackJob, TrainBpe
+from pipelines.jobs import PackJob, Source, TrainBpe
+from pipelines.mixture import arranged
+from pipelines.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shards, tokenize_unit
 from pipelines.progress import job_progress, stderr
-from pipelines.token_parts import Part, PartWriter, read_part
-from tidar_core import errors
+from pipelines.token_parts import Part
 from tidar_core.artifacts import locations, shards
+from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.artifacts.made_by import made_by, write_made_by
-from tidar_core.artifacts.shards import Manifest, ShardEntry, Split
-from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from tidar_core.errors import CorpusError, ShardError, TidarError
-from tidar_core.packing import cut_rows, overlapping_spans, row_count
+from tidar_core.artifacts.shards import Manifest, ShardEntry, SourceCounts, Split
+from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
+from tidar_core.errors import CorpusError, ShardError, TidarError, TokenizerError
+from tidar_core.packing import row_count
 
 __all__ = ["pack"]
 
-BATCH_CHARACTERS = 2**20
-"""Text handed to the tokenizer at once."""
 MOST_BLOCKS = 4096
-"""Tasks that Ray Data tracks at once; with more units of work than this, a task takes several."""
+"""Tasks that Ray Data tracks at once; with more items than this, a task takes several."""
+KEY_LEN = 16
+"""Of the identity, in the name of the work folder."""
+
+Listing = list[list[FileEntry]]
+"""The files of each source."""
+Splits = Mapping[str, list[tuple[int, Part]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokenized:
-    """What the actors left: parts in the order of the corpus, and the files that are no text."""
+    """What became of each unit, in the order of the corpus."""
 
-    parts: list[Part]
-    passed_over: list[str]
+    units: list[dict[str, Any]]
 
+    @property
+    def parts(self) -> list[Part]:
+        return [Part(**part) for unit in self.units for part in unit["parts"]]
 
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """Which tokens of its split a shard holds, and where they lie."""
+    def passed_over(self, source: int) -> list[str]:
+        return [uri for unit in self.units if unit["source"] == source for uri in unit["passed_over"]]
 
-    file: str
-    row_len: int
-    eos_id: int
-    first_document: int
-    start: int
-    """Of the tokens of `parts`, the first that the shard holds."""
-    stop: int
-    parts: tuple[str, ...]
+    def duplicates(self, source: int) -> int:
+        return sum(unit["duplicates"] for unit in self.units if unit["source"] == source)
 
 
 def pack(job: PackJob) -> Manifest:
     """Write the shards of `job` to `job.output`, or return what lies there if the same job completed it before.
 
-    Same corpus, tokenizer, row_len, rows_per_shard and held_out: same bytes, whatever `workers` and `unit_bytes`.
+    Same corpus, tokenizer and job: same bytes, whatever `workers` and `unit_bytes`, killed and started again or not.
     """
-    files = corpus.list_corpus(job.corpus, job.include, job.exclude)
+    listing = [corpus.list_corpus(source.path, job.include, job.exclude) for source in job.sources]
     tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
-    identity = _identity(job, files, tokenizer)
+    identity = _identity(job, listing, tokenizer)
     output = locations.absolute(job.output)
-    if done := _completed(output, identity):
-        return done
-    connect()
-    with (
-        locations.staged_folder(output, shards.MANIFEST) as staged,
-        locations.scratch_folder(output) as scratch,
-        _quiet_ray_data(),
-    ):
-        tokenizer = _put_tokenizer(job, files, tokenizer, locations.join(staged, shards.TOKENIZER))
-        tokenized = _tokenize(job, files, staged, scratch)
-        _tell_passed_over(tokenized.passed_over)
-        splits = {name: [part for part in tokenized.parts if part.split == name] for name in shards.SPLITS}
-        _require_tokens(job, splits)
-        manifest = Manifest(
-            row_len=job.row_len,
-            eos_id=tokenizer.eos_id,
-            vocab_len=tokenizer.vocab_len,
-            tokenizer=tokenizer.fingerprint,
-            identity=identity,
-            passed_over=len(tokenized.passed_over),
-            splits=_write_shards(job, splits, tokenizer.eos_id, staged, scratch),
+    folder = WorkFolder(locations.work_folder(output, identity[:KEY_LEN]), job.unit_bytes)
+    done = _completed(output, identity)
+    if not done:
+        locations.refuse_stranger(output, shards.MANIFEST)
+        _remove_work(output, but=folder)
+        connect()
+        try:
+            with _quiet_ray_data():
+                done = _packed(job, listing, tokenizer, identity, folder)
+        except CorpusError:  # it must change, and then it is another job: nothing of this one serves again
+            locations.remove(folder.uri)
+            raise
+        locations.put_in_place(folder.shards, output, shards.MANIFEST)
+    locations.remove(folder.uri)
+    return done
+
+
+def _packed(job: PackJob, listing: Listing, given: Tokenizer | None, identity: str, folder: WorkFolder) -> Manifest:
+    tokenizer = _put_tokenizer(job, listing, given, folder)
+    units = [
+        Unit(ordinal, source, tuple(pieces))
+        for ordinal, (source, pieces) in enumerate(
+            (place, pieces)
+            for place, files in enumerate(listing)
+            for pieces in corpus.work_units(files, job.unit_bytes)
         )
-        parents = {"corpus": _listing_hash(files), "tokenizer": tokenizer.fingerprint}
-        write_made_by(staged, made_by(job.model_dump(mode="json"), parents))
-        shards.write_manifest(staged, manifest)
+    ]
+    tokenized = _tokenize(job, units, _find_repeats(job, units, folder) if job.dedup else 0, folder)
+    splits = arranged(tokenized.parts, job.sources)
+    _require_tokens(job, splits)
+    sources = tuple(_counts(place, source, tokenized, splits) for place, source in enumerate(job.sources))
+    manifest = Manifest(
+        row_len=job.row_len,
+        eos_id=tokenizer.eos_id,
+        vocab_len=tokenizer.vocab_len,
+        tokenizer=tokenizer.fingerprint,
+        identity=identity,
+        splits=_write_shards(job, splits, tokenizer.eos_id, folder),
+        sources=sources,
+        trained=_has_conversations(job),
+    )
+    parents = {"corpus": _listing_hash(listing), "tokenizer": tokenizer.fingerprint}
+    write_made_by(folder.shards, made_by(job.model_dump(mode="json"), parents))
+    shards.write_manifest(folder.shards, manifest)
     return manifest
 
 
-def plan_shards(
-    split: str, parts: list[Part], *, row_len: int, rows_per_shard: int, eos_id: int
-) -> Iterator[ShardPlan]:
-    """The shards of a split: which tokens of which parts each is to hold."""
-    begins = list(accumulate((part.tokens for part in parts), initial=0))
-    documents = list(accumulate((part.documents for part in parts), initial=0))
-    total, shard_tokens = begins[-1], row_len * rows_per_shard
-    for ordinal, begin in enumerate(range(0, total, shard_tokens)):
-        end = min(begin + shard_tokens, total)
-        spans = overlapping_spans(begins, begin, end)
-        yield ShardPlan(
-            file=shards.shard_name(split, ordinal),
-            row_len=row_len,
-            eos_id=eos_id,
-            first_document=documents[spans[0].part],
-            start=spans[0].start,
-            stop=spans[0].start + end - begin,
-            parts=tuple(parts[span.part].file for span in spans),
-        )
+def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, folder: WorkFolder) -> Tokenizer:
+    """Put the tokenizer given, or one trained in a task, into the work folder; the one that lies there is used."""
+    if given:
+        pack_tasks.keep_tokenizer(lambda: given, folder)
+    else:
+        assert isinstance(job.tokenizer, TrainBpe), "a tokenizer folder is loaded, not trained"
+        files = [(file, source) for source, files in zip(job.sources, listing) for file in files]
+        train = ray.remote(pack_tasks.train_tokenizer)
+        try:
+            ray.get(train.remote(files, job.tokenizer, job.held_out, folder))
+        except ray.exceptions.RayError as error:
+            raise original_error(error) from None
+    return load_tokenizer(folder.tokenizer)
 
 
-class TokenizeUnit:
-    """An actor: takes units of work, leaves token parts in the scratch folder, returns what it left."""
-
-    def __init__(self, tokenizer: str, scratch: str, text_field: str, held_out: float) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core an actor; more actors for more cores
-        self._tokenizer = load_tokenizer(tokenizer)
-        self._scratch = scratch
-        self._text_field = text_field
-        self._held_out = held_out
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _outcomes(batch, self._tokenize_unit)
-
-    def _tokenize_unit(self, unit: dict[str, Any]) -> dict[str, Any]:
-        writers = {split: PartWriter(self._scratch, split, unit["ordinal"]) for split in shards.SPLITS}
-        passed_over: list[str] = []
-        pieces = [corpus.Piece(**piece) for piece in unit["pieces"]]
-        texts = (text for piece in pieces for text in corpus.documents(piece, self._text_field, passed_over.append))
-        for some in _in_batches(texts):
-            for text, ids in zip(some, self._tokenizer.encode_batch(some)):
-                writers[corpus.split_of(text, self._held_out)].add([*ids, self._tokenizer.eos_id])
-        parts = [asdict(part) for writer in writers.values() for part in writer.close()]
-        size = sum(piece.stop - piece.start for piece in pieces)
-        return {"ordinal": unit["ordinal"], "bytes": size, "parts": parts, "passed_over": passed_over}
+def _find_repeats(job: PackJob, units: list[Unit], folder: WorkFolder) -> int:
+    """Leave which documents repeat earlier ones; the number of buckets that say so."""
+    leave = partial(pack_tasks.leave_digests, sources=job.sources, folder=folder)
+    left = _stage("compare documents", "units", units, leave, job.workers)
+    buckets = duplicates.make_buckets(sum(unit["documents"] for unit in left))
+    find = partial(pack_tasks.find_bucket_repeats, units=len(units), folder=folder)
+    _stage("find duplicates", "buckets", list(enumerate(buckets)), find, job.workers)
+    return len(buckets)
 
 
-def write_planned_shard(plan: ShardPlan, staged: str, scratch: str) -> ShardEntry:
-    """Cut one shard out of the parts that hold its tokens."""
-    pieces = [read_part(locations.join(scratch, part)) for part in plan.parts]
-    rows = cut_rows(
-        torch.cat([piece.tokens_T for piece in pieces]),
-        torch.cat([piece.document_len_N for piece in pieces]),
-        first_document=plan.first_document,
-        start=plan.start,
-        stop=plan.stop,
-        row_len=plan.row_len,
-        eos_id=plan.eos_id,
-    )
-    return shards.write_shard(locations.join(staged, plan.file), rows)
+def _tokenize(job: PackJob, units: list[Unit], buckets: int, folder: WorkFolder) -> _Tokenized:
+    how = Tokenizing(folder, job.sources, job.held_out, buckets, flags=_has_conversations(job))
+    done = _stage("tokenize", "units", units, partial(tokenize_unit, how=how), job.workers)
+    tokenized = _Tokenized(sorted(done, key=lambda unit: unit["ordinal"]))
+    passed_over = [uri for source in range(len(job.sources)) for uri in tokenized.passed_over(source)]
+    if passed_over:
+        told = f"passed over {len(passed_over)} files that are not UTF-8 text; the first is {passed_over[0]}"
+        stderr.print(told, soft_wrap=True)
+    return tokenized
 
 
-def _tokenize(job: PackJob, files: list[FileEntry], staged: str, scratch: str) -> _Tokenized:
-    units = corpus.work_units(files, job.unit_bytes)
-    items = [{"ordinal": ordinal, "pieces": [asdict(piece) for piece in unit]} for ordinal, unit in enumerate(units)]
-    outcomes = _dataset(items).map_batches(
-        TokenizeUnit,
-        batch_size=1,
-        fn_constructor_args=(locations.join(staged, shards.TOKENIZER), scratch, job.text_field, job.held_out),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.workers, initial_size=_actors_now(job.workers)),
-    )
-    done: list[dict[str, Any]] = []
-    began, read = time.monotonic(), 0
-    with job_progress("tokenize", total=len(units), unit="units") as show:
-        for unit in _results(outcomes):
-            done.append(unit)
-            read += unit["bytes"]
-            show(len(done), {"MB": read / 1e6, "MB/s": read / 1e6 / (time.monotonic() - began)})
-    done.sort(key=lambda unit: unit["ordinal"])
-    return _Tokenized(
-        parts=[Part(**part) for unit in done for part in unit["parts"]],
-        passed_over=[uri for unit in done for uri in unit["passed_over"]],
-    )
-
-
-def _write_shards(
-    job: PackJob, splits: dict[str, list[Part]], eos_id: int, staged: str, scratch: str
-) -> dict[str, Split]:
+def _write_shards(job: PackJob, splits: Splits, eos_id: int, folder: WorkFolder) -> dict[str, Split]:
     plans = [
         plan
         for name, parts in splits.items()
-        for plan in plan_shards(name, parts, row_len=job.row_len, rows_per_shard=job.rows_per_shard, eos_id=eos_id)
+        for plan in plan_shards(
+            name, [part for _, part in parts], row_len=job.row_len, rows_per_shard=job.rows_per_shard, eos_id=eos_id
+        )
     ]
-    outcomes = _dataset([asdict(plan) for plan in plans]).map_batches(
-        partial(_write_shard_batch, staged=staged, scratch=scratch), batch_size=1, concurrency=job.workers
-    )
-    entries: dict[str, ShardEntry] = {}
-    with job_progress("write shards", total=len(plans), unit="shards") as show:
-        for entry in _results(outcomes):
-            entries[entry["file"]] = ShardEntry(**entry)
-            show(len(entries), {})
-    return {name: _split(name, parts, entries, job) for name, parts in splits.items()}
+    write = partial(pack_tasks.write_planned_shard, folder=folder)
+    written = _stage("write shards", "shards", plans, write, job.workers)
+    entries = {entry["file"]: ShardEntry(**entry) for entry in written}
+    return {name: _split(name, [part for _, part in parts], entries, job) for name, parts in splits.items()}
 
 
 def _split(name: str, parts: list[Part], entries: dict[str, ShardEntry], job: PackJob) -> Split:
@@ -218,62 +185,52 @@ def _split(name: str, parts: list[Part], entries: dict[str, ShardEntry], job: Pa
     return Split(documents=sum(part.documents for part in parts), tokens=tokens, rows=rows, shards=listed)
 
 
-def _write_shard_batch(batch: dict[str, Any], staged: str, scratch: str) -> dict[str, Any]:
-    def write(plan: dict[str, Any]) -> dict[str, Any]:
-        plan["parts"] = tuple(plan["parts"])
-        return asdict(write_planned_shard(ShardPlan(**plan), staged, scratch))
+def _counts(place: int, source: Source, tokenized: _Tokenized, splits: Splits) -> SourceCounts:
+    own = {name: [part for at, part in parts if at == place] for name, parts in splits.items()}
+    return SourceCounts(
+        path=source.path,
+        weight=source.weight,
+        documents={name: sum(part.documents for part in parts) for name, parts in own.items()},
+        tokens={name: sum(part.tokens for part in parts) for name, parts in own.items()},
+        duplicates=tokenized.duplicates(place),
+        passed_over=len(tokenized.passed_over(place)),
+    )
 
-    return _outcomes(batch, write)
+
+def _stage(
+    title: str, unit: str, items: Sequence[Any], work: Callable[[Any], dict[str, Any]], workers: int
+) -> list[dict[str, Any]]:
+    """Do the work of each item somewhere on the cluster; the outcomes in any order.
+
+    Tasks, not actors: their processes stay for the next stage, and what they hold (`Tokenizing`) stays with them.
+    """
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    blocks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
+    outcomes = blocks.map_batches(partial(_outcomes, work=work), batch_size=1, concurrency=min(workers, len(rows)))
+    done: list[dict[str, Any]] = []
+    began, read = time.monotonic(), 0
+    with job_progress(title, total=len(items), unit=unit) as show:
+        for row in outcomes.iter_rows():
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, TidarError):
+                raise outcome
+            done.append(outcome)
+            read += outcome.get("bytes", 0) if unit == "units" else 0
+            seconds = time.monotonic() - began
+            show(len(done), {"MB": read / 1e6, "MB/s": read / 1e6 / seconds} if read else {})
+    return done
 
 
-def _dataset(items: list[dict[str, Any]]) -> ray.data.Dataset:
-    rows = [{"item": json.dumps(item)} for item in items]
-    return ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
-
-
-def _outcomes(batch: dict[str, Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+def _outcomes(batch: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
     """Do the work of each item. An error of ours is an outcome: Ray Data would keep its text and lose its type."""
     outcomes = []
     for item in batch["item"]:
         try:
-            outcome: dict[str, Any] = {"result": work(json.loads(item))}
+            outcome = work(pickle.loads(item))
         except TidarError as error:
-            outcome = {"error": [type(error).__name__, str(error)]}
-        outcomes.append(json.dumps(outcome))
+            outcome = error
+        outcomes.append(pickle.dumps(outcome))
     return {"outcome": outcomes}
-
-
-def _results(outcomes: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for row in outcomes.iter_rows():
-        outcome = json.loads(row["outcome"])
-        if "error" in outcome:
-            kind, message = outcome["error"]
-            raise getattr(errors, kind)(message)
-        yield outcome["result"]
-
-
-def _put_tokenizer(job: PackJob, files: list[FileEntry], given: Tokenizer | None, uri: str) -> Tokenizer:
-    """Put the tokenizer given, or one trained in a task, at `uri`; the one that lies there is the one used."""
-    if given:
-        _save_tokenizer(given, uri)
-    else:
-        try:
-            ray.get(ray.remote(_train_tokenizer).remote(job, files, uri))
-        except ray.exceptions.RayError as error:
-            raise original_error(error) from None
-    return load_tokenizer(uri)
-
-
-def _train_tokenizer(job: PackJob, files: list[FileEntry], uri: str) -> None:
-    assert isinstance(job.tokenizer, TrainBpe), "a tokenizer folder is not trained"
-    texts = corpus.first_texts(files, job.text_field, job.tokenizer.max_bytes, job.held_out)
-    _save_tokenizer(train_bpe(texts, job.tokenizer.vocab_size), uri)
-
-
-def _save_tokenizer(tokenizer: Tokenizer, uri: str) -> None:
-    with locations.local_folder() as folder:
-        tokenizer.save(folder)
-        locations.upload_folder(folder, uri)
 
 
 def _completed(output: str, identity: str) -> Manifest | None:
@@ -287,50 +244,51 @@ def _completed(output: str, identity: str) -> Manifest | None:
     return manifest if manifest.identity == identity else None
 
 
-def _identity(job: PackJob, files: list[FileEntry], tokenizer: Tokenizer | None) -> str:
-    decides = job.model_dump(mode="json", include={"text_field", "row_len", "rows_per_shard", "held_out", "tokenizer"})
+def _remove_work(output: str, but: WorkFolder) -> None:
+    """Remove what other jobs left that were to write this output and were killed."""
+    parent, kept = but.uri.rpartition("/")[0], locations.name_of(but.uri)
+    pattern = re.compile(re.escape(f".{locations.name_of(output)}.") + f"[0-9a-f]{{{KEY_LEN}}}")
+    for name in locations.names_in(parent):
+        if pattern.fullmatch(name) and name != kept:
+            locations.remove(locations.join(parent, name))
+
+
+def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> str:
+    decides = job.model_dump(mode="json", include={"row_len", "rows_per_shard", "held_out", "dedup", "tokenizer"})
     if tokenizer:
         decides["tokenizer"] = tokenizer.fingerprint
-    return _hash([shards.FORMAT_VERSION, decides, _listing_hash(files)])
+    if _has_conversations(job):
+        template = load_chat_template(job.tokenizer) if isinstance(job.tokenizer, str) else None
+        if template is None:
+            raise TokenizerError(
+                f"the tokenizer {job.tokenizer} has no chat template, and conversations are to be packed; "
+                "put chat_template.jinja into its folder"
+            )
+        decides["chat_template"] = template.sources
+    sources = [source.model_dump(exclude={"path"}) for source in job.sources]
+    return _hash([shards.FORMAT_VERSION, decides, sources, _listing_hash(listing)])
 
 
-def _listing_hash(files: list[FileEntry]) -> str:
-    return _hash([[file.name, file.size, file.version] for file in files])
+def _has_conversations(job: PackJob) -> bool:
+    return any(source.documents == "conversations" for source in job.sources)
+
+
+def _listing_hash(listing: Listing) -> str:
+    return _hash([[[file.name, file.size, file.version] for file in files] for files in listing])
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(locations.canonical_json(value).encode()).hexdigest()
 
 
-def _require_tokens(job: PackJob, splits: dict[str, list[Part]]) -> None:
+def _require_tokens(job: PackJob, splits: Splits) -> None:
+    paths = ", ".join(source.path for source in job.sources)
     if not any(splits.values()):
-        raise CorpusError(f"corpus {job.corpus} holds only empty documents; check corpus and text_field")
+        raise CorpusError(f"corpus {paths} holds only empty documents; check corpus, weights and text_field")
     if not splits["train"]:
         raise CorpusError(
-            f"every document of corpus {job.corpus} fell to held_out ({job.held_out}); lower held_out or add documents"
+            f"every document of corpus {paths} fell to held_out ({job.held_out}); lower held_out or add documents"
         )
-
-
-def _tell_passed_over(uris: list[str]) -> None:
-    if uris:
-        stderr.print(f"passed over {len(uris)} files that are not UTF-8 text; the first is {uris[0]}", soft_wrap=True)
-
-
-def _in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _actors_now(workers: int) -> int:
-    return max(1, min(workers, int(ray.cluster_resources().get("CPU", 1))))
 
 
 @contextmanager

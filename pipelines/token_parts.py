@@ -21,9 +21,10 @@ PART_TOKENS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some consecutive documents of a split, tokenized, in one file."""
+    """Some consecutive documents of a source and stream, tokenized, in one file."""
 
-    split: str
+    source: int
+    stream: str
     file: str
     documents: int
     tokens: int
@@ -35,30 +36,41 @@ class PartTokens:
 
     tokens_T: Tensor
     document_len_N: Tensor
+    trained_T: Tensor | None
+    """Whether a token is one to learn to say; None: all are."""
 
 
 def read_part(uri: str) -> PartTokens:
     """What a writer left in that file."""
     with locations.open_read(uri) as source:
-        column = pq.read_table(source).column("ids").combine_chunks()
-    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
-    return PartTokens(torch.from_numpy(ids.copy()), torch.from_numpy(lengths.copy()))
+        table = pq.read_table(source)
+    ids = table.column("ids").combine_chunks()
+    trained = table.column("trained").combine_chunks().flatten() if "trained" in table.column_names else None
+    return PartTokens(
+        torch.from_numpy(ids.flatten().to_numpy().copy()),
+        torch.from_numpy(ids.value_lengths().to_numpy().copy()),
+        None if trained is None else torch.from_numpy(trained.to_numpy(zero_copy_only=False).copy()),
+    )
 
 
 @dataclass(slots=True)
 class PartWriter:
-    """Documents of one split and unit, written out whenever there are enough of them."""
+    """Documents of one stream and unit, written out whenever there are enough of them."""
 
-    scratch: str
-    split: str
+    folder: str
+    source: int
+    stream: str
     unit: int
     _parts: list[Part] = field(default_factory=list)
     _documents: list[np.ndarray] = field(default_factory=list)
+    _trained: list[np.ndarray] = field(default_factory=list)
     _tokens: int = 0
 
-    def add(self, ids: list[int]) -> None:
-        """Take the next document."""
-        self._documents.append(np.asarray(ids, dtype=np.int32))
+    def add(self, ids: np.ndarray, trained: np.ndarray | None = None) -> None:
+        """Take the next document; `trained` for all documents or for none."""
+        self._documents.append(ids)
+        if trained is not None:
+            self._trained.append(trained)
         self._tokens += len(ids)
         if self._tokens >= PART_TOKENS:
             self._write()
@@ -70,10 +82,14 @@ class PartWriter:
         return self._parts
 
     def _write(self) -> None:
-        file = f"{self.split}-{self.unit:07d}-{len(self._parts):05d}.parquet"
-        offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
-        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._documents)))
-        with locations.open_write(locations.join(self.scratch, file)) as sink:
-            pq.write_table(pa.table({"ids": column}), sink, compression="zstd", use_dictionary=False)
-        self._parts.append(Part(self.split, file, len(self._documents), self._tokens))
-        self._documents, self._tokens = [], 0
+        file = f"{self.stream}-{self.unit:07d}-{len(self._parts):05d}.parquet"
+        offsets = pa.array(np.cumsum([0, *map(len, self._documents)], dtype=np.int64))
+        columns = {"ids": self._documents} | ({"trained": self._trained} if self._trained else {})
+        lists = {
+            name: pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(values)))
+            for name, values in columns.items()
+        }
+        with locations.open_write(locations.join(self.folder, file)) as sink:
+            pq.write_table(pa.table(lists), sink, compression="lz4", use_dictionary=False)
+        self._parts.append(Part(self.source, self.stream, file, len(self._documents), self._tokens))
+        self._documents, self._trained, self._tokens = [], [], 0

@@ -27,6 +27,8 @@ class PackedRows:
     input_ids_BS: Tensor
     document_ids_BS: Tensor
     """Ordinal of the document within its split; PADDING where there is no token, and the input id is end of text."""
+    trained_BS: Tensor | None = None
+    """Whether a token is one to learn to say, as those of a response are; None: all tokens are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,21 @@ def overlapping_spans(part_begins: Sequence[int], start: int, stop: int) -> list
 
 
 def cut_rows(
-    tokens_T: Tensor, document_len_N: Tensor, *, first_document: int, start: int, stop: int, row_len: int, eos_id: int
+    tokens_T: Tensor,
+    document_len_N: Tensor,
+    trained_T: Tensor | None = None,
+    *,
+    first_document: int,
+    start: int,
+    stop: int,
+    row_len: int,
+    eos_id: int,
 ) -> PackedRows:
     """The tokens [start, stop) of a piece of the stream as rows; int32.
 
     tokens_T          the documents of the piece one after another, each with its end-of-text token
     document_len_N    tokens of each of them, that token included
+    trained_T         whether a token is one to learn to say; None: all are
     first_document    ordinal of the first of them within the split
     """
     assert int(document_len_N.sum()) == len(tokens_T), "document lengths do not add up to the tokens"
@@ -76,4 +87,8 @@ def cut_rows(
     document_ids_BS = torch.full((rows, row_len), PADDING, dtype=torch.int32)
     input_ids_BS.view(-1)[: stop - start] = tokens_T[start:stop]
     document_ids_BS.view(-1)[: stop - start] = document_T[start:stop]
-    return PackedRows(input_ids_BS, document_ids_BS)
+    trained_BS = None
+    if trained_T is not None:
+        trained_BS = torch.zeros((rows, row_len), dtype=torch.bool)
+        trained_BS.view(-1)[: stop - start] = trained_T[start:stop]
+    return PackedRows(input_ids_BS, document_ids_BS, trained_BS)

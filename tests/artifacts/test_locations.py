@@ -1,5 +1,6 @@
 """Listing, staging and publishing, on this disk and on an S3 server of our own."""
 
+import gc
 import gzip
 import hashlib
 
@@ -81,6 +82,38 @@ def test_nothing_half_written_is_left_when_an_exception_passes(root):
         raise ZeroDivisionError
     files = locations._filesystem(root).find(locations._path(root))
     assert sorted(locations.name_of(path) for path in files) == ["done.json", "old.txt"]
+
+
+def test_a_file_whose_writer_fails_never_appears_and_an_older_one_stays(root):
+    fill(root, "old.txt")
+    for name in ("old.txt", "new.txt"):
+        with pytest.raises(ZeroDivisionError), locations.open_write(locations.join(root, name)) as sink:  # noqa: PT012
+            sink.write(b"x" * 2**23)  # more than an object store's client buffers
+            raise ZeroDivisionError
+    gc.collect()  # an upload that was only forgotten would end here
+    assert locations.names_in(root) == ["old.txt"]
+    assert locations.read_text(locations.join(root, "old.txt")) == "old.txt"
+
+
+def test_a_folder_half_replaced_on_an_object_store_may_be_replaced_again(s3_bucket):
+    target = f"{s3_bucket}/out"
+    fill(target, locations.REPLACING, "new-1.txt")  # the marker of the old one is gone, that of the new not there yet
+    fill(f"{s3_bucket}/.work/shards", "new-1.txt", "new-2.txt", "done.json")
+    locations.put_in_place(f"{s3_bucket}/.work/shards", target, "done.json")
+    assert sorted(locations.names_in(target)) == ["done.json", "new-1.txt", "new-2.txt"]
+
+
+def test_what_a_killed_writer_left_is_not_put_in_place(tmp_path):
+    fill(str(tmp_path / "staged"), "done.json", "a/b.txt", "a/.b.txt.0123abcd")
+    locations.put_in_place(str(tmp_path / "staged"), str(tmp_path / "out"), "done.json")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["a", "b.txt", "done.json"]
+
+
+def test_a_bucket_that_is_not_there_is_one_line(s3_endpoint):
+    for use in (locations.read_bytes, locations.sha256, lambda uri: locations.write_bytes(uri, b"x")):
+        with pytest.raises(UserError, match=r"s3://no-such-bucket-9/a cannot be reached: .*bucket") as caught:
+            use("s3://no-such-bucket-9/a")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_someone_else_is_never_replaced(root):

@@ -27,9 +27,9 @@ def rows():
 def write(uri, rows):
     entries = []
     for ordinal, start in enumerate(range(0, len(rows.input_ids_BS), ROWS_PER_SHARD)):
-        part = PackedRows(
-            rows.input_ids_BS[start : start + ROWS_PER_SHARD], rows.document_ids_BS[start : start + ROWS_PER_SHARD]
-        )
+        stop = start + ROWS_PER_SHARD
+        flags_BS = None if rows.trained_BS is None else rows.trained_BS[start:stop]
+        part = PackedRows(rows.input_ids_BS[start:stop], rows.document_ids_BS[start:stop], flags_BS)
         entries.append(shards.write_shard(locations.join(uri, shards.shard_name("train", ordinal)), part))
     train = shards.Split(documents=182, tokens=1997, rows=250, shards=tuple(entries))
     empty = shards.Split(documents=0, tokens=0, rows=0, shards=())
@@ -40,6 +40,8 @@ def write(uri, rows):
         tokenizer="fingerprint",
         identity="identity",
         splits={"train": train, "held_out": empty},
+        sources=(),
+        trained=rows.trained_BS is not None,
     )
     shards.write_manifest(uri, manifest)
     return manifest
@@ -73,6 +75,21 @@ def test_rows_come_in_the_order_asked_for(folder, rows):
     assert torch.equal(read.input_ids_BS, rows.input_ids_BS[order].long())
     assert torch.equal(read.document_ids_BS, rows.document_ids_BS[order].long())
     assert read.input_ids_BS.dtype == read.document_ids_BS.dtype == torch.int64
+
+
+def test_rows_say_which_tokens_are_trained_if_the_manifest_says_that_they_do(folder, rows, tmp_path_factory):
+    assert shards.ShardReader(str(folder)).rows([0]).trained_BS is None
+    trained_BS = (torch.arange(250 * ROW_LEN) % 7 == 3).view(250, ROW_LEN)
+    other = str(tmp_path_factory.mktemp("flags"))
+    manifest = write(other, PackedRows(rows.input_ids_BS, rows.document_ids_BS, trained_BS))
+    assert manifest.trained
+    order = [249, 0, 64, 163]
+    read = shards.ShardReader(other).rows(order)
+    assert torch.equal(read.trained_BS, trained_BS[order])
+    assert torch.equal(read.input_ids_BS, rows.input_ids_BS[order].long())
+    edit(folder, lambda values: values.update(trained=True))
+    with pytest.raises(ShardError, match=r"train-00000\.parquet has trained of None; the manifest says .*bool.*\[8\]"):
+        shards.ShardReader(str(folder)).rows([0])
 
 
 def test_rows_on_an_object_store_are_the_same(s3_bucket, rows):
@@ -164,7 +181,7 @@ def test_rows_of_another_number_or_length_than_the_manifest_says_are_refused(fol
 
 def test_a_folder_that_pack_did_not_complete_is_refused(folder, tmp_path):
     edit(folder, lambda values: values.update(format_version=99))
-    with pytest.raises(ShardError, match="has format version 99; this code reads 1"):
+    with pytest.raises(ShardError, match="has format version 99; this code reads 2"):
         shards.read_manifest(str(folder))
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(ShardError, match=r"manifest\.json is damaged"):

@@ -40,6 +40,15 @@ def test_a_piece_is_cut_with_the_ordinals_of_the_whole():
     assert rows.document_ids_BS.tolist() == [[40, 40], [41, 41]]
 
 
+def test_flags_go_with_their_tokens_and_padding_has_none():
+    tokens_T, trained_T = torch.tensor([5, 6, EOS, 7, EOS]), torch.tensor([False, True, True, False, True])
+    place = {"first_document": 0, "row_len": 3, "eos_id": EOS}
+    rows = cut_rows(tokens_T, torch.tensor([3, 2]), trained_T, start=1, stop=5, **place)
+    assert rows.input_ids_BS.tolist() == [[6, 0, 7], [0, 0, 0]]
+    assert rows.trained_BS.tolist() == [[True, True, False], [True, False, False]]
+    assert cut_rows(tokens_T, torch.tensor([3, 2]), start=0, stop=5, **place).trained_BS is None
+
+
 def test_spans_of_three_parts():
     assert overlapping_spans([0, 4, 6, 11], 3, 8) == [Span(0, 3, 4), Span(1, 0, 2), Span(2, 0, 2)]
     assert overlapping_spans([0, 4, 4, 9], 4, 99) == [Span(2, 0, 5)]

@@ -4,59 +4,23 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pack_jobs import ROW_LEN, documents_of, job, shard_bytes
 
 from pipelines import corpus, token_parts
-from pipelines.jobs import PackJob, TrainBpe
-from pipelines.pack import pack, plan_shards
+from pipelines.jobs import Source, TrainBpe
+from pipelines.mixture import digest_of, split_of
+from pipelines.pack import pack
+from pipelines.pack_tasks import plan_shards
 from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import locations, shards
-from tidar_core.artifacts.tokenizer import load_tokenizer, train_bpe
 from tidar_core.errors import CorpusError, ShardError, TokenizerError, UserError
 
-ROW_LEN = 16
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(iter(["the quick brown fox return a + b document lorem ipsum dolor " * 9]), 290).save(folder)
-    return str(folder)
-
-
-def job(corpus_uri, output, tokenizer, **changes):
-    include = ("*.py", "*.txt", "*.md", "*.jsonl")
-    small = {
-        "include": include,
-        "row_len": ROW_LEN,
-        "rows_per_shard": 24,
-        "held_out": 0.2,
-        "unit_bytes": 1000,
-        "workers": 1,
-    }
-    return PackJob(corpus=str(corpus_uri), output=str(output), tokenizer=tokenizer, **(small | changes))
-
-
-def documents_of(uri, split):
-    """Read the rows back into documents, one token at a time."""
-    reader, tokenizer = shards.ShardReader(uri, split), load_tokenizer(locations.join(uri, "tokenizer"))
-    rows = reader.rows(range(len(reader)))
-    ids = {}
-    for token, document in zip(rows.input_ids_BS.flatten().tolist(), rows.document_ids_BS.flatten().tolist()):
-        if document >= 0:
-            ids.setdefault(document, []).append(token)
-    assert list(ids) == list(range(len(ids)))
-    assert all(tokens[-1] == tokenizer.eos_id for tokens in ids.values())
-    return [tokenizer.decode(tokens[:-1]) for tokens in ids.values()]
-
-
-def shard_bytes(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).glob("*.parquet")} | {
-        "manifest": (Path(folder) / "manifest.json").read_bytes()
-    }
+TEXTS = Source(path="", documents="text", text_field="text")
 
 
 def left_behind(folder):
@@ -64,7 +28,7 @@ def left_behind(folder):
 
 
 def test_shards_of_a_plan_meet_end_to_end():
-    parts = [Part("train", "a", 2, 10), Part("train", "b", 1, 3), Part("train", "c", 4, 9)]
+    parts = [Part(0, "whole", "a", 2, 10), Part(0, "whole", "b", 1, 3), Part(0, "whole", "c", 4, 9)]
     plans = list(plan_shards("train", parts, row_len=4, rows_per_shard=2, eos_id=0))
     assert [(p.file, p.parts, p.first_document, p.start, p.stop) for p in plans] == [
         ("train-00000.parquet", ("a",), 0, 0, 8),
@@ -75,13 +39,13 @@ def test_shards_of_a_plan_meet_end_to_end():
 
 def test_parts_hold_their_documents_in_order_and_are_closed_when_large_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(token_parts, "PART_TOKENS", 4)
-    writer = PartWriter(str(tmp_path), "train", 7)
+    writer = PartWriter(str(tmp_path), 3, "drawn", 7)
     for document in ([1, 2, 0], [3, 0], [4, 0]):
-        writer.add(document)
+        writer.add(np.asarray(document, dtype=np.int32))
     first, second = writer.close()
     assert (first, second) == (
-        Part("train", "train-0000007-00000.parquet", 2, 5),
-        Part("train", "train-0000007-00001.parquet", 1, 2),
+        Part(3, "drawn", "drawn-0000007-00000.parquet", 2, 5),
+        Part(3, "drawn", "drawn-0000007-00001.parquet", 1, 2),
     )
     read = read_part(str(tmp_path / first.file))
     assert (read.tokens_T.tolist(), read.document_len_N.tolist()) == ([1, 2, 0, 3, 0], [3, 2])
@@ -93,7 +57,7 @@ def test_lines_cut_into_units_are_the_lines_of_the_file_each_once(tmp_path, unit
     lines = ["a", "bb" * 9, "c", "dd" * 30, "e"]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines) + "\n")
     units = corpus.work_units(corpus.list_corpus(str(tmp_path), ("*.jsonl",)), unit_bytes)
-    assert [text for unit in units for piece in unit for text in corpus.documents(piece, "text", pytest.fail)] == lines
+    assert [text for unit in units for piece in unit for text in corpus.documents(piece, TEXTS, pytest.fail)] == lines
 
 
 def test_each_format_gives_its_documents_compressed_or_not(tmp_path):
@@ -109,7 +73,7 @@ def test_each_format_gives_its_documents_compressed_or_not(tmp_path):
         text
         for unit in corpus.work_units(files, 1)
         for piece in unit
-        for text in corpus.documents(piece, "body", pytest.fail)
+        for text in corpus.documents(piece, TEXTS.model_copy(update={"text_field": "body"}), pytest.fail)
     ]
     assert texts == ["ünï", "two", "whole file\n", "p1", "p2", "p1", "p2"]
 
@@ -126,17 +90,17 @@ def test_a_tokenizer_sees_the_start_of_every_file_and_no_held_out_text(tmp_path)
     (tmp_path / "a.txt").write_text("a" * 300_000)
     (tmp_path / "b.txt").write_text("b" * 10)
     (tmp_path / "c.txt").write_text("c" * 300_000)
-    files = corpus.list_corpus(str(tmp_path), ("*.txt",))
-    texts = list(corpus.first_texts(files, "text", 300_000, 0.0))
+    files = [(file, TEXTS) for file in corpus.list_corpus(str(tmp_path), ("*.txt",))]
+    texts = list(corpus.first_texts(files, 300_000, lambda text: True))
     assert [(text[0], len(text)) for text in texts] == [("a", 100_000), ("b", 10), ("c", 199_990)]
-    assert list(corpus.first_texts(files, "text", 300_000, 0.999_999)) == []
+    assert list(corpus.first_texts(files, 300_000, lambda text: False)) == []
 
 
 def test_the_share_held_out_is_about_what_was_asked_and_depends_on_the_text_alone():
-    splits = [corpus.split_of(f"text {n}", 0.25) for n in range(4000)]
-    assert splits == [corpus.split_of(f"text {n}", 0.25) for n in range(4000)]
+    splits = [split_of(digest_of(f"text {n}"), 0.25) for n in range(4000)]
+    assert splits == [split_of(digest_of(f"text {n}"), 0.25) for n in range(4000)]
     assert 900 < splits.count("held_out") < 1100  # 1000 expected; the texts are fixed, so is the count
-    assert {corpus.split_of(f"text {n}", 0.0) for n in range(99)} == {"train"}
+    assert {split_of(digest_of(f"text {n}"), 0.0) for n in range(99)} == {"train"}
 
 
 @pytest.mark.parametrize(
@@ -157,14 +121,14 @@ def test_a_file_at_fault_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     piece = corpus.Piece(str(tmp_path / name), 0, len(content), whole=True)
     with pytest.raises(CorpusError, match=message) as caught:
-        list(corpus.documents(piece, "text", pytest.fail))
+        list(corpus.documents(piece, TEXTS, pytest.fail))
     assert "\n" not in str(caught.value)
 
 
 def test_a_text_file_that_is_not_utf_8_is_passed_over_and_told(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
     told = []
-    assert list(corpus.documents(corpus.Piece(str(tmp_path / "a.txt"), 0, 4, whole=True), "text", told.append)) == []
+    assert list(corpus.documents(corpus.Piece(str(tmp_path / "a.txt"), 0, 4, whole=True), TEXTS, told.append)) == []
     assert told == [str(tmp_path / "a.txt")]
 
 
@@ -172,9 +136,10 @@ def test_a_parquet_file_without_the_text_is_named(tmp_path):
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["x", None], "n": [1, 2]}), path)
     with pytest.raises(CorpusError, match=r"row 2 of .*a\.parquet has no text under 'text'"):
-        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "text", pytest.fail))
+        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), TEXTS, pytest.fail))
+    numbers = TEXTS.model_copy(update={"text_field": "n"})
     with pytest.raises(CorpusError, match=r"has no text column 'n'; set text_field to one of text, n"):
-        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), "n", pytest.fail))
+        list(corpus.documents(corpus.Piece(path, 0, 1, whole=True), numbers, pytest.fail))
 
 
 def test_a_corpus_that_is_missing_or_empty_is_refused_before_any_work(tmp_path, tokenizer_folder):
@@ -195,10 +160,10 @@ def test_every_document_lands_exactly_once_in_order_and_deterministic_for_any_wo
 ):
     (text_corpus / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     manifest = pack(job(text_corpus, tmp_path / "one", tokenizer_folder))
-    assert manifest.passed_over == 1
+    assert manifest.sources[0].passed_over == 1
     assert "passed over 1 files that are not UTF-8 text; the first is" in capsys.readouterr().err
     for split in ("train", "held_out"):
-        expected = [text for text in corpus_documents if corpus.split_of(text, 0.2) == split]
+        expected = [text for text in corpus_documents if split_of(digest_of(text), 0.2) == split]
         assert documents_of(str(tmp_path / "one"), split) == expected
         assert manifest.splits[split].documents == len(expected)
     assert len(manifest.splits["train"].shards) > 2

@@ -41,19 +41,22 @@ __all__ = [
     "local_folder",
     "local_path",
     "name_of",
+    "names_in",
     "open_decompressed",
     "open_random",
     "open_read",
     "open_write",
+    "put_in_place",
     "read_bytes",
     "read_json",
     "read_text",
+    "refuse_stranger",
     "remove",
-    "scratch_folder",
     "sha256",
     "size",
     "staged_folder",
     "upload_folder",
+    "work_folder",
     "write_bytes",
     "write_json",
 ]
@@ -61,6 +64,7 @@ __all__ = [
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 SCHEMES = ("s3",)
 CHUNK_BYTES = 2**22
+REPLACING = ".replacing"  # in a folder on an object store while its files are exchanged: who was killed may go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,12 @@ def exists(uri: str) -> bool:
         return bool(_filesystem(uri).exists(_path(uri)))
 
 
+def names_in(uri: str) -> list[str]:
+    """What lies directly in the folder at `uri`, hidden or not; nothing where there is none."""
+    with _in_one_line(uri):
+        return [name_of(path) for path in _filesystem(uri).ls(_path(uri), detail=False)] if exists(uri) else []
+
+
 def size(uri: str) -> int:
     """Bytes of the file at `uri`."""
     with _in_one_line(uri):
@@ -140,7 +150,8 @@ def list_files(uri: str, patterns: Sequence[str] = ("*",)) -> list[FileEntry]:
 def open_read(uri: str) -> IO[bytes]:
     """The file at `uri` from its beginning, as it lies there."""
     with _in_one_line(uri):
-        return _filesystem(uri).open(_path(uri), "rb")
+        stream = _filesystem(uri).open(_path(uri), "rb")
+    return stream if local_path(uri) else io.BufferedReader(stream, 2**18)
 
 
 def open_random(uri: str) -> IO[bytes]:
@@ -166,11 +177,28 @@ def broken_compression() -> tuple[type[Exception], ...]:
     return (gzip.BadGzipFile, EOFError, zlib.error, *_raised_by("zstandard", "ZstdError"))
 
 
-def open_write(uri: str) -> IO[bytes]:
-    """A new file at `uri`, folders included. On an object store it appears when closed."""
-    _make_parent(uri)
+@contextmanager
+def open_write(uri: str) -> Iterator[IO[bytes]]:
+    """A new file at `uri`, folders included. It appears when closed, whole; if an exception passes, not at all."""
     with _in_one_line(uri):
-        return _filesystem(uri).open(_path(uri), "wb")
+        if path := local_path(uri):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            try:
+                with unfinished.open("wb") as sink:
+                    yield sink
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        else:
+            upload = _filesystem(uri).open(_path(uri), "wb")
+            try:
+                yield upload
+            except BaseException:
+                upload.discard()
+                upload.closed = True  # or its finaliser would upload what there is
+                raise
+            upload.close()
 
 
 def read_bytes(uri: str) -> bytes:
@@ -251,47 +279,27 @@ def local_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@contextmanager
-def scratch_folder(uri: str) -> Iterator[str]:
-    """A folder beside `uri` that every process that can reach `uri` can write in; removed at the end."""
+def work_folder(uri: str, key: str) -> str:
+    """A folder beside `uri`, hidden, that every process that can reach `uri` can write in."""
     uri = absolute(uri)
-    scratch = join(uri.rpartition("/")[0], f".{name_of(uri)}.{secrets.token_hex(4)}")
-    if path := local_path(scratch):
-        path.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        remove(scratch)
+    return join(uri.rpartition("/")[0], f".{name_of(uri)}.{key}")
 
 
 @contextmanager
 def staged_folder(uri: str, marker: str) -> Iterator[str]:
-    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes.
-
-    marker     file of the folder that says that it is complete. A folder at `uri` that has it, or is empty, is
-               replaced; anything else there is refused before work starts.
-    """
-    uri = absolute(uri)
-    _refuse_stranger(uri, marker)
-    with scratch_folder(uri) as staged:
+    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes."""
+    refuse_stranger(uri, marker)
+    staged = work_folder(uri, secrets.token_hex(4))
+    try:
         yield staged
-        assert exists(join(staged, marker)), f"{marker} was not written"
-        _refuse_stranger(uri, marker)
-        if local_path(uri) is None:
-            _replace_remote(staged, uri, marker)
-        else:
-            _replace_local(Path(staged), Path(uri))
+        put_in_place(staged, uri, marker)
+    finally:
+        remove(staged)
 
 
-def upload_folder(folder: Path, uri: str) -> None:
-    """Copy the files of a local folder below `uri`."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as source, open_write(join(uri, *path.relative_to(folder).parts)) as sink:
-            shutil.copyfileobj(source, sink, CHUNK_BYTES)
-
-
-def _refuse_stranger(uri: str, marker: str) -> None:
-    if not exists(uri) or exists(join(uri, marker)):
+def refuse_stranger(uri: str, marker: str) -> None:
+    """Raise UserError if something lies at `uri` that is neither empty nor has the file `marker`."""
+    if not exists(uri) or exists(join(uri, marker)) or exists(join(uri, REPLACING)):
         return
     path = local_path(uri)
     if path is None or not path.is_dir() or any(path.iterdir()):
@@ -301,27 +309,49 @@ def _refuse_stranger(uri: str, marker: str) -> None:
         )
 
 
+def put_in_place(staged: str, uri: str, marker: str) -> None:
+    """Let the folder `staged` become `uri`, in the place of what lies there. `marker` says that a folder is whole."""
+    uri = absolute(uri)
+    assert exists(join(staged, marker)), f"{marker} was not written"
+    refuse_stranger(uri, marker)
+    if local_path(uri) is None:
+        _replace_remote(staged, uri, marker)
+    else:
+        _replace_local(Path(staged), Path(uri))
+
+
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy the files of a local folder below `uri`."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as source, open_write(join(uri, *path.relative_to(folder).parts)) as sink:
+            shutil.copyfileobj(source, sink, CHUNK_BYTES)
+
+
 def _replace_local(staged: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    for path in staged.rglob(".*"):  # what a writer that was killed left
+        path.unlink()
     if not target.exists():
         staged.rename(target)
         return
-    old = target.with_name(f"{staged.name}.old")
+    old = staged.with_name(f"{staged.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     staged.rename(target)
     shutil.rmtree(old)
 
 
 def _replace_remote(staged: str, target: str, marker: str) -> None:
-    """Object stores have no rename: the old marker goes first and the new one comes last."""
+    """Object stores have no rename: the old marker goes first and the new one comes last; REPLACING lies between."""
+    write_json(join(target, REPLACING), {"by": staged})
+    remove(join(target, marker))
+    for entry in list_files(target):
+        remove(entry.uri)
+    names = [entry.name for entry in list_files(staged) if entry.name != marker]
     files = _filesystem(target)
     with _in_one_line(target):
-        if files.exists(_path(join(target, marker))):
-            files.rm(_path(join(target, marker)))
-        if files.exists(_path(target)):
-            files.rm(_path(target), recursive=True)
-        for entry in sorted(list_files(staged), key=lambda entry: entry.name == marker):
-            files.copy(_path(entry.uri), _path(join(target, entry.name)))
+        files.copy(*([_path(join(folder, name)) for name in names] for folder in (staged, target)))
+        files.copy(_path(join(staged, marker)), _path(join(target, marker)))
+    remove(join(target, REPLACING))
 
 
 def _filesystem(uri: str) -> Any:
@@ -342,11 +372,6 @@ def _uri(like: str, path: str) -> str:
     return path if local_path(like) is not None else f"{like.partition('://')[0]}://{path}"
 
 
-def _make_parent(uri: str) -> None:
-    if path := local_path(uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     plain = next((name.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)), name)
     return any(fnmatch.fnmatchcase(form, pattern) for pattern in patterns for form in (name, plain))
@@ -359,15 +384,12 @@ def _version(info: dict[str, Any]) -> str:
 @contextmanager
 def _in_one_line(uri: str) -> Iterator[None]:
     """Say what an object store or file system refused, in one line."""
+    refusal: type[OSError] = PermissionError if local_path(uri) else OSError
     try:
         yield
-    except _unreachable() as error:
+    except (refusal, *_raised_by("botocore.exceptions", "BotoCoreError")) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{uri} cannot be reached: {reason}; check the credentials, the endpoint and rights") from error
-
-
-def _unreachable() -> tuple[type[Exception], ...]:
-    return (PermissionError, *_raised_by("botocore.exceptions", "BotoCoreError"))
 
 
 def _raised_by(module: str, name: str) -> tuple[type[Exception], ...]:

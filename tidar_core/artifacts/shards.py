@@ -3,8 +3,8 @@
     manifest.json           layout, counts and hashes; the folder is complete when it is there
     made_by.json            the pack job and its parents
     tokenizer/              the tokenizer that made the ids
-    train-00000.parquet     rows: input_ids and document_ids, int32 lists of row_len each
-    held_out-00000.parquet
+    train-00000.parquet     rows: input_ids and document_ids, int32 lists of row_len each; of conversations also
+    held_out-00000.parquet  trained, a list of row_len booleans: whether a token is one to learn to say
 
 What a row is: `tidar_core.packing`. Rows are compressed in groups of 64, so that a random row costs one group.
 """
@@ -37,6 +37,7 @@ __all__ = [
     "Manifest",
     "ShardEntry",
     "ShardReader",
+    "SourceCounts",
     "Split",
     "check_sizes",
     "read_manifest",
@@ -47,11 +48,12 @@ __all__ = [
     "write_shard",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "held_out")
-COLUMNS = ("input_ids", "document_ids")
+COLUMNS = {"input_ids": pa.int32(), "document_ids": pa.int32()}
+FLAGS = {"trained": pa.bool_()}
 
 GROUP_ROWS = 64
 OPEN_FILES = 16
@@ -81,6 +83,22 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCounts:
+    """What one source of the corpus gave."""
+
+    path: str
+    """As the job names it."""
+    weight: float
+    documents: Mapping[str, int]
+    """By split, each as often as it was taken."""
+    tokens: Mapping[str, int]
+    duplicates: int
+    """Documents left out, because a document before them has the same text."""
+    passed_over: int
+    """Files left out, because they are not UTF-8 text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a folder of shards holds."""
 
@@ -93,8 +111,10 @@ class Manifest:
     identity: str
     """Hash of the job, the corpus listing and the tokenizer: equal identities, equal shards."""
     splits: Mapping[str, Split]
-    passed_over: int = 0
-    """Files of the corpus that are not in the shards, because they are not UTF-8 text."""
+    sources: tuple[SourceCounts, ...]
+    """In the order of the job."""
+    trained: bool = False
+    """Whether rows say which of their tokens are ones to learn to say; otherwise all are."""
     format_version: int = FORMAT_VERSION
 
 
@@ -106,13 +126,14 @@ def shard_name(split: str, ordinal: int) -> str:
 def write_shard(uri: str, rows: PackedRows) -> ShardEntry:
     """Write one shard and say what the manifest is to say of it. The same rows give the same bytes."""
     row_len = rows.input_ids_BS.shape[1]
+    kinds = _columns(rows.trained_BS is not None)
     columns = [
-        pa.FixedSizeListArray.from_arrays(pa.array(values_BS.contiguous().view(-1).numpy(), pa.int32()), row_len)
-        for values_BS in (rows.input_ids_BS, rows.document_ids_BS)
+        pa.FixedSizeListArray.from_arrays(pa.array(values_BS.contiguous().view(-1).numpy(), kind), row_len)
+        for kind, values_BS in zip(kinds.values(), _tensors(rows))
     ]
     buffer = io.BytesIO()
     pq.write_table(
-        pa.table(columns, names=list(COLUMNS)),
+        pa.table(columns, names=list(kinds)),
         buffer,
         row_group_size=GROUP_ROWS,
         compression="zstd",
@@ -146,7 +167,8 @@ def read_manifest(uri: str) -> Manifest:
         if version != FORMAT_VERSION:
             raise ShardError(f"{where} has format version {version}; this code reads {FORMAT_VERSION}; {REPACK}")
         splits = {name: _split(values["splits"][name]) for name in SPLITS}
-        return Manifest(**(values | {"splits": splits}))
+        sources = tuple(SourceCounts(**source) for source in values["sources"])
+        return Manifest(**(values | {"splits": splits, "sources": sources}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{where} is damaged ({type(error).__name__}: {error}); {REPACK}") from error
 
@@ -199,6 +221,7 @@ class ShardReader:
         check_sizes(self.uri, self.manifest)
         self._shards = self.manifest.splits[split].shards
         self._begins = list(accumulate((shard.rows for shard in self._shards), initial=0))
+        self._columns = _columns(self.manifest.trained)
         self._cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[int, int], PackedRows] = OrderedDict()
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -207,12 +230,10 @@ class ShardReader:
         return self._begins[-1]
 
     def rows(self, indices: Sequence[int]) -> PackedRows:
-        """The rows of these ordinals, in this order; int64."""
+        """The rows of these ordinals, in this order; int64, flags bool."""
         picked = [self._row(index) for index in indices]
-        return PackedRows(
-            torch.stack([row.input_ids_BS for row in picked]).long(),
-            torch.stack([row.document_ids_BS for row in picked]).long(),
-        )
+        stacked = [torch.stack(values) for values in zip(*map(_tensors, picked))]
+        return PackedRows(stacked[0].long(), stacked[1].long(), *stacked[2:])
 
     def _row(self, index: int) -> PackedRows:
         if not 0 <= index < len(self):
@@ -220,17 +241,17 @@ class ShardReader:
         shard = bisect_right(self._begins, index) - 1
         group, row = divmod(index - self._begins[shard], GROUP_ROWS)
         rows = self._group(shard, group)
-        return PackedRows(rows.input_ids_BS[row], rows.document_ids_BS[row])
+        return PackedRows(*(values[row] for values in _tensors(rows)))
 
     def _group(self, shard: int, group: int) -> PackedRows:
         key = shard, group
         if key not in self._groups:
             entry = self._shards[shard]
             try:
-                table = self._file(shard).read_row_group(group, columns=list(COLUMNS))
+                table = self._file(shard).read_row_group(group, columns=list(self._columns))
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(self.uri, entry, error) from error
-            self._groups[key] = PackedRows(*(self._tensor(table.column(name)) for name in COLUMNS))
+            self._groups[key] = PackedRows(*(self._tensor(table.column(name)) for name in self._columns))
             while len(self._groups) > 1 and sum(map(_bytes, self._groups.values())) > self._cache_bytes:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -256,9 +277,9 @@ class ShardReader:
         where, rows = locations.join(self.uri, entry.file), file.metadata.num_rows
         if rows != entry.rows:
             raise ShardError(f"{where} has {rows} rows; the manifest says {entry.rows}; {REPACK}")
-        expected = pa.list_(pa.int32(), self.manifest.row_len)
         found = {field.name: field.type for field in file.schema_arrow}
-        for name in COLUMNS:
+        for name, kind in self._columns.items():
+            expected = pa.list_(kind, self.manifest.row_len)
             if name not in found or not found[name].equals(expected):
                 raise ShardError(f"{where} has {name} of {found.get(name)}; the manifest says {expected}; {REPACK}")
         return file
@@ -274,8 +295,17 @@ def _check_size(uri: str, shard: ShardEntry, found: int) -> None:
         raise ShardError(f"{where} has {found} bytes; the manifest says {shard.bytes}; {REPACK}")
 
 
+def _columns(trained: bool) -> dict[str, pa.DataType]:
+    return COLUMNS | FLAGS if trained else COLUMNS
+
+
+def _tensors(rows: PackedRows) -> list[Tensor]:
+    values = rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS
+    return [value for value in values if value is not None]
+
+
 def _bytes(rows: PackedRows) -> int:
-    return 2 * rows.input_ids_BS.numel() * rows.input_ids_BS.element_size()
+    return sum(value.numel() * value.element_size() for value in _tensors(rows))
 
 
 def _unreadable(uri: str, entry: ShardEntry, error: Exception) -> ShardError:

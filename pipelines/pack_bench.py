@@ -1,0 +1,165 @@
+"""How fast does packing go beside its tokenizer alone, and how much memory does a worker take?
+
+    python -m pipelines.pack_bench [--megabytes N] [--workers N] [--tokenizer FOLDER] [--json]
+
+Both halves see the same documents on the same number of cores: `encode_batch` of the bare tokenizer, with as many
+threads as packing has workers, on texts that lie in memory; and a whole pack job, from JSON lines on disk to shards in
+place. The corpus is this Python's own standard library, over and over, each time with other names in it.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipelines.progress import stderr
+
+__all__ = ["main", "write_corpus"]
+
+MB = 10**6
+BARE = """
+import json, sys, time
+from tidar_core.artifacts.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+tokenizer.encode_batch(["warm up"] * 9)
+seconds = characters = tokens = 0
+for line_batch in iter(lambda: sys.stdin.buffer.readlines(2**22), []):
+    texts = [json.loads(line)["text"] for line in line_batch]
+    began = time.perf_counter()
+    encoded = tokenizer.encode_batch(texts)
+    seconds += time.perf_counter() - began
+    tokens += sum(map(len, encoded))
+print(json.dumps({"seconds": seconds, "tokens": tokens}))
+"""
+"""In a process of its own, for the number of threads is read from the environment once."""
+
+
+def write_corpus(path: Path, megabytes: float, seed: int = 0) -> int:
+    """Write about so many MB of ordinary text as JSON lines; the bytes of their text."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    draw, size = random.Random(seed), 0
+    with path.open("w", encoding="utf-8") as sink:
+        while size < megabytes * MB:
+            renamed = {word: f"{word}_{draw.randrange(10**4)}" for word in ("self", "name", "value", "args", "path")}
+            words = re.compile(rf"\b({'|'.join(renamed)})\b")
+            for text in texts:
+                varied = words.sub(partial(_other_name, renamed), text)
+                sink.write(json.dumps({"text": varied}) + "\n")
+                size += len(varied.encode())
+                if size >= megabytes * MB:
+                    break
+    return size
+
+
+def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None, bare: bool) -> dict[str, Any]:
+    """Pack a corpus of so many MB and encode it bare; seconds, MB/s, their ratio, the peak memory of a worker."""
+    from pipelines.cluster import connect, disconnect
+    from pipelines.jobs import PackJob
+    from pipelines.pack import pack
+
+    corpus, output = folder / "corpus.jsonl", folder / "shards"
+    stderr.print(f"writing a corpus of {megabytes:g} MB")
+    size = write_corpus(corpus, megabytes)
+    connect(cpus=workers)
+    values = {"corpus": str(corpus), "workers": workers, "unit_bytes": 8 * 2**20}
+    if tokenizer is None:
+        small = folder / "small.jsonl"
+        write_corpus(small, 4)
+        made = {"corpus": str(small), "output": str(folder / "small"), "tokenizer": {}}
+        pack(PackJob.model_validate(values | made))
+        tokenizer = str(folder / "small" / "tokenizer")
+    with _peak_of_workers() as peak:
+        began = time.perf_counter()
+        manifest = pack(PackJob.model_validate(values | {"output": str(output), "tokenizer": tokenizer}))
+        seconds = time.perf_counter() - began
+    disconnect()
+    found = {
+        "megabytes": size / MB,
+        "workers": workers,
+        "tokens": sum(split.tokens for split in manifest.splits.values()),
+        "pack_seconds": seconds,
+        "pack_mb_per_second": size / MB / seconds,
+        "peak_worker_bytes": peak[0],
+    }
+    if bare:
+        found |= _bare(corpus, tokenizer, workers, size)
+        found["ratio"] = found["pack_mb_per_second"] / found["bare_mb_per_second"]
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.pack_bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--megabytes", type=float, default=128, help="size of the corpus")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizer actors, and threads of the bare")
+    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer; if not given, one is trained")
+    parser.add_argument("--no-bare", action="store_true", help="measure packing alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tidar-pack-bench-") as folder:
+        found = measure(Path(folder), given.megabytes, given.workers, given.tokenizer, not given.no_bare)
+    if given.json:
+        print(json.dumps(found))
+        return
+    table = Table("measure", "value")
+    for name, value in found.items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+    stderr.print(table)
+
+
+def _other_name(renamed: dict[str, str], found: re.Match[str]) -> str:
+    return renamed[found[0]]
+
+
+def _bare(corpus: Path, tokenizer: str, workers: int, size: int) -> dict[str, Any]:
+    threads = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
+    with corpus.open("rb") as lines:
+        done = subprocess.run(
+            [sys.executable, "-c", BARE, tokenizer], stdin=lines, env=os.environ | threads, stdout=subprocess.PIPE,
+            check=True,
+        )  # fmt: skip
+    seconds = json.loads(done.stdout)["seconds"]
+    return {"bare_seconds": seconds, "bare_mb_per_second": size / MB / seconds}
+
+
+@contextmanager
+def _peak_of_workers() -> Iterator[list[int]]:
+    """The most memory, in bytes, that any one Ray worker of this user had resident (Linux; elsewhere 0)."""
+    peak, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(2):  # a high-water mark; looking costs as well
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    if process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
+                        status = process.joinpath("status").read_text()
+                        peak[0] = max(peak[0], 1024 * int(status.partition("VmHWM:")[2].split()[0]))
+                except (OSError, IndexError):  # it ended while we looked
+                    continue
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
