@@ -1,0 +1,193 @@
+"""What a program can do in the sandbox, and what it tries in vain."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.code_sandbox import FIRST_UID, UIDS, Limits, isolation, run_program
+from tidar_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHORT = Limits(seconds=2, processes=8)
+
+
+@pytest.fixture(autouse=True)
+def sandbox():
+    try:
+        isolation()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def left_over():
+    """Processes of programs that are still there."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            uid = int(status.read_text().split("Uid:")[1].split()[0])
+        except OSError:  # it ended while we looked
+            continue
+        if FIRST_UID <= uid < FIRST_UID + UIDS:
+            found.append(status.parent.name)
+    return found
+
+
+def nothing_is_left():
+    deadline = time.monotonic() + 5
+    while left_over() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not left_over()
+
+
+def test_a_program_passes_when_its_last_assertion_is_behind_it():
+    assert run_program("import math, tempfile\nassert math.gcd(12, 18) == 6\nprint('fine')").reason == "passed"
+    failed = run_program("def f(): return 3\nassert f() == 4, 'f is 3'")
+    assert (failed.passed, failed.reason) == (False, "ended with exit code 1: AssertionError: f is 3")
+
+
+@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+def test_a_program_that_leaves_before_its_assertions_has_not_passed(leave):
+    assert run_program(f"{leave}\nassert 1 == 2").reason == "ended with exit code 0"
+
+
+def test_a_crash_and_broken_source_are_failures_with_a_reason():
+    assert run_program("import ctypes; ctypes.string_at(0)").reason.startswith("killed by signal 11")
+    assert "SyntaxError" in run_program("def f(:\n").reason
+
+
+def test_an_endless_loop_is_killed_at_its_time():
+    began = time.monotonic()
+    assert run_program("while True: pass", Limits(seconds=1)).reason == "timed out after 1 s"
+    assert time.monotonic() - began < 2
+    assert run_program("import time; time.sleep(60)", Limits(seconds=0.5)).reason == "timed out after 0.5 s"
+    assert nothing_is_left()
+
+
+def test_ten_gigabytes_are_refused():
+    assert run_program("held = bytearray(10 * 2**30)").reason == "ended with exit code 1: MemoryError"
+
+
+COUNTED_FORKS = """
+import os, time
+forked = 0
+try:
+    while forked < 50:
+        if os.fork() == 0:
+            time.sleep(60)
+        forked += 1
+except OSError as refused:
+    print(refused)
+assert 1 <= forked <= 8, forked
+"""
+
+
+def test_a_fork_bomb_meets_the_limit_and_dies_with_the_sandbox():
+    counted = run_program(COUNTED_FORKS, SHORT)
+    assert counted.passed, counted.reason  # else the bomb below would not be safe to light
+    assert nothing_is_left()
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    assert run_program(bomb, SHORT).reason == "timed out after 2 s"
+    assert nothing_is_left()
+
+
+def test_a_process_that_would_outlive_its_program_dies_with_it():
+    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)"
+    assert run_program(daemon).passed
+    assert nothing_is_left()
+
+
+def test_nothing_outside_is_written_or_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    (tmp_path / "secret").write_text("hush")
+    tried = [tmp_path / "new", tmp_path / "secret", ROOT / "written", Path.home() / "written", "/usr/written",
+             "/written", "/dev/written", f"{sys.prefix}/written"]  # fmt: skip
+    mine = f"/tmp/{tmp_path.parent.name}-{os.getpid()}"
+    outcome = run_program(f"""
+import os
+for path in {[str(path) for path in tried]}:
+    try:
+        open(path, "w")
+    except OSError:
+        continue
+    raise AssertionError(path)
+assert not os.path.exists({str(tmp_path)!r}) and not os.path.exists({str(ROOT)!r}) and not os.path.exists("/proc/1")
+assert "hush" not in str(os.environ)
+open({mine!r}, "w").write("may be written")
+""")
+    assert outcome.passed, outcome.reason
+    assert (tmp_path / "secret").read_text() == "hush"
+    assert not any(Path(path).exists() for path in tried if Path(path) != tmp_path / "secret")
+    assert not Path(mine).exists()
+
+
+def test_a_full_folder_and_endless_words_stop_at_their_limits():
+    small = Limits(folder_bytes=2**20, file_bytes=2**18)
+    filled = run_program("for n in range(100):\n    open(f'/tmp/{n}', 'wb').write(bytes(2**17))", small)
+    assert "No space left on device" in filled.reason
+    assert "File too large" in run_program("open('/tmp/a', 'wb').write(bytes(2**19))", small).reason
+    began = time.monotonic()
+    assert not run_program("while True: print('x' * 4096)", small).passed
+    assert time.monotonic() - began < 5
+
+
+def test_no_socket_reaches_anyone():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+        server.accept()[0].close()
+        server.settimeout(0.1)
+        outcome = run_program(f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)")
+        assert "Network is unreachable" in outcome.reason
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_program_can_kill_nobody_but_itself():
+    outcome = run_program(f"""
+import os, signal
+for pid in (1, os.getppid(), {os.getpid()}, {os.getppid()}, -1):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass
+""")
+    assert outcome.passed, outcome.reason
+    assert os.getppid() > 1
+
+
+def unprivileged(*command):
+    if os.getuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("becoming another user takes root and util-linux")
+    done = subprocess.run(["unshare", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode and "unshare failed" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    return done.stdout + done.stderr
+
+
+def test_a_user_without_privileges_gets_the_same_sandbox_from_a_user_namespace():
+    code = """
+from pipelines.code_sandbox import Limits, isolation, run_program
+print(isolation())
+print(run_program("import socket; socket.create_connection(('127.0.0.1', 9))").reason)
+print(run_program("open('/usr/written', 'w')").reason)
+print(run_program("import os; os.setuid(0)").reason)
+"""
+    said = unprivileged("--map-user=1000", "--map-group=1000", sys.executable, "-B", "-c", code).splitlines()
+    assert said[0].startswith("user, mount, pid, network, ipc and uts namespaces")
+    assert [reason.split("] ")[1].split(":")[0] for reason in said[1:]] == [
+        "Network is unreachable", "Read-only file system", "Invalid argument",  # the last: there is no root in there
+    ]  # fmt: skip
+
+
+def test_where_no_sandbox_can_be_built_nothing_is_run(tmp_path):
+    code = "from pipelines.code_sandbox import isolation; isolation()"
+    forbid = f"echo 0 > /proc/sys/user/max_net_namespaces; {sys.executable} -B -c '{code}'"
+    said = unprivileged("--map-root-user", "sh", "-c", forbid)
+    assert "programs of a model cannot be shut in on this machine (refused: [Errno 28] unshare: " in said
+    assert "none is run" in said
