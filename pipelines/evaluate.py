@@ -2,12 +2,13 @@
 
 Bundle + held-out rows -> report.json, report.md and plots. Losses are means over labels, in nats; texts are greedy, in
 fp32, and compared token for token with the plain one-token-at-a-time loop, which shares no cache and no layout with the
-decoder.
+decoder. Where the job names the AR checkpoint that the bundle was converted from, it is measured on the same rows,
+prompts and tasks.
 """
 
-import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -15,11 +16,14 @@ import torch
 from pipelines.board import pin, watched_board
 from pipelines.cluster import connect, original_error
 from pipelines.jobs import EvaluateJob
-from pipelines.plots import acceptance_plot, speed_plot
-from tidar_core.artifacts import locations
-from tidar_core.artifacts.bundle import Bundle, load_bundle
-from tidar_core.artifacts.made_by import made_by, write_made_by
+from pipelines.report import REPORT, report_metrics, write_report
+from pipelines.scores import PARENT, scores, task_rows, tasks_in_mode
+from pipelines.tasks import check_tasks
+from tidar_core.artifacts import locations, registry
+from tidar_core.artifacts.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
+from tidar_core.artifacts.hf_weights import load_model
 from tidar_core.artifacts.shards import ShardReader, verify_shards
+from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import SamplingConfig
@@ -29,9 +33,11 @@ from tidar_core.losses import LossSums
 from tidar_core.modes import MODES
 from tidar_core.objective import Objective
 
+if TYPE_CHECKING:
+    from pipelines.lm_eval_tasks import TaskScore
+
 __all__ = ["REPORT", "evaluate", "held_out_losses"]
 
-REPORT = "report.json"
 ROWS_AT_ONCE = 8
 
 Advance = Callable[[], None]
@@ -39,21 +45,45 @@ Advance = Callable[[], None]
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
     """Run the job on the cluster and give the report; an existing one of the same job and bundle is replaced."""
-    job = job.model_copy(
-        update={name: locations.absolute(getattr(job, name)) for name in ("bundle", "shards", "output")}
-    )
+    job = _absolute(job)
+    check_tasks(job.tasks, allow_code_execution=job.allow_code_execution)
     connect()
-    units = (
-        -(-job.loss_rows // ROWS_AT_ONCE)
-        + job.prompts
-        + prompts_in_all(job.prompts, modes=len(MODES), batch=job.batch, repeats=job.repeats)
-    )
+    with _mlflow_run(job) as keep:
+        try:
+            with watched_board("evaluate", total=_parts(job), unit="parts") as board:
+                report = ray.get(_on_node.options(num_gpus=job.gpus, num_cpus=job.cpus).remote(job, board))
+        except Exception as error:
+            original = original_error(error)
+            raise original from (error if original is not error else None)
+        keep(report)
+    return report
+
+
+@contextmanager
+def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A run that keeps the report, below the run that trained the bundle; nothing where the job names no server."""
+    if job.tracking_uri is None:
+        yield lambda report: None
+        return
+    tracking_uri, info = job.tracking_uri, read_bundle_info(job.bundle)
+    tags = {"station": "evaluate", "bundle": job.bundle, "bundle_hash": info.bundle_hash}
+    if trained := registry.find_run(tracking_uri, "train", info.bundle_hash):
+        tags |= {registry.PARENT_RUN: trained, "training_run": trained}
+    settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}
+    name = f"evaluate {locations.name_of(job.bundle)}"
+    run_id = registry.start_run(tracking_uri, job.experiment, name, settings, tags)
+
+    def keep(report: dict[str, Any]) -> None:
+        registry.log_metrics(tracking_uri, run_id, report_metrics(report), 0)
+        for path in sorted(locations.local_copy(job.output).iterdir()):
+            registry.log_artifact(tracking_uri, run_id, str(path))
+
     try:
-        with watched_board("evaluate", total=units, unit="parts") as board:
-            return ray.get(_on_node.options(num_gpus=job.gpus, num_cpus=job.cpus).remote(job, board))
-    except Exception as error:
-        original = original_error(error)
-        raise original from (error if original is not error else None)
+        yield keep
+    except BaseException as error:
+        registry.end_run(tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    registry.end_run(tracking_uri, run_id)
 
 
 @ray.remote(max_retries=0)
@@ -67,10 +97,54 @@ def _on_node(job: EvaluateJob, board: Any) -> dict[str, Any]:
         pin(board, done, {})
 
     verify_shards(job.shards)
-    bundle = load_bundle(job.bundle, device="cuda" if job.gpus else "cpu")
-    report = measured(job, bundle, ShardReader(job.shards, "held_out"), advance)
-    _write(job, report)
+    device = "cuda" if job.gpus else "cpu"
+    reader = ShardReader(job.shards, "held_out")
+    bundle = load_bundle(job.bundle, device=device)
+    report = measured(job, bundle, reader, advance)
+    found: dict[str, list[TaskScore]] = {
+        mode: scores(job, bundle, mode, tasks_in_mode(job, mode), advance) for mode in job.task_modes
+    }
+    texts, report["parent"] = report.pop("texts"), None
+    if job.parent is not None:
+        parent = _parent(job.parent, bundle, device)
+        report["parent"] = _measured_parent(job, parent, bundle, reader, texts, advance)
+        found[PARENT] = scores(job, parent, "autoregressive", job.tasks, advance)
+    report["tasks"] = task_rows(found)
+    write_report(job, report)
     return report
+
+
+def _parts(job: EvaluateJob) -> int:
+    """How often the work says that it is further, the parent's included."""
+    runs = [(len(MODES), job.prompts + sum(len(tasks_in_mode(job, mode)) for mode in job.task_modes))]
+    if job.parent is not None:
+        runs.append((1, len(job.tasks)))
+    losses = -(-job.loss_rows // ROWS_AT_ONCE)
+    return sum(
+        losses + own + prompts_in_all(job.prompts, modes=modes, batch=job.batch, repeats=job.repeats)
+        for modes, own in runs
+    )
+
+
+def _absolute(job: EvaluateJob) -> EvaluateJob:
+    """The same job with every location absolute: it runs in another folder."""
+    changed: dict[str, Any] = {
+        name: locations.absolute(given)
+        for name in ("bundle", "shards", "output", "parent")
+        if (given := getattr(job, name)) is not None
+    }
+    if job.tracking_uri is not None:
+        changed["tracking_uri"] = registry.absolute_tracking_uri(job.tracking_uri)
+    changed["tasks"] = tuple(
+        task.model_copy(
+            update={
+                "task": locations.absolute(task.task) if task.task.endswith(".yaml") else task.task,
+                "data": locations.absolute(task.data) if task.data is not None else None,
+            }
+        )
+        for task in job.tasks
+    )
+    return job.model_copy(update=changed)
 
 
 def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Advance) -> dict[str, Any]:
@@ -114,6 +188,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         "batch": job.batch,
         "threads": torch.get_num_threads(),
         "modes": {name: mode.figures() for name, mode in modes.items()},
+        "texts": plain,
     }
 
 
@@ -124,11 +199,62 @@ def held_out_losses(bundle: str, shards: str, *, rows: int, threads: int) -> dic
     return {name: found[name] for name in ("ar_loss", "diffusion_loss")}
 
 
+def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
+    """The AR checkpoint: a bundle, or a Hugging Face folder, with the same tokenizer."""
+    if locations.exists(locations.join(uri, BUNDLE_JSON)):
+        parent = load_bundle(uri, device=device)
+    else:
+        folder = locations.local_copy(uri)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"parent is {uri}; it has no config.json; give a model folder or a bundle")
+        tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else bundle.tokenizer
+        info = BundleInfo(block_len=1, mask_id=0, objective="ar", lineage={}, files={}, bundle_hash=uri)
+        parent = Bundle(load_model(folder, device=device), tokenizer, info)
+    if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
+        raise ConfigError(f"parent {uri} has another tokenizer than the bundle; give the checkpoint that it came from")
+    return parent
+
+
+def _measured_parent(
+    job: EvaluateJob,
+    parent: Bundle,
+    bundle: Bundle,
+    reader: ShardReader,
+    texts: Sequence[tuple[int, ...]],
+    advance: Advance,
+) -> dict[str, Any]:
+    """What the parent is on the bundle's rows and prompts.
+
+    texts  what the bundle said to the prompts
+    """
+    losses = _losses(parent, reader, job.loss_rows, advance, dual=False)
+    own = compare_modes(
+        parent.model,
+        _prompts(reader, job.prompts, job.prompt_len),
+        SamplingConfig(max_tokens=job.max_tokens, eos_ids=(parent.tokenizer.eos_id,)),
+        block_len=1,
+        batch=job.batch,
+        repeats=job.repeats,
+        context_len=job.prompt_len + job.max_tokens,
+        modes=("autoregressive",),
+        on_prompt=advance,
+    )["autoregressive"]
+    return {
+        "location": job.parent,
+        "hash": parent.info.bundle_hash,
+        "is_start": parent.info.bundle_hash in bundle.info.lineage.values(),
+        "ar_loss": losses["ar_loss"],
+        "prompts_equal": sum(said == text for said, text in zip(own.texts, texts)),
+        "tokens_per_second": own.tokens_per_second,
+        "tokens_per_second_spread": own.tokens_per_second_spread,
+    }
+
+
 @torch.inference_mode()
-def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance) -> dict[str, Any]:
+def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True) -> dict[str, Any]:
     """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block."""
     block_len = bundle.info.block_len
-    objective = Objective(bundle.model, dual=True, block_len=block_len)
+    objective = Objective(bundle.model, dual=dual, block_len=block_len)
     device = bundle.model.embedding.weight.device
     rows = min(rows, len(reader))
     if not rows:
@@ -136,7 +262,13 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance) ->
     parts: list[LossSums] = []
     for first in range(0, rows, ROWS_AT_ONCE):
         packed = reader.rows(range(first, min(first + ROWS_AT_ONCE, rows)))
-        parts.append(objective(objective.batch(packed.input_ids_BS.to(device), packed.document_ids_BS.to(device))))
+        trained_BS = packed.trained_BS
+        batch = objective.batch(
+            packed.input_ids_BS.to(device),
+            packed.document_ids_BS.to(device),
+            None if trained_BS is None else trained_BS.to(device),
+        )
+        parts.append(objective(batch))
         advance()
 
     def total(name: str) -> torch.Tensor:
@@ -171,44 +303,3 @@ def _prompts(reader: ShardReader, count: int, prompt_len: int) -> list[tuple[int
     raise ShardError(
         f"no held-out document begins with {prompt_len} tokens in one row; lower prompt_len or pack with more held_out"
     )
-
-
-def _write(job: EvaluateJob, report: dict[str, Any]) -> None:
-    parents = {"bundle": report["bundle_hash"], "shards": report["shards"]}
-    with locations.staged_folder(job.output, REPORT) as folder:
-        write_made_by(folder, made_by(job.model_dump(mode="json"), parents))
-        plot = acceptance_plot(
-            report["acceptance_histogram"], report["acceptance_by_position"], report["draft_accuracy"]
-        )
-        locations.write_bytes(locations.join(folder, "acceptance.png"), plot)
-        locations.write_bytes(locations.join(folder, "speed.png"), speed_plot(report["modes"]))
-        locations.write_bytes(locations.join(folder, "report.md"), _markdown(report).encode())
-        locations.write_bytes(locations.join(folder, REPORT), json.dumps(report, indent=2).encode())
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    modes = "\n".join(
-        f"| {name} | {m['tokens_per_second']:.1f} ({m['tokens_per_second_spread'][0]:.1f} to "
-        f"{m['tokens_per_second_spread'][1]:.1f}) | {m['tokens_per_forward']:.2f} | {m['tokens_per_round']:.2f} | "
-        f"{1000 * m['time_to_first_token_seconds']:.1f} | {'yes' if m['equal_to_ar'] else 'NO'} |"
-        for name, m in report["modes"].items()
-    )
-    return f"""# Report on {report["bundle"]}
-
-Bundle hash `{report["bundle_hash"]}`, block length {report["block_len"]}.
-
-| held-out measure | value |
-|---|---|
-| AR loss (nats per token, {report["held_out_rows"]} rows) | {report["ar_loss"]:.4f} |
-| diffusion loss (nats per token) | {report["diffusion_loss"]:.4f} |
-| greedy texts equal to the plain AR loop | {report["prompts_equal"]} of {report["prompts"]} prompts |
-| tokens per forward (greedy, single-pass) | {report["tokens_per_forward"]:.2f} |
-| speed over the AR mode ({report["batch"]} at a time, {report["threads"]} threads) | {report["speed_over_ar"]:.2f} |
-
-| mode | tokens/s (spread) | tokens per forward | tokens per round | first token, ms | equal to AR |
-|---|---|---|---|---|---|
-{modes}
-
-![acceptance](acceptance.png)
-![speed](speed.png)
-"""

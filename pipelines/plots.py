@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["acceptance_plot", "bench_plot", "latency_plot", "speed_plot"]
+__all__ = ["acceptance_plot", "bench_plot", "experiment_plot", "latency_plot", "quality_plot", "speed_plot"]
 
 
 def acceptance_plot(histogram: Sequence[int], by_position: Sequence[float], draft_accuracy: Sequence[float]) -> bytes:
@@ -32,6 +32,23 @@ def speed_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def quality_plot(tasks: Sequence[Mapping[str, Any]]) -> bytes:
+    """PNG: the score of each task against tokens per forward, from the parent's one a forward where it was measured.
+
+    tasks  rows of a report whose answers were generated
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in tasks:
+        points = sorted((mode["tokens_per_forward"], 100 * mode["score"]) for mode in row["modes"].values())
+        if row["parent"]:
+            points.insert(0, (1.0, 100 * row["parent"]["score"]))
+        axes.plot(*zip(*points), marker="o", label=row["title"])
+    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="tokens per forward", ylabel="score, per cent", title="Quality against tokens per forward")
+    axes.legend()
+    return _png(figure)
+
+
 def bench_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
     """PNG: tokens per second of each mode, and how far drafts stood in those that draft."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
@@ -42,6 +59,25 @@ def bench_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
             right.plot(range(1, len(by_position) + 1), by_position, marker="o", label=name)
     right.set(xlabel="position in the block", ylabel="share that stood", ylim=(0, 1.05), title="Acceptance by position")
     right.legend()
+    return _png(figure)
+
+
+def experiment_plot(title: str, runs: Sequence[Mapping[str, Any]]) -> bytes:
+    """PNG: quality against tokens per forward, a dot for each run, and how often drafts are right by position.
+
+    runs  with variant, ar_loss, tokens_per_forward by block length, and draft_accuracy
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for number, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
+        own = [run for run in runs if run["variant"] == variant]
+        points = [(speed, run["ar_loss"]) for run in own for speed in run["tokens_per_forward"].values()]
+        left.scatter(*zip(*points), color=f"C{number}", label=variant)
+        for run in own:
+            accuracy = run["draft_accuracy"]
+            right.plot(range(1, len(accuracy) + 1), accuracy, marker=".", color=f"C{number}")
+    left.set(xlabel="tokens per forward", ylabel="held-out AR loss, nats", title=title)
+    left.legend()
+    right.set(xlabel="position in the block", ylabel="likeliest draft = held-out token", title="Drafts by position")
     return _png(figure)
 
 

@@ -1,18 +1,19 @@
 """Which bundles may be released?
 
 A bundle becomes a registry version when its report is its own and meets every bar of the job; the version then carries
-the alias `challenger`.
+the alias `challenger`, and says which bars it met, what it was made from and which runs made and measured it.
 """
 
 import json
 from typing import Any
 
+from pipelines.gates import bars
 from pipelines.jobs import PublishJob
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import verify_bundle
 from tidar_core.errors import ConfigError, GateError
 
-__all__ = ["missed_bars", "publish"]
+__all__ = ["publish"]
 
 
 def publish(job: PublishJob) -> int:
@@ -25,28 +26,32 @@ def publish(job: PublishJob) -> int:
             f"{job.report} is about bundle {report['bundle_hash'][:12]}, {job.bundle} is {info.bundle_hash[:12]}; "
             "evaluate this bundle first"
         )
-    missed = missed_bars(job, report)
-    if missed:
+    held = bars(job, report)
+    if missed := [bar.words for bar in held if not bar.met]:
         raise GateError(f"{job.bundle} is not published: {'; '.join(missed)}")
-    names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
-    summary = {name: report[name] for name in names}
     tracking_uri = registry.absolute_tracking_uri(job.tracking_uri)
-    version = registry.publish_version(tracking_uri, job.name, bundle, info, summary)
+    runs = {station: registry.find_run(tracking_uri, station, info.bundle_hash) for station in ("train", "evaluate")}
+    tags = {
+        "bars": json.dumps([bar.words for bar in held]),
+        "report": locations.absolute(job.report),
+        "data_manifest": str(info.lineage.get("shards", "")),
+        "evaluated_on": report["shards"],
+        "evaluation_run": runs["evaluate"] or "",
+    }
+    version = registry.publish_version(tracking_uri, job.name, bundle, info, _summary(report), runs["train"], tags=tags)
     registry.set_challenger(tracking_uri, job.name, version)
     return version
 
 
-def missed_bars(job: PublishJob, report: dict[str, Any]) -> list[str]:
-    """Each bar that the report misses, in words; empty when it may be released."""
-    missed = []
-    if job.require_greedy_equal and not report["greedy_equal"]:
-        missed.append(f"greedy texts equal the AR mode's on {report['prompts_equal']} of {report['prompts']} prompts")
-    if report["tokens_per_forward"] < job.min_tokens_per_forward:
-        missed.append(f"tokens per forward is {report['tokens_per_forward']:.3f}, the bar {job.min_tokens_per_forward}")
-    for name, bar in (("ar_loss", job.max_ar_loss), ("diffusion_loss", job.max_diffusion_loss)):
-        if bar is not None and not report[name] <= bar:
-            missed.append(f"{name} is {report[name]:.4f}, the bar {bar}")
-    return missed
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """What a list of versions tells of a report."""
+    names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
+    summary = {name: report[name] for name in names}
+    if parent := report.get("parent"):
+        summary["ar_loss_of_parent"] = parent["ar_loss"]
+    for row in report.get("tasks", ()):
+        summary[row["task"]] = min(mode["score"] for mode in row["modes"].values())
+    return summary
 
 
 def _read_report(uri: str) -> dict[str, Any]:

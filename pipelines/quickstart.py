@@ -219,7 +219,7 @@ def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> i
     objective = Objective(model.bfloat16(), dual=dual, block_len=BLOCK_LEN)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     rows = reader.rows(range(min(ROWS_PER_STEP, len(reader))))
-    batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS)
+    batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS)
     fastest = float("inf")
     for _ in range(PROBE_STEPS):
         began = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_latency", "print_modes", "print_steps", "print_values"]
+__all__ = ["print_latency", "print_models", "print_modes", "print_steps", "print_values"]
 
 
 def print_values(values: dict[str, Any]) -> None:
@@ -14,6 +14,16 @@ def print_values(values: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for name, value in values.items():
         table.add_row(name, json.dumps(value) if isinstance(value, dict | list | tuple) else str(value))
+    Console().print(table)
+
+
+def print_models(facts: dict[str, Any]) -> None:
+    """Registered versions, a row each, with what they were measured to be."""
+    table = Table("model", "version", "status", "hash", "gates", "bundle")
+    for one in facts["models"]:
+        gates = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                          for name, value in one["gates"].items())  # fmt: skip
+        table.add_row(one["name"], str(one["version"]), one["status"], one["bundle_hash"][:12], gates, one["bundle"])
     Console().print(table)
 
 

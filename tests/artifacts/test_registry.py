@@ -6,6 +6,7 @@ import pytest
 
 from tidar_core.artifacts import registry
 from tidar_core.artifacts.bundle import BundleInfo
+from tidar_core.artifacts.mlflow_client import client_of
 from tidar_core.errors import RegistryError
 
 
@@ -24,7 +25,7 @@ def publish(uri, name, number):
 def test_a_published_version_points_at_its_bundle_and_carries_its_hash_gates_and_lineage(uri):
     assert publish(uri, "points", 1) == 1
     assert registry.resolve(uri, "models:/points/1") == registry.RegistryVersion("points", 1, "/bundles/1", "hash-1")
-    tags = registry._client(uri).get_model_version("points", "1").tags
+    tags = client_of(uri).get_model_version("points", "1").tags
     assert (tags["bundle_hash"], tags["block_len"]) == ("hash-1", "4")
     assert (json.loads(tags["gates"]), json.loads(tags["lineage"])) == ({"ar_loss": 1.5}, {"shards": "s"})
 
@@ -90,7 +91,7 @@ def test_a_run_keeps_its_settings_metrics_and_files(uri, tmp_path, capfd):
     registry.log_metrics(uri, run_id, {"loss": 1.0}, 2)
     registry.log_artifact(uri, run_id, str(tmp_path / "report.md"))
     registry.end_run(uri, run_id, "FINISHED")
-    client = registry._client(uri)
+    client = client_of(uri)
     run = client.get_run(run_id)
     assert (run.info.run_name, run.info.status, run.data.tags["station"]) == ("train x", "FINISHED", "train")
     assert run.data.params["setting_119"] == "119"

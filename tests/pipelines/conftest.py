@@ -4,8 +4,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from scholar import write_lines, write_task
 
-from pipelines.jobs import EvaluateJob, PackJob, TrainBpe, TrainJob
+from pipelines.jobs import EvaluateJob, PackJob, TaskJob, TrainBpe, TrainJob
+from tidar_core.artifacts.bundle import load_bundle
+from tidar_core.artifacts.tokenizer import train_bpe
+from tidar_core.autoregressive import generate_autoregressive
+from tidar_core.config import SamplingConfig
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +67,36 @@ def dual_bundle(train_job, ar_bundle):
     return job
 
 
+CONTINUATIONS = """output_type: generate_until
+doc_to_text: "{{beginning}}"
+doc_to_target: "{{end}}"
+target_delimiter: ""
+generation_kwargs: {until: [")"], max_gen_toks: 12}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
 @pytest.fixture(scope="session")
-def evaluate_job(river, shards, dual_bundle):
-    """The evaluation of `dual_bundle`."""
+def continuations(river, dual_bundle):
+    """A task of four questions, three of which `dual_bundle` answers as expected: one token at a time says how."""
+    bundle = load_bundle(dual_bundle.output)
+    rows = []
+    for beginning in ("def main(", "import ", "class Future:", "    return "):
+        prompt, sampling = tuple(bundle.tokenizer.encode(beginning)), SamplingConfig(max_tokens=12)
+        said = bundle.tokenizer.decode(generate_autoregressive(bundle.model, prompt, sampling)).split(")")[0]
+        rows.append({"beginning": beginning, "end": said if len(rows) < 3 else f"{said}?"})
+    return TaskJob(
+        task=write_task(river, "continuations", CONTINUATIONS), data=write_lines(river / "continuations.jsonl", rows)
+    )
+
+
+@pytest.fixture(scope="session")
+def evaluate_job(river, shards, ar_bundle, dual_bundle, continuations):
+    """The evaluation of `dual_bundle` against `ar_bundle`, which it was converted from."""
     return EvaluateJob(
-        bundle=dual_bundle.output, shards=shards, output=str(river / "report"), prompts=3, prompt_len=16, max_tokens=24,
-        batch=2, loss_rows=20, repeats=1,
+        bundle=dual_bundle.output, shards=shards, output=str(river / "report"), parent=ar_bundle.output, prompts=3,
+        prompt_len=16, max_tokens=24, batch=2, loss_rows=20, repeats=1, tasks=(continuations,),
+        task_modes=("single-pass", "autoregressive"), tracking_uri=dual_bundle.tracking_uri, experiment="tests",
     )  # fmt: skip
 
 
@@ -77,3 +106,11 @@ def report(evaluate_job):
     from pipelines.evaluate import evaluate
 
     return evaluate(evaluate_job)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A small tokenizer, trained on what the small corpora say."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(iter(["the quick brown fox return a + b document lorem ipsum dolor " * 9]), 290).save(folder)
+    return str(folder)

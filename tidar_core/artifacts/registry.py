@@ -1,65 +1,78 @@
-"""Which bundle is the champion, and how did its training go? The only home of MLflow.
+"""Which bundle is the champion, and how did its training go?
 
 A registry version points at a bundle by its URI and carries its hash, its gates and its lineage as tags. The alias
-`challenger` is the latest version that met its bars; `champion` is what serves. Promotion notes whom it replaced, on
-the version itself, so that a rollback needs nobody's memory.
-
-Clients are explicit: no call here reads or sets MLflow's global state.
+`challenger` is the latest version that met its bars; `champion` is what serves. Each promotion is a number on the
+version itself, one above all others; the alias follows the highest, and a rollback takes the champion's number away. So
+a rollback needs nobody's memory, and of two promotions at once one is the champion and the other the one before it.
 """
 
 import json
-import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.mlflow_client import (
+    absolute_tracking_uri,
+    client_of,
+    experiment_id,
+    in_one_line,
+    named,
+    numbers,
+    require_database,
+    require_model,
+    require_version,
+    versions,
+)
 from tidar_core.errors import BundleError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import ModelVersion
 
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
+    "PARENT_RUN",
     "FoundBundle",
+    "ListedVersion",
     "RegistryVersion",
     "absolute_tracking_uri",
     "end_run",
     "find_bundle",
+    "find_run",
+    "list_versions",
     "log_artifact",
     "log_metrics",
+    "log_text",
     "promote",
     "publish_version",
     "resolve",
     "rollback",
     "set_challenger",
     "start_run",
+    "system_metrics",
 ]
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 
-SQLITE = "sqlite:///"
 MODEL_SCHEME = "models:/"
-SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
-PREVIOUS = "previous_champion"
+PROMOTION = "promotion"
+"""Tag: the number of a promotion that holds, or is one of those to go back to."""
+PARENT_RUN = "mlflow.parentRunId"
+"""Tag: the run below which MLflow's pages show this one."""
+ON_DISK = "bundle://"
+"""Before a path, where a server keeps it: it takes no plain paths, lest others read its own files."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+ATTEMPTS = 20
+"""To agree with others who promote at the same time; each takes one or two."""
 PARAMS_AT_ONCE = 100
 """What one MLflow request takes."""
-
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # of a server that does not answer: seconds, not minutes
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,21 @@ class RegistryVersion:
     bundle_hash: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedVersion:
+    """A version as a list tells it."""
+
+    name: str
+    version: int
+    status: str
+    """`champion`, `challenger`, both, `earlier champion` (a rollback may come back to it), or nothing."""
+    bundle: str
+    bundle_hash: str
+    gates: Mapping[str, Any]
+    run_id: str | None
+    """The training run."""
+
+
 @dataclass(frozen=True, slots=True)
 class FoundBundle:
     """Where a model's bundle lies, and what it says of itself."""
@@ -80,25 +108,13 @@ class FoundBundle:
     info: BundleInfo
 
 
-def absolute_tracking_uri(tracking_uri: str) -> str:
-    """The same database or server whatever the working folder."""
-    scheme = tracking_uri.partition("://")[0].partition("+")[0]
-    if "://" not in tracking_uri or scheme not in SCHEMES:
-        raise RegistryError(
-            f"tracking_uri is {tracking_uri}; give sqlite:///FILE.db, http(s)://HOST:PORT, postgresql:// or mysql://"
-        )
-    if not tracking_uri.startswith(SQLITE):
-        return tracking_uri
-    return SQLITE + locations.absolute(tracking_uri.removeprefix(SQLITE))
-
-
 def start_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
     """Begin a run and say its id; the experiment is made if it is new."""
     from mlflow.entities import Param
 
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        run = client.create_run(_experiment_id(client, tracking_uri, experiment), tags=dict(tags), run_name=name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        run = client.create_run(experiment_id(client, tracking_uri, experiment), tags=dict(tags), run_name=name)
         given = [Param(key, str(value)) for key, value in params.items()]
         for first in range(0, len(given), PARAMS_AT_ONCE):
             client.log_batch(run.info.run_id, params=given[first : first + PARAMS_AT_ONCE])
@@ -110,23 +126,58 @@ def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], st
     from mlflow.entities import Metric
 
     now = round(time.time() * 1000)
-    with _in_one_line(tracking_uri):
-        _client(tracking_uri).log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items()])
+    with in_one_line(tracking_uri):
+        client_of(tracking_uri).log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items()])
 
 
 def log_artifact(tracking_uri: str, run_id: str, path: str) -> None:
     """Keep a small local file, such as a report, with a run."""
-    with _in_one_line(tracking_uri):
-        _client(tracking_uri).log_artifact(run_id, path)
+    with in_one_line(tracking_uri):
+        client_of(tracking_uri).log_artifact(run_id, path)
+
+
+def log_text(tracking_uri: str, run_id: str, name: str, text: str) -> None:
+    """Keep a page of text with a run, in a file of that name, folders included."""
+    with in_one_line(tracking_uri):
+        client_of(tracking_uri).log_text(run_id, text, name)
+
+
+@contextmanager
+def system_metrics(tracking_uri: str, run_id: str, machine: str, seconds: float) -> Iterator[None]:
+    """Measure this machine every so many seconds while the context is open: load, memory, disk, network, GPUs.
+
+    machine  name between `system/` and the metric's: runs have several machines
+    """
+    client_of(tracking_uri)
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        run_id, sampling_interval=seconds, resume_logging=True, node_id=machine, tracking_uri=tracking_uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: Mapping[str, str] | None = None) -> None:
     """Close a run: FINISHED, FAILED or KILLED; `tags` say what came of it."""
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
         for key, value in (tags or {}).items():
             client.set_tag(run_id, key, value)
         client.set_terminated(run_id, status)
+
+
+def find_run(tracking_uri: str, station: str, bundle_hash: str) -> str | None:
+    """The latest finished run of a station that is about a bundle."""
+    wanted = f"tags.station = '{station}' and tags.bundle_hash = '{bundle_hash}' and attributes.status = 'FINISHED'"
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, wanted, max_results=1)  # the latest first
+        return str(found[0].info.run_id) if found else None
 
 
 def publish_version(
@@ -136,69 +187,90 @@ def publish_version(
     info: BundleInfo,
     report_summary: Mapping[str, Any],
     run_id: str | None = None,
+    *,
+    tags: Mapping[str, str] | None = None,
 ) -> int:
-    """The version that points at a bundle: a new one, or the one that already does, with its gates renewed.
+    """The version that points at a bundle: a new one, or the one that already does, with its tags renewed.
 
     report_summary  what the bundle was measured to be: its gates
+    run_id          the training run
     """
-    tags = {
+    all_tags = {
         "bundle_hash": info.bundle_hash,
         "block_len": str(info.block_len),
         "objective": info.objective,
         "lineage": json.dumps(dict(info.lineage)),
         "gates": json.dumps(dict(report_summary)),
+        **(tags or {}),
     }
-    bundle_uri = locations.absolute(bundle_uri)
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        if not _named(client, name):
+    source = locations.absolute(bundle_uri)
+    if locations.local_path(bundle_uri) is not None and tracking_uri.startswith("http"):
+        source = ON_DISK + source
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        if not named(client, name):
             client.create_registered_model(name)
-        for known in _versions(client, name):
-            if (known.source, known.tags.get("bundle_hash")) == (bundle_uri, info.bundle_hash):
-                client.set_model_version_tag(name, str(known.version), "gates", tags["gates"])
+        for known in versions(client, name):
+            if (known.source, known.tags.get("bundle_hash")) == (source, info.bundle_hash):
+                for key, value in all_tags.items():
+                    client.set_model_version_tag(name, str(known.version), key, value)
                 return int(known.version)
-        return int(client.create_model_version(name, source=bundle_uri, run_id=run_id, tags=tags).version)
+        return int(client.create_model_version(name, source=source, run_id=run_id, tags=all_tags).version)
 
 
 def set_challenger(tracking_uri: str, name: str, version: int) -> None:
     """Name the version that would serve next."""
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        _require_version(client, tracking_uri, name, version)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        require_version(client, tracking_uri, name, version)
         client.set_registered_model_alias(name, CHALLENGER, str(version))
 
 
-def promote(tracking_uri: str, name: str, version: int) -> None:
-    """Make the version champion; it remembers whom it replaced."""
-    _require_database(tracking_uri, name)
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        model = _require_version(client, tracking_uri, name, version)
-        before = model.aliases.get(CHAMPION)
-        if before is not None and int(before) == version:
-            return
-        if before is not None:
-            client.set_model_version_tag(name, str(version), PREVIOUS, str(before))
-        client.set_registered_model_alias(name, CHAMPION, str(version))
+def promote(tracking_uri: str, name: str, version: int) -> int:
+    """Make the version champion; says which is, another one if that was promoted at the same time."""
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        model = require_version(client, tracking_uri, name, version)
+        champion = model.aliases.get(CHAMPION)
+        if champion is not None and int(champion) == version:
+            return version
+        promoted = _promotions(client, name)
+        if champion is not None and int(champion) not in promoted:  # made so by hand, in MLflow itself
+            client.set_model_version_tag(name, str(champion), PROMOTION, "0")
+        client.set_model_version_tag(name, str(version), PROMOTION, str(max(promoted.values(), default=0) + 1))
+        return _follow_promotions(client, name)
 
 
 def rollback(tracking_uri: str, name: str) -> int:
     """Make the version that the champion replaced champion again; says which."""
-    _require_database(tracking_uri, name)
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        model = _require_model(client, tracking_uri, name)
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        model = require_model(client, tracking_uri, name)
         champion = model.aliases.get(CHAMPION)
         if champion is None:
-            raise RegistryError(f"model {name} has no champion to roll back; promote one of {_numbers(client, name)}")
-        previous = client.get_model_version(name, str(champion)).tags.get(PREVIOUS)
-        if previous is None:
+            raise RegistryError(f"model {name} has no champion to roll back; promote one of {numbers(client, name)}")
+        promoted = _promotions(client, name)
+        if not promoted.keys() - {int(champion)}:
             raise RegistryError(
                 f"model {name} version {champion} is its first champion; nothing to roll back to: "
-                f"promote another of {_numbers(client, name)}"
+                f"promote another of {numbers(client, name)}"
             )
-        client.set_registered_model_alias(name, CHAMPION, previous)
-        return int(previous)
+        if int(champion) in promoted:  # else made so by hand
+            client.delete_model_version_tag(name, str(champion), PROMOTION)
+        return _follow_promotions(client, name)
+
+
+def list_versions(tracking_uri: str, name: str | None = None) -> list[ListedVersion]:
+    """Every version of a model, or of all; the latest of each first."""
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        if name is not None:
+            require_model(client, tracking_uri, name)
+        names = [name] if name is not None else [model.name for model in client.search_registered_models()]
+        return [_listed(client, known, one) for known in names for one in reversed(versions(client, known))]
 
 
 def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
@@ -207,21 +279,21 @@ def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
     if not parts:
         raise RegistryError(f"model is {uri}; give models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias = parts["name"], parts["alias"]
-    _require_database(tracking_uri, name)
-    with _in_one_line(tracking_uri):
-        client = _client(tracking_uri)
-        model = _require_model(client, tracking_uri, name)
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        model = require_model(client, tracking_uri, name)
         if alias and alias not in model.aliases:
             known = ", ".join(f"{key} (version {value})" for key, value in sorted(model.aliases.items()))
             raise RegistryError(
-                f"model {name} has no alias {alias!r}; it has {known or 'none'}, and versions {_numbers(client, name)}"
+                f"model {name} has no alias {alias!r}; it has {known or 'none'}, and versions {numbers(client, name)}"
             )
         number = int(model.aliases[alias] if alias else parts["version"])
-        _require_version(client, tracking_uri, name, number)
+        require_version(client, tracking_uri, name, number)
         found = client.get_model_version(name, str(number))
     if "bundle_hash" not in found.tags:
         raise RegistryError(f"model {name} version {number} has no bundle_hash; publish it with tidar publish")
-    return RegistryVersion(name, number, str(found.source), found.tags["bundle_hash"])
+    return RegistryVersion(name, number, str(found.source).removeprefix(ON_DISK), found.tags["bundle_hash"])
 
 
 def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
@@ -238,75 +310,40 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
     return FoundBundle(locations.absolute(registered.bundle_uri), info)
 
 
-def _require_database(tracking_uri: str, name: str) -> None:
-    """Refuse to look a model up in a file that is not there: opening it would make it."""
-    if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
-        raise RegistryError(
-            f"registry {tracking_uri} has no model {name!r}: the file does not exist; publish first, or name another"
-        )
+def _promotions(client: "MlflowClient", name: str) -> dict[int, int]:
+    """Number of the promotion of each version that has one."""
+    return {int(known.version): int(known.tags[PROMOTION]) for known in versions(client, name)
+            if PROMOTION in known.tags}  # fmt: skip
 
 
-@cache
-def _client(tracking_uri: str) -> "MlflowClient":
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
-    from mlflow import MlflowClient  # takes seconds: only who tracks pays
+def _follow_promotions(client: "MlflowClient", name: str) -> int:
+    """Put the alias where the highest promotion is, the later version of two that took one number; says where.
 
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    tracking_uri = absolute_tracking_uri(tracking_uri)
-    if tracking_uri.startswith(SQLITE):
-        Path(tracking_uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-
-
-def _experiment_id(client: "MlflowClient", tracking_uri: str, experiment: str) -> str:
-    known = client.get_experiment_by_name(experiment)
-    if known:
-        return known.experiment_id
-    database = absolute_tracking_uri(tracking_uri)
-    folder = None  # a server has its own
-    if database.startswith(SQLITE):
-        folder = f"{database.removeprefix(SQLITE)}.artifacts"
-    return client.create_experiment(experiment, artifact_location=folder)
+    Whoever sets the alias looks again at the promotions, so the last one to set it has seen all that were written
+    before: processes that promote at once agree in the end.
+    """
+    for _ in range(ATTEMPTS):
+        promoted = _promotions(client, name)
+        highest = max(promoted, key=lambda version: (promoted[version], version))
+        champion = client.get_registered_model(name).aliases.get(CHAMPION)
+        if champion is not None and int(champion) == highest:
+            return highest
+        client.set_registered_model_alias(name, CHAMPION, str(highest))
+    raise RegistryError(f"others kept promoting versions of {name} for {ATTEMPTS} attempts; try again")
 
 
-def _require_model(client: "MlflowClient", tracking_uri: str, name: str) -> "RegisteredModel":
-    if found := _named(client, name):
-        return found
-    known = ", ".join(model.name for model in client.search_registered_models()) or "none"
-    raise RegistryError(f"registry {tracking_uri} has no model {name!r}; it has {known}")
-
-
-def _named(client: "MlflowClient", name: str) -> "RegisteredModel | None":
-    models = client.search_registered_models(filter_string=f"name = '{name}'")
-    return client.get_registered_model(name) if models else None  # the search leaves aliases out on some servers
-
-
-def _require_version(client: "MlflowClient", tracking_uri: str, name: str, version: int) -> "RegisteredModel":
-    model = _require_model(client, tracking_uri, name)
-    if version not in [int(known.version) for known in _versions(client, name)]:
-        raise RegistryError(f"model {name} has no version {version}; it has {_numbers(client, name)}")
-    return model
-
-
-def _versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
-    return list(client.search_model_versions(f"name = '{name}'"))
-
-
-def _numbers(client: "MlflowClient", name: str) -> str:
-    return (
-        ", ".join(str(number) for number in sorted(int(known.version) for known in _versions(client, name))) or "none"
+def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> ListedVersion:
+    number, tags = str(version.version), version.tags
+    aliases = client.get_registered_model(name).aliases
+    status = [alias for alias in (CHAMPION, CHALLENGER) if str(aliases.get(alias)) == number]
+    if PROMOTION in tags and CHAMPION not in status:
+        status.append("earlier champion")
+    return ListedVersion(
+        name=name,
+        version=int(number),
+        status=", ".join(status),
+        bundle=str(version.source).removeprefix(ON_DISK),
+        bundle_hash=tags.get("bundle_hash", ""),
+        gates=json.loads(tags.get("gates", "{}")),
+        run_id=version.run_id or None,
     )
-
-
-@contextmanager
-def _in_one_line(tracking_uri: str) -> Iterator[None]:
-    """Say what MLflow refused, in one line."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RegistryError(f"registry {tracking_uri} refused: {reason}; check tracking_uri and the name") from error
