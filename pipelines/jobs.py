@@ -4,19 +4,22 @@ A job is YAML read into a frozen model; unknown keys are errors, so that a missp
 All locations are URIs or local paths (see tidar_core/artifacts/locations.py).
 """
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tidar_core.errors import ConfigError
+from tidar_core.recipe import Recipe
 
-__all__ = ["EvaluateJob", "Job", "PackJob", "PublishJob", "TrainBpe", "TrainJob", "read_job"]
+__all__ = ["EvaluateJob", "Job", "PackJob", "PublishJob", "Source", "TaskJob", "TrainBpe", "TrainJob", "read_job"]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Documents = Literal["text", "conversations"]
 
 
 class Job(BaseModel):
@@ -34,12 +37,35 @@ class TrainBpe(Job):
     """Text read for training, from the start of every file in turn."""
 
 
-class PackJob(Job):
-    """Corpus -> packed shards."""
+class Source(Job):
+    """One corpus of a mixture."""
 
-    corpus: str
-    """File, folder (searched recursively) or glob."""
+    path: str
+    """File, folder (searched recursively) or glob; local, file:// or s3://."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Passes over its documents. 2: `train` holds each of them twice; 0.3: about three in ten of them, chosen by the
+    hash of the text; 2.3: twice, and those three in ten a third time. `held_out` holds each document once, whatever
+    the weight."""
+    documents: Documents | None = None
+    """As the job has it, unless given."""
+    text_field: str | None = None
+    """As the job has it, unless given."""
+
+
+class PackJob(Job):
+    """Corpus -> packed shards.
+
+    What the shards hold follows from the corpus, the tokenizer and the keys below, except `unit_bytes` and `workers`.
+    A job that was killed goes on where it stood when it is started again.
+    """
+
+    corpus: Annotated[
+        Annotated[str, Tag("path")] | Annotated[tuple[Source, ...], Tag("source")],
+        Discriminator(lambda given: "path" if isinstance(given, str) else "source"),
+    ]
+    """File, folder (searched recursively) or glob; or a mixture, a list of sources. Local, file:// or s3://."""
     output: str
+    """Folder for the shards; local, file:// or s3://."""
     tokenizer: str | TrainBpe
     """Folder of a Hugging Face tokenizer, or how to train one."""
     include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl", "*.parquet")
@@ -47,20 +73,57 @@ class PackJob(Job):
     compression suffix says the format: .jsonl and .parquet have one document a row, anything else one a file."""
     exclude: tuple[str, ...] = ()
     """Patterns of file and folder names that are left out, with all that is below such a folder."""
+    documents: Documents = "text"
+    """`text`: each has one text, in a file of its own or under `text_field`, and every token is trained.
+    `conversations`: rows of JSON lines or Parquet with `messages` (and perhaps `tools`), or with `prompt` and
+    `response`; the tokenizer's chat template makes text of them, and only the assistant's tokens are trained."""
     text_field: str = "text"
+    """Key or column that holds the text."""
+    dedup: bool = False
+    """Leave out every document whose text another one before it has, in the order of sources, files and rows."""
     row_len: Positive = 4096
     """Tokens in a packed row (S)."""
     rows_per_shard: Positive = 8192
     held_out: Fraction = 0.01
-    """Share of documents kept for evaluation, chosen by the hash of the text."""
+    """Share of documents kept for evaluation, chosen by the hash of the text: equal texts are never on both sides."""
     unit_bytes: Positive = 16 * 2**20
     """Input handled by one task. Does not change the output."""
     workers: Positive = 2
-    """Tokenizer actors. Does not change the output."""
+    """Tasks at a time, each on one core. Does not change the output."""
+
+    @model_validator(mode="after")
+    def some_source(self) -> Self:
+        """At least one source."""
+        if not self.corpus:
+            raise ValueError(f"corpus is {self.corpus!r}; give a path, or a list of sources with a path each")
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The corpus as a mixture, each source with all that it takes over from the job."""
+        given = (Source(path=self.corpus),) if isinstance(self.corpus, str) else self.corpus
+        own = {"documents": self.documents, "text_field": self.text_field}
+        return tuple(source.model_copy(update=own | source.model_dump(exclude_none=True)) for source in given)
+
+
+NOT_OF_THE_RUN = {
+    "shards", "output", "init_from", "shape", "resume_from", "mask_start", "steps", "rows_per_forward", "workers",
+    "sequence_parallel",
+    "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer", "activation_checkpointing",
+    "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every", "validation_rows", "sample_every",
+    "sample_prompts", "sample_tokens", "max_failures", "log_every", "system_metrics_every", "peak_flops",
+    "tracking_uri", "experiment",
+}  # fmt: skip
+"""Fields of a train job that may differ between the parts of a run; `steps` moves the schedule's end."""
 
 
 class TrainJob(Job):
-    """Packed shards (+ a start) -> checkpoints and a bundle."""
+    """Packed shards (+ a start) -> checkpoints and a bundle.
+
+    A job begins with exactly one of `init_from`, `shape` and `resume_from`. The first two begin a new run, from
+    weights; `resume_from` lets a run go on, from its weights, moments and place in the data. A job that was stopped or
+    killed goes on by itself when it is started again: what lies in `<output>.run` comes before any of the three.
+    """
 
     shards: str
     output: str
@@ -70,10 +133,20 @@ class TrainJob(Job):
     """Hugging Face folder or bundle to start from."""
     shape: str | None = None
     """Named shape to start from random weights instead; see `tidar_core.shapes`."""
+    resume_from: str | None = None
+    """Checkpoint to go on from, `.../checkpoints/step-00000500`, or a run, `OUTPUT.run`, for its newest. All that the
+    losses follow from must be as it was; only `steps` may differ, and the number of workers, ZeRO and such."""
     block_len: Positive = 16
     """K of the diffusion half."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the AR loss against the diffusion loss (TiDAR, equation 3)."""
+    masking: Literal["full", "random"] = "full"
+    block_lens: tuple[Positive, ...] = ()
+    position_decay: float | None = None
+    distillation: float = 0.0
+    block_share: float = 1.0
+    mask_start: Literal["mean", "normal", "zero"] | None = None
+    """These six: see `tidar_core.recipe.Recipe`; the defaults are the paper's."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive
@@ -90,30 +163,95 @@ class TrainJob(Job):
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
     workers: Positive = 1
+    sequence_parallel: Positive = 1
+    """Workers that share each row, a run of its tokens each; must divide `workers`, the row length and the model's
+    heads. Shortens what a long row makes a worker keep; `rows_per_step` counts rows, whoever shares them."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[1, 2, 3] = 1
+    """Divided among workers: 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state lies and is updated: beside the weights, or in the machine's memory."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer; the backward pass computes the rest again."""
     checkpoint_every: Positive = 500
-    """Train steps between checkpoints; the last step is always one."""
+    """Train steps between checkpoints, a multiple of `log_every`; the last step is always one."""
     keep_checkpoints: Positive = 2
+    """Newest checkpoints that stay."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Checkpoints of lowest validation loss that stay besides."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Train steps between validations on held-out rows; then every checkpoint is validated too. 0: none."""
+    validation_rows: Positive = 256
+    """Held-out rows of a validation, at most."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Train steps between continuations of `sample_prompts`, kept with the MLflow run. 0: none."""
+    sample_prompts: tuple[str, ...] = ("Once upon a time", "def main():\n    ", "The answer is")
+    sample_tokens: Positive = 64
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures survived before the job gives up."""
     log_every: Positive = 10
+    system_metrics_every: Annotated[float, Field(ge=0)] = 10
+    """Seconds between measurements of each machine's load, memory, disk and GPUs. 0: none."""
+    peak_flops: Annotated[float, Field(gt=0)] | Literal["measure"] | None = None
+    """Operations per second that a worker's device can do, for MFU; `measure` times a matrix product at the start.
+    None: no MFU."""
     tracking_uri: str = "sqlite:///mlflow.db"
     experiment: str = "tidar"
 
+    @property
+    def run(self) -> dict[str, Any]:
+        """What the losses follow from, shards and start aside: in it a run that goes on must be as it was."""
+        return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of this job's checkpoints."""
+        return f"{self.output.rstrip('/')}.run/checkpoints"
+
+    @property
+    def row_groups(self) -> int:
+        """Workers, those that share rows counted once."""
+        return self.workers // self.sequence_parallel
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the doubled row is made and weighed."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+
+    @model_validator(mode="after")
+    def one_recipe(self) -> Self:
+        """A recipe that can be followed, by an objective that has a mask half."""
+        try:
+            chosen = replace(self.recipe.checked(self.block_len), alpha=1.0)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if self.objective == "ar" and chosen != Recipe():
+            raise ValueError(f"objective is ar and the recipe {chosen}; only objective: dual has one; leave it out")
+        return self
+
     @model_validator(mode="after")
     def one_start(self) -> Self:
-        """Exactly one of `init_from` and `shape`; a global batch that the workers can share."""
-        if (self.init_from is None) == (self.shape is None):
+        """Exactly one start; a global batch that the workers can share; curves that do not depend on stops."""
+        starts = {name: getattr(self, name) for name in ("init_from", "shape", "resume_from")}
+        if sum(start is not None for start in starts.values()) != 1:
+            given = " and ".join(f"{name} {start!r}" for name, start in starts.items() if start is not None)
             raise ValueError(
-                f"init_from is {self.init_from!r} and shape is {self.shape!r}; give one of them: a folder to start "
-                "from, or the name of a shape for random weights"
+                f"{given or 'no start'} given; give one of them: init_from, a folder of weights, or shape, for random "
+                "ones, begin a new run; resume_from lets a run go on"
             )
-        if self.rows_per_step % (self.workers * self.rows_per_forward):
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every is {self.checkpoint_every}; it must be a multiple of log_every, {self.log_every}, "
+                "so that a resumed run logs what an unbroken one does"
+            )
+        if self.workers % self.sequence_parallel:
+            raise ValueError(f"sequence_parallel is {self.sequence_parallel}; it must divide workers, {self.workers}")
+        if self.rows_per_step % (self.row_groups * self.rows_per_forward):
             raise ValueError(
                 f"rows_per_step is {self.rows_per_step}; it must be a multiple of workers x rows_per_forward = "
-                f"{self.workers} x {self.rows_per_forward}"
+                f"{self.row_groups} x {self.rows_per_forward}"
+                + (", workers that share rows counted once" if self.sequence_parallel > 1 else "")
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -122,12 +260,29 @@ class TrainJob(Job):
         return self
 
 
+class TaskJob(Job):
+    """One task of an evaluation."""
+
+    task: str
+    """One of the paper's, see `pipelines.tasks`; or the path of an lm-eval YAML file."""
+    data: str | None = None
+    """Its questions on disk: a folder with a copy of the data set as the hub has it, or a JSONL or Parquet file."""
+    limit: Positive | None = None
+    """Questions asked, of each subject; all by default."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before the question; the paper's number by default."""
+    max_tokens: Positive | None = None
+    """New tokens of an answer; the paper's number by default."""
+
+
 class EvaluateJob(Job):
     """Bundle + held-out shards -> report."""
 
     bundle: str
     shards: str
     output: str
+    parent: str | None = None
+    """AR checkpoint that the bundle was converted from, a bundle or a Hugging Face folder: measured on the same."""
     prompts: Positive = 16
     """Held-out documents whose beginnings are continued, greedily, by TiDAR and by the AR mode."""
     prompt_len: Positive = 64
@@ -138,8 +293,20 @@ class EvaluateJob(Job):
     """Held-out rows that the losses are averaged over, at most."""
     repeats: Positive = 3
     """Times that each mode continues the prompts, for the speeds."""
+    tasks: tuple[TaskJob, ...] = ()
+    task_modes: tuple[Literal["single-pass", "two-pass", "autoregressive"], ...] = ("single-pass",)
+    """Modes that the tasks' answers are generated in."""
+    task_batch: Positive = 8
+    """Answers generated together; no score depends on it."""
+    task_context: Positive = 4096
+    """Most tokens of a task's prompt and answer, as far as the model goes; longer prompts lose their beginning."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes for code tasks, in a sandbox."""
     gpus: Annotated[int, Field(ge=0)] = 0
     cpus: Positive = 1
+    tracking_uri: str | None = None
+    """MLflow server or SQLite file that keeps the report as well, beside the training run; none by default."""
+    experiment: str = "tidar"
 
 
 class PublishJob(Job):
@@ -151,7 +318,15 @@ class PublishJob(Job):
     min_tokens_per_forward: Annotated[float, Field(ge=1)] = 1.0
     max_ar_loss: Annotated[float, Field(gt=0)] | None = None
     max_diffusion_loss: Annotated[float, Field(gt=0)] | None = None
+    max_ar_loss_over_parent: float | None = None
+    """Most that the AR loss may lie above the parent's, in nats; below 0 it must be better."""
     require_greedy_equal: bool = True
+    min_scores: dict[str, float] = {}
+    """Task -> score, from 0 to 1, that it must reach."""
+    max_score_drop: Annotated[float, Field(ge=0)] | None = None
+    """Most that any task's score may lie below the parent's."""
+    min_task_tokens_per_forward: dict[str, float] = {}
+    """Task -> tokens per forward that its answers must reach."""
     tracking_uri: str = "sqlite:///mlflow.db"
 
 
@@ -178,7 +353,8 @@ def read_job(kind: type[J], path: str | Path) -> J:
 def _in_words(error: ErrorDetails, kind: type[Job]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {kind.__name__} knows {', '.join(kind.model_fields)}"
+        where = Source if key.startswith("corpus.source.") else kind
+        return f"unknown key {key!r}; {where.__name__} knows {', '.join(where.model_fields)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; add it"
     if not key:

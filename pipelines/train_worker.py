@@ -1,31 +1,35 @@
 """What does one training worker do from start to end?
 
-Rows -> objective -> engine, step after step, from wherever the checkpoint's cursor stands; then the bundle. It knows no
-Ray: what it needs of its surroundings is handed in.
+Rows -> objective -> engine, step after step, from wherever the newest checkpoint's cursor stands; then the bundle. It
+knows no Ray: what it needs of its surroundings is handed in. torch.distributed is up.
 """
 
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from pipelines.checkpoints import Checkpoint, CheckpointStore, Cursor, find_checkpoint, read_part
 from pipelines.jobs import TrainJob
-from pipelines.train_engine import TrainEngine, learning_rate
+from pipelines.samples import check_prompts, continued
+from pipelines.train_engine import TrainEngine, from_rank_0, learning_rate
+from pipelines.train_start import model_config, refuse_other_run
+from pipelines.train_window import LossTotals, Window
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import BUNDLE_JSON, read_bundle_info, save_bundle
 from tidar_core.artifacts.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.made_by import made_by
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader
 from tidar_core.artifacts.tokenizer import load_tokenizer
-from tidar_core.errors import ShardError
-from tidar_core.losses import LossSums, dual_mode_loss, label_counts
+from tidar_core.dual_mode import TrainBatch
+from tidar_core.losses import dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
-from tidar_core.row_order import rows_of_step
+from tidar_core.recipe import start_mask_token
+from tidar_core.row_order import rows_of_step, seeds_of_step
+from tidar_core.sequence_parallel import SequenceParallel
 from tidar_core.shapes import named_shape
 
 __all__ = ["Surroundings", "starting_model", "train_worker"]
@@ -33,50 +37,19 @@ __all__ = ["Surroundings", "starting_model", "train_worker"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """What a worker is told, and whom it tells."""
+    """Who a worker is, and whom it tells."""
 
     rank: int
     world_size: int
-    resume_from: Path | None
-    """Folder of the checkpoint to go on from."""
-    checkpoint: Callable[[dict[str, float], Path], None]
-    """Keep a folder as the checkpoint; every worker calls it with its part."""
     log: Callable[[dict[str, float], int], None]
     """Metrics after so many train steps; called on rank 0 only."""
+    keep_text: Callable[[str, str], None]
+    """A page and the name of the file that it is kept in; called on rank 0 only."""
 
 
 def train_worker(job: TrainJob, around: Surroundings) -> None:
     """Train to the job's last step and, on rank 0, write the bundle."""
-    torch.set_num_threads(job.cpus_per_worker)
-    reader = ShardReader(job.shards)
-    model, parent = starting_model(job, reader.manifest)
-    config = model.config
-    objective = Objective(model, dual=job.objective == "dual", block_len=job.block_len)
-    engine = TrainEngine(objective.train(), job)
-    done = 0
-    if around.resume_from is not None:
-        cursor = engine.load(around.resume_from)
-        if cursor["shards"] != reader.manifest.identity:
-            raise ShardError(f"the checkpoint of {job.output} was trained on other shards than {job.shards} holds now; "
-                             "give the job another output, or the shards it began with")  # fmt: skip
-        done = cursor["step"]
-    window = _Window(job.block_len, engine.device)
-    for step in range(done, job.steps):
-        _train_step(job, engine, objective, reader, step, around, window)
-        last = step + 1 == job.steps
-        if last or (step + 1) % job.log_every == 0:
-            metrics = window.close(engine, job, learning_rate(job, step))
-            if around.rank == 0:
-                around.log(metrics, step + 1)
-        if last or (step + 1) % job.checkpoint_every == 0:
-            with tempfile.TemporaryDirectory(prefix="tidar-checkpoint-") as folder:
-                engine.save(Path(folder), {"step": step + 1, "shards": reader.manifest.identity})
-                around.checkpoint({"step": step + 1}, Path(folder))
-    weights = engine.gathered_weights()
-    if around.rank == 0:
-        trained = TidarModel(config).to(next(iter(weights.values())).dtype)
-        trained.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
-        _write_bundle(job, trained.to("cpu"), reader.manifest, parent)
+    _Worker(job, around).run()
 
 
 def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
@@ -93,70 +66,142 @@ def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
     return with_mask_token(load_model(folder), manifest.vocab_len, seed=job.seed), job.init_from
 
 
-class _Window:
-    """Sums since the last log line."""
+class _Worker:
+    def __init__(self, job: TrainJob, around: Surroundings) -> None:
+        torch.set_num_threads(job.cpus_per_worker)
+        self.job, self.around = job, around
+        self.reader, self.held_out = ShardReader(job.shards), ShardReader(job.shards, "held_out")
+        self.manifest = self.reader.manifest
+        self.store = CheckpointStore(job.checkpoints, keep_last=job.keep_checkpoints, keep_best=job.keep_best)
+        checkpoint = from_rank_0(self._newest_checkpoint() if around.rank == 0 else None)
+        if checkpoint is None:
+            model, self.start = starting_model(job, self.manifest)
+            if job.mask_start is not None:
+                start_mask_token(model, job.mask_start, seed=job.seed)
+        else:
+            refuse_other_run(job, checkpoint, self.manifest)
+            model, self.start = TidarModel(model_config(checkpoint.cursor)), checkpoint.cursor.start
+        model.recompute = job.activation_checkpointing
+        self.config = model.config
+        self.tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
+        if job.sample_every:
+            check_prompts(self.tokenizer, self.config, job.sample_prompts, job.sample_tokens)
+        dual = job.objective == "dual"
+        sharers = job.sequence_parallel
+        shared = SequenceParallel.among_neighbours(sharers) if sharers > 1 else None
+        self.row_group, self.row_groups = around.rank // sharers, around.world_size // sharers
+        self.objective = Objective(model, dual=dual, block_len=job.block_len, recipe=job.recipe, shared=shared)
+        self.plain = Objective(model, dual=dual, block_len=job.block_len, shared=shared)  # validates alike
+        self.engine = TrainEngine(self.objective.train(), job)
+        self.done = 0
+        if checkpoint is not None:
+            self.engine.restore(
+                [note.names for note in checkpoint.notes],
+                lambda part: read_part(checkpoint, checkpoint.notes[part]),
+                checkpoint.cursor.updates,
+            )
+            self.done = checkpoint.cursor.step
 
-    def __init__(self, block_len: int, device: torch.device) -> None:
-        self.block_len, self.device = block_len, device
-        self._open()
+    def run(self) -> None:
+        """From the first step that is not done to the bundle."""
+        job, window = self.job, Window(self.engine, self.job, self.config, first_step=self.done)
+        for step in range(self.done + 1, job.steps + 1):
+            self._train_step(step - 1, window)
+            last = step == job.steps
+            if last or step % job.log_every == 0:
+                self._log(window.close(step, learning_rate(job, step - 1)), step)
+            saves = last or step % job.checkpoint_every == 0
+            with window.pause():
+                loss = None
+                if job.validate_every and (saves or step % job.validate_every == 0):
+                    loss = self._validate(step)
+                if job.sample_every and (last or step % job.sample_every == 0):
+                    self._sample(step)
+                if saves:
+                    self._save(step, loss)
+        self.store.wait()
+        dist.barrier()
+        trained = self.engine.gathered_model()
+        if trained is not None:
+            self.store.prune()
+            self._write_bundle(trained)
+        dist.barrier()  # nobody leaves, and takes the others with it, before the bundle is there
 
-    def _open(self) -> None:
-        self.parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
-        self.tokens, self.began = 0, time.perf_counter()
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        self.store.clear_unfinished()
+        if (own := self.store.newest()) is not None or self.job.resume_from is None:
+            return own
+        return find_checkpoint(self.job.resume_from)
 
-    def add(self, sums: LossSums, tokens: int) -> None:
-        scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count]).double()
-        self.parts += torch.cat([scalars.detach(), sums.draft_hits_K.double(), sums.draft_count_K.double()])
-        self.tokens += tokens
+    def _train_step(self, step: int, window: Window) -> None:
+        job, share = self.job, self.job.rows_per_step // self.row_groups
+        rows = rows_of_step(step, rows_per_step=job.rows_per_step, rows=len(self.reader), seed=job.seed)
+        seeds = seeds_of_step(step, rows_per_step=job.rows_per_step, seed=job.seed)
+        batches = []
+        for first in range(self.row_group * share, (self.row_group + 1) * share, job.rows_per_forward):
+            some = slice(first, first + job.rows_per_forward)
+            batches.append(self._batch(self.objective, self.reader, rows[some], seeds[some]))
+        counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
+        ar_count, diffusion_count = self.engine.total(counts)
+        self.engine.set_learning_rate(learning_rate(job, step))
+        for batch in batches:
+            sums = self.engine.forward(batch)
+            self.engine.backward(dual_mode_loss(sums, job.alpha, ar_count, diffusion_count))
+            window.add(sums, batch)
 
-    def close(self, engine: TrainEngine, job: TrainJob, rate: float) -> dict[str, float]:
-        """Metrics of the window over all workers; begins the next one."""
-        parts = engine.total(self.parts).tolist()
-        ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = parts
-        seconds = time.perf_counter() - self.began
-        metrics = {
-            "ar_loss": ar_sum / max(1.0, ar_count),
-            "learning_rate": rate,
-            "grad_norm": engine.grad_norm(),
-            "tokens_per_second": self.tokens * engine.world_size / seconds,
-        }
-        if job.objective == "dual":
-            metrics["diffusion_loss"] = diffusion_sum / max(1.0, diffusion_count)
-            hits, counts = drafts[: self.block_len], drafts[self.block_len :]
-            metrics |= {f"draft_accuracy_{i:02d}": hit / max(1.0, n) for i, (hit, n) in enumerate(zip(hits, counts))}
-        self._open()
-        return metrics
+    def _batch(
+        self, objective: Objective, reader: ShardReader, rows: list[int], seeds: list[int] | None = None
+    ) -> TrainBatch:
+        packed, device = reader.rows(rows), self.engine.device
+        trained_BS = None if packed.trained_BS is None else packed.trained_BS.to(device)
+        tokens, documents = packed.input_ids_BS.to(device), packed.document_ids_BS.to(device)
+        return objective.batch(tokens, documents, trained_BS, seed_B=seeds)
 
+    @torch.no_grad()
+    def _validate(self, step: int) -> float:
+        """Both losses on held-out rows; the weighted one. Workers take groups of rows in turn."""
+        rows = list(range(min(self.job.validation_rows, len(self.held_out))))
+        groups = [rows[i : i + self.job.rows_per_forward] for i in range(0, len(rows), self.job.rows_per_forward)]
+        totals = LossTotals(self.job.block_len, self.engine.device)
+        for first in range(0, len(groups), self.row_groups):
+            mine = first + self.row_group
+            sums = self.engine.forward(self._batch(self.plain, self.held_out, groups[min(mine, len(groups) - 1)]))
+            if mine < len(groups):  # else this forward was for company: a ZeRO 3 worker needs all others in it
+                totals.add(sums)
+        means = {f"validation_{name}": value for name, value in totals.means(self.engine).items()}
+        loss = means["validation_ar_loss"]
+        if self.job.objective == "dual":
+            loss = (self.job.alpha * loss + means["validation_diffusion_loss"]) / (1 + self.job.alpha)
+        self._log(means | {"validation_loss": loss}, step)
+        return loss
 
-def _train_step(job: TrainJob, engine: TrainEngine, objective: Objective, reader: ShardReader, step: int,
-                around: Surroundings, window: _Window) -> None:  # fmt: skip
-    rows = rows_of_step(step, rows_per_step=job.rows_per_step, rows=len(reader), seed=job.seed)
-    share = job.rows_per_step // around.world_size
-    rows = rows[around.rank * share : (around.rank + 1) * share]
-    batches = []
-    for first in range(0, share, job.rows_per_forward):
-        packed = reader.rows(rows[first : first + job.rows_per_forward])
-        batches.append(objective.batch(packed.input_ids_BS.to(engine.device), packed.document_ids_BS.to(engine.device)))
-    counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
-    ar_count, diffusion_count = engine.total(counts)
-    engine.set_learning_rate(learning_rate(job, step))
-    for batch in batches:
-        sums = engine.forward(batch)
-        engine.backward(dual_mode_loss(sums, job.alpha, ar_count, diffusion_count))
-        window.add(sums, batch.ar_target_BS.numel())
+    def _sample(self, step: int) -> None:
+        model = self.engine.gathered_model()
+        if model is not None:
+            samples = continued(
+                model.to(self.engine.device), self.tokenizer, self.job.sample_prompts, block_len=self.job.block_len,
+                max_tokens=self.job.sample_tokens, drafts=self.job.objective == "dual",
+            )  # fmt: skip
+            self.around.keep_text(f"samples/step-{step:08d}.md", samples.page(step))
+            self._log({"sample_tokens_per_forward": samples.tokens_per_forward}, step)
 
+    def _save(self, step: int, validation_loss: float | None) -> None:
+        cursor = Cursor(
+            step=step, updates=self.engine.updates, run=self.job.run, shards=self.manifest.identity, start=self.start,
+            model=asdict(self.config), validation_loss=validation_loss,
+        )  # fmt: skip
+        self.store.write(self.engine.share_of_state(), cursor, part=self.around.rank, parts=self.around.world_size)
 
-def _write_bundle(job: TrainJob, model: TidarModel, manifest: Manifest, parent: str) -> None:
-    parents: dict[str, Any] = {"shards": manifest.identity, "start": parent}
-    mask_id = model.config.mask_id
-    assert mask_id is not None
-    save_bundle(
-        job.output,
-        model,
-        load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER))),
-        block_len=job.block_len,
-        mask_id=mask_id,
-        objective=job.objective,
-        lineage=parents,
-        made_by=made_by(job.model_dump(mode="json"), parents),
-    )
+    def _log(self, metrics: dict[str, float], step: int) -> None:
+        if self.around.rank == 0:
+            self.around.log(metrics, step)
+
+    def _write_bundle(self, model: TidarModel) -> None:
+        parents: dict[str, Any] = {"shards": self.manifest.identity, "start": self.start}
+        mask_id = model.config.mask_id
+        assert mask_id is not None
+        save_bundle(
+            self.job.output, model, self.tokenizer, block_len=self.job.block_len, mask_id=mask_id,
+            objective=self.job.objective, lineage=parents,
+            made_by=made_by(self.job.model_dump(mode="json"), parents),
+        )  # fmt: skip

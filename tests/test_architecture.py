@@ -17,10 +17,13 @@ HOMES = {
     "ray.train": "pipelines/train.py",
     "deepspeed": "pipelines/train_engine.py",
     "matplotlib": "pipelines/plots.py",
-    "mlflow": "tidar_core/artifacts/registry.py",
+    "mlflow": "tidar_core/artifacts/mlflow_client.py tidar_core/artifacts/registry.py",
+    "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_tasks.py",
+    "datasets": "pipelines/lm_eval_tasks.py",
     "transformers": "tidar_core/artifacts/tokenizer.py pipelines/rival.py",  # tokenizers; what we are compared with
     "tokenizers": "tidar_core/artifacts/tokenizer.py",
     "llguidance": "tidar_core/artifacts/grammar.py",
+    "jinja2": "tidar_core/artifacts/chat_template.py",
     "safetensors": "tidar_core/artifacts/hf_weights.py",
     "fsspec": "tidar_core/artifacts/locations.py",
     "s3fs": "tidar_core/artifacts/locations.py",
@@ -28,7 +31,10 @@ HOMES = {
     "typer": "tidar.py",
 }
 HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "model", "shapes")
-TRAINING = ("packing", "row_order", "dual_mode", "flex", "losses", "objective", "schedule", "flops", "single_device")
+TRAINING = (
+    "packing", "row_order", "recipe", "dual_mode", "flex", "losses", "sequence_parallel", "objective", "schedule",
+    "flops", "single_device",
+)  # fmt: skip
 DECODING = (
     "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "decode_forward",
     "step", "step_graph", "decoder", "ways", "latency", "acceptance", "planner", "batcher", "autoregressive",

@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from tidar_core.artifacts.bundle import save_bundle
+from tidar_core.artifacts.shards import Manifest, Split, shard_name, write_manifest, write_shard
 from tidar_core.artifacts.tokenizer import train_bpe
 from tidar_core.model import TidarModel
+from tidar_core.packing import PackedRows
 from tidar_core.shapes import named_shape
 
 
@@ -29,3 +31,25 @@ def save_tiny_bundle(folder):
     mask_id = model.config.mask_id
     save_bundle(str(folder), model, tokenizer, block_len=4, mask_id=mask_id, objective="dual", lineage={}, made_by={})
     return folder
+
+
+def save_tiny_shards(folder, row_len=32, seed=0):
+    """24 train rows and 10 held-out ones; five in eight of them hold short documents, which give few labels."""
+    tokenizer = train_bpe([Path(__file__).read_text()], 300)
+    generator = torch.Generator().manual_seed(seed)
+    splits = {}
+    for split, count in (("train", 24), ("held_out", 10)):
+        ids_BS = torch.randint(1, 300, (count, row_len), generator=generator, dtype=torch.int32)
+        ids_BS[:, 1::2] = ids_BS[:, ::2]  # something to learn
+        document_BS = torch.arange(count, dtype=torch.int32)[:, None] * row_len + torch.zeros_like(ids_BS)
+        document_BS[torch.arange(count) % 8 < 5] += torch.arange(row_len, dtype=torch.int32) // 2
+        entry = write_shard(f"{folder}/{shard_name(split, 0)}", PackedRows(ids_BS, document_BS))
+        documents = len(document_BS.unique())
+        splits[split] = Split(documents=documents, tokens=entry.tokens, rows=count, shards=(entry,))
+    tokenizer.save(folder / "tokenizer")
+    manifest = Manifest(
+        row_len=row_len, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len, tokenizer=tokenizer.fingerprint,
+        identity=f"tiny-{seed}", splits=splits, sources=(),
+    )  # fmt: skip
+    write_manifest(str(folder), manifest)
+    return str(folder)

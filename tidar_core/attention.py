@@ -1,22 +1,31 @@
 """How do query rows gather values under a visibility?
 
-`DenseAttention` is the plain form and the oracle. `DualModeAttention` gives the same numbers for the doubled training
-row without looking at the 2S x 2S square: clean rows take one fused call over the clean half; mask rows see the clean
-half and, of the mask half, only the three chunks that their block can touch.
+`DenseAttention` is the plain form and the oracle. `PiecewiseAttention` gives the same numbers without looking at the
+whole square: it takes rows a piece at a time, against the run of clean tokens and the run of masks that any row of the
+piece sees. One form for next-token rows and for the doubled training row, as the layout differs and the rule does not.
 
-Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, D head width, N chunks, C chunk length.
+Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, G key heads, R query heads of a key head,
+D head width, P rows of a piece, W keys that they meet.
 """
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_core.layout import PADDING, TokenLayout
+from tidar_core.layout import CLEAN, TokenLayout
 from tidar_core.visibility import dense_visibility
 
-__all__ = ["Attention", "DenseAttention", "DualModeAttention", "attend"]
+__all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "attend"]
+
+CLEAN_PIECE = 256
+"""Clean rows taken at a time, by the fused kernel: it keeps no scores, and gains little from shorter pieces."""
+MASK_PIECE = 64
+"""Mask rows taken at a time, by plain products: on a CPU faster than the fused kernel, which in bf16 takes twice the
+time, but they keep their scores for the backward pass."""
 
 
 class Attention(Protocol):
@@ -44,57 +53,69 @@ class DenseAttention:
         return attend(q, k, v, self.visible_BLL).transpose(1, 2)
 
 
-class DualModeAttention:
-    """The doubled training row, split by rows. Equal to DenseAttention up to rounding, forward and backward."""
+class PiecewiseAttention:
+    """Rows a piece at a time. Equal to DenseAttention up to rounding, forward and backward."""
 
-    def __init__(self, layout: TokenLayout, block_len: int, dtype: torch.dtype = torch.float32) -> None:
-        """layout     from `training_layout`
-        block_len  K of that layout
-        dtype      of the attention scores
+    def __init__(self, layout: TokenLayout, dtype: torch.dtype = torch.float32) -> None:
+        """layout  clean tokens, then masks if there are any: blocks one after another
+        dtype   of the attention scores
         """
-        self.row_len = S = layout.position.shape[-1] // 2
-        self.chunk_len = block_len
-        clean, masks = layout[..., :S], layout[..., S:]
-        self.clean_visible_BSS = dense_visibility(clean, clean)
-        columns = masks.apply(lambda fact: self._pad(fact[..., None], PADDING))
-        queries = columns.apply(lambda fact: self._chunked(fact)[..., 0])
-        keys = columns.apply(lambda fact: self._neighbours(fact, PADDING)[..., 0])
-        own_BS3C = dense_visibility(queries, keys).flatten(1, 2)[:, :S]
-        visible_BSK = torch.cat([dense_visibility(masks, clean), own_BS3C], -1)
-        self.bias_B1SK = torch.zeros_like(visible_BSK, dtype=dtype).masked_fill_(~visible_BSK, float("-inf"))[:, None]
+        facts = layout.apply(Tensor.int)
+        S, L = int((facts.block[0] == CLEAN).sum()), facts.position.shape[-1]
+        self._clean = [_Piece.of(facts, rows, (slice(0, S),)) for rows in _cut(0, S, CLEAN_PIECE)]
+        self._masks = [_Piece.of(facts, rows, (slice(0, S), slice(S, L))) for rows in _cut(S, L, MASK_PIECE)]
+        self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
+                      for p in self._masks]  # fmt: skip
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        S, repeat = self.row_len, q_BLHD.shape[2] // k_BLHD.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-        clean = attend(q[:, :, :S], k[:, :, :S], v[:, :, :S], self.clean_visible_BSS)
-        if repeat > 1:
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        masks = self._mask_rows(q[:, :, S:], k[:, :, :S], v[:, :, :S], k[:, :, S:], v[:, :, S:])
-        return torch.cat([clean, masks], 2).transpose(1, 2)
+        gathered = [
+            attend(q[:, :, piece.rows], piece.seen(k), piece.seen(v), piece.visible_BPW) for piece in self._clean
+        ]
+        if self._masks:
+            q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
+        for piece, bias_BPW in zip(self._masks, self._bias):
+            gathered.append(_attend(q[:, :, :, piece.rows], piece.seen(k), piece.seen(v), bias_BPW))
+        return torch.cat(gathered, 2).transpose(1, 2)
 
-    def _mask_rows(self, q: Tensor, clean_k: Tensor, clean_v: Tensor, mask_k: Tensor, mask_v: Tensor) -> Tensor:
-        """All arguments [B, H, S, D]; one softmax over the clean half and the chunks around each row."""
-        S = self.row_len
-        q = q * q.shape[-1] ** -0.5
-        own_k, own_v = (self._neighbours(self._pad(x)) for x in (mask_k, mask_v))
-        own_scores = self._chunked(self._pad(q)) @ own_k.transpose(-1, -2)
-        scores = torch.cat([q @ clean_k.transpose(-1, -2), own_scores.flatten(2, 3)[:, :, :S]], -1)
-        weight = torch.softmax(scores + self.bias_B1SK, -1)
-        own = (self._chunked(self._pad(weight[..., S:])) @ own_v).flatten(2, 3)[:, :, :S]
-        return weight[..., :S] @ clean_v + own
 
-    def _pad(self, x: Tensor, value: int = 0) -> Tensor:
-        """[.., S, D] -> [.., N * C, D]."""
-        return F.pad(x, (0, 0, 0, -self.row_len % self.chunk_len), value=value)
+def _attend(q_BGRPD: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, bias_BPW: Tensor) -> Tensor:
+    """Softmax attention [B, H, P, D] by plain products; q is scaled already."""
+    grid = q_BGRPD.shape[2:4]
+    score_BGRPW = (q_BGRPD.flatten(2, 3) @ k_BGWD.transpose(-1, -2)).unflatten(2, grid)
+    weight_BGRPW = torch.softmax(score_BGRPW + bias_BPW[:, None, None], -1)
+    return (weight_BGRPW.flatten(2, 3) @ v_BGWD).unflatten(2, grid).flatten(1, 2)
 
-    def _chunked(self, x: Tensor) -> Tensor:
-        """[.., N * C, D] -> [.., N, C, D]."""
-        return x.unflatten(-2, (-1, self.chunk_len))
 
-    def _neighbours(self, x: Tensor, value: int = 0) -> Tensor:
-        """[.., N * C, D] -> [.., N, 3C, D]: the chunk before, the chunk itself, the chunk after; `value` at the ends.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows, and the runs of keys that any of them sees."""
 
-        A block is no longer than a chunk, so it touches no other.
-        """
-        chunks = self._chunked(F.pad(x, (0, 0, self.chunk_len, self.chunk_len), value=value))
-        return torch.cat([chunks[..., :-2, :, :], chunks[..., 1:-1, :, :], chunks[..., 2:, :, :]], -2)
+    rows: slice
+    runs: tuple[slice, ...]
+    visible_BPW: Tensor
+
+    @staticmethod
+    def of(layout: TokenLayout, rows: slice, halves: tuple[slice, ...]) -> "_Piece":
+        """Of each half, from the first to the last key that is seen."""
+        runs, visible = [], []
+        for half in halves:
+            square_BPW = dense_visibility(layout[:, rows], layout[:, half])
+            seen = square_BPW.flatten(0, 1).any(0).nonzero()[:, 0]
+            if len(seen):
+                first, last = int(seen[0]), int(seen[-1])
+                runs.append(slice(half.start + first, half.start + last + 1))
+                visible.append(square_BPW[..., first : last + 1])
+        return _Piece(rows, tuple(runs), torch.cat(visible, -1))
+
+    def seen(self, x_BGLD: Tensor) -> Tensor:
+        """The keys or values that the rows meet."""
+        runs = [x_BGLD[:, :, run] for run in self.runs]
+        return torch.cat(runs, 2) if len(runs) > 1 else runs[0]
+
+
+def _cut(start: int, stop: int, longest: int) -> list[slice]:
+    """[start, stop) in as few pieces as there can be, as even as they can be."""
+    count = -(-(stop - start) // longest)
+    edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
+    return [slice(a, b) for a, b in pairwise(edges)]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import ModelConfig
-from tidar_core.layout import CLEAN, PADDING, causal_layout, training_layout
+from tidar_core.layout import CLEAN, PADDING, TokenLayout, causal_layout, training_layout
 
-__all__ = ["matmul_peak", "matmul_weights", "train_flops", "visible_pairs"]
+__all__ = ["layout_pairs", "matmul_peak", "matmul_weights", "train_flops", "visible_pairs"]
 
 
 def matmul_weights(config: ModelConfig) -> int:
@@ -28,11 +28,14 @@ def matmul_weights(config: ModelConfig) -> int:
 def visible_pairs(document_BS: Tensor, block_len: int | None = None) -> int:
     """Pairs of a token and one that it sees, in packed rows; with `block_len`, in the doubled rows. Padding aside."""
     layout = causal_layout(document_BS) if block_len is None else training_layout(document_BS, block_len)
-    sees_clean = layout.horizon + 1
-    if block_len is not None:
-        offset = layout.position % block_len  # a block of n masks sees n^2 pairs: the first n odd numbers
-        sees_clean = sees_clean + torch.where(layout.block != CLEAN, 2 * offset + 1, 0)
-    return int(sees_clean[layout.document != PADDING].sum())
+    return int(layout_pairs(layout))
+
+
+def layout_pairs(layout: TokenLayout) -> Tensor:
+    """The same of rows that are laid out for training; stays on the device."""
+    offset = layout.position - layout.horizon - 1  # a block of n masks sees n^2 pairs: the first n odd numbers
+    in_block = torch.where(layout.block != CLEAN, 2 * offset + 1, 0)
+    return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
 
 
 def train_flops(config: ModelConfig, tokens: int, pairs: int) -> int:

@@ -66,8 +66,10 @@ def causal_layout(document_BS: Tensor) -> TokenLayout:
     return TokenLayout(document_BS, position_BS, position_BS, torch.full_like(position_BS, CLEAN))
 
 
-def training_layout(document_BS: Tensor, block_len: int) -> TokenLayout:
+def training_layout(document_BS: Tensor, block_len: int | Tensor) -> TokenLayout:
     """The doubled row: S clean tokens, then S mask tokens at the same positions (TiDAR, section 3.1).
+
+    block_len  of all rows, or of each row [B, 1]
 
     Blocks are cut per document, from its first token in the row; each mask token looks strictly before its block.
     """

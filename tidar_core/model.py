@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tidar_core.attention import Attention
 from tidar_core.config import ModelConfig
@@ -29,14 +30,20 @@ class TidarModel(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
         self.tie()
+        self.recompute = False
+        """Keep of a forward only what goes into each layer; the backward pass computes the rest again."""
         self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, L, E] after the last norm; pass the rows you sample from to `head`."""
         hidden = self.embedding(token_BL)
         rotation = self.rotation(position_BL, hidden.dtype)
+        recompute = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            hidden = layer(hidden, rotation, attention)
+            if recompute:
+                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rotation, attention)
         return self.norm(hidden)
 
     def tie(self) -> None:

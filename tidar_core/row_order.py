@@ -4,9 +4,11 @@ Order is arithmetic: the rows of a step follow from (seed, step) alone, so that 
 on another number of workers, reads exactly what an unbroken one reads. Nothing is shuffled in memory.
 """
 
-__all__ = ["rows_of_step", "shuffled"]
+__all__ = ["rows_of_step", "seeds_of_step", "shuffled"]
 
 ROUNDS = 4
+SEEDS = 2**63
+"""Apart from every epoch."""
 
 
 def rows_of_step(step: int, *, rows_per_step: int, rows: int, seed: int) -> list[int]:
@@ -15,6 +17,12 @@ def rows_of_step(step: int, *, rows_per_step: int, rows: int, seed: int) -> list
     return [
         shuffled(index % rows, rows, key=_mix(seed, index // rows)) for index in range(first, first + rows_per_step)
     ]
+
+
+def seeds_of_step(step: int, *, rows_per_step: int, seed: int) -> list[int]:
+    """A number for each of the rows of `rows_of_step`, for what is drawn of it; another one each time a row comes."""
+    key = _mix(seed, SEEDS)
+    return [_mix(key, index) for index in range(step * rows_per_step, (step + 1) * rows_per_step)]
 
 
 def shuffled(index: int, count: int, key: int) -> int:

@@ -25,7 +25,8 @@ from tidar_core.losses import LossSums, dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
 from tidar_core.packing import PackedRows
-from tidar_core.row_order import rows_of_step
+from tidar_core.recipe import Recipe
+from tidar_core.row_order import rows_of_step, seeds_of_step
 from tidar_core.schedule import Schedule
 
 __all__ = ["LossMeans", "Optimisation", "Phase", "Progress", "Trainer"]
@@ -58,7 +59,7 @@ class Phase:
     steps: int | None = None
     seconds: float | None = None
     """One of the two; with seconds, the schedule follows the share of them that has passed."""
-    alpha: float = 1.0
+    recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
     report_every: int = 10
 
@@ -118,29 +119,21 @@ class Trainer:
         """
         self.model, self.block_len = model, block_len
         self.device = model.embedding.weight.device
-        self._objectives = {
-            dual: Objective(model, dual=dual, block_len=block_len, attention=attention).train()
-            for dual in (False, True)
-        }
-        if compiled:
-            for objective in self._objectives.values():
-                objective.compile_parts()
+        self._attention, self._compiled = attention, compiled
+        self._objectives: dict[tuple[bool, Recipe], Objective] = {}
         self._optimisation = optimisation or Optimisation()
         self._masters = _Masters(model, self._optimisation)
 
     def train(self, phase: Phase, rows: PackedRows, report: Callable[[Progress], None]) -> Progress:
         """Train through `phase` on `rows`, which lie where they fit best; the last report is given back."""
-        objective = self._objectives[phase.dual]
+        objective = self._objective(phase.dual, phase.recipe)
         window = _Window(self, phase, rows)
         in_flight: deque[torch.cuda.Event] = deque()
         began, step, last = time.perf_counter(), 0, None
         while (share := _share(phase, step, time.perf_counter() - began)) < 1:
             rate = phase.schedule.at_share(share) if phase.steps is None else phase.schedule.at_step(step, phase.steps)
-            batches = [
-                objective.batch(*picked)
-                for picked in self._picked(rows, step, phase.seed, phase.rows_per_step, phase.rows_per_forward)
-            ]
-            for sums in self._gradients(objective, batches, phase.alpha):
+            batches = list(self._batches(objective, rows, step, phase))
+            for sums in self._gradients(objective, batches):
                 window.add(sums)
             norm = self._masters.update(rate)
             step += 1
@@ -156,46 +149,59 @@ class Trainer:
 
     def warm_up(self, phase: Phase, rows: PackedRows) -> None:
         """One forward and backward without an update: what is compiled for the phase is compiled now."""
-        objective = self._objectives[phase.dual]
-        first = next(self._picked(rows, 0, phase.seed, phase.rows_per_forward, phase.rows_per_forward))
-        for _ in self._gradients(objective, [objective.batch(*first)], phase.alpha):
+        objective = self._objective(phase.dual, phase.recipe)
+        for _ in self._gradients(objective, [next(self._batches(objective, rows, 0, phase))]):
             pass
         self._masters.forget()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def evaluate(self, rows: PackedRows, *, rows_per_forward: int) -> LossMeans:
-        """Means over all labels of `rows` in both modes.
+        """Means over all labels of `rows` in both modes, by the paper's recipe.
 
         Gradients stay switched on, so that the compiled form of training is used; none is computed.
         """
-        objective = self._objectives[True]
+        objective = self._objective(True, Recipe())
         parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
-        for tokens, documents in zip(
-            rows.input_ids_BS.split(rows_per_forward), rows.document_ids_BS.split(rows_per_forward)
-        ):
-            parts += _flat(objective(objective.batch(self._moved(tokens), self._moved(documents))))
+        for first in range(0, len(rows.input_ids_BS), rows_per_forward):
+            parts += _flat(objective(self._batch(objective, rows, slice(first, first + rows_per_forward))))
         return _means(parts.tolist(), self.block_len)
 
-    def _gradients(self, objective: Objective, batches: list[TrainBatch], alpha: float) -> Iterator[LossSums]:
+    def _objective(self, dual: bool, recipe: Recipe) -> Objective:
+        if (dual, recipe) not in self._objectives:
+            objective = Objective(
+                self.model, dual=dual, block_len=self.block_len, recipe=recipe, attention=self._attention
+            ).train()
+            if self._compiled:
+                objective.compile_parts()
+            self._objectives[dual, recipe] = objective
+        return self._objectives[dual, recipe]
+
+    def _gradients(self, objective: Objective, batches: list[TrainBatch]) -> Iterator[LossSums]:
         """Leave the gradients of one train step with the masters; both losses are means over all its labels."""
         counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
         for batch in batches:
             sums = objective(batch)
-            dual_mode_loss(sums, alpha, *counts).backward()
+            dual_mode_loss(sums, objective.recipe.alpha, *counts).backward()
             self._masters.gather()
             yield sums
 
-    def _picked(
-        self, rows: PackedRows, step: int, seed: int, rows_per_step: int, rows_per_forward: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(rows.input_ids_BS)
-        indices = torch.tensor(rows_of_step(step, rows_per_step=rows_per_step, rows=count, seed=seed))
-        for index in indices.to(rows.input_ids_BS.device).split(rows_per_forward):
-            yield self._moved(rows.input_ids_BS[index]), self._moved(rows.document_ids_BS[index])
+    def _batches(self, objective: Objective, rows: PackedRows, step: int, phase: Phase) -> Iterator[TrainBatch]:
+        count, at = len(rows.input_ids_BS), {"rows_per_step": phase.rows_per_step, "seed": phase.seed}
+        indices = torch.tensor(rows_of_step(step, rows=count, **at)).to(rows.input_ids_BS.device)
+        seeds = seeds_of_step(step, **at)
+        for first in range(0, phase.rows_per_step, phase.rows_per_forward):
+            some = slice(first, first + phase.rows_per_forward)
+            yield self._batch(objective, rows, indices[some], seeds[some])
 
-    def _moved(self, ids_BS: Tensor) -> Tensor:
-        return ids_BS.to(self.device, non_blocking=True).long()
+    def _batch(self, objective: Objective, rows: PackedRows, index: Tensor | slice, seed_B: list[int] | None = None
+               ) -> TrainBatch:  # fmt: skip
+        tokens, documents = (self._moved(x[index]).long() for x in (rows.input_ids_BS, rows.document_ids_BS))
+        trained = None if rows.trained_BS is None else self._moved(rows.trained_BS[index])
+        return objective.batch(tokens, documents, trained, seed_B=seed_B)
+
+    def _moved(self, x_BS: Tensor) -> Tensor:
+        return x_BS.to(self.device, non_blocking=True)
 
     def _keep_pace(self, in_flight: deque[torch.cuda.Event]) -> None:
         if self.device.type == "cuda":
@@ -257,9 +263,11 @@ class _Window:
         self.phase, self.block_len, self.device = phase, trainer.block_len, trainer.device
         self.row_len = rows.input_ids_BS.shape[1]
         sample = rows.document_ids_BS[:PAIRS_SAMPLE].long()
-        pairs = visible_pairs(sample, trainer.block_len if phase.dual else None) / len(sample)
-        tokens = self.row_len * (2 if phase.dual else 1)
-        self.flops_of_step = phase.rows_per_step * train_flops(trainer.model.config, tokens, round(pairs))
+        share = phase.recipe.block_share if phase.dual else 0.0
+        clean_pairs, all_pairs = visible_pairs(sample), visible_pairs(sample, trainer.block_len)
+        pairs = round((clean_pairs + share * (all_pairs - clean_pairs)) / len(sample))
+        tokens = round(self.row_len * (1 + share))
+        self.flops_of_step = phase.rows_per_step * train_flops(trainer.model.config, tokens, pairs)
         self.steps = 0
         self._open()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tidar_core.artifacts.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.tokenizer import train_bpe
-from tidar_core.attention import Attention, DenseAttention, DualModeAttention, attend
+from tidar_core.attention import Attention, DenseAttention, PiecewiseAttention, attend
 from tidar_core.flex import FlexAttention
 from tidar_core.layout import TokenLayout, causal_layout, training_layout
 from tidar_core.losses import dual_mode_loss, label_counts
@@ -109,12 +109,10 @@ def _timed(arguments: argparse.Namespace, setting: Setting, model: TidarModel, f
            rows: Any) -> dict[str, Any]:  # fmt: skip
     for parameter in model.parameters():
         parameter.grad = None
-    if form == "split" and mode == "ar":
-        return {"skipped": "the split form is one of the doubled row"}
     attention = {
         "flex": FlexAttention,
         "sdpa": _Sdpa,
-        "split": lambda layout: DualModeAttention(layout, arguments.block_len, setting.dtype),
+        "split": lambda layout: PiecewiseAttention(layout, setting.dtype),
     }[form]
     trainer = Trainer(
         model, block_len=arguments.block_len, compiled=setting.device.type == "cuda" and not arguments.eager,

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tidar_core.row_order import rows_of_step, shuffled
+from tidar_core.row_order import rows_of_step, seeds_of_step, shuffled
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 100, 1000])
@@ -43,3 +43,10 @@ def test_a_step_depends_on_seed_and_step_alone():
     assert step == rows_of_step(123_456_789, rows_per_step=4, rows=12_000_000, seed=5)
     assert step != rows_of_step(123_456_789, rows_per_step=4, rows=12_000_000, seed=6)
     assert all(0 <= row < 12_000_000 for row in step)
+
+
+def test_what_is_drawn_of_a_row_follows_from_seed_step_and_place_and_never_comes_twice():
+    seeds = [seed for step in range(50) for seed in seeds_of_step(step, rows_per_step=4, seed=5)]
+    assert seeds[8:12] == seeds_of_step(2, rows_per_step=4, seed=5)
+    assert seeds[8:12] == seeds_of_step(1, rows_per_step=8, seed=5)[:4]
+    assert len({*seeds, *seeds_of_step(0, rows_per_step=200, seed=6)}) == 400

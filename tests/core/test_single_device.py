@@ -11,6 +11,7 @@ from tidar_core.losses import dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
 from tidar_core.packing import PackedRows
+from tidar_core.recipe import Recipe
 from tidar_core.row_order import rows_of_step
 from tidar_core.schedule import Schedule
 from tidar_core.single_device import Optimisation, Phase, Trainer
@@ -54,7 +55,7 @@ def test_a_step_reports_the_loss_of_the_objective_and_applies_its_gradient(model
     reports = []
     optimisation = Optimisation(clip_norm=1e9, weight_decay=0.0)
     Trainer(own, block_len=4, optimisation=optimisation).train(
-        phase(steps=1, dual=dual, rows_per_forward=2, alpha=0.5), ROWS, reports.append
+        phase(steps=1, dual=dual, rows_per_forward=2, recipe=Recipe(alpha=0.5)), ROWS, reports.append
     )
     objective = Objective(plain, dual=dual, block_len=4)
     index = torch.tensor(rows_of_step(0, rows_per_step=4, rows=8, seed=0))

@@ -33,15 +33,27 @@ def test_clean_targets_are_shifted_mask_targets_are_not():
     batch = dual_mode_batch(ids, documents_row(5, 3, padding=1), 2, MASK)
     i = IGNORED
     assert batch.ar_target_BS.tolist() == [[11, 12, 13, 14, i, 21, 22, i, i]]
-    assert batch.diffusion_target_BS.tolist() == [[i, i, 12, 13, 14, i, i, 22, i]]
+    assert batch.diffusion_target_BM.tolist() == [[i, i, 12, 13, 14, i, i, 22, i]]
     assert batch.token_BL[0].tolist() == [*ids[0].tolist(), *[MASK] * 9]
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_token_that_is_not_trained_is_the_label_of_neither_half(model, dual):
+    ids = torch.tensor([[10, 11, 12, 13, 14, 20, 21, 22, 0]])
+    trained = torch.tensor([[False, False, False, True, True, True, True, False, True]])
+    batch = Objective(model, dual=dual, block_len=2).batch(ids, documents_row(5, 3, padding=1), trained)
+    i = IGNORED
+    assert batch.ar_target_BS.tolist() == [[i, i, 13, 14, i, 21, i, i, i]]
+    if dual:
+        assert batch.diffusion_target_BM.tolist() == [[i, i, i, 13, 14, i, i, i, i]]
+    assert batch.token_BL[0, :9].tolist() == ids[0].tolist()  # it is read all the same
 
 
 def test_next_token_training_has_no_mask_half():
     batch = ar_batch(torch.tensor([[10, 11, 20, 21]]), documents_row(2, 2))
     assert batch.token_BL.tolist() == [[10, 11, 20, 21]]
     assert batch.ar_target_BS.tolist() == [[11, IGNORED, 21, IGNORED]]
-    assert batch.diffusion_target_BS is None
+    assert batch.diffusion_target_BM is None
 
 
 def test_clean_logits_do_not_change_when_the_mask_half_is_removed(model):
@@ -85,7 +97,7 @@ def test_loss_sums_equal_a_loop_over_labels(model):
         for s in range(20):
             if (target := batch.ar_target_BS[b, s]) != IGNORED:
                 ar -= F.log_softmax(every[b, s], -1)[target]
-            if (target := batch.diffusion_target_BS[b, s]) != IGNORED:
+            if (target := batch.diffusion_target_BM[b, s]) != IGNORED:
                 diffusion -= F.log_softmax(every[b, 20 + s], -1)[target]
                 hits[batch.layout.position[b, s] % 4] += int(every[b, 20 + s].argmax() == target)
     assert sums.ar_sum.item() == pytest.approx(float(ar), rel=1e-5)

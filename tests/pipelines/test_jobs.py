@@ -26,7 +26,15 @@ def test_each_station_has_a_valid_job_of_each_size(kind, size):
         ("output: o\nshape: tiny\nsteps: 4\nrows_per_step: 8\n", "key 'shards' is missing"),
         (TRAIN + "init_from: x\n", "give one of them"),
         (TRAIN.replace("shape: tiny\n", ""), "give one of them"),
+        (TRAIN + "resume_from: x\n", "shape 'tiny' and resume_from 'x' given; give one of them"),
+        (TRAIN.replace("shape: tiny", "init_from: x\nresume_from: y"), "init_from 'x' and resume_from 'y' given"),
+        (TRAIN + "checkpoint_every: 15\n", "must be a multiple of log_every, 10"),
+        (TRAIN + "peak_flops: fast\n", "peak_flops"),
         (TRAIN + "workers: 3\n", "multiple of workers x rows_per_forward = 3 x 4"),
+        (TRAIN + "block_len: 8\nblock_lens: [2, 4]\n", "the longest of them must be block_len, 8"),
+        (TRAIN + "sequence_parallel: 2\n", "it must divide workers, 1"),
+        (TRAIN + "block_share: 0.0\n", "block_share is 0.0; it must be above 0"),
+        (TRAIN + "objective: ar\nmasking: random\n", "only objective: dual has one"),
         (TRAIN + "zero_stage: 4\n", "zero_stage is 4"),
         (TRAIN + "min_learning_rate: 1.0\n", "must not exceed"),
         (TRAIN.replace("steps: 4", "steps: 0"), "steps is 0"),
@@ -39,6 +47,33 @@ def test_a_wrong_job_is_refused_in_one_line(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
         read_job(TrainJob, path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "sft"])
+def test_a_pack_job_may_name_several_sources_which_take_over_what_they_do_not_say(kind):
+    job = read_job(PackJob, JOBS / f"pack.{kind}.yaml")
+    assert PackJob.model_validate(job.model_dump(mode="json")) == job
+    assert [(source.weight, source.documents, source.text_field) for source in job.sources] == {
+        "mixture": [(1, "text", "text"), (2.5, "text", "content"), (0.3, "text", "text")],
+        "sft": [(2, "conversations", "text"), (0.05, "text", "text")],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "words"),
+    [
+        ("[]", r"corpus is \(\); give a path, or a list of sources"),
+        ("[{path: a, weight: 0}]", r"weight is 0; input should be greater than 0"),
+        ("[{path: a, wait: 1}]", r"unknown key '.*wait'; Source knows path, weight, documents, text_field"),
+        ("[{weight: 1}]", r"key '.*path' is missing"),
+    ],
+)
+def test_a_wrong_mixture_is_refused_in_one_line(tmp_path, corpus, words):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"corpus: {corpus}\noutput: o\ntokenizer: t\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_job(PackJob, path)
     assert "\n" not in str(caught.value)
 
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from pipelines.checkpoints import whole_checkpoints
 from tidar_core.artifacts.bundle import load_bundle, read_bundle_info
 from tidar_core.artifacts.shards import ShardReader, read_manifest
 from tidar_core.errors import BundleError, ConfigError, ShardError
@@ -116,10 +117,10 @@ def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_j
         train(train_job("ar", seed=1))
 
 
-def kill_a_worker_after(checkpoint_of: Path, killed: list[int]) -> None:
-    """SIGKILL one training worker as soon as a checkpoint lies in the run's folder."""
-    while not list(checkpoint_of.glob("checkpoint_*")):
-        time.sleep(0.02)
+def kill_a_worker_of(job, killed: list[int]) -> None:
+    """SIGKILL one training worker, some steps after a checkpoint is whole."""
+    while not whole_checkpoints(job.checkpoints) or curve(job, "ar_loss")[-1][0] % job.checkpoint_every not in (3, 4):
+        time.sleep(0.01)
     for process in psutil.Process().children(recursive=True):
         if "RayTrainWorker" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
@@ -127,24 +128,64 @@ def kill_a_worker_after(checkpoint_of: Path, killed: list[int]) -> None:
             return
 
 
-def test_a_killed_worker_resumes_and_ends_where_an_unbroken_run_ends(train_job, ar_bundle, dual_bundle):
+@pytest.fixture(scope="module")
+def killed_run(train_job, ar_bundle):
+    """The run of `dual_bundle` once more, observed in every way, with a worker killed in the middle."""
     from pipelines.train import train
 
-    job = train_job("killed", objective="dual", shape=None, init_from=ar_bundle.output, steps=60)
+    job = train_job(
+        "killed", objective="dual", shape=None, init_from=ar_bundle.output, steps=60, validate_every=20,
+        validation_rows=10, sample_every=30, sample_prompts=["def main(", "import"], sample_tokens=8,
+        peak_flops="measure", system_metrics_every=0.5,
+    )  # fmt: skip
     killed: list[int] = []
-    watcher = threading.Thread(target=kill_a_worker_after, args=(Path(job.output + ".run"), killed))
+    watcher = threading.Thread(target=kill_a_worker_of, args=(job, killed))
     watcher.start()
     train(job)
     watcher.join()
     assert len(killed) == 1
-    logged = curve(job, "ar_loss")
+    return job
+
+
+def test_a_killed_worker_resumes_and_ends_exactly_where_an_unbroken_run_ends(killed_run, dual_bundle):
+    logged = curve(killed_run, "ar_loss")
     steps = [step for step, _ in logged]
     assert len(steps) > len(set(steps)) == 60  # some steps were trained, and logged, twice
     unbroken = dict(curve(dual_bundle, "ar_loss"))
     assert all(value == unbroken[step] for step, value in logged)
-    ours, theirs = (load_bundle(j.output).model.state_dict() for j in (job, dual_bundle))
+    ours, theirs = (load_bundle(j.output).model.state_dict() for j in (killed_run, dual_bundle))
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
+
+
+def test_the_run_shows_what_an_operator_asks_for(killed_run):
+    from mlflow import MlflowClient
+
+    assert [step for step, _ in curve(killed_run, "validation_loss")][-1] == 60
+    ar, diffusion, both = (dict(curve(killed_run, f"validation_{name}"))[60] for name in
+                           ("ar_loss", "diffusion_loss", "loss"))  # fmt: skip
+    assert both == pytest.approx((ar + diffusion) / 2)
+    speed, flops, mfu = (dict(curve(killed_run, name))[60] for name in ("tokens_per_second", "flops_per_second", "mfu"))
+    assert speed > 0
+    assert 0 < mfu < 1
+    assert flops / mfu > 1e9  # the peak of a core of any machine that runs this
+    assert dict(curve(killed_run, "memory_gib"))[60] > 0.2
+    left = dict(curve(killed_run, "eta_seconds"))
+    assert left[60] == 0 < left[59]
+    run_id = Path(killed_run.output + ".run/mlflow_run_id").read_text()
+    client = MlflowClient(killed_run.tracking_uri)
+    assert "system/node_0/cpu_utilization_percentage" in client.get_run(run_id).data.metrics
+    page = Path(client.download_artifacts(run_id, "samples/step-00000060.md")).read_text()
+    assert "def main(" in page
+    assert "tokens per forward" in page
+
+
+def test_the_newest_checkpoints_stay_and_the_one_of_lowest_validation_loss(killed_run):
+    whole = {c.cursor.step: c.cursor.validation_loss for c in whole_checkpoints(killed_run.checkpoints)}
+    losses = dict(curve(killed_run, "validation_loss"))
+    best = min(losses, key=losses.get)
+    assert set(whole) == {50, 60, best}
+    assert whole == {step: losses[step] for step in whole}
 
 
 def test_missing_shards_are_named_before_a_worker_starts(train_job, tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 from tidar_core.config import ModelConfig, RopeScaling
 from tidar_core.errors import WeightsError
 from tidar_core.model import TidarModel
+from tidar_core.recipe import mask_embedding
 
 __all__ = ["config_from_hf", "config_to_hf", "load_model", "save_model", "with_mask_token"]
 
@@ -91,7 +92,8 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
 
     vocab_len  ids that the tokenizer can produce, 0..vocab_len - 1
 
-    Its embedding starts as the mean of the real ones, plus noise a tenth as wide as they are spread.
+    Its embedding starts as the mean of the real ones, plus noise a tenth as wide as they are spread; for another start
+    see `tidar_core.recipe.start_mask_token`.
     """
     old = model.config
     if vocab_len > old.vocab_size:
@@ -113,9 +115,9 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
         for table, old_table in tables:
             real = old_table[:vocab_len].float()
             noise = torch.randn(grown, old.hidden_size, generator=generator).to(weight.device)
-            table.copy_(real.mean(0) + 0.1 * real.std(0) * noise)
+            table.copy_(mask_embedding(real, "mean", noise))
             table[: old.vocab_size] = old_table
-            table[vocab_len] = (real.mean(0) + 0.1 * real.std(0) * noise[vocab_len]).to(table.dtype)
+            table[vocab_len] = mask_embedding(real, "mean", noise[vocab_len]).to(table.dtype)
     return new.train(model.training)
 
 
