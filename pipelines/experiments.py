@@ -1,0 +1,205 @@
+"""Which choice of the recipe is worth what, at equal budget?
+
+    python -m pipelines.experiments infra/experiments/masking.yaml
+
+Every variant starts from the same bundle, reads the same rows in the same steps, and is measured on the same held-out
+text. A finished run is kept in `runs` beside the output: a stopped experiment goes on with the next one, and two that
+have a run in common share it. Hands over results.json, table.md and plot.png.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+
+from pipelines.jobs import Job, TrainJob, read_job
+from pipelines.plots import experiment_plot
+from tidar_core.artifacts import locations
+from tidar_core.artifacts.bundle import Bundle, load_bundle
+from tidar_core.artifacts.shards import ShardReader
+from tidar_core.benchmark import compare_modes
+from tidar_core.config import SamplingConfig
+from tidar_core.errors import ShardError, TidarError
+from tidar_core.packing import PackedRows
+from tidar_core.recipe import start_mask_token
+from tidar_core.schedule import Schedule
+from tidar_core.single_device import Optimisation, Phase, Progress, Trainer
+
+__all__ = ["ExperimentJob", "experiment"]
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ExperimentJob(Job):
+    """A bundle + shards -> one trained model per variant and seed, a table and a plot."""
+
+    title: str
+    shards: str
+    init_from: str
+    """Bundle that every variant starts from."""
+    output: str
+    train: dict[str, Any]
+    """Keys of a train job that all variants share."""
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Name -> keys of a train job in which it differs."""
+    seeds: tuple[int, ...] = (0,)
+    """Of rows and draws; a range over them is the least that a difference must exceed."""
+    decode_lens: tuple[Positive, ...] = ()
+    """Block lengths to decode with; empty: each variant's own."""
+    prompts: Positive = 16
+    prompt_len: Positive = 32
+    max_tokens: Positive = 64
+    held_out_rows: Positive = 128
+    threads: Positive = 2
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def jobs_are_whole(self) -> Self:
+        """Every variant is a train job."""
+        for name in self.variants:
+            try:
+                self.job(name, self.seeds[0] if self.seeds else 0)
+            except ValidationError as error:
+                found = error.errors()[0]
+                key = ".".join(map(str, found["loc"]))
+                raise ValueError(f"variant {name!r}: {key + ': ' if key else ''}{found['msg']}") from error
+        return self
+
+    def job(self, variant: str, seed: int) -> TrainJob:
+        """The train job of a variant."""
+        own = {"shards": self.shards, "init_from": self.init_from, "output": self.output, "seed": seed}
+        return TrainJob.model_validate(own | self.train | self.variants[variant])
+
+    def run_name(self, variant: str, seed: int) -> str:
+        """Of the file that keeps what was found; another one for every other setting."""
+        settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads"})
+        settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"})
+        return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
+
+
+def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
+    """Train and measure what is not there yet; write table and plot; one entry for each variant and seed."""
+    torch.set_num_threads(job.threads)
+    output, runs = Path(job.output), Path(job.output).parent / "runs"
+    for folder in (output, runs):
+        folder.mkdir(parents=True, exist_ok=True)
+    start = load_bundle(job.init_from, device=job.device)
+    train, held_out = (ShardReader(job.shards, split) for split in ("train", "held_out"))
+    rows = train.rows(range(len(train)))
+    unseen = held_out.rows(range(min(job.held_out_rows, len(held_out))))
+    found = []
+    for seed in job.seeds:
+        for variant in job.variants:
+            kept = runs / f"{job.run_name(variant, seed)}.json"
+            if not kept.exists():
+                measured = _run(job, job.job(variant, seed), variant, start, rows, unseen)
+                kept.write_text(json.dumps({"variant": variant, "seed": seed, **measured}, indent=2) + "\n")
+            found.append(json.loads(kept.read_text()) | {"variant": variant})
+    (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (output / "table.md").write_text(table(found))
+    (output / "plot.png").write_bytes(experiment_plot(job.title, found))
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each variant and block length it decoded with, means over seeds (least to most)."""
+    lines = [
+        "| variant | steps | AR loss | diffusion loss | second draft right | decoded with K | tokens per forward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(run["variant"] for run in found):
+        runs = [run for run in found if run["variant"] == variant]
+        for block_len in runs[0]["tokens_per_forward"]:
+            cells = (
+                f"{runs[0]['steps']}",
+                _mean([run["ar_loss"] for run in runs], 3), _mean([run["diffusion_loss"] for run in runs], 3),
+                _mean([run["draft_accuracy"][min(1, len(run["draft_accuracy"]) - 1)] for run in runs], 3), block_len,
+                _mean([run["tokens_per_forward"][block_len] for run in runs], 3),
+            )  # fmt: skip
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one experiment; its table on standard output, progress on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.experiments", description=__doc__.splitlines()[0])
+    parser.add_argument("job", help="a file of infra/experiments")
+    try:
+        found = experiment(read_job(ExperimentJob, parser.parse_args(arguments).job))
+    except TidarError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(found))
+    return 0
+
+
+def _run(job: ExperimentJob, train: TrainJob, variant: str, start: Bundle, rows: PackedRows, unseen: PackedRows
+         ) -> dict[str, Any]:  # fmt: skip
+    """Train one variant and measure it."""
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    model = copy.deepcopy(start.model)
+    if train.mask_start is not None:
+        start_mask_token(model, train.mask_start, seed=train.seed)
+    model = model.to(dtype).train()
+    optimisation = Optimisation(betas=train.adam_betas, weight_decay=train.weight_decay, clip_norm=train.clip_norm)
+    trainer = Trainer(model, block_len=train.block_len, optimisation=optimisation, compiled=job.device != "cpu")
+    schedule = Schedule(peak=train.learning_rate, minimum=train.min_learning_rate, warmup=train.warmup)
+    phase = Phase(
+        dual=train.objective == "dual", schedule=schedule, rows_per_step=train.rows_per_step,
+        rows_per_forward=train.rows_per_forward, steps=train.steps, recipe=train.recipe, seed=train.seed,
+        report_every=max(1, train.steps // 10),
+    )  # fmt: skip
+
+    def report(progress: Progress) -> None:
+        losses = progress.losses
+        print(
+            f"{variant}, seed {train.seed}: step {progress.steps} of {train.steps}, AR loss {losses.ar_loss:.3f}, "
+            f"diffusion loss {losses.diffusion_loss or 0:.3f}, {progress.eta_seconds:.0f} s left",
+            file=sys.stderr,
+        )
+
+    done = trainer.train(phase, rows, report)
+    means = trainer.evaluate(unseen, rows_per_forward=train.rows_per_forward)
+    if means.diffusion_loss is None:
+        raise ShardError(f"the held-out rows of {job.shards} have no document longer than a block; pack longer ones")
+    model.float().eval()
+    return {
+        "steps": train.steps,
+        "clean_tokens": done.tokens,
+        "seconds": done.seconds,
+        "block_len": train.block_len,
+        "ar_loss": means.ar_loss,
+        "diffusion_loss": means.diffusion_loss,
+        "draft_accuracy": means.draft_accuracy_K,
+        "tokens_per_forward": dict(_decoded(job, trainer, unseen, job.decode_lens or (train.block_len,))),
+    }
+
+
+def _decoded(
+    job: ExperimentJob, trainer: Trainer, unseen: PackedRows, block_lens: Sequence[int]
+) -> Iterator[tuple[str, float]]:
+    """Tokens per forward of greedy single-pass texts that continue the first held-out rows, by block length."""
+    prompts = [tuple(row) for row in unseen.input_ids_BS[: job.prompts, : job.prompt_len].tolist()]
+    for block_len in block_lens:
+        modes = compare_modes(
+            trainer.model, prompts, SamplingConfig(max_tokens=job.max_tokens), block_len=block_len,
+            batch=len(prompts), repeats=1, modes=("single-pass",),
+        )  # fmt: skip
+        yield str(block_len), modes["single-pass"].tokens_per_forward
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
