@@ -307,7 +307,7 @@ def serve(
     port: int = 8000,
     host: str = "127.0.0.1",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that a replica decodes together.")] = 8,
-    mode: Mode = Mode.single_pass,
+    mode: Mode = Mode.auto,
     threads: Threads = None,
     tracking_uri: Tracking = TRACKING,
 ) -> None:

@@ -63,9 +63,9 @@ class OneText:
                 transcript.add([step])
             piece = transcript.take()
             answer["text"] += piece.text
-            if piece.logprobs is not None:
+            if isinstance(piece.logprobs, Logprobs):
                 so_far = answer.setdefault("logprobs", {})
-                for name, told in TypeAdapter(Logprobs).dump_python(piece.logprobs, mode="json").items():
+                for name, told in piece.logprobs.model_dump(mode="json").items():
                     so_far.setdefault(name, []).extend(told)
             if piece.prompt_logprobs is not None:
                 answer["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(piece.prompt_logprobs, mode="json")
