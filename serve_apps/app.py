@@ -22,6 +22,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from serve_apps.access import Access
 from serve_apps.answers import ModelCard
 from serve_apps.decoder_app import DecoderApp, Served
 from serve_apps.http_app import HttpApp
@@ -77,7 +78,8 @@ def build_app(settings: ServeSettings) -> serve.Application:
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(HttpApp)
     limits = Limits(seconds=settings.request_seconds, body_bytes=settings.max_body_bytes)
-    return ingress.bind(decoder.bind(served), card, limits)
+    access = Access(keys=settings.api_keys, per_minute=settings.requests_per_minute)
+    return ingress.bind(decoder.bind(served), card, limits, access, settings.cors_origins)
 
 
 def run(settings: ServeSettings, *, blocking: bool = True) -> None:

@@ -4,6 +4,7 @@ The only place where an exception becomes a status and OpenAI's envelope, {"erro
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,6 +22,7 @@ __all__ = [
     "ModelNotFoundError",
     "ParameterError",
     "Problem",
+    "RateLimitError",
     "RequestTimeoutError",
     "problem_of",
     "shortened",
@@ -49,6 +51,17 @@ class ModelNotFoundError(RequestError):
 
 class ApiKeyError(RequestError):
     """A request without a key that opens this service."""
+
+
+class RateLimitError(CapacityError):
+    """A key that asks more often than it may; it may again after so many `seconds`."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message, seconds)
+        self.message, self.seconds = message, seconds
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class BodyTooLargeError(RequestError):
@@ -134,12 +147,13 @@ def problem_of(error: BaseException) -> Problem:
         case RequestError():
             return Problem(status=400, message=str(error))
         case CapacityError():
+            seconds = error.seconds if isinstance(error, RateLimitError) else RETRY_AFTER_SECONDS
             return Problem(
                 status=HTTPStatus.TOO_MANY_REQUESTS,
                 message=str(error),
                 type="rate_limit_error",
                 code="rate_limit_exceeded",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+                headers={"Retry-After": str(math.ceil(seconds))},
             )
         case _:
             return Problem(

@@ -8,17 +8,20 @@ import asyncio
 import importlib.metadata
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from serve_apps.access import Access
 from serve_apps.answers import Completion, ModelCard, ModelList
 from serve_apps.asked import PromptRequest
 from serve_apps.chat_answers import ChatChunk, ChatCompletion
@@ -53,8 +56,8 @@ BODIES = {
 }
 STREAMS = {"/v1/completions": Completion, "/v1/chat/completions": ChatChunk}
 GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500)
-READING = errors(400, 401, 404, 405, 408, 413, 500)
-PLAIN = errors(401, 405, 500)
+READING = errors(400, 401, 404, 405, 408, 413, 429, 500)
+PLAIN = errors(401, 405, 429, 500)
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,33 +68,47 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 class HttpApp:
     """The routes, over a handle to the decoder deployment."""
 
-    def __init__(self, decoder: DeploymentHandle, card: ModelCard, limits: Limits) -> None:
+    def __init__(
+        self, decoder: DeploymentHandle, card: ModelCard, limits: Limits, access: Access, origins: Sequence[str] = ()
+    ) -> None:
         self._decoder, self._card, self._limits = decoder, card, limits
+        self._access, self._origins = access, list(origins)
         self._counters = Counters(card.id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for routes that know their deployment: all that the service answers."""
         api = FastAPI(title="TiDAR", version=_version(), docs_url=None, redoc_url=None, openapi_url=None)
         add = api.add_api_route
-        add("/v1/completions", self.completions, methods=["POST"], response_model=Completion, responses=GENERATING)
-        add("/v1/chat/completions", self.chat, methods=["POST"], response_model=ChatCompletion, responses=GENERATING)
-        add("/v1/models", self.models, methods=["GET"], responses=PLAIN)
-        add("/v1/models/{model_id:path}", self.model, methods=["GET"], responses=PLAIN | errors(404))
-        add("/tokenize", self.tokenize, methods=["POST"], response_model=Tokenized, responses=READING)
-        add("/detokenize", self.detokenize, methods=["POST"], response_model=Detokenized, responses=READING)
-        add("/tokenizer_info", self.tokenizer_info, methods=["GET"], response_model=TokenizerInfo, responses=PLAIN)
+        ask = partial(add, dependencies=[Depends(self._admit)])
+        ask("/v1/completions", self.completions, methods=["POST"], response_model=Completion, responses=GENERATING)
+        ask("/v1/chat/completions", self.chat, methods=["POST"], response_model=ChatCompletion, responses=GENERATING)
+        ask("/v1/models", self.models, methods=["GET"], responses=PLAIN)
+        ask("/v1/models/{model_id:path}", self.model, methods=["GET"], responses=PLAIN | errors(404))
+        ask("/tokenize", self.tokenize, methods=["POST"], response_model=Tokenized, responses=READING)
+        ask("/detokenize", self.detokenize, methods=["POST"], response_model=Detokenized, responses=READING)
+        ask("/tokenizer_info", self.tokenizer_info, methods=["GET"], response_model=TokenizerInfo, responses=PLAIN)
         add("/health", self.health, methods=["GET"], responses=errors(405))
         add("/ready", self.ready, methods=["GET"], response_model=dict[str, str], responses=errors(405, 503))
         add("/version", self.version, methods=["GET"], responses=errors(405))
         add("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse, responses=errors(405))
         add("/docs", self.docs, methods=["GET"], include_in_schema=False)
+        if self._origins:
+            api.add_middleware(CORSMiddleware, allow_origins=self._origins, allow_methods=["*"], allow_headers=["*"])
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
         api.add_exception_handler(Exception, _refuse)
         document = get_openapi(title=api.title, version=api.version, description=__doc__, routes=api.routes)
-        document = described(document, BODIES, STREAMS, model_name=self._card.id)
+        document = described(document, BODIES, STREAMS, model_name=self._card.id, keyed=bool(self._access.keys))
         add("/openapi.json", lambda: JSONResponse(document), methods=["GET"], include_in_schema=False)
         return api
+
+    async def _admit(self, http: Request) -> None:
+        """Asked before every route that reads or writes text."""
+        try:
+            self._access.admit(http.headers)
+        except TidarError as error:
+            self._counters.count_answer(problem_of(error).status)
+            raise
 
     async def completions(self, http: Request) -> Response:
         """Continue prompts."""

@@ -34,13 +34,14 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def described(
-    document: dict[str, Any], bodies: Mapping[str, Any], streams: Mapping[str, Any], *, model_name: str
+    document: dict[str, Any], bodies: Mapping[str, Any], streams: Mapping[str, Any], *, model_name: str, keyed: bool
 ) -> dict[str, Any]:
     """`document` with the bodies that POST routes read, and the events that they may answer with.
 
     bodies      pydantic model of the body, by path
     streams     pydantic model of a chunk, by path
     model_name  the one that is served
+    keyed       requests need an API key
     """
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for path, model in bodies.items():
@@ -65,6 +66,9 @@ def described(
             route["responses"].pop("422", None)  # FastAPI's own; our refusals are 400
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    if keyed:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
     return document
 
 

@@ -12,6 +12,7 @@ from tidar_core.errors import ConfigError
 __all__ = ["REGISTRY_SCHEME", "ServeSettings"]
 
 Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 REGISTRY_SCHEME = "models:/"
 
 
@@ -34,6 +35,12 @@ class ServeSettings(BaseModel):
     header X-Request-Timeout-Seconds may ask for less."""
     max_body_bytes: Positive = 8 * 2**20
     """Longest body of a request; a longer one is answered 413."""
+    api_keys: tuple[Sha256, ...] = ()
+    """SHA-256 in hex of each key that opens the service (`printf %s KEY | sha256sum`); with none, everyone may ask."""
+    requests_per_minute: Positive | None = None
+    """Most requests of one key, or of all where there are no keys, at each ingress; one more is answered 429."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may ask from a browser, such as https://app.example.com; * for all."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """Location of a Jinja file that takes the place of the bundle's own chat template."""
     tool_form: Literal["auto", "hermes", "llama3"] = "auto"
