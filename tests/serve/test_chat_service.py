@@ -298,7 +298,8 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(servic
     """No request may take long: most valid ones end with a documented 408, which is not what is looked for here."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = ["run", f"{service}/openapi.json", "--checks", f"{checks},negative_data_rejection,unsupported_method",
-               "--phases", "coverage", "--seed", "1", "--workers", "4", "--no-color", "-H", "X-Request-Timeout-Seconds: 1"]  # fmt: skip
+               "--phases", "coverage", "--seed", "1", "--workers", "4", "--no-color",
+               "-H", "X-Request-Timeout-Seconds: 1"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", *command],
         cwd=tmp_path, capture_output=True, text=True, check=False,
