@@ -6,6 +6,7 @@ What completions and chats have in common, and completions; chats: `chat_events`
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ DONE = "data: [DONE]\n\n"
 
 
 @dataclass(slots=True, kw_only=True)
-class Reply:
+class Reply(ABC):
     """One response, from the pieces of all its choices."""
 
     reply_id: str
@@ -61,17 +62,17 @@ class Reply:
         """Over all choices."""
         return sum((self._paid(*entry) for entry in self.tallies.items()), Tally())
 
+    @abstractmethod
     def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """JSON of what a stream tells of a piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _last_chunk(self) -> Answer:
         """The chunk without choices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
         """JSON of the response, from the pieces of each choice."""
-        raise NotImplementedError
 
     def _paid(self, index: int, tally: Tally) -> Tally:
         return tally if index % self.n == 0 else replace(tally, prompt_tokens=0)

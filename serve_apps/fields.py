@@ -4,6 +4,7 @@ OpenAI's with vLLM's extensions. How a body becomes a request, or is refused: `r
 """
 
 import secrets
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
@@ -118,9 +119,9 @@ class GenerationFields(Body):
             self.sampling(seed=self.seed or 0)
         self.grammar()
 
+    @abstractmethod
     def sampling(self, seed: int) -> SamplingConfig:
         """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
-        raise NotImplementedError
 
     def grammar(self) -> AskedGrammar | None:
         """What the texts must keep to. Raises ParameterError if that is asked for twice."""
