@@ -153,11 +153,14 @@ def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, mod
         await until(lambda: loop.running == 2)
         waiting = asyncio.create_task(tokens_of(loop, request("c")))
         await until(lambda: loop.waiting == 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(batcher.decoder, "decode_step", lambda plan: 1 / 0)
-            lost = await asyncio.gather(*running, return_exceptions=True)
-            patch.undo()
-            return lost, await waiting
+
+        def fail(plan):
+            monkeypatch.undo()  # before anything can run again
+            return 1 / 0
+
+        monkeypatch.setattr(batcher.decoder, "decode_step", fail)
+        lost = await asyncio.gather(*running, return_exceptions=True)
+        return lost, await waiting
 
     lost, spared = asyncio.run(fail_once())
     assert [str(error) for error in lost] == ["the decoder failed on this request's batch: ZeroDivisionError"] * 2
