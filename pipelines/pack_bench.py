@@ -111,6 +111,9 @@ def main() -> None:
     parser.add_argument("--no-bare", action="store_true", help="measure packing alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
+    for name in ("megabytes", "workers"):
+        if getattr(given, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be above 0")
     with tempfile.TemporaryDirectory(prefix="tidar-pack-bench-") as folder:
         found = measure(Path(folder), given.megabytes, given.workers, given.tokenizer, not given.no_bare)
     if given.json:

@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
+    for name in ("tokens", "documents", "block_len", "repeats", "threads"):
+        if getattr(given, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be above 0")
     torch.set_num_threads(given.threads)
     points = []
     for dtype in given.dtypes:

@@ -96,6 +96,8 @@ class AutoPlanner:
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The choice's plan; where nothing is pending to be verified, drafts are made first."""
         self._steps += 1
+        if len(self._own) > 2 * len(pending):  # requests that were aborted never say that they finished
+            self._own = {request: own for request, own in self._own.items() if request in pending}
         review = self._review(pending.keys(), context)
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
         most = max(pending.values())
@@ -112,6 +114,8 @@ class AutoPlanner:
             for acceptance in (own, self.acceptance):
                 acceptance.observe(step, mood)
             self._own[step.request_id] = own, mood_after(mood, step)
+            if step.finish_reason is not None:
+                del self._own[step.request_id]
 
     def facts(self) -> dict[str, Any]:
         """What it holds to, what that promises over autoregression, and what it has learned; for reports."""
@@ -167,8 +171,8 @@ class AutoPlanner:
         last = self._reviews.get(crowd)
         if last is not None and self._steps < last.due:
             return last
-        if last is None:
-            self._forget_all_but(requests)
+        if last is None:  # reviews of lone requests that are gone
+            self._reviews = {known: review for known, review in self._reviews.items() if isinstance(known, int)}
         ar, *others = self.weigh(requests, context)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
@@ -182,11 +186,6 @@ class AutoPlanner:
         probe_every = self._probe_every(requests, context)
         self._reviews[crowd] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
         return self._reviews[crowd]
-
-    def _forget_all_but(self, requests: KeysView[str]) -> None:
-        """What was known of requests that are gone."""
-        self._own = {request: own for request, own in self._own.items() if request in requests}
-        self._reviews = {crowd: review for crowd, review in self._reviews.items() if isinstance(crowd, int)}
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
         """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among."""

@@ -253,7 +253,7 @@ def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
     assert weighed == [5, 6]
 
 
-def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts_and_forgotten_when_it_is_gone():
+def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
     planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     known(planner, chances([0.5] * K, 0.5))
     for request, n in (("good", 4), ("bad", 1)):
@@ -267,7 +267,22 @@ def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts_and_forgotten_wh
     planner.next_plan({"good": 4}, 10)
     assert planner.choice.mode != "autoregressive"
     planner.next_plan({"new": 1}, 10)
-    assert planner._own == {}
+    assert set(planner._own) <= {"good", "bad"}
+
+
+def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
+    planner = AutoPlanner(table_of(lambda rows: 1.0), K)
+    for turn in range(50):
+        running = {f"{turn}-{i}": 4 for i in range(6)}
+        planner.next_plan(running, 10)
+        reasons = ["stop", "length", "length", None, None, None]  # the last three are aborted after this step
+        planner.observe([DecodeStep(r, (1,), reason, 4, 1, 4) for r, reason in zip(running, reasons)])
+        assert len(planner._own) <= 2 * len(running) + 3
+        assert not {r for r, reason in zip(running, reasons) if reason} & set(planner._own)
+    for turn in range(50):
+        planner.next_plan({f"alone-{turn}": 1}, 10)
+    assert len(planner._own) <= 2
+    assert len(planner._reviews) <= 2
 
 
 def test_a_measured_table_covers_what_was_asked(model):
