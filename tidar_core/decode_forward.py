@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tidar_core.config import ModelConfig
 from tidar_core.kernels import kernels_for
 from tidar_core.kv_cache import KVCache
-from tidar_core.layout import decode_layout, decode_rows
+from tidar_core.layout import decode_rows
 from tidar_core.model import TidarModel
 from tidar_core.visibility import dense_visibility
 
@@ -25,12 +26,16 @@ __all__ = ["DecodeForward"]
 
 
 class DecodeForward:
-    """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module."""
+    """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module, and the
+    rotation of every position. The weights are final."""
 
-    def __init__(self, model: TidarModel, cache: KVCache) -> None:
+    def __init__(self, model: TidarModel, cache: KVCache, *, positions: int) -> None:
+        """positions  that a row may have: 0 up to it"""
         self.model, self.cache = model, cache
+        position_1L = torch.arange(positions, device=cache.pages.device)[None]
+        self._cos_LD, self._sin_LD = (half[0, :, 0] for half in model.rotation(position_1L, cache.pages.dtype))
         self._kernels = kernels_for(cache.pages.device)
-        self._layers = [_LayerWeights.of(layer) for layer in model.layers]
+        self._layers = [_LayerWeights.of(layer, model.config) for layer in model.layers]
 
     def __call__(
         self,
@@ -53,18 +58,18 @@ class DecodeForward:
         """
         config, kernels, page_len = self.model.config, self._kernels, self.cache.page_len
         clean_len = clean_BC.shape[1]
-        position_BR = decode_layout(prefix_len_B, clean_len, groups, width).position
+        position_BR = prefix_len_B[:, None] + decode_rows(clean_len, groups, width, clean_BC.device).position
         own_RR = _own_visibility(clean_len, groups, width, clean_BC.device)
         gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, own_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
         slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
         x = F.embedding(_with_masks(clean_BC, len(groups) * width, config.mask_id), self.model.embedding.weight)
-        cos, sin = (half[:, :, 0] for half in self.model.rotation(position_BR, x.dtype))
+        cos, sin = F.embedding(position_BR, self._cos_LD), F.embedding(position_BR, self._sin_LD)
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):
             x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
             q, k, v = kernels.rotate_and_store(
-                F.linear(x, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, cos, sin, pages, slot_BC,
+                F.linear(x, layer.qkv, layer.qkv_bias), layer.norm, cos, sin, pages, slot_BC,
                 eps=eps, heads=config.heads,
             )  # fmt: skip
             x = F.linear(gather(q, k, v, pages).flatten(2), layer.output, layer.output_bias)
@@ -78,8 +83,8 @@ class _LayerWeights:
     attention_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    norm: Tensor | None
+    """Of the heads of queries and keys."""
     output: Tensor
     output_bias: Tensor | None
     mlp_norm: Tensor
@@ -89,14 +94,16 @@ class _LayerWeights:
     down_bias: Tensor | None
 
     @staticmethod
-    def of(layer: Any) -> "_LayerWeights":
-        attention, mlp = layer.attention, layer.mlp
+    def of(layer: Any, config: ModelConfig) -> "_LayerWeights":
+        attention, mlp, norm = layer.attention, layer.mlp, None
+        if attention.q_norm is not None:
+            of_heads = ((attention.q_norm, config.heads), (attention.k_norm, config.kv_heads))
+            norm = torch.cat([of_head.weight.expand(heads, -1) for of_head, heads in of_heads])
         return _LayerWeights(
             attention_norm=layer.attention_norm.weight,
             qkv=attention.qkv.weight,
             qkv_bias=attention.qkv.bias,
-            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
-            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            norm=norm,
             output=attention.output.weight,
             output_bias=attention.output.bias,
             mlp_norm=layer.mlp_norm.weight,

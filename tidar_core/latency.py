@@ -179,7 +179,7 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
-    read = DecodeForward(model, cache)
+    read = DecodeForward(model, cache, positions=context + rows)
 
     def forward() -> None:
         used_pages = page_count(context, page_len)

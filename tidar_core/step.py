@@ -59,7 +59,9 @@ class Stepper:
 
     def __init__(self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: RowState) -> None:
         self.model, self.draft, self.cache, self.state = model, draft, cache, state
-        self._forward = DecodeForward(model, cache)
+        self._forward = DecodeForward(
+            model, cache, positions=state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
+        )
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
         """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""

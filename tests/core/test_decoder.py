@@ -110,7 +110,7 @@ def group_hidden(model, prompt, drafts, block_len):
     with torch.no_grad():
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
-            hidden = DecodeForward(model, cache)(table, prefix, rows, groups, block_len, -(-start // 4))
+            hidden = DecodeForward(model, cache, positions=40)(table, prefix, rows, groups, block_len, -(-start // 4))
     return hidden[0]
 
 

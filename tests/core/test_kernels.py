@@ -222,13 +222,13 @@ def test_heads_are_normed_rotated_and_stored(triton_set, heads, kv_heads, size, 
     batch, rows, clean_len = 3, 7, 4
     qkv = normal(batch, rows, (heads + 2 * kv_heads) * size, dtype=dtype)
     angle = normal(batch, rows, size // 2, seed=1).repeat(1, 1, 2)
-    weights = (1 + 0.1 * normal(size, seed=2), 1 + 0.1 * normal(size, seed=3)) if with_norm else (None, None)
+    weight = (1 + 0.1 * normal(heads + kv_heads, size, seed=2)).to(dtype) if with_norm else None
     slots = torch.randperm(5 * PAGE_LEN, generator=torch.Generator().manual_seed(4))[: batch * clean_len]
     kept, expected_pages = (normal(5, PAGE_LEN, 2, kv_heads, size, dtype=dtype, seed=5) for _ in range(2))
     rest = (angle.cos().to(dtype), angle.sin().to(dtype))
     found, expected = (
         kernels.rotate_and_store(
-            qkv.clone(), *weights, *rest, pages, slots.view(batch, clean_len).to(DEVICE), eps=1e-6, heads=heads
+            qkv.clone(), weight, *rest, pages, slots.view(batch, clean_len).to(DEVICE), eps=1e-6, heads=heads
         )
         for kernels, pages in ((triton_set, kept), (PLAIN, expected_pages))
     )
@@ -261,10 +261,11 @@ def test_rotation_is_the_model_s_own():
     handed = []
     attention(hidden, rotation, lambda layer, q, k, v: handed.extend((q, k, v)) or q)
     pages = torch.zeros(2, PAGE_LEN, 2, config.kv_heads, config.head_size)
+    weights = [attention.q_norm.weight.expand(config.heads, -1), attention.k_norm.weight.expand(config.kv_heads, -1)]
     with torch.no_grad():
         found = PLAIN.rotate_and_store(
-            attention.qkv(hidden), attention.q_norm.weight, attention.k_norm.weight, rotation[0][:, :, 0],
-            rotation[1][:, :, 0], pages, torch.tensor([[1], [17]]), eps=config.norm_eps, heads=config.heads,
+            attention.qkv(hidden), torch.cat(weights), rotation[0][:, :, 0], rotation[1][:, :, 0], pages,
+            torch.tensor([[1], [17]]), eps=config.norm_eps, heads=config.heads,
         )  # fmt: skip
     torch.testing.assert_close(found, tuple(handed))
     torch.testing.assert_close(pages[:, 1], torch.stack([found[1][:, 0], found[2][:, 0]], 1))

@@ -38,8 +38,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 def rotate_and_store(
     qkv_BRW: Tensor,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
+    norm_weight_ND: Tensor | None,
     cos_BRD: Tensor,
     sin_BRD: Tensor,
     kv_pages: Tensor,
@@ -57,13 +56,12 @@ def rotate_and_store(
     qkv_BRW, write_slot_BC = qkv_BRW.contiguous(), write_slot_BC.contiguous()
     q_BRHD = qkv_BRW.new_empty((batch, rows, heads, size))
     k_BRGD = qkv_BRW.new_empty((batch, rows, kv_heads, size))
-    normed = q_norm_weight is not None and k_norm_weight is not None
     _rotate_kernel[(triton.cdiv(batch * rows, TILE_R), heads + 2 * kv_heads)](
-        qkv_BRW, q_norm_weight if normed else qkv_BRW, k_norm_weight if normed else qkv_BRW,
+        qkv_BRW, qkv_BRW if norm_weight_ND is None else norm_weight_ND,
         cos_BRD.contiguous(), sin_BRD.contiguous(), kv_pages, write_slot_BC, q_BRHD, k_BRGD,
         batch * rows, rows, clean_len, eps, *kv_pages.stride()[:4],
         HEADS=heads, KV_HEADS=kv_heads, HEAD=size, TILE_H=triton.next_power_of_2(size // 2), PAGE_LEN=page_len,
-        TILE_R=TILE_R, NORM=normed, num_warps=4 if size > 64 else 1,
+        TILE_R=TILE_R, NORM=norm_weight_ND is not None, num_warps=4 if size > 64 else 1,
     )  # fmt: skip
     v_BRGD = qkv_BRW[..., (heads + kv_heads) * size :].unflatten(-1, (kv_heads, size))
     return q_BRHD, k_BRGD, v_BRGD
@@ -100,7 +98,7 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["all_rows", "rows", "clean_len"])
 def _rotate_kernel(
-    qkv, q_norm, k_norm, cos, sin, pages, write_slot, q_out, k_out,
+    qkv, norm, cos, sin, pages, write_slot, q_out, k_out,
     all_rows, rows, clean_len, eps, page_p, page_t, page_kind, page_g,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE_H: tl.constexpr, PAGE_LEN: tl.constexpr,
     TILE_R: tl.constexpr, NORM: tl.constexpr,
@@ -117,8 +115,8 @@ def _rotate_kernel(
     if head < HEADS + KV_HEADS:
         if NORM:
             scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD + eps)[:, None]
-            low_weight = _norm_weight(q_norm, k_norm, head, d, half, HEADS, qkv)
-            high_weight = _norm_weight(q_norm, k_norm, head, d + HEAD // 2, half, HEADS, qkv)
+            low_weight = tl.load(norm + head * HEAD + d, mask=half, other=0.0).to(tl.float32)[None, :]
+            high_weight = tl.load(norm + head * HEAD + HEAD // 2 + d, mask=half, other=0.0).to(tl.float32)[None, :]
             low, high = _round(low * scale * low_weight, qkv), _round(high * scale * high_weight, qkv)
         turn = i[:, None] * HEAD + d[None, :]
         cos_low = tl.load(cos + turn, mask=there, other=0.0).to(tl.float32)
@@ -145,16 +143,6 @@ def _rotate_kernel(
         page_at = pages + place[:, None] + d[None, :]
         tl.store(page_at, new_low, mask=clean[:, None] & half[None, :])
         tl.store(page_at + HEAD // 2, new_high, mask=clean[:, None] & half[None, :])
-
-
-@triton.jit
-def _norm_weight(q_norm, k_norm, head, d, real, HEADS: tl.constexpr, like):
-    """Of queries or of keys, by the head; rounded as `like`."""
-    if head < HEADS:
-        weight = tl.load(q_norm + d, mask=real, other=0.0).to(tl.float32)
-    else:
-        weight = tl.load(k_norm + d, mask=real, other=0.0).to(tl.float32)
-    return _round(weight, like)[None, :]
 
 
 @triton.jit
