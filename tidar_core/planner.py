@@ -110,12 +110,13 @@ class AutoPlanner:
     def observe(self, steps: Sequence[DecodeStep]) -> None:
         """Learn from the decode step that `next_plan` was asked for."""
         for step in steps:
-            own, mood = self._own.get(step.request_id) or (Acceptance(self.block_len), NONE)
-            for acceptance in (own, self.acceptance):
-                acceptance.observe(step, mood)
-            self._own[step.request_id] = own, mood_after(mood, step)
+            if step.verified > 1:
+                own, mood = self._own.get(step.request_id) or (Acceptance(self.block_len), NONE)
+                for acceptance in (own, self.acceptance):
+                    acceptance.observe(step, mood)
+                self._own[step.request_id] = own, mood_after(mood, step)
             if step.finish_reason is not None:
-                del self._own[step.request_id]
+                self._own.pop(step.request_id, None)
 
     def facts(self) -> dict[str, Any]:
         """What it holds to, what that promises over autoregression, and what it has learned; for reports."""
@@ -159,11 +160,8 @@ class AutoPlanner:
 
     def _chances(self, requests: Collection[str]) -> list[list[Chances]]:
         """Of each request, where they are few; else of all that ever were."""
-        of_all = self.acceptance.moods()
-        if len(requests) > FEW:
-            return [of_all]
-        own = (self._own.get(request) for request in requests)
-        return [of_all if known is None else known[0].beside(self.acceptance) for known in own]
+        own = [self._own.get(request) for request in requests] if len(requests) <= FEW else [None]
+        return [self.acceptance.moods() if known is None else known[0].beside(self.acceptance) for known in own]
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """What holds for a batch: what was found last, or found anew where that is due."""
@@ -183,7 +181,7 @@ class AutoPlanner:
             best = present
         holds = last is not None and last.choice.cycle == best.cycle
         gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
-        probe_every = self._probe_every(requests, context)
+        probe_every = self._probe_every(requests, context) if best is ar else 0
         self._reviews[crowd] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
         return self._reviews[crowd]
 
@@ -214,3 +212,4 @@ class _Review:
     """Decode step at which the next is made."""
     gap: int
     probe_every: int
+    """Where the choice is autoregressive: steps from one drafted block to the next."""
