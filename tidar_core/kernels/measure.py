@@ -138,9 +138,9 @@ def _fused_call(
         return lambda: kernels.add_rms_norm(x, residual, weight, config.norm_eps), pages
     qkv = normal(batch, rows, (heads + 2 * kv_heads) * size)
     cos, sin = (normal(batch, rows, size // 2).clamp(-1, 1).repeat(1, 1, 2) for _ in range(2))
-    weight = 1 + normal(heads + kv_heads, size) / 8 if config.qk_norm else None
+    norm_weight = 1 + normal(heads + kv_heads, size) / 8 if config.qk_norm else None
     slots = torch.arange(batch * 2 * PAGE_LEN, device=DEVICE).view(batch, -1)[:, : min(rows, 16)]
-    arguments = (qkv, weight, cos, sin, pages, slots)
+    arguments = (qkv, norm_weight, cos, sin, pages, slots)
     return lambda: kernels.rotate_and_store(*arguments, eps=config.norm_eps, heads=heads), pages
 
 
