@@ -5,13 +5,10 @@ from typing import Any
 from pipelines.jobs import TrainJob
 from pipelines.memory import estimated_memory, parameter_count
 from pipelines.samples import check_prompts
-from pipelines.train_start import absolute_job, check_start, finished_bundle, model_config
+from pipelines.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from tidar_core.artifacts import locations
-from tidar_core.artifacts.hf_weights import config_from_hf
-from tidar_core.artifacts.shards import TOKENIZER, Manifest, check_sizes, read_manifest
+from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
 from tidar_core.artifacts.tokenizer import load_tokenizer
-from tidar_core.config import ModelConfig
-from tidar_core.shapes import named_shape
 
 __all__ = ["dry_run"]
 
@@ -25,7 +22,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     check_sizes(job.shards, manifest)
     finished = finished_bundle(job, manifest) is not None
     newest = check_start(job, manifest)
-    model = model_config(newest.cursor) if newest is not None else _starting_config(job, manifest)
+    model = model_config(newest.cursor) if newest is not None else starting_config(job, manifest)
     if job.sample_every:
         tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
         check_prompts(tokenizer, model, job.sample_prompts, job.sample_tokens)
@@ -56,13 +53,6 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         "checkpoint_gib": _gib(12 * count),
         "checkpoints_gib": _gib(12 * count * (job.keep_checkpoints + (job.keep_best if job.validate_every else 0) + 1)),
     }
-
-
-def _starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
-    if job.shape is not None:
-        return named_shape(job.shape, vocab_len=manifest.vocab_len)
-    assert job.init_from is not None
-    return config_from_hf(locations.read_json(locations.join(job.init_from, "config.json")))
 
 
 def _gib(count: int) -> float:

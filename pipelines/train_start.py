@@ -6,13 +6,16 @@ from pipelines.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folde
 from pipelines.jobs import TrainJob
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
+from tidar_core.artifacts.hf_weights import config_from_hf, require_rows
 from tidar_core.artifacts.made_by import MADE_BY
 from tidar_core.artifacts.shards import Manifest
 from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.config import ModelConfig, RopeScaling
 from tidar_core.errors import ConfigError
+from tidar_core.sequence_parallel import require_equal_heads, require_equal_runs
+from tidar_core.shapes import named_shape
 
-__all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run"]
+__all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
 
 
 def absolute_job(job: TrainJob) -> TrainJob:
@@ -41,7 +44,8 @@ def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
 
 def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
     """The checkpoint that the job goes on from, if there is one. Refuses shards without rows, and a start that cannot
-    be: another run's checkpoint or none, no model, no whole bundle, another tokenizer."""
+    be: another run's checkpoint or none, no model, no whole bundle, another tokenizer, a model or rows that the job
+    cannot train."""
     if manifest.splits["train"].rows == 0:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
     if job.validate_every and manifest.splits["held_out"].rows == 0:
@@ -51,9 +55,11 @@ def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
         whole = [find_checkpoint(job.resume_from)]
     if whole:
         refuse_other_run(job, whole[-1], manifest)
+        _check_fit(job, model_config(whole[-1].cursor), manifest)
         return whole[-1]
     if job.init_from is not None:
         _check_weights(job, job.init_from, manifest)
+    _check_fit(job, starting_config(job, manifest), manifest)
     return None
 
 
@@ -82,6 +88,28 @@ def model_config(cursor: Cursor) -> ModelConfig:
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     return ModelConfig(**values)
+
+
+def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
+    """Of the model that a new run begins with; its mask token may come after."""
+    if job.shape is not None:
+        return named_shape(job.shape, vocab_len=manifest.vocab_len)
+    assert job.init_from is not None
+    return config_from_hf(locations.read_json(locations.join(job.init_from, "config.json")))
+
+
+def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
+    """Raise where no train step could be made of such rows by such a model."""
+    require_rows(model, manifest.vocab_len)
+    row_len, dual = manifest.row_len, job.objective == "dual"
+    if dual and job.block_len >= row_len:
+        raise ConfigError(
+            f"block_len is {job.block_len}; rows of {job.shards} have {row_len} tokens, and the first block of a row "
+            "is never learnt: give shorter blocks, or pack longer rows"
+        )
+    mask_len = job.recipe.mask_len(row_len, job.block_len) if dual else 0
+    require_equal_runs(job.sequence_parallel, row_len, mask_len)
+    require_equal_heads(job.sequence_parallel, model.heads)
 
 
 def _check_weights(job: TrainJob, folder: str, manifest: Manifest) -> None:

@@ -90,7 +90,7 @@ def dual_mode_batch(
     if draws is not None and recipe.masking == "random":
         masks = masks.partly_shown(input_ids_BS, draws)
     if draws is not None and recipe.block_share < 1:
-        masks = masks.some_blocks(max(max(recipe.block_lens, default=block_len), int(recipe.block_share * S)), draws)
+        masks = masks.some_blocks(recipe.mask_len(S, block_len), draws)
     return TrainBatch(
         torch.cat([input_ids_BS, masks.token], 1),
         layout[..., :S].then(masks.layout),

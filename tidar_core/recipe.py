@@ -68,6 +68,12 @@ class Recipe:
         )
         return self
 
+    def mask_len(self, row_len: int, block_len: int) -> int:
+        """Tokens of the mask half of a row; `block_len` where the recipe names no lengths of its own."""
+        if self.block_share == 1:
+            return row_len
+        return max(max(self.block_lens, default=block_len), int(self.block_share * row_len))
+
     @property
     def draws(self) -> bool:
         """Whether a row needs a number that its choices follow from."""

@@ -21,7 +21,7 @@ from tidar_core.attention import Attention
 from tidar_core.dual_mode import TrainBatch
 from tidar_core.errors import ConfigError
 
-__all__ = ["SequenceParallel", "activation_bytes"]
+__all__ = ["SequenceParallel", "activation_bytes", "require_equal_heads", "require_equal_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,7 @@ class SequenceParallel:
         """This worker's tokens and labels of whole rows."""
         S, W = batch.ar_target_BS.shape[1], self.workers
         M = batch.token_BL.shape[1] - S
-        if S % W or M % W:
-            raise ConfigError(
-                f"sequence_parallel is {W}; it must divide the {S} tokens of a row and the {M} of its mask half"
-            )
+        require_equal_runs(W, S, M)
         clean, masks = (slice(n // W * self.rank, n // W * (self.rank + 1)) for n in (S, M))
 
         def both(x: Tensor) -> Tensor:
@@ -110,14 +107,28 @@ def activation_bytes(module: nn.Module) -> Iterator[list[int]]:
     held.append(sum(kept.values()))
 
 
+def require_equal_runs(workers: int, row_len: int, mask_len: int) -> None:
+    """Raise ConfigError where the workers cannot hold equal runs of both halves of a row."""
+    if row_len % workers or mask_len % workers:
+        raise ConfigError(
+            f"sequence_parallel is {workers}; it must divide the {row_len} tokens of a row and the {mask_len} of its "
+            "mask half"
+        )
+
+
+def require_equal_heads(workers: int, heads: int) -> None:
+    """Raise ConfigError where the workers cannot be given equally many heads."""
+    if heads % workers:
+        raise ConfigError(f"sequence_parallel is {workers}; it must divide the model's {heads} heads")
+
+
 class _TradedAttention:
     def __init__(self, workers: SequenceParallel, whole: Attention, clean_len: int) -> None:
         self.workers, self.whole, self.clean_len = workers, whole, clean_len
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
         heads, kv_heads, W = q_BLHD.shape[2], k_BLHD.shape[2], self.workers.workers
-        if heads % W:
-            raise ConfigError(f"sequence_parallel is {W}; it must divide the model's {heads} heads")
+        require_equal_heads(W, heads)
         if kv_heads % W:
             k_BLHD, v_BLHD = (x.repeat_interleave(heads // kv_heads, 2) for x in (k_BLHD, v_BLHD))
         q, k, v = (self.workers.by_heads(x, self.clean_len) for x in (q_BLHD, k_BLHD, v_BLHD))

@@ -1,5 +1,6 @@
 """What a job will do is known before it starts: steps, memory, refusals; nothing is written."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipelines.checkpoints import CheckpointStore, Cursor
 from pipelines.dry_run import dry_run
 from pipelines.jobs import TrainJob, read_job
 from pipelines.memory import activation_bytes, estimated_memory, parameter_count
-from tidar_core.errors import BundleError, ConfigError, ShardError, UserError
+from tidar_core.errors import BundleError, ConfigError, ShardError, UserError, WeightsError
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
 from tidar_core.shapes import named_shape
@@ -53,6 +54,10 @@ def test_a_dry_run_says_steps_tokens_and_memory_and_writes_nothing(shards):
         ({"shape": None, "resume_from": "/nowhere.run"}, UserError, "no whole checkpoint"),
         ({"sample_every": 5, "sample_prompts": [""]}, ConfigError, "sample_prompts"),
         ({"sample_every": 5, "sample_tokens": 500}, ConfigError, "128 at most"),
+        ({"workers": 3, "sequence_parallel": 3}, ConfigError, "3; it must divide the 32 tokens of a row and the 32 of"),
+        ({"sequence_parallel": 2, "block_share": 0.3, "block_len": 5}, ConfigError, "row and the 9 of its mask half"),
+        ({"workers": 8, "sequence_parallel": 8}, ConfigError, "8; it must divide the model's 4 heads"),
+        ({"block_len": 32}, ConfigError, "block_len is 32; rows of .* have 32 tokens"),
     ],
 )
 def test_a_dry_run_refuses_what_training_would_refuse(shards, changes, error, words):
@@ -111,6 +116,16 @@ def test_a_bundle_to_start_from_is_verified_before_anything_runs(shards, tmp_pat
     weights = Path(bundle, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"model\.safetensors"):
+        dry_run(job(shards, shape=None, init_from=str(bundle)))
+
+
+def test_a_model_without_a_row_for_each_id_of_the_shards_tokenizer_is_refused(shards, tmp_path):
+    bundle = Path(save_tiny_bundle(tmp_path / "bundle"))
+    for name in ("tidar.json", "tokenizer.json"):
+        (bundle / name).unlink()
+    config = json.loads((bundle / "config.json").read_text())
+    (bundle / "config.json").write_text(json.dumps(config | {"vocab_size": 299}))
+    with pytest.raises(WeightsError, match="300 ids and the model 299 rows"):
         dry_run(job(shards, shape=None, init_from=str(bundle)))
 
 

@@ -21,7 +21,7 @@ from tidar_core.errors import WeightsError
 from tidar_core.model import TidarModel
 from tidar_core.recipe import mask_embedding
 
-__all__ = ["config_from_hf", "config_to_hf", "load_model", "save_model", "with_mask_token"]
+__all__ = ["config_from_hf", "config_to_hf", "load_model", "require_rows", "save_model", "with_mask_token"]
 
 FILE_BYTES = 5 * 10**9
 """Largest safetensors file written."""
@@ -87,6 +87,14 @@ def save_model(model: TidarModel, folder: str | Path, *, eos_id: int | None = No
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def require_rows(config: ModelConfig, vocab_len: int) -> None:
+    """Raise WeightsError where the model has no row for some id of its tokenizer, 0..vocab_len - 1."""
+    if vocab_len > config.vocab_size:
+        raise WeightsError(
+            f"the tokenizer has {vocab_len} ids and the model {config.vocab_size} rows; use the tokenizer of this model"
+        )
+
+
 def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> TidarModel:
     """The same model with a mask token: the first row that no token of text uses, or new rows where there is none.
 
@@ -96,10 +104,7 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
     see `tidar_core.recipe.start_mask_token`.
     """
     old = model.config
-    if vocab_len > old.vocab_size:
-        raise WeightsError(
-            f"the tokenizer has {vocab_len} ids and the model {old.vocab_size} rows; use the tokenizer of this model"
-        )
+    require_rows(old, vocab_len)
     grown = old.vocab_size if vocab_len < old.vocab_size else (vocab_len // 64 + 1) * 64
     weight = model.embedding.weight
     config = replace(old, vocab_size=grown, mask_id=vocab_len)
