@@ -41,7 +41,7 @@ BLOCK_LEN = 8
 ROW_LEN = 256
 ROWS_PER_STEP = 8
 WARMUP = 0.1
-"""Of the steps: with the 0.03 of the paper's long runs, a model this small jumps to a rate that it never recovers from."""
+"""Of the steps: with the 0.03 of the paper's long runs, a model this small never recovers from the first high rates."""
 AR_SHARE = 0.2
 """Of the training budget; the dual-mode phase trains the AR half as well."""
 DUAL_ALPHA = 0.5
