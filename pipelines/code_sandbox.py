@@ -2,7 +2,8 @@
 
 A separate process in namespaces of its own (see `jail`): no network, a read-only root without the user's files, a small
 folder to write in, limits on processors, memory, files and processes, an empty environment, a wall clock after which
-everything in there is killed. Where the machine does not allow that, nothing is run.
+everything in there is killed. Where the machine allows no namespaces, Landlock and a filter of system calls stand in
+for them; where it allows neither, nothing is run.
 """
 
 import json
@@ -73,15 +74,10 @@ class Outcome:
     """`passed`, `timed out`, or how it ended and its last words."""
 
 
-@cache
 def isolation() -> str:
     """What programs are shut in by on this machine, in words. Raises ConfigError where they cannot be."""
-    outcome = run_program("import os\nassert os.getpid() == 2")
-    if not outcome.passed:
-        raise ConfigError(
-            f"programs of a model cannot be shut in on this machine ({outcome.reason}); none is run: run as root, or "
-            "allow user namespaces (Linux 5.12 or later), or leave allow_code_execution off"
-        )
+    if _fence_needed():
+        return "Landlock and a filter of system calls, no namespaces, our user without privileges, resource limits"
     kinds = "mount, pid, network, ipc and uts" if os.getuid() == 0 else "user, mount, pid, network, ipc and uts"
     user = "a user of its own" if os.getuid() == 0 else "our user without privileges"
     return f"{kinds} namespaces, read-only root, {user}, resource limits"
@@ -92,11 +88,30 @@ def run_program(source: str, limits: Limits | None = None, *, readable: Sequence
 
     readable  folders that the program may read besides
     """
-    limits = limits or Limits()
+    return _run(source, limits or Limits(), readable, fence=_fence_needed())
+
+
+@cache
+def _fence_needed() -> bool:
+    """Whether this machine allows the fence alone. Raises ConfigError where it allows nothing."""
+    outcome = _run("import os\nassert os.getpid() == 2", Limits(), (), fence=False)
+    if outcome.passed:
+        return False
+    fenced = _run("pass", Limits(), (), fence=True)
+    if fenced.passed:
+        return True
+    raise ConfigError(
+        f"programs of a model cannot be shut in on this machine ({outcome.reason}; {fenced.reason}); none is run: run "
+        "as root, or allow user namespaces (Linux 5.12) or Landlock (5.13), or leave allow_code_execution off"
+    )
+
+
+def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -> Outcome:
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="tidar-jail-") as root, tempfile.TemporaryFile() as output:
         settings = {
             "token": token,
+            "fence": fence,
             "root": root,
             "uid": FIRST_UID + secrets.randbelow(UIDS),
             "readable": [*dict.fromkeys([sys.prefix, sys.base_prefix, *readable])],

@@ -6,15 +6,22 @@ Own mount, pid, network, ipc and host-name namespaces (as root), and a user name
 an empty tmpfs with the interpreter and the system's libraries bound into it, all of it read-only but a small /tmp;
 there is no /proc, no network interface, no host process. When this process dies, everything in the sandbox dies.
 
+Where namespaces are not allowed, settings that say `fence` build a lower wall of what every user may ask for: Landlock
+(the same folders are readable, one small folder is writable) and a filter of system calls (no socket, no process but
+this one, no signal to another, no way to change a file's owner, mode or times). Weaker than the first: the program can
+see that other files exist, and its files are limited one by one.
+
 The standard library alone: nothing of the project can be imported from in here.
 """
 
 import ctypes
+import errno
 import json
 import os
 import platform
 import resource
 import signal
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,12 +41,53 @@ SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYSTEM_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+PR_SET_SECUREBITS, SECURE_NO_ROOT = 28, 3
+"""For good: over execve, root keeps no privilege."""
+SECCOMP_KILL, SECCOMP_ERRNO, SECCOMP_ALLOW = 0x80000000, 0x50000, 0x7FFF0000
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_SET, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE, ARGUMENT_0 = 0, 4, 16
+"""Places in what a filter is told of a call."""
+X32 = 0x40000000
+CLONE_THREAD = 0x10000
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""Column of the tables below, and the kernel's name."""
+DENIED = {
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "io_uring_setup": (425, 425),
+    "fork": (57, None), "vfork": (58, None), "setsid": (112, 157), "setpgid": (109, 154), "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
+    "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    "truncate": (76, 45), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
+    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186),
+    "msgctl": (71, 187), "semget": (64, 190), "semctl": (66, 191), "mq_open": (240, 180), "mq_unlink": (241, 181),
+}  # fmt: skip
+"""System calls that the fence refuses: on x86-64, on ARM."""
+CLONE, CLONE3, PRCTL = (56, 220), (435, 435), (157, 167)
+KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
+SYS_LANDLOCK = 444
+"""landlock_create_ruleset; add_rule and restrict_self follow it."""
+LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
+"""How many rights over files Landlock knows since each of its versions."""
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(settings: dict[str, Any], command: list[str]) -> int:
     """Build the sandbox, run `command` in it, and give its exit code; 128 and the signal's number if one killed it."""
     _call("prctl", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    if settings["fence"]:
+        return _fenced(settings, command)
     uid = _unshare(settings["uid"])
     init = os.fork()  # the first process of the new pid namespace: when it dies, the kernel kills all others there
     if init:
@@ -55,6 +103,79 @@ def main(settings: dict[str, Any], command: list[str]) -> int:
     while (ended := os.wait())[0] != program:
         pass
     os._exit(_code(ended[1]))
+
+
+def _fenced(settings: dict[str, Any], command: list[str]) -> int:
+    """Run `command` behind the fence, in the folder that was to be its root, and give its exit code."""
+    folder, parent = settings["root"], os.getpid()
+    program = os.fork()
+    if not program:
+        _call("prctl", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(REFUSED)
+        # processes are counted over all that our user runs, and the filter allows none anyway
+        _limit({name: value for name, value in settings["limits"].items() if name != "RLIMIT_NPROC"})
+        if os.getuid() == 0:
+            _call("prctl", libc.prctl(PR_SET_SECUREBITS, SECURE_NO_ROOT))
+        _call("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        os.chdir(folder)
+        _landlock(folder, [*SYSTEM_FOLDERS, *settings["readable"]])
+        _filter_calls(os.getpid())
+        os.execve(command[0], command, settings["environment"] | {"HOME": folder, "TMPDIR": folder})
+    return _code(os.waitpid(program, 0)[1])
+
+
+def _landlock(folder: str, readable: list[str]) -> None:
+    """Nothing but `folder` can be written from now on, and nothing but it and `readable` read."""
+    version = libc.syscall(SYS_LANDLOCK, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        _call("landlock", version)
+    handled = (1 << max(count for since, count in LANDLOCK_RIGHTS.items() if since <= version)) - 1
+    attributes = ctypes.c_uint64(handled)
+    rules = libc.syscall(SYS_LANDLOCK, ctypes.byref(attributes), ctypes.c_size_t(8), 0)
+    if rules < 0:
+        _call("landlock", rules)
+    allowed = dict.fromkeys(readable, EXECUTE | READ_FILE | READ_DIR) | dict.fromkeys(DEVICES, READ_FILE | WRITE_FILE)
+    for path, rights in (allowed | {folder: handled}).items():
+        if os.path.exists(path):
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rule = rights.to_bytes(8, sys.byteorder) + place.to_bytes(4, sys.byteorder)
+            _call(f"landlock {path}", libc.syscall(SYS_LANDLOCK + 1, rules, 1, rule, 0))
+            os.close(place)
+    _call("landlock", libc.syscall(SYS_LANDLOCK + 2, rules, 0))
+    os.close(rules)
+
+
+def _filter_calls(own_pid: int) -> None:
+    """Refuse the calls above from now on: of those that name a process, all that do not name this one."""
+    column, architecture = MACHINES[platform.machine()]
+    refuse, allow = (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.EPERM), (BPF_RETURN, 0, 0, SECCOMP_ALLOW)
+    lines = [(BPF_LOAD, 0, 0, ARCHITECTURE), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, SECCOMP_KILL),
+             (BPF_LOAD, 0, 0, NUMBER)]  # fmt: skip
+    if platform.machine() == "x86_64":
+        lines += [(BPF_AT_LEAST, 0, 1, X32), refuse]  # the same calls under other numbers
+    for numbers in DENIED.values():
+        if (number := numbers[column]) is not None:
+            lines += [(BPF_EQUAL, 0, 1, number), refuse]
+    lines += [
+        (BPF_EQUAL, 0, 1, CLONE3[column]),
+        (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.ENOSYS),
+    ]  # then clone is tried
+    for numbers, test, value in (
+        (CLONE, BPF_SET, CLONE_THREAD),
+        (KILL, BPF_EQUAL, own_pid),
+        (TGKILL, BPF_EQUAL, own_pid),
+    ):
+        lines += [(BPF_EQUAL, 0, 4, numbers[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (test, 1, 0, value), refuse, allow]
+    for number, first, second in ((PRLIMIT[column], 0, own_pid),):
+        lines += [(BPF_EQUAL, 0, 5, number), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 2, 0, first),
+                  (BPF_EQUAL, 1, 0, second), refuse, allow]  # fmt: skip
+    lines += [(BPF_EQUAL, 0, 3, PRCTL[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 0, 1, PR_SET_PDEATHSIG),
+              refuse, allow]  # fmt: skip
+    code = b"".join(struct.pack("=HBBI", *line) for line in lines)
+    kept = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(lines), ctypes.addressof(kept))
+    _call("seccomp", libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
 
 
 def _unshare(uid: int) -> int:

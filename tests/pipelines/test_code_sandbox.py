@@ -20,7 +20,8 @@ SHORT = Limits(seconds=2, processes=8)
 @pytest.fixture(autouse=True)
 def sandbox():
     try:
-        isolation()
+        if isolation().startswith("Landlock"):
+            pytest.skip("no namespaces are allowed here; what stands in for them is tested in test_fence")
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -184,11 +185,3 @@ print(run_program("import os; os.setuid(0)").reason)
     assert [reason.split("] ")[1].split(":")[0] for reason in said[1:]] == [
         "Network is unreachable", "Read-only file system", "Invalid argument",  # the last: there is no root in there
     ]  # fmt: skip
-
-
-def test_where_no_sandbox_can_be_built_nothing_is_run(tmp_path):
-    code = "from pipelines.code_sandbox import isolation; isolation()"
-    forbid = f"echo 0 > /proc/sys/user/max_net_namespaces; {sys.executable} -B -c '{code}'"
-    said = unprivileged("--map-root-user", "sh", "-c", forbid)
-    assert "programs of a model cannot be shut in on this machine (refused: [Errno 28] unshare: " in said
-    assert "none is run" in said
