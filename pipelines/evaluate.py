@@ -17,7 +17,7 @@ from pipelines.board import pin, watched_board
 from pipelines.cluster import connect, original_error
 from pipelines.jobs import EvaluateJob
 from pipelines.report import REPORT, report_metrics, write_report
-from pipelines.scores import PARENT, scores, task_rows, tasks_in_mode
+from pipelines.scores import PARENT, SERVICE, scores, service_model, service_scores, task_rows, tasks_in_mode
 from pipelines.tasks import check_tasks
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
@@ -75,6 +75,7 @@ def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     def keep(report: dict[str, Any]) -> None:
         registry.log_metrics(tracking_uri, run_id, report_metrics(report), 0)
+        registry.log_data(tracking_uri, run_id, job.shards, report["shards"], "evaluation")
         for path in sorted(locations.local_copy(job.output).iterdir()):
             registry.log_artifact(tracking_uri, run_id, str(path))
 
@@ -96,6 +97,7 @@ def _on_node(job: EvaluateJob, board: Any) -> dict[str, Any]:
         done += 1
         pin(board, done, {})
 
+    service = service_model(job)
     verify_shards(job.shards)
     device = "cuda" if job.gpus else "cpu"
     reader = ShardReader(job.shards, "held_out")
@@ -104,6 +106,10 @@ def _on_node(job: EvaluateJob, board: Any) -> dict[str, Any]:
     found: dict[str, list[TaskScore]] = {
         mode: scores(job, bundle, mode, tasks_in_mode(job, mode), advance) for mode in job.task_modes
     }
+    report["service"] = None
+    if service is not None:
+        report["service"] = {name: service.card[name] for name in ("id", "mode")} | {"address": service.service}
+        found[SERVICE] = service_scores(job, service, advance)
     texts, report["parent"] = report.pop("texts"), None
     if job.parent is not None:
         parent = _parent(job.parent, bundle, device)
@@ -119,8 +125,9 @@ def _parts(job: EvaluateJob) -> int:
     runs = [(len(MODES), job.prompts + sum(len(tasks_in_mode(job, mode)) for mode in job.task_modes))]
     if job.parent is not None:
         runs.append((1, len(job.tasks)))
+    over_http = len(job.tasks) if job.service is not None else 0
     losses = -(-job.loss_rows // ROWS_AT_ONCE)
-    return sum(
+    return over_http + sum(
         losses + own + prompts_in_all(job.prompts, modes=modes, batch=job.batch, repeats=job.repeats)
         for modes, own in runs
     )

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from tidar_core.artifacts.settings_file import read_mapping
 from tidar_core.errors import ConfigError
 from tidar_core.recipe import Recipe
 
@@ -300,6 +300,13 @@ class EvaluateJob(Job):
     """Answers generated together; no score depends on it."""
     task_context: Positive = 4096
     """Most tokens of a task's prompt and answer, as far as the model goes; longer prompts lose their beginning."""
+    service: str | None = None
+    """A running service of this bundle, such as http://HOST:8000/v1: the tasks are asked of it too, over HTTP; of
+    it alone where `task_modes` is []."""
+    service_model: str | None = None
+    """What the service calls the bundle; needed where it serves several models."""
+    service_key_env: str | None = None
+    """Environment variable, where the job runs, that holds the service's API key. The key itself is in no file."""
     allow_code_execution: bool = False
     """Run the programs that the model writes for code tasks, in a sandbox."""
     gpus: Annotated[int, Field(ge=0)] = 0
@@ -307,6 +314,14 @@ class EvaluateJob(Job):
     tracking_uri: str | None = None
     """MLflow server or SQLite file that keeps the report as well, beside the training run; none by default."""
     experiment: str = "tidar"
+
+    @model_validator(mode="after")
+    def _somebody_is_asked(self) -> Self:
+        if self.tasks and not self.task_modes and self.service is None:
+            raise ValueError(
+                "task_modes is [] and no service is given; tasks need one of them; give a mode or a service"
+            )
+        return self
 
 
 class PublishJob(Job):
@@ -335,15 +350,7 @@ J = TypeVar("J", bound=Job)
 
 def read_job(kind: type[J], path: str | Path) -> J:
     """The job in the YAML file at `path`. Raises ConfigError with one line that names every wrong key."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"job file {path} does not exist; give the path of a YAML file such as infra/jobs/*.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"job file {path} holds {type(values).__name__}; it must be a mapping of keys to values")
+    values = read_mapping(path, "job file", "infra/jobs/*.yaml")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -18,6 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from pipelines.code_sandbox import isolation, run_program
 from pipelines.jobs import TaskJob
 from pipelines.lm_eval_model import LmEvalModel, Told
+from pipelines.lm_eval_service import ServiceModel
 from pipelines.tasks import PAPER_TASKS, program, read_rows
 from tidar_core.artifacts import locations
 from tidar_core.errors import ConfigError
@@ -60,7 +61,7 @@ class TaskScore:
         return {name: getattr(self, name) for name in names}
 
 
-def run_task(model: LmEvalModel, job: TaskJob) -> TaskScore:
+def run_task(model: LmEvalModel | ServiceModel, job: TaskJob) -> TaskScore:
     """What the model scores on a task of a job."""
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -69,7 +70,7 @@ def run_task(model: LmEvalModel, job: TaskJob) -> TaskScore:
         return _run(model, job, _built(job, cache))
 
 
-def _run(model: LmEvalModel, job: TaskJob, built: list[ConfigurableTask]) -> TaskScore:
+def _run(model: LmEvalModel | ServiceModel, job: TaskJob, built: list[ConfigurableTask]) -> TaskScore:
     tasks = {task.config.task: task for task in built}
     model.told = defaultdict(Told)
     try:

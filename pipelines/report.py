@@ -50,6 +50,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
                 f"# Report on {report['bundle']}",
                 f"Bundle hash `{report['bundle_hash']}`, block length {report['block_len']}.",
                 *([_of_parent(parent)] if parent else []),
+                *([_of_service(service)] if (service := report.get("service")) else []),
                 _table(("held-out measure", "value", *(["parent"] if parent else [])), _measures(report)),
                 _table(
                     ("mode", "tokens/s (spread)", "tokens per forward", "tokens per round", "first token, ms", "as AR"),
@@ -82,6 +83,10 @@ def _of_parent(parent: Mapping[str, Any]) -> str:
     link = "which it was trained from" if parent["is_start"] else "which its lineage does not name"
     identity = "" if parent["hash"] == parent["location"] else f" (`{parent['hash'][:12]}`)"
     return f"Compared with the AR checkpoint {parent['location']}{identity}, {link}."
+
+
+def _of_service(service: Mapping[str, Any]) -> str:
+    return f"Tasks were asked over HTTP of {service['address']} as {service['id']}, which decodes {service['mode']}."
 
 
 def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,7 @@
-"""What do a job's tasks say of a bundle, mode by mode, and of its parent?"""
+"""What do a job's tasks say of a bundle, mode by mode and as it is served, and of its parent?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipelines.jobs import EvaluateJob, TaskJob
@@ -9,12 +10,16 @@ from tidar_core.artifacts.bundle import Bundle
 from tidar_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipelines.lm_eval_model import LmEvalModel
+    from pipelines.lm_eval_service import ServiceModel
     from pipelines.lm_eval_tasks import TaskScore
 
-__all__ = ["PARENT", "scores", "task_rows", "tasks_in_mode"]
+__all__ = ["PARENT", "SERVICE", "scores", "service_model", "service_scores", "task_rows", "tasks_in_mode"]
 
 PARENT = "parent"
 """Stands where a mode would, for the AR checkpoint."""
+SERVICE = "service"
+"""Stands where a mode would, for the bundle as it is served."""
 
 
 def tasks_in_mode(job: EvaluateJob, mode: str) -> list[TaskJob]:
@@ -31,17 +36,24 @@ def scores(
     """
     if not tasks:
         return []
-    try:
+    with _lm_eval_needed():
         from pipelines.lm_eval_model import LmEvalModel
-        from pipelines.lm_eval_tasks import run_task
-    except ImportError as error:
-        raise ConfigError(f"tasks need lm-eval, which is not installed ({error}); pip install 'tidar[eval]'") from error
     model = LmEvalModel(bundle, mode=mode, batch_size=job.task_batch, context_len=job.task_context)
-    found = []
-    for task in tasks:
-        found.append(run_task(model, task))
-        advance()
-    return found
+    return _scores_of(model, tasks, advance)
+
+
+def service_model(job: EvaluateJob) -> "ServiceModel | None":
+    """The service that the job asks; None where it names none. Raises ConfigError if that serves something else."""
+    if job.service is None:
+        return None
+    with _lm_eval_needed():
+        from pipelines.lm_eval_service import ServiceModel
+    return ServiceModel(job)
+
+
+def service_scores(job: EvaluateJob, service: "ServiceModel", advance: Callable[[], None]) -> "list[TaskScore]":
+    """What the service scores on the job's tasks."""
+    return _scores_of(service, job.tasks, advance)
 
 
 def task_rows(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, Any]]:
@@ -60,3 +72,23 @@ def task_rows(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, Any]
                 row["modes"][mode] = one.figures()
                 texts.setdefault(one.task, set()).add(one.texts)
     return [row | {"modes_say_the_same": len(texts[name]) == 1} for name, row in rows.items()]
+
+
+def _scores_of(
+    model: "LmEvalModel | ServiceModel", tasks: Sequence[TaskJob], advance: Callable[[], None]
+) -> "list[TaskScore]":
+    from pipelines.lm_eval_tasks import run_task
+
+    found = []
+    for task in tasks:
+        found.append(run_task(model, task))
+        advance()
+    return found
+
+
+@contextmanager
+def _lm_eval_needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"tasks need lm-eval, which is not installed ({error}); pip install 'tidar[eval]'") from error

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from serve_apps.origins import Decoding
+
 __all__ = [
     "Answer",
     "Choice",
@@ -94,6 +96,8 @@ class Choice(BaseModel):
     prompt_token_ids: list[int] | None = None
     """Where asked for; with the first piece of a stream."""
     token_ids: list[int] | None = None
+    decoding: Decoding | None = None
+    """Where asked for."""
 
 
 class Answer(BaseModel):
@@ -128,11 +132,6 @@ class ModelCard(BaseModel):
     block_len: int
     bundle_hash: str
     mode: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Same weights, same way of decoding: same string."""
-        return f"{self.bundle_hash[:12]}-{self.mode}-{self.block_len}"
 
 
 class ModelList(BaseModel):

@@ -19,26 +19,27 @@ from collections.abc import Iterator
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from serve_apps.access import Access
-from serve_apps.answers import ModelCard
-from serve_apps.decoder_app import DecoderApp, Served
+from serve_apps.decoder_app import DecoderApp
+from serve_apps.engine import PROVE_SECONDS
 from serve_apps.http_app import HttpApp
 from serve_apps.limits import Limits
-from serve_apps.settings import ServeSettings
+from serve_apps.scaling import autoscaling
+from serve_apps.served import look_up
+from serve_apps.settings import DRAIN_SECONDS, ServeSettings
+from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
-from tidar_core.artifacts import locations, registry
-from tidar_core.artifacts.hf_weights import config_from_hf
 from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["APP_NAME", "build_app", "check_port", "look_up", "run", "shutdown"]
+__all__ = ["APP_NAME", "build_app", "check_port", "run", "shutdown"]
 
 APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
-DRAIN_SECONDS = 60.0
-"""A replica that is told to stop finishes what it has, for at most this long."""
 DRAIN_LOOK_SECONDS = 0.2
 OBJECT_STORE_BYTES = 256 * 2**20
 QUIET = {
@@ -46,6 +47,14 @@ QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+LEAN = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours holds an event loop up for long
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
+}
+"""They make each piece of text cheaper on its way. A cluster's nodes have the same in their manifests."""
+
+logger = logging.getLogger("ray.serve")
 
 _started_ray = False
 """This process's Ray was started by `run`, so `shutdown` ends it. Ray is one per process; so is this."""
@@ -58,28 +67,37 @@ def build_app(settings: ServeSettings) -> serve.Application:
     """
     served, card = look_up(settings)
     most = settings.rows + settings.max_waiting
+    watcher = None
+    if settings.follow_alias_seconds is not None:
+        watching = serve.deployment(
+            name="watcher",
+            max_ongoing_requests=4 * settings.max_replicas + 100,  # new replicas and ingresses that ask
+            ray_actor_options={"num_cpus": INGRESS_CPUS},
+        )(WatcherApp)
+        watcher = watching.bind(served, card)
     decoder = serve.deployment(
-        name="decoder",
+        name=DECODER,
+        user_config=None if watcher is None else {"watched": True},  # so that a new replica asks what is current
         max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.target_ongoing_requests or settings.rows,
-        ),
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        autoscaling_config=autoscaling(settings),
+        health_check_timeout_s=PROVE_SECONDS + 10,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(DecoderApp)
     ingress = serve.deployment(
         name="http",
         max_ongoing_requests=4 * most * settings.max_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(HttpApp)
     limits = Limits(seconds=settings.request_seconds, body_bytes=settings.max_body_bytes)
     access = Access(keys=settings.api_keys, per_minute=settings.requests_per_minute)
-    return ingress.bind(decoder.bind(served), card, limits, access, settings.cors_origins)
+    return ingress.bind(
+        decoder.bind(served, watcher), card, limits, access, settings.cors_origins, watcher,
+        sleeps=settings.min_replicas == 0, vllm_names=settings.vllm_metric_names,
+    )  # fmt: skip
 
 
 def run(settings: ServeSettings, *, blocking: bool = True) -> None:
@@ -103,7 +121,7 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
         raise
     finally:
         if ended:
-            shutdown()
+            shutdown(settings.drain_seconds)
 
 
 def check_port(settings: ServeSettings) -> None:
@@ -121,11 +139,15 @@ def check_port(settings: ServeSettings) -> None:
         ) from error
 
 
-def shutdown() -> None:
-    """End the service, after the requests in flight; and Ray, if `run` started it."""
+def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
+    """End the service, and Ray, if `run` started it.
+
+    drain_seconds  what has begun may go on for so long; nothing begins any more
+    """
     global _started_ray
     if ray.is_initialized():
         with _quiet():
+            _drain(drain_seconds)
             serve.shutdown()
             if _started_ray:
                 ray.shutdown()
@@ -142,32 +164,16 @@ def start_error(message: str) -> TidarError:
     return TidarError(f"the service did not start: {last}; the logs of Ray, in /tmp/ray, say more")
 
 
-def look_up(settings: ServeSettings) -> tuple[Served, ModelCard]:
-    """Look the model up once, so that replicas of tomorrow serve what those of today do."""
-    found = registry.find_bundle(settings.tracking_uri, settings.model)
-    info = found.info
-    shape = config_from_hf(locations.read_json(locations.join(found.uri, "config.json")))
-    if settings.context_len is not None and settings.context_len > shape.context_len:
-        raise ConfigError(
-            f"context_len is {settings.context_len}; the context of {settings.model} is {shape.context_len}; "
-            "give no more than that"
-        )
-    block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
-    served = Served(
-        settings=settings,
-        bundle_uri=found.uri,
-        bundle_hash=info.bundle_hash,
-        block_len=block_len,
-    )
-    card = ModelCard(
-        id=settings.shown_name,
-        created=int(time.time()),
-        max_model_len=settings.context_len or shape.context_len,
-        block_len=block_len,
-        bundle_hash=info.bundle_hash,
-        mode=settings.mode,
-    )
-    return served, card
+def _drain(seconds: float) -> None:
+    """Wait until nobody is being answered. Serve itself would end its proxies first, and every answer with them."""
+    deadline = time.monotonic() + seconds
+    try:
+        ingress = serve.get_app_handle(APP_NAME)
+        while any(ingress.broadcast("drain").results(timeout_s=seconds)) and time.monotonic() < deadline:
+            time.sleep(DRAIN_LOOK_SECONDS)
+    except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
+        logger.info("nothing runs that could finish what it has: %s", error)
+    time.sleep(DRAIN_LOOK_SECONDS)  # last bytes are on their way through the proxy
 
 
 def _start(settings: ServeSettings, app: serve.Application) -> None:
@@ -182,7 +188,7 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
         try:
-            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
+            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON", enable_access_log=False))
         except RuntimeError as error:
             raise start_error(_said_by_deployments() or str(error)) from error
     _wait_until_ready(settings)
@@ -190,7 +196,7 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
 
 def _start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine."""
-    for name, value in QUIET.items():
+    for name, value in (QUIET | LEAN).items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)

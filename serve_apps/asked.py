@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_apps.grammars import AskedGrammar
+from serve_apps.split import Route
 from tidar_core.config import SamplingConfig
 
 __all__ = ["Chat", "PromptRequest", "ToolUse"]
@@ -80,3 +81,9 @@ class PromptRequest:
     """And for each token of the prompt."""
     token_ids: bool = False
     """The ids of all tokens are told too."""
+    decoding: bool = False
+    """And how they came to be."""
+    speculative: bool = True
+    """False: one token per forward, without drafts."""
+    route: Route = field(default_factory=Route)
+    """Which version shall write it."""

@@ -1,25 +1,36 @@
 """How do many asyncio callers share one decoder?
 
 A thread owns the batcher and is the only one to touch it: callers post what they want, the thread does it between two
-forwards, sleeps when there is nothing to decode, and hands every caller the steps of its own request.
+forwards, sleeps when there is nothing to decode, and hands every caller the steps of its own request. Steps that come
+faster than an interval are handed on together: what each hand-over costs, here and on the way to the client, is paid by
+the forwards beside it.
 """
 
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from serve_apps.lap import Stopwatch
+from serve_apps.pace import Pace
 from tidar_core.batcher import Batcher
-from tidar_core.errors import TidarError
+from tidar_core.config import SamplingConfig
+from tidar_core.errors import CapacityError, TidarError
 from tidar_core.request import DecodeStep, Request
 
 __all__ = ["BatchLoop"]
 
 FAILURES_TOLERATED = 3
 """Forwards that may fail in a row before the loop counts as broken; one good forward clears the count."""
+
+LOOK_SECONDS = 0.02
+"""How often a health check looks for a forward."""
+PROBE = "health check"
+"""Id of a request that nobody has asked for."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,23 +44,36 @@ class _News:
 Answer = _News | Exception
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Caller:
     request: Request
     loop: asyncio.AbstractEventLoop
     until: Callable[[DecodeStep], bool] | None
+    watch: Stopwatch
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    untold: list[DecodeStep] = field(default_factory=list)
+    told_at: float = 0.0
+    written: int = 0
 
     def tell(self, answer: Answer) -> None:
         with suppress(RuntimeError):  # its event loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
 
+    def tell_steps(self, now: float, *, last: bool) -> None:
+        steps, self.untold, self.told_at = self.untold, [], now
+        self.tell(_News(steps, last))
+
 
 class BatchLoop:
     """A batcher at work in its own thread."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
+    def __init__(self, batcher: Batcher, *, interval: float = 0.0, max_waiting_tokens: int | None = None) -> None:
+        """interval            seconds between two lists of steps of one request, at least; its last steps never wait
+        max_waiting_tokens  expected of the requests that may wait for a row; beyond them CapacityError
+        """
+        self._batcher, self._interval, self._max_waiting_tokens = batcher, interval, max_waiting_tokens
+        self.pace = Pace()
+        self._forwards = 0
         self._callers: dict[str, _Caller] = {}
         self._failures = 0
         self._inbox: list[Callable[[], None]] = []
@@ -59,7 +83,10 @@ class BatchLoop:
         self._thread.start()
 
     async def steps(
-        self, request: Request, until: Callable[[DecodeStep], bool] | None = None
+        self,
+        request: Request,
+        until: Callable[[DecodeStep], bool] | None = None,
+        watch: Stopwatch | None = None,
     ) -> AsyncGenerator[list[DecodeStep], None]:
         """Steps of `request` as they come; the first list is empty and says that it was admitted.
 
@@ -67,8 +94,9 @@ class BatchLoop:
         who waits on it, frees the request's row before the next forward.
 
         until  asked of each step, in the decoder's thread; True makes it the last, and frees the row at once
+        watch  told when the request had a row and tokens
         """
-        caller = _Caller(request, asyncio.get_running_loop(), until)
+        caller = _Caller(request, asyncio.get_running_loop(), until, watch or Stopwatch())
         self._post(partial(self._admit, caller))
         try:
             finished = False
@@ -102,6 +130,24 @@ class BatchLoop:
             raise RuntimeError("the decoder's thread has ended")
         if self._failures >= FAILURES_TOLERATED:
             raise RuntimeError(f"the last {self._failures} forwards of the decoder failed")
+
+    async def prove(self, token_id: int, seconds: float) -> None:
+        """Raise unless a forward succeeds in that time: one of those that run, or else two tokens after `token_id`."""
+        self.check_health()
+        before = self._forwards
+        probe = Request(request_id=PROBE, prompt=(token_id,), sampling=SamplingConfig(max_tokens=2))
+        try:
+            async with asyncio.timeout(seconds):
+                while self._forwards == before:
+                    if self._batcher.busy:
+                        await asyncio.sleep(LOOK_SECONDS)
+                        continue
+                    with suppress(CapacityError):  # so others came meanwhile, whose forwards will do
+                        async with aclosing(self.steps(probe)) as batches:
+                            async for _ in batches:
+                                pass
+        except TimeoutError as error:
+            raise RuntimeError(f"no forward of the decoder has ended for {seconds:g} s") from error
 
     def stop(self) -> None:
         """End the thread after the forward in flight; requests that still run fail."""
@@ -143,12 +189,24 @@ class BatchLoop:
         try:
             if self._ended:
                 raise TidarError("the decoder has stopped")
+            self._check_tokens(caller.request)
             self._batcher.submit(caller.request)
         except TidarError as error:
             caller.tell(error)
         else:
+            caller.watch.asked = time.monotonic()
             self._callers[caller.request.request_id] = caller
             caller.tell(_News([]))
+
+    def _check_tokens(self, request: Request) -> None:
+        """Raise CapacityError if it would have to wait, and brings more than may."""
+        most, queued = self._max_waiting_tokens, self._batcher.queued
+        if most is None or len(queued) < self._batcher.decoder.free_rows:
+            return
+        if (tokens := self.pace.expected((*queued, request))) > most:
+            raise CapacityError(
+                f"with this request {tokens} tokens would wait for a row; at most {most} may; try again later"
+            )
 
     def _drop(self, caller: _Caller) -> None:
         request_id = caller.request.request_id
@@ -159,15 +217,42 @@ class BatchLoop:
     def _advance(self) -> None:
         if not self._batcher.busy:
             return
-        for step in self._batcher.advance():
+        before = time.monotonic()
+        steps = self._batcher.advance()
+        now = time.monotonic()
+        if PROBE not in self._callers:
+            self._measure(steps, now - before)
+        begun = {*self._batcher.decoder.running, *self._batcher.decoder.arriving, *(s.request_id for s in steps)}
+        for caller in self._callers.values():
+            if caller.watch.begun is None and caller.request.request_id in begun:
+                caller.watch.begun = before
+        for step in steps:
             caller = self._callers[step.request_id]
+            caller.untold.append(step)
+            caller.watch.hear(now)
             ended = step.finish_reason is not None
             if not ended and caller.until is not None and caller.until(step):
                 ended = self._batcher.abort(step.request_id)
             if ended:
                 del self._callers[step.request_id]
-            caller.tell(_News([step], ended))
+                if caller.written:
+                    self.pace.count_text(caller.written)
+                caller.tell_steps(now, last=True)
+        for caller in self._callers.values():
+            if caller.untold and now - caller.told_at >= self._interval:
+                caller.tell_steps(now, last=False)
         self._failures = 0
+        self._forwards += 1
+
+    def _measure(self, steps: list[DecodeStep], seconds: float) -> None:
+        tokens = 0
+        for step in steps:
+            caller = self._callers[step.request_id]
+            caller.written += len(step.token_ids)
+            tokens += len(step.token_ids)
+            if not step.accepted:  # the prefill is over
+                tokens += len(caller.request.prompt)
+        self.pace.count(tokens, seconds)
 
     def _end_affected(self, error: Exception) -> None:
         """Fail every request that had begun; those that wait go on, in their order."""

@@ -63,7 +63,7 @@ class ChatReply(Reply):
         yield self._chunk(choice)
 
     def _chunk(self, choice: ChatChunkChoice) -> dict[str, Any]:
-        chunk = ChatChunk(**self._heading(), choices=[choice]).model_dump(mode="json")
+        chunk = ChatChunk(**self._heading(choice.index), choices=[choice]).model_dump(mode="json")
         chunk["choices"][0]["delta"] = choice.delta.model_dump(mode="json", exclude_none=True)
         return chunk
 

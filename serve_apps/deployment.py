@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from serve_apps.settings import ServeSettings
-from tidar_core.errors import ConfigError, TidarError
+from tidar_core.artifacts.settings_file import read_mapping
+from tidar_core.errors import TidarError
 
 __all__ = ["embedded", "main", "read_settings", "serve_config"]
 
@@ -26,16 +27,7 @@ FIELD = "  serveConfigV2: |\n"
 
 def read_settings(path: str | Path) -> ServeSettings:
     """Settings in the YAML file at `path`. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"settings file {path} does not exist; give a YAML file such as infra/serve.settings.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"settings file {path} holds {type(values).__name__}; it must be a mapping of keys to values")
-    return ServeSettings.model_validate(values)
+    return ServeSettings.model_validate(read_mapping(path, "settings file", "infra/serve.settings.yaml"))
 
 
 def serve_config(settings: ServeSettings) -> dict[str, Any]:

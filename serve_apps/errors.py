@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tidar_core.errors import CapacityError, ContextLengthError, RequestError
+from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
 
 __all__ = [
     "ApiKeyError",
@@ -23,12 +23,13 @@ __all__ = [
     "ParameterError",
     "Problem",
     "RateLimitError",
+    "ReplicaLostError",
     "RequestTimeoutError",
     "problem_of",
     "shortened",
 ]
 
-INVALID_REQUEST = "invalid_request_error"
+INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 RETRY_AFTER_SECONDS = 1
 ONCE = {"x-should-retry": "false"}
 """Tells OpenAI's clients not to pay for the same work again."""
@@ -62,6 +63,10 @@ class RateLimitError(CapacityError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class ReplicaLostError(TidarError):
+    """The replica that wrote a text died, and no other may begin it again."""
 
 
 class BodyTooLargeError(RequestError):
@@ -141,7 +146,8 @@ def problem_of(error: BaseException) -> Problem:
                 headers=ONCE,
             )
         case HttpError():
-            return Problem(status=error.status, message=error.message, headers=error.headers)
+            kind = INVALID_REQUEST if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else SERVER_ERROR
+            return Problem(status=error.status, message=error.message, type=kind, headers=error.headers)
         case ContextLengthError():
             return Problem(status=400, message=str(error), param="max_tokens", code="context_length_exceeded")
         case RequestError():
@@ -155,11 +161,19 @@ def problem_of(error: BaseException) -> Problem:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(math.ceil(seconds))},
             )
+        case ReplicaLostError():
+            return Problem(
+                status=HTTPStatus.INTERNAL_SERVER_ERROR,
+                message=str(error),
+                type=SERVER_ERROR,
+                code="replica_lost",
+                headers=ONCE,
+            )
         case _:
             return Problem(
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
                 message="the server failed on this request; the server's log says why, under its X-Request-Id",
-                type="server_error",
+                type=SERVER_ERROR,
                 headers=ONCE,
             )
 

@@ -15,6 +15,7 @@ from typing import Any
 from serve_apps.answers import Answer, Choice, Completion, Logprobs, ModelCard
 from serve_apps.errors import Problem
 from serve_apps.fields import StreamOptions
+from serve_apps.origins import Decoding
 from serve_apps.pieces import Failed, Piece, Tally
 
 __all__ = ["DONE", "CompletionReply", "Reply", "error_event", "event", "interleave"]
@@ -33,10 +34,12 @@ class Reply(ABC):
     options: StreamOptions = field(default_factory=StreamOptions)
     created: int = field(default_factory=lambda: int(time.time()))
     tallies: dict[int, Tally] = field(default_factory=dict)
+    fingerprints: dict[int, str] = field(default_factory=dict)
+    """Of the weights that write each choice."""
 
     def events(self, index: int, piece: Piece) -> Iterator[str]:
         """Server-sent events for a piece of choice `index`; none if there is nothing in it to tell."""
-        self.tallies[index] = piece.tally
+        self._note(index, piece)
         for chunk in self._chunks(index, piece):
             if self.options.continuous_usage_stats:
                 chunk["usage"] = self.tally.usage().model_dump()
@@ -53,7 +56,7 @@ class Reply(ABC):
         """The whole response, of all pieces of all choices, each with the index of its choice."""
         choices: dict[int, list[Piece]] = {}
         for index, piece in pieces:
-            self.tallies[index] = piece.tally
+            self._note(index, piece)
             choices.setdefault(index, []).append(piece)
         return self._whole([choices[index] for index in sorted(choices)])
 
@@ -77,12 +80,19 @@ class Reply(ABC):
     def _paid(self, index: int, tally: Tally) -> Tally:
         return tally if index % self.n == 0 else replace(tally, prompt_tokens=0)
 
-    def _heading(self) -> dict[str, Any]:
+    def _note(self, index: int, piece: Piece) -> None:
+        self.tallies[index] = piece.tally
+        if piece.fingerprint:
+            self.fingerprints[index] = piece.fingerprint
+
+    def _heading(self, index: int | None = None) -> dict[str, Any]:
+        """Of what is said of choice `index`, or of all: weights may change between two choices of a response."""
+        writers = self.fingerprints.values() if index is None else [self.fingerprints.get(index, "")]
         return {
             "id": self.reply_id,
             "created": self.created,
             "model": self.card.id,
-            "system_fingerprint": self.card.fingerprint,
+            "system_fingerprint": "+".join(dict.fromkeys(writers)),
         }
 
     def _cost(self) -> dict[str, Any]:
@@ -94,7 +104,7 @@ class CompletionReply(Reply):
 
     def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.text or piece.finish_reason is not None:
-            yield Completion(**self._heading(), choices=[_choice(index, [piece])]).model_dump(mode="json")
+            yield Completion(**self._heading(index), choices=[_choice(index, [piece])]).model_dump(mode="json")
 
     def _last_chunk(self) -> Completion:
         return Completion(**self._heading(), **self._cost(), choices=[])
@@ -119,6 +129,8 @@ def _choice(index: int, pieces: Sequence[Piece]) -> Choice:
     told = [piece.logprobs for piece in pieces if isinstance(piece.logprobs, Logprobs)]
     logprobs = {name: [entry for each in told for entry in getattr(each, name)] for name in Logprobs.model_fields}
     ids = [piece.token_ids for piece in pieces if piece.token_ids is not None]
+    ways = [piece.decoding for piece in pieces if piece.decoding is not None]
+    decoding = {name: [entry for each in ways for entry in getattr(each, name)] for name in Decoding.model_fields}
     return Choice(
         index=index,
         text="".join(piece.text for piece in pieces),
@@ -128,6 +140,7 @@ def _choice(index: int, pieces: Sequence[Piece]) -> Choice:
         prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), None),
         prompt_token_ids=next((list(p.prompt_token_ids) for p in pieces if p.prompt_token_ids is not None), None),
         token_ids=[token for each in ids for token in each] if ids else None,
+        decoding=Decoding(**decoding) if ways else None,
     )
 
 

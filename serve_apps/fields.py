@@ -102,6 +102,9 @@ class GenerationFields(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_token_ids: bool = False
     """The ids of the tokens read and written are told."""
+    speculative: bool = True
+    """False: written without drafts, one token per forward, which changes no text; where nobody else's text is drafted
+    at the time, this is the plain autoregressive mode."""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -161,6 +164,7 @@ class GenerationFields(Body):
             "grammar": self.grammar(),
             "prompt_logprobs": self.prompt_logprobs,
             "token_ids": self.return_token_ids,
+            "speculative": self.speculative,
         }
 
     def _seed(self, choice: int) -> int:

@@ -10,8 +10,9 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,31 +22,33 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from serve_apps import retry
 from serve_apps.access import Access
 from serve_apps.answers import Completion, ModelCard, ModelList
-from serve_apps.asked import PromptRequest
 from serve_apps.chat_answers import ChatChunk, ChatCompletion
 from serve_apps.chat_events import ChatReply
 from serve_apps.chat_schemas import ChatRequest
+from serve_apps.doorway import Doorway, Turnstile
 from serve_apps.errors import HttpError, ModelNotFoundError, problem_of
 from serve_apps.events import DONE, CompletionReply, Reply, error_event, interleave
 from serve_apps.limits import Limits
 from serve_apps.metrics import Counters, gauges
 from serve_apps.openapi import DOCS_PAGE, described, errors
 from serve_apps.pieces import Failed, Piece
+from serve_apps.playground import PAGE_HEADERS, page
 from serve_apps.reading import read_request
 from serve_apps.replica_load import Load
+from serve_apps.request_log import RequestLog
 from serve_apps.schemas import CompletionRequest
+from serve_apps.split import route_of
 from serve_apps.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from serve_apps.version_metrics import version_metrics
 from tidar_core.errors import TidarError
 
 __all__ = ["HttpApp"]
 
-READY_SECONDS = 5.0
-"""How long /ready waits for a replica before it says no."""
-
 LOAD_SECONDS = 2.0
-"""How long /metrics waits for the replicas."""
+"""How long /ready and /metrics wait for the replicas."""
 
 ROUTES = "/v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /docs"
 BODIES = {
@@ -55,13 +58,14 @@ BODIES = {
     "/detokenize": DetokenizeRequest,
 }
 STREAMS = {"/v1/completions": Completion, "/v1/chat/completions": ChatChunk}
-GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500)
-READING = errors(400, 401, 404, 405, 408, 413, 429, 500)
-PLAIN = errors(401, 405, 429, 500)
+GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
+READING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
+PLAIN = errors(401, 405, 429, 500, 503)
 
 logger = logging.getLogger("ray.serve")
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
+Item = TypeVar("Item")
 
 
 @serve.ingress()
@@ -69,11 +73,25 @@ class HttpApp:
     """The routes, over a handle to the decoder deployment."""
 
     def __init__(
-        self, decoder: DeploymentHandle, card: ModelCard, limits: Limits, access: Access, origins: Sequence[str] = ()
+        self,
+        decoder: DeploymentHandle,
+        card: ModelCard,
+        limits: Limits,
+        access: Access,
+        origins: Sequence[str] = (),
+        watcher: DeploymentHandle | None = None,
+        *,
+        sleeps: bool = False,
+        vllm_names: bool = False,
     ) -> None:
-        self._decoder, self._card, self._limits = decoder, card, limits
+        """card        of the model as it was at the start; the watcher, where there is one, knows what it is by now
+        sleeps      there may be no replica while nobody asks; who asks wakes one
+        vllm_names  see `Counters`
+        """
+        self._decoder, self._card, self._limits, self._watcher = decoder, card, limits, watcher
         self._access, self._origins = access, list(origins)
-        self._counters = Counters(card.id)
+        self._counters = Counters(card.id, vllm_names=vllm_names)
+        self._sleeps, self._doorway = sleeps, Doorway()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for routes that know their deployment: all that the service answers."""
@@ -92,8 +110,12 @@ class HttpApp:
         add("/version", self.version, methods=["GET"], responses=errors(405))
         add("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse, responses=errors(405))
         add("/docs", self.docs, methods=["GET"], include_in_schema=False)
+        shown = page()
+        add("/", lambda: HTMLResponse(shown, headers=PAGE_HEADERS), methods=["GET"], include_in_schema=False)
         if self._origins:
             api.add_middleware(CORSMiddleware, allow_origins=self._origins, allow_methods=["*"], allow_headers=["*"])
+        api.add_middleware(Turnstile, doorway=self._doorway)
+        api.add_middleware(RequestLog)
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
         api.add_exception_handler(Exception, _refuse)
@@ -105,6 +127,7 @@ class HttpApp:
     async def _admit(self, http: Request) -> None:
         """Asked before every route that reads or writes text."""
         try:
+            self._doorway.check()
             self._access.admit(http.headers)
         except TidarError as error:
             self._counters.count_answer(problem_of(error).status)
@@ -120,21 +143,22 @@ class HttpApp:
 
     async def models(self) -> ModelList:
         """The models served here: one."""
-        return ModelList(data=[self._card])
+        return ModelList(data=[await self._card_by_now()])
 
     async def model(self, model_id: str) -> ModelCard:
         """The model of that name."""
         self._check_model(model_id)
-        return self._card
+        return await self._card_by_now()
 
     async def tokenize(self, http: Request) -> Response:
         """The tokens of a prompt or of messages, as the completion routes read them."""
         asked = read_request(await self._limits.body(http.headers, http.stream()), TokenizeRequest)
         self._check_model(asked.model or self._card.id)
-        called = self._decoder.tokenize.remote(
-            asked.asked(), framed=asked.add_special_tokens, spelled=asked.return_token_strs
-        )
-        tokenized = await self._limits.in_time(_awaited(called), http.headers)
+        ask = partial(
+            self._decoder.tokenize.remote,
+            asked.asked(), framed=asked.add_special_tokens, spelled=asked.return_token_strs,
+        )  # fmt: skip
+        tokenized = await self._limits.in_time(retry.answer(ask), http.headers)
         if isinstance(tokenized, Failed):
             raise tokenized.error
         return JSONResponse(tokenized.model_dump(mode="json"))
@@ -143,13 +167,13 @@ class HttpApp:
         """The text of tokens, special ones by their names."""
         asked = read_request(await self._limits.body(http.headers, http.stream()), DetokenizeRequest)
         self._check_model(asked.model or self._card.id)
-        called = self._decoder.detokenize.remote(asked.tokens)
-        text = await self._limits.in_time(_awaited(called), http.headers)
+        ask = partial(self._decoder.detokenize.remote, asked.tokens)
+        text = await self._limits.in_time(retry.answer(ask), http.headers)
         return JSONResponse(Detokenized(prompt=text).model_dump(mode="json"))
 
     async def tokenizer_info(self, http: Request) -> Response:
         """What the tokenizer's configuration says, and the chat template."""
-        info = await self._limits.in_time(_awaited(self._decoder.tokenizer_info.remote()), http.headers)
+        info = await self._limits.in_time(retry.answer(self._decoder.tokenizer_info.remote), http.headers)
         return JSONResponse(info.model_dump(mode="json"))
 
     async def health(self) -> dict[str, str]:
@@ -157,12 +181,18 @@ class HttpApp:
         return {"status": "ok"}
 
     async def ready(self) -> Response:
-        """200 once a replica has loaded its model and run it."""
-        try:
-            await asyncio.wait_for(_awaited(self._decoder.ready.remote()), READY_SECONDS)
-        except Exception:
-            return _answer(HttpError(503, "no decoder replica is ready; ask again", {"Retry-After": "1"}))
-        return JSONResponse({"status": "ready"})
+        """200 once a replica has loaded its model and run it, or where one would be woken; until the service ends."""
+        self._doorway.check()
+        if any(await self._of_replicas("ready", bool)):
+            return JSONResponse({"status": "ready"})
+        if self._sleeps:
+            return JSONResponse({"status": "asleep"})
+        return _answer(HttpError(503, "no decoder replica is ready; ask again", {"Retry-After": "1"}))
+
+    async def drain(self) -> int:
+        """Refuse requests from now on; says how many are still being answered."""
+        self._doorway.closing = True
+        return self._doorway.inside
 
     async def version(self) -> dict[str, str]:
         """The release of this code."""
@@ -170,21 +200,44 @@ class HttpApp:
 
     async def metrics(self) -> Response:
         """Totals of this process for Prometheus, and what its decoder replicas are at."""
-        text = self._counters.exposition() + gauges(self._card.id, await self._loads())
+        loads, reports, steps = await asyncio.gather(
+            self._of_replicas("load", Load), self._of_replicas("versions", list), self._steps()
+        )
+        versions = version_metrics(self._card.id, [report for each in reports for report in each], steps)
+        text = self._counters.exposition() + gauges(self._card.id, loads) + versions
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def docs(self) -> Response:
         """A page that shows the OpenAPI document."""
         return HTMLResponse(DOCS_PAGE)
 
-    async def _loads(self) -> list[Load]:
-        """Of all replicas that answer in time; asking starts none."""
+    async def _of_replicas(self, method: str, kind: type[Item]) -> list[Item]:
+        """What all replicas that answer in time say; asking starts none."""
         try:
-            loads = self._decoder.broadcast("load").results_async(timeout_s=LOAD_SECONDS, return_exceptions=True)
-            return [load for load in await loads if isinstance(load, Load)]
+            told = self._decoder.broadcast(method).results_async(timeout_s=LOAD_SECONDS, return_exceptions=True)
+            return [one for one in await told if isinstance(one, kind)]
         except Exception as error:  # Serve raises its own where there is no replica
-            logger.info("no decoder replica says how busy it is: %s", error)
+            logger.info("no decoder replica answers %s: %s", method, error)
             return []
+
+    async def _steps(self) -> dict[str, int]:
+        """What has happened in the model's life, where somebody watches it."""
+        if self._watcher is None:
+            return {}
+        try:
+            return await asyncio.wait_for(_awaited(self._watcher.steps.remote()), LOAD_SECONDS)
+        except Exception as error:
+            logger.info("the watcher does not answer: %s", error)
+            return {}
+
+    async def _card_by_now(self) -> ModelCard:
+        """Of the version that replicas are told to serve, as far as the watcher answers."""
+        if self._watcher is not None:
+            try:
+                self._card = await asyncio.wait_for(_awaited(self._watcher.card.remote()), LOAD_SECONDS)
+            except Exception as error:
+                logger.info("the watcher does not answer: %s", error)
+        return self._card
 
     def _check_model(self, name: str) -> None:
         if name != self._card.id:
@@ -209,7 +262,7 @@ class HttpApp:
             reply_id=f"cmpl-{asked.request_id or secrets.token_hex(12)}",
             card=self._card, n=asked.n, options=asked.stream_options,
         )  # fmt: skip
-        return await self._answered(http, reply, asked.prompts(secrets.token_hex(12)), stream=asked.stream)
+        return await self._answered(http, reply, asked)
 
     async def _converse(self, http: Request) -> Response:
         asked = read_request(await self._limits.body(http.headers, http.stream()), ChatRequest)
@@ -218,13 +271,18 @@ class HttpApp:
             reply_id=f"chatcmpl-{asked.request_id or secrets.token_hex(12)}",
             card=self._card, n=asked.n, options=asked.stream_options, tools=asked.tool_use(),
         )  # fmt: skip
-        return await self._answered(http, reply, asked.prompts(secrets.token_hex(12)), stream=asked.stream)
+        return await self._answered(http, reply, asked)
 
-    async def _answered(self, http: Request, reply: Reply, prompts: list[PromptRequest], *, stream: bool) -> Response:
-        pieces = interleave([self._generate(prompt) for prompt in prompts])
-        timed = self._limits.timed(pieces, http.headers)
+    async def _answered(self, http: Request, reply: Reply, asked: CompletionRequest | ChatRequest) -> Response:
+        http.state.reply = reply  # for the log
+        route = route_of(http.headers, asked.user, reply.reply_id)
+        name = f"{http.headers.get('x-request-id', '')}-{secrets.token_hex(4)}"  # a client may repeat its own
+        prompts = [replace(prompt, route=route) for prompt in asked.prompts(name)]
+        generate = self._decoder.options(stream=True).generate.remote
+        pieces = interleave([retry.pieces(partial(generate, prompt)) for prompt in prompts])
+        timed = self._limits.timed(self._counters.timed(pieces), http.headers)
         first = await _until_admitted(timed, len(prompts))
-        if stream:
+        if asked.stream:
             return StreamingResponse(self._events(reply, first, timed), media_type="text/event-stream")
         async with aclosing(timed):
             whole = reply.body([*first, *[item async for item in timed]])
@@ -253,18 +311,6 @@ class HttpApp:
             self._counters.count_tokens(reply.tally)
             if not complete:
                 self._counters.count_break()
-
-    async def _generate(self, prompt: PromptRequest) -> AsyncGenerator[Piece | Failed, None]:
-        """Pieces of one text from some replica; closing this frees its row there."""
-        pieces: Any = self._decoder.options(stream=True).generate.remote(prompt)
-        finished = False
-        try:
-            async for piece in pieces:
-                finished = isinstance(piece, Failed) or piece.finish_reason is not None
-                yield piece
-        finally:
-            if not finished:
-                pieces.cancel()
 
 
 async def _until_admitted(pieces: Pieces, prompts: int) -> list[tuple[int, Piece]]:

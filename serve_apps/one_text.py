@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from serve_apps.answers import Logprobs, PromptScores
 from serve_apps.errors import ParameterError
+from serve_apps.origins import Decoding
 from serve_apps.prompting import PromptReader
 from serve_apps.reading import read_request
 from serve_apps.schemas import CompletionRequest
@@ -63,10 +64,11 @@ class OneText:
                 transcript.add([step])
             piece = transcript.take()
             answer["text"] += piece.text
-            if isinstance(piece.logprobs, Logprobs):
-                so_far = answer.setdefault("logprobs", {})
-                for name, told in piece.logprobs.model_dump(mode="json").items():
-                    so_far.setdefault(name, []).extend(told)
+            for kind, part in (("logprobs", piece.logprobs), ("decoding", piece.decoding)):
+                if isinstance(part, Logprobs | Decoding):
+                    so_far = answer.setdefault(kind, {})
+                    for name, told in part.model_dump(mode="json").items():
+                        so_far.setdefault(name, []).extend(told)
             if piece.prompt_logprobs is not None:
                 answer["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(piece.prompt_logprobs, mode="json")
             yield piece.text

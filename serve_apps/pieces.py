@@ -8,6 +8,8 @@ from itertools import zip_longest
 
 from serve_apps.answers import FinishReason, Logprobs, Metrics, PromptScores, SpeculativeDecoding, Usage
 from serve_apps.chat_answers import ChatTokenLogprob
+from serve_apps.lap import Lap
+from serve_apps.origins import Decoding
 
 __all__ = ["Failed", "Piece", "Tally"]
 
@@ -73,8 +75,14 @@ class Piece:
     """New tokens, where asked for."""
     prompt_token_ids: tuple[int, ...] | None = None
     """With the first piece, where asked for."""
+    decoding: Decoding | None = None
+    """Of new tokens, where asked for."""
     tool_form: str | None = None
     """With the first piece, where functions may be called: how calls are written (`tool_forms.FORMS`)."""
+    lap: Lap | None = None
+    """With the last piece."""
+    fingerprint: str = ""
+    """With the first piece: of the weights that write the text, and of how they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,10 @@ class PromptReader:
             with said_as(grammar.param):
                 compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
             constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
-        return Request(request_id=asked.request_id, prompt=prompt, sampling=sampling, constraint=constraint)
+        return Request(
+            request_id=asked.request_id, prompt=prompt, sampling=sampling,
+            constraint=constraint, speculative=asked.speculative,
+        )  # fmt: skip
 
     def tokens(self, prompt: str | tuple[int, ...] | Chat, *, framed: bool = False) -> tuple[int, ...]:
         """The ids of a prompt. Raises RequestError."""

@@ -27,7 +27,9 @@ def null_is_nothing(schema: dict[str, Any]) -> None:
 class Body(BaseModel):
     """What the bodies of all requests have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing, use_attribute_docstrings=True
+    )
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""

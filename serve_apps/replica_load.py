@@ -3,13 +3,16 @@
 Read beside the decoder's thread, without stopping it: each number is right, together they may be a step apart.
 """
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from serve_apps.pace import Pace
 from tidar_core.batcher import Batcher
 from tidar_core.modes import FixedMode
 from tidar_core.planner import AutoPlanner
 
-__all__ = ["Load", "load_of"]
+__all__ = ["Load", "load_of", "together"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +20,19 @@ class Load:
     """One replica at one moment."""
 
     replica: str
+    pid: int
+    """Its process."""
+    rows: int
+    """Sequences that it decodes together."""
     running: int
     """Sequences that hold a row."""
     waiting: int
     """Sequences that wait for one."""
+    waiting_tokens: int
+    """Tokens that those bring and are expected to write."""
+    tokens_per_forward: float
+    """Read and written lately, over all sequences; 0 before the first forward."""
+    forwards_per_second: float
     pages_held: int
     """Pages of the KV cache that sequences hold."""
     pages: int
@@ -34,8 +46,11 @@ class Load:
     """Tokens per second that it promises over the autoregressive mode's; None where the mode is fixed."""
 
 
-def load_of(batcher: Batcher, replica: str) -> Load:
-    """What a batcher and its decoder are at."""
+def load_of(batcher: Batcher, pace: Pace, replica: str) -> Load:
+    """What a batcher and its decoder are at.
+
+    pace  that the decoder is measured to have
+    """
     decoder, planner = batcher.decoder, batcher.planner
     mode, expected = "", None
     if isinstance(planner, AutoPlanner):
@@ -44,8 +59,13 @@ def load_of(batcher: Batcher, replica: str) -> Load:
         mode = planner.mode
     return Load(
         replica=replica,
+        pid=os.getpid(),
+        rows=decoder.rows,
         running=decoder.rows - decoder.free_rows,
         waiting=batcher.waiting,
+        waiting_tokens=pace.expected(batcher.queued),
+        tokens_per_forward=pace.tokens_per_forward,
+        forwards_per_second=pace.forwards_per_second,
         pages_held=decoder.pool.held,
         pages=decoder.pool.pages,
         shared_tokens=decoder.shared_tokens,
@@ -53,3 +73,9 @@ def load_of(batcher: Batcher, replica: str) -> Load:
         mode=mode,
         expected_over_ar=expected,
     )
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """The load of a replica with several engines, each of which said its own; the rest is the first one's."""
+    counted = ("rows", "running", "waiting", "waiting_tokens", "pages_held", "pages", "shared_tokens", "preemptions")
+    return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in counted})

@@ -54,6 +54,8 @@ class CompletionRequest(GenerationFields):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     add_special_tokens: bool = False
     """Prompts of text are read with the special tokens that the tokenizer puts around texts."""
+    return_decoding: bool = False
+    """Each choice says of its tokens which forward brought them, and whether they were drafts that stood."""
 
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together."""
@@ -78,6 +80,7 @@ class CompletionRequest(GenerationFields):
                 echo=self.echo,
                 prompt_alone=self.max_tokens == 0,
                 logprobs=self.logprobs,
+                decoding=self.return_decoding,
                 **same,
             )
             for place, prompt in enumerate(self.prompt)

@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from serve_apps.trial import Trial
 from tidar_core.errors import ConfigError
 
-__all__ = ["REGISTRY_SCHEME", "ServeSettings"]
+__all__ = ["DRAIN_SECONDS", "REGISTRY_SCHEME", "ServeSettings"]
 
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 REGISTRY_SCHEME = "models:/"
+DRAIN_SECONDS = 60.0
 
 
 class ServeSettings(BaseModel):
@@ -27,18 +29,28 @@ class ServeSettings(BaseModel):
     """Where models:/ is looked up."""
     model_name: Annotated[str, Field(min_length=1)] | None = None
     """What clients call the model; by default the registered name, or the last part of the bundle's location."""
+    follow_alias_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Look that often which version the alias names, and serve that one from then on; by default the version that it
+    names at the start stays. A replica needs memory for one bundle and one cache more than it serves."""
+    challenger: Trial | None = None
+    """Serve a second version beside the champion to some clients, and take its alias away where it falls short."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
     request_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Longest that a request may take, from its first byte to its last; then it is aborted and answered 408. A client's
     header X-Request-Timeout-Seconds may ask for less."""
+    stream_interval_seconds: Annotated[float, Field(ge=0)] = 0.04
+    """Text that a stream gets sooner than this after its last piece is told with the next: each piece costs time that
+    the decoder does not get. The first text and the end never wait. 0 tells each decode step."""
     max_body_bytes: Positive = 8 * 2**20
     """Longest body of a request; a longer one is answered 413."""
     api_keys: tuple[Sha256, ...] = ()
     """SHA-256 in hex of each key that opens the service (`printf %s KEY | sha256sum`); with none, everyone may ask."""
     requests_per_minute: Positive | None = None
     """Most requests of one key, or of all where there are no keys, at each ingress; one more is answered 429."""
+    vllm_metric_names: bool = False
+    """/metrics tells what concerns drafts as vllm:spec_decode_* too, for tools that know vLLM's names alone."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may ask from a browser, such as https://app.example.com; * for all."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
@@ -60,13 +72,26 @@ class ServeSettings(BaseModel):
     give way when there are none left, and are read again."""
     max_waiting: Annotated[int, Field(ge=0)] = 256
     """Sequences that may wait for a row of a replica; one more is answered 429."""
+    max_waiting_tokens: Positive = 2**20
+    """Tokens that may wait for a row of a replica: those of prompts, and those that are to be expected of texts, by how
+    long texts are there; a request that brings more is answered 429."""
     threads: Positive | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Positive = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
-    """Sequences per replica, running and waiting, that the number of replicas is steered to; by default `rows`."""
+    scale_queue_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Replicas are added until what waits will be worked off in this time, at the pace that is measured."""
+    scale_kv_use: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """And until no more than this share of the pages of their caches is taken."""
+    scale_up_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """More replicas must be needed for so long before they are started; the first one of none starts at once."""
+    scale_down_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """Fewer replicas must be enough for so long before the others are stopped."""
+    scale_look_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How often a replica says how busy it is."""
+    drain_seconds: Annotated[float, Field(ge=0)] = DRAIN_SECONDS
+    """A replica or a service that is told to stop finishes what it has begun, for at most this long."""
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of a replica; with 0 it computes on the CPU."""
@@ -77,6 +102,18 @@ class ServeSettings(BaseModel):
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}; max must be at least min"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def something_to_follow(self) -> Self:
+        """An alias can move; a folder or a version cannot."""
+        if self.follow_alias_seconds is None and self.challenger is not None:
+            raise ValueError("challenger is set and follow_alias_seconds is not; set it too, to 10 for instance")
+        if self.follow_alias_seconds is not None and self.model_alias is None:
+            raise ValueError(
+                f"follow_alias_seconds is set and model is {self.model!r}, which never changes; "
+                "give models:/NAME@ALIAS, or leave follow_alias_seconds out"
             )
         return self
 
@@ -99,6 +136,12 @@ class ServeSettings(BaseModel):
         return self.model.rstrip("/").rsplit("/", 1)[-1] or self.model
 
     @property
+    def model_alias(self) -> tuple[str, str] | None:
+        """Registered name and alias, where the model is given by them."""
+        name, at, alias = self.model.removeprefix(REGISTRY_SCHEME).partition("@")
+        return (name, alias) if at and self.model.startswith(REGISTRY_SCHEME) else None
+
+    @property
     def device(self) -> str:
         """Where a replica computes."""
         return "cuda" if self.num_gpus else "cpu"
@@ -107,7 +150,8 @@ class ServeSettings(BaseModel):
 def _in_words(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; known are {', '.join(ServeSettings.model_fields)}"
+        owner = Trial if error["loc"][0] == "challenger" and len(error["loc"]) > 1 else ServeSettings
+        return f"unknown key {key!r}; known are {', '.join(owner.model_fields)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; add it"
     message = error["msg"].removeprefix("Value error, ")

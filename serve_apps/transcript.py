@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from serve_apps.answers import FinishReason, PromptScores
 from serve_apps.asked import Chat, PromptRequest
+from serve_apps.origins import Decoding, Origin, origins
 from serve_apps.pieces import Piece, Tally
 from serve_apps.scores import ChatScoreSheet, ScoreSheet, prompt_scores
 from serve_apps.stop_strings import StopStrings
@@ -58,6 +59,8 @@ class Transcript:
         elif request.logprobs is not None:
             self._sheet = ScoreSheet(tokenizer.spell, request.logprobs)
         self._new_ids: list[int] = []
+        self._forwards = 0
+        self._decoding = Decoding()
         self._prompt_told = False
         self._completion_tokens = 0
         self._histogram = [0] * block_len
@@ -95,7 +98,8 @@ class Transcript:
         if self._sheet is not None:
             logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
         new_ids, self._new_ids = tuple(self._new_ids) if self._request.token_ids else None, []
-        return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids)
+        decoding, self._decoding = self._decoding if self._request.decoding else None, Decoding()
+        return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding)
 
     def _hear(self, step: "DecodeStep") -> None:
         if not self._begun:
@@ -106,8 +110,12 @@ class Transcript:
         if step.verified > 1:
             self._histogram[step.accepted - 1] += 1
         ending = step.finish_reason == "stop"
+        self._forwards += 1
+        ways = origins(step) if self._request.decoding else []
         for place, token in enumerate(step.token_ids):
             spoken = self._request.include_stop or not (ending and place == len(step.token_ids) - 1)
+            if ways:
+                self._note(ways[place])
             self._say(token, step.logprobs[place] if step.logprobs else None, spoken=spoken)
             if self._stops.found is not None:
                 return
@@ -131,6 +139,12 @@ class Transcript:
         if isinstance(self._request.prompt, str):
             self._text = self._request.prompt  # as it was written, whatever a tokenizer makes of it
         self._heard_len = len(self._text)
+
+    def _note(self, origin: Origin) -> None:
+        """How the token that is said next came to be."""
+        self._decoding.forward.append(self._forwards - 1)
+        self._decoding.origin.append(origin)
+        self._decoding.text_offset.append(self._heard_len)
 
     def _say(self, token: int, scored: "TokenLogprob | None", *, spoken: bool) -> None:
         self._completion_tokens += 1

@@ -18,7 +18,7 @@ HOMES = {
     "deepspeed": "pipelines/train_engine.py",
     "matplotlib": "pipelines/plots.py",
     "mlflow": "tidar_core/artifacts/mlflow_client.py tidar_core/artifacts/registry.py",
-    "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_tasks.py",
+    "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_service.py pipelines/lm_eval_tasks.py",
     "datasets": "pipelines/lm_eval_tasks.py",
     "transformers": "tidar_core/artifacts/tokenizer.py pipelines/rival.py",  # tokenizers; what we are compared with
     "tokenizers": "tidar_core/artifacts/tokenizer.py",
@@ -28,6 +28,8 @@ HOMES = {
     "fsspec": "tidar_core/artifacts/locations.py",
     "s3fs": "tidar_core/artifacts/locations.py",
     "fastapi": "serve_apps/http_app.py",
+    "prometheus_client": "serve_apps/metrics.py serve_apps/version_metrics.py",
+    "aiohttp": "serve_apps/cost_bench.py pipelines/lm_eval_service.py",
     "typer": "tidar.py",
 }
 HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "model", "shapes")

@@ -7,11 +7,11 @@ owner calls `advance` for as long as `busy`.
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tidar_core.decoder import Decoder
 from tidar_core.errors import CapacityError, RequestError
-from tidar_core.modes import FixedMode, Planner
+from tidar_core.modes import FixedMode, Planner, StepPlan
 from tidar_core.request import DecodeStep, Request, TokenLogprob
 
 __all__ = ["Batcher", "Completion", "complete"]
@@ -26,6 +26,8 @@ class Batcher:
         self.decoder, self.max_waiting = decoder, max_waiting
         self.planner = planner or FixedMode("single-pass", decoder.draft.block_len)
         self._waiting: deque[Request] = deque()
+        self._plain: set[str] = set()
+        """Requests that want no drafts."""
 
     @property
     def busy(self) -> bool:
@@ -37,6 +39,11 @@ class Batcher:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def queued(self) -> tuple[Request, ...]:
+        """The queue, in order of arrival."""
+        return tuple(self._waiting)
+
     def submit(self, request: Request) -> None:
         """Queue a request, or say at once why it can never run (RequestError) or not now (CapacityError)."""
         self.decoder.check(request)
@@ -47,10 +54,13 @@ class Batcher:
                 f"all rows are taken and {self.max_waiting} requests wait already, the most allowed; try again later"
             )
         self._waiting.append(request)
+        if not request.speculative:
+            self._plain.add(request.request_id)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request wherever it is; False if it is neither waiting nor running."""
         before = len(self._waiting)
+        self._plain.discard(request_id)
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
         return len(self._waiting) < before or self.decoder.abort(request_id)
 
@@ -58,11 +68,30 @@ class Batcher:
         """One forward for all that run, then a chunk of the prompts of those who join."""
         steps: list[DecodeStep] = []
         if pending := self.decoder.pending:
-            steps = self.decoder.decode_step(self.planner.next_plan(pending, self.decoder.context))
+            steps = [self._as_asked(step) for step in self.decoder.decode_step(self._plan(pending))]
             self.planner.observe(steps)
         while self._waiting and self.decoder.free_rows:
             self.decoder.admit(self._waiting.popleft())
-        return steps + self.decoder.prefill(drafts=self.planner.drafts_at_prefill)
+        drafting = not self._plain.issuperset(self.decoder.arriving)
+        steps += self.decoder.prefill(drafts=drafting and self.planner.drafts_at_prefill)
+        self._plain -= {step.request_id for step in steps if step.finish_reason is not None}
+        return steps
+
+    def _plan(self, pending: dict[str, int]) -> StepPlan:
+        """The autoregressive one if nobody wants drafts; else who wants none has tokens pending that never stand."""
+        plain = self._plain & pending.keys()
+        if len(plain) == len(pending):
+            return StepPlan(1)
+        draft_len, mask_id = self.decoder.draft.block_len - 1, self.decoder.model.config.mask_id
+        for request_id in plain:
+            if mask_id is not None:  # the model never says it
+                self.decoder.redraft(request_id, [mask_id] * draft_len)
+        known = {request_id: 1 if request_id in plain else count for request_id, count in pending.items()}
+        return self.planner.next_plan(known, self.decoder.context)
+
+    def _as_asked(self, step: DecodeStep) -> DecodeStep:
+        """What stood in for the drafts that a request does not want was none."""
+        return replace(step, pending=1, verified=1, late=0) if step.request_id in self._plain else step
 
 
 @dataclass(slots=True)

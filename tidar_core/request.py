@@ -19,6 +19,8 @@ class Request:
     sampling: SamplingConfig
     constraint: Constraint | None = None
     """What the text must keep to; its own, at the beginning of the text."""
+    speculative: bool = True
+    """False: no draft is put to the test for it, whatever the others of its batch do; each forward gives one token."""
 
 
 @dataclass(frozen=True, slots=True)

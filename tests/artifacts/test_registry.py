@@ -56,6 +56,19 @@ def test_a_challenger_is_another_alias(uri):
     assert registry.resolve(uri, "models:/duel@champion").version == 1
 
 
+def test_an_alias_is_withdrawn_from_the_version_that_it_names_and_from_no_other(uri):
+    publish(uri, "trial", 1)
+    publish(uri, "trial", 2)
+    registry.promote(uri, "trial", 1)
+    registry.set_challenger(uri, "trial", 2)
+    assert registry.aliases(uri, "trial") == {"champion": 1, "challenger": 2}
+    registry.withdraw(uri, "trial", "challenger", 1, "another")
+    assert registry.aliases(uri, "trial") == {"champion": 1, "challenger": 2}
+    registry.withdraw(uri, "trial", "challenger", 2, "too slow")
+    assert registry.aliases(uri, "trial") == {"champion": 1}
+    assert client_of(uri).get_model_version("trial", "2").tags["withdrawn"] == "too slow"
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -21,6 +21,12 @@ SHOWN = {
     "KV use": ("kv_cache_usage_perc",),
     "preemptions": ("num_preemptions_total",),
     "the planner's mode": ("decode_mode",),
+    "time to first token": ("time_to_first_token_seconds_bucket",),
+    "time between pieces": ("inter_token_latency_seconds_bucket",),
+    "where the time goes": tuple(
+        f"request_{part}_time_seconds_{what}" for part in ("queue", "prefill", "decode") for what in ("sum", "count")
+    ),
+    "acceptance by place": ("spec_decode_num_accepted_tokens_per_pos_total",),
 }
 
 

@@ -10,7 +10,6 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from pydantic import ValidationError as FieldError
 
 from pipelines.jobs import EvaluateJob, PackJob, TrainJob, read_job
-from serve_apps.app import DRAIN_SECONDS
 from serve_apps.deployment import read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +146,8 @@ def test_a_node_that_is_taken_away_lets_its_replicas_finish_first():
     [pod] = [group["template"]["spec"] for group in cluster(only("rayservice.yaml"))["workerGroupSpecs"]]
     env = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
     drain = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-    assert DRAIN_SECONDS < drain < pod["terminationGracePeriodSeconds"]
+    settings = read_settings(ROOT / "infra/serve.settings.yaml")
+    assert settings.drain_seconds < drain < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("manifest", RAY)

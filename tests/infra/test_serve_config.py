@@ -76,7 +76,7 @@ def test_settings_that_are_wrong_are_refused_in_one_line_and_nothing_is_written(
     assert "unknown key 'row'" in said
     assert said.count("\n") == 1
     assert not target.exists()
-    with pytest.raises(ConfigError, match="does not exist; give a YAML file"):
+    with pytest.raises(ConfigError, match="does not exist; give the path of a YAML file"):
         read_settings(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds list; it must be a mapping"):

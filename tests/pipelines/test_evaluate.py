@@ -93,6 +93,9 @@ def test_the_report_is_kept_by_mlflow_below_the_training_run(report, evaluate_jo
     assert run.data.metrics["ar_loss"] == report["ar_loss"]
     assert run.data.metrics["parent/ar_loss"] == report["parent"]["ar_loss"]
     assert run.data.metrics["continuations/single-pass/score"] == 0.75
+    (read,) = run.inputs.dataset_inputs
+    assert json.loads(read.dataset.source) == {"uri": evaluate_job.shards, "identity": report["shards"]}
+    assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "evaluation")]
     kept = {entry.path for entry in client_of(uri).list_artifacts(run.info.run_id)}
     assert kept >= {"report.json", "report.md", "acceptance.png", "quality.png"}
 

@@ -29,12 +29,34 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def other_model(model):
+    """Other weights of the same shape."""
+    return wide_model(model.config, seed=6)
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory, tokenizer, model):
     """Location of the bundle."""
+    return saved(tmp_path_factory, tokenizer, model)
+
+
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory, tokenizer, other_model):
+    """Location of a bundle of the other weights."""
+    return saved(tmp_path_factory, tokenizer, other_model)
+
+
+def saved(tmp_path_factory, tokenizer, model):
     uri = str(tmp_path_factory.mktemp("bundles") / "tiny-model")
     mask_id = model.config.mask_id
     save_bundle(uri, model, tokenizer, block_len=4, mask_id=mask_id, objective="dual", lineage={}, made_by={})
     return uri
+
+
+@pytest.fixture(scope="session")
+def registry_uri(tmp_path_factory):
+    """A registry for all: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +70,15 @@ def free_port():
 def service(bundle, free_port):
     """Base address of a running service of `tiny-model`, with three rows and little room to wait."""
     settings = ServeSettings(
-        model=bundle, port=free_port, rows=3, max_waiting=4, threads=1, num_cpus=0.5, max_body_bytes=100_000
+        model=bundle,
+        port=free_port,
+        rows=3,
+        max_waiting=4,
+        threads=1,
+        num_cpus=0.5,
+        max_body_bytes=100_000,
+        stream_interval_seconds=0,
+        vllm_metric_names=True,
     )
     app.run(settings, blocking=False)
     yield f"http://127.0.0.1:{free_port}"
@@ -59,7 +89,7 @@ def service(bundle, free_port):
 def said_by_the_oracle(model, tokenizer):
     """Text that the plain autoregressive loop gives, with its token count and reason to end."""
 
-    def say(prompt, max_tokens, ignore_eos=False, **sampling):
+    def say(prompt, max_tokens, ignore_eos=False, model=model, **sampling):
         ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         eos_ids = () if ignore_eos else (tokenizer.eos_id,)
         config = SamplingConfig(max_tokens=max_tokens, eos_ids=eos_ids, **sampling)

@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from serve_apps.app import build_app, check_port, look_up, start_error
+from serve_apps.app import build_app, check_port, start_error
+from serve_apps.served import look_up
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts import registry
 from tidar_core.artifacts.bundle import read_bundle_info, save_bundle

@@ -1,6 +1,7 @@
 """One thread decodes for many asyncio callers; who leaves frees a row, what fails is told."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from tiny import wide_model
 
 from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
+from serve_apps.lap import Stopwatch
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -199,3 +201,106 @@ def test_a_stopped_loop_fails_who_waits_and_who_comes(batcher):
             loop.check_health()
 
     asyncio.run(stop())
+
+
+def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_first_and_last_at_once(batcher, model):
+    hour = BatchLoop(batcher, interval=3600)
+    watch = Stopwatch()
+
+    async def lists():
+        return [steps async for steps in hour.steps(request("a", max_tokens=40), watch=watch) if steps]
+
+    first, rest = asyncio.run(lists())
+    hour.stop()
+    assert len(first[0].token_ids) == 1
+    told = tuple(token for step in [*first, *rest] for token in step.token_ids)
+    assert told == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=40).sampling)
+    assert rest[-1].finish_reason == "length"
+    lap = watch.lap
+    assert lap is not None
+    assert min(lap.queue, lap.prefill, lap.decode) > 0
+
+
+def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(batcher):
+    loop, watches = BatchLoop(batcher), [Stopwatch() for _ in range(3)]
+
+    async def listen(number, max_tokens):
+        asked = request(str(number), max_tokens=max_tokens)
+        return [steps async for steps in loop.steps(asked, watch=watches[number])]
+
+    async def together():
+        await asyncio.gather(listen(0, 60), listen(1, 60), listen(2, 4))
+
+    asyncio.run(together())
+    loop.stop()
+    one, other, waited = watches
+    assert waited.asked < one.first
+    assert waited.begun > max(one.first, other.first)
+
+
+def test_tokens_that_may_wait_for_a_row_are_counted_with_those_that_texts_are_expected_to_have(batcher):
+    async def crowd():
+        loop = BatchLoop(batcher, max_waiting_tokens=24)
+        running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "ab"]
+        await until(lambda: loop.running == 2)
+        waiting = [asyncio.create_task(tokens_of(loop, request(n))) for n in "cd"]  # 3 to read and 9 to write, twice
+        await until(lambda: loop.waiting == 2)
+        with pytest.raises(CapacityError, match="with this request 27 tokens would wait for a row; at most 24 may"):
+            await tokens_of(loop, request("e", prompt=(5,), max_tokens=2))
+        waiting.pop().cancel()
+        await until(lambda: loop.waiting == 1)
+        last = asyncio.create_task(tokens_of(loop, request("f", prompt=(5,), max_tokens=2)))
+        await until(lambda: loop.waiting == 2)
+        for task in running:
+            task.cancel()
+        assert [len(await task) for task in (*waiting, last)] == [9, 2]
+        loop.stop()
+
+    asyncio.run(crowd())
+
+
+def test_the_pace_counts_what_forwards_read_and_write(loop):
+    asyncio.run(tokens_of(loop, request("a", prompt=(5,) * 20, max_tokens=9)))
+    pace = loop.pace
+    assert 29 * 0.98**30 < pace.tokens <= 29
+    assert (pace.texts, pace.written) == (1, 9)
+    assert pace.forwards_per_second > 0
+
+
+def test_an_idle_loop_proves_itself_by_a_forward_that_nothing_else_counts(loop, batcher, monkeypatch):
+    asyncio.run(loop.prove(5, seconds=5))
+    assert (loop.pace.forwards, loop.pace.texts, loop.running) == (0, 0, 0)
+    monkeypatch.setattr(batcher.decoder, "prefill", lambda **_: 1 / 0)
+    with pytest.raises(TidarError, match="ZeroDivisionError"):
+        asyncio.run(loop.prove(5, seconds=5))
+
+
+def test_a_busy_loop_proves_itself_by_its_own_forwards(loop, batcher, monkeypatch):
+    async def busy():
+        running = asyncio.create_task(tokens_of(loop, request("a", max_tokens=ENDLESS)))
+        await until(lambda: loop.running == 1)
+        monkeypatch.setattr(batcher, "submit", lambda request: pytest.fail("a probe, beside a text"))
+        await loop.prove(5, seconds=5)
+        running.cancel()
+
+    asyncio.run(busy())
+
+
+def test_a_loop_that_hangs_or_has_ended_is_found_out(loop, batcher, monkeypatch):
+    going_on = threading.Event()
+    advance = batcher.advance
+
+    def hang():
+        going_on.wait(10)
+        return advance()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher, "advance", hang)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"no forward of the decoder has ended for 0\.1 s"):
+                asyncio.run(loop.prove(5, seconds=0.1))
+        going_on.set()
+    asyncio.run(loop.prove(5, seconds=5))
+    loop.stop()
+    with pytest.raises(RuntimeError, match="ended"):
+        asyncio.run(loop.prove(5, seconds=5))

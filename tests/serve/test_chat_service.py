@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import time
+import uuid
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import ray
 from openai.types.chat import ChatCompletion
+from prometheus_client.parser import text_string_to_metric_families
 
 from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.chat_tokens import encode_chat
@@ -220,7 +224,7 @@ def test_a_request_that_takes_too_long_is_aborted_with_408_or_in_its_stream(clie
     assert caught.value.code == "request_timeout"
     deadline = time.monotonic() + 5
     while "tidar:num_requests_running{" not in (text := httpx.get(f"{service}/metrics").text) or any(
-        line.startswith("tidar:num_requests_running{") and not line.endswith(" 0") for line in text.splitlines()
+        line.startswith("tidar:num_requests_running{") and not line.endswith(" 0.0") for line in text.splitlines()
     ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -306,3 +310,69 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(servic
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def logged(pattern):
+    """Lines of the JSON files of that pattern, below the folder of this Ray's logs."""
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return [line for path in folder.glob(pattern) for line in path.read_text().splitlines()]
+
+
+def until_logged(pattern, holds, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (found := [line for line in logged(pattern) if holds(line)]):
+        assert time.monotonic() < deadline, f"nothing in {pattern}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 3}, 200),
+        ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 3, "stream": True}, 200),
+        ("/v1/completions", {"model": NAME, "prompt": 3}, 400),
+        ("/v1/chat/completions", {"model": "other", "messages": ASK}, 404),
+        ("/v1/completions", {"model": NAME, "prompt": "x" * 200_000}, 413),
+        ("/v1/nothing", {}, 404),
+    ],
+)
+def test_every_answer_echoes_the_request_s_id_and_leaves_one_line_in_the_log(service, path, body, status):
+    name = f"mine-{uuid.uuid4()}"
+    answer = httpx.post(f"{service}{path}", json=body, headers={"X-Request-Id": name})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (status, name)
+    (line,) = until_logged("replica_tidar_http_*.log", lambda line: name in line and '"answered"' in line)
+    said = json.loads(line)
+    assert (said["request_id"], said["path"], said["status"], said["complete"]) == (name, path, status, True)
+    assert said["seconds"] > 0
+    assert said.get("completion_tokens") == (3 if status == 200 else None)
+
+
+def test_a_request_without_an_id_is_given_one(service):
+    first, second = (httpx.get(f"{service}/v1/models").headers["x-request-id"] for _ in range(2))
+    assert len({first, second, ""}) == 3
+
+
+def test_histograms_and_vllms_names_count_texts_streamed_or_whole(service, client):
+    def counted():
+        families = text_string_to_metric_families(httpx.get(f"{service}/metrics").text)
+        return {(s.name, s.labels.get("finished_reason")): s.value for family in families for s in family.samples}
+
+    before = counted()
+    fields = {"model": NAME, "prompt": "x", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    client.completions.create(**fields)
+    chunks = len(list(client.completions.create(**fields, stream=True)))
+    after = counted()
+
+    def more(name, reason=None):
+        return after[name, reason] - before.get((name, reason), 0)
+
+    assert more("tidar:request_success_total", "length") == 2
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
+        assert more(f"tidar:{name}_seconds_count") == 2
+    assert more("tidar:inter_token_latency_seconds_count") == chunks - 1
+    assert more("tidar:request_generation_tokens_sum") == 16
+    assert more("tidar:request_decode_time_seconds_sum") < more("tidar:e2e_request_latency_seconds_sum")
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert more(f"vllm:spec_decode_{name}_total") == more(f"tidar:spec_decode_{name}_total")
+    assert more("vllm:spec_decode_num_drafts_total") > 0

@@ -2,19 +2,21 @@
 
 import asyncio
 import dataclasses
+from contextlib import aclosing
 
 import pytest
 from llguidance import LLParserLimits, grammar_from
 
 from serve_apps.asked import PromptRequest
-from serve_apps.decoder_app import DecoderApp, Served
+from serve_apps.decoder_app import DecoderApp
 from serve_apps.grammars import AskedGrammar
 from serve_apps.pieces import Failed
+from serve_apps.served import Served
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.artifacts.grammar import Grammar
 from tidar_core.config import SamplingConfig
-from tidar_core.errors import BundleError, ConfigError, ContextLengthError
+from tidar_core.errors import BundleError, CapacityError, ConfigError, ContextLengthError, TidarError
 
 PROMPT = "def add(a, b):\n    return"
 
@@ -98,11 +100,43 @@ def test_a_shorter_context_is_the_one_that_counts(served):
 
 def test_a_new_replica_is_idle_and_healthy(served):
     app = DecoderApp(served)
-    app.check_health()
+    asyncio.run(app.check_health())
     assert asyncio.run(app.ready())
     load = asyncio.run(app.load())
     assert (load.running, load.waiting, load.pages_held, load.preemptions, load.shared_tokens) == (0, 0, 0, 0, 0)
     assert (load.mode, load.expected_over_ar) == ("single-pass", None)
+
+
+def test_its_settings_say_how_many_tokens_may_wait(served):
+    app = DecoderApp(with_settings(served, rows=1, max_waiting_tokens=1))
+
+    async def crowd():
+        first = app.generate(dataclasses.replace(prompt_request(max_tokens=4000), request_id="first"))
+        async with aclosing(first) as pieces:
+            await anext(pieces)
+            while not (await app.load()).running:
+                await asyncio.sleep(0.001)
+            return await collected(app, prompt_request())
+
+    (refused,) = asyncio.run(crowd())
+    assert isinstance(refused.error, CapacityError)
+    assert "tokens would wait" in str(refused.error)
+
+
+def test_a_replica_whose_decoder_hangs_or_fails_is_not_healthy(served, monkeypatch):
+    app = DecoderApp(served)
+    monkeypatch.setattr(app.fleet.champion.batcher.decoder, "prefill", lambda **_: 1 / 0)
+    with pytest.raises(TidarError, match="ZeroDivisionError"):
+        asyncio.run(app.check_health())
+
+
+def test_a_replica_tells_the_scaling_policy_how_busy_it_is(served):
+    app = DecoderApp(served)
+    assert asyncio.run(app.record_autoscaling_stats()) == {"rows": 0, "kv": 0, "waiting_tokens": 0}
+    answer(app, prompt_request())
+    told = asyncio.run(app.record_autoscaling_stats())
+    assert told["tokens_per_forward"] > 1
+    assert told["forwards_per_second"] > 0
 
 
 def test_with_few_pages_texts_are_the_same_and_the_young_give_way(served, said_by_the_oracle):

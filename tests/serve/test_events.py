@@ -46,7 +46,8 @@ def test_without_drafts_there_is_nothing_to_say_about_them():
 
 def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
     pieces = [
-        (1, Piece("", None, Tally(2))), (0, Piece("he", None, Tally(3))), (1, Piece("b", "stop", Tally(2, 2, (1, 0)))),
+        (1, Piece("", None, Tally(2), fingerprint="012")), (0, Piece("he", None, Tally(3), fingerprint="012")),
+        (1, Piece("b", "stop", Tally(2, 2, (1, 0)))),
         (0, Piece("y", "length", Tally(3, 5, (0, 2)))),
     ]  # fmt: skip
     body = json.loads(json.dumps(reply.body(pieces)))
@@ -56,9 +57,16 @@ def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
         (1, "b", "stop", None),
     ]
     assert (read.id, read.object, read.created, read.model) == ("cmpl-1", "text_completion", 9, "m")
-    assert read.system_fingerprint == "0123456789ab-single-pass-4"
+    assert read.system_fingerprint == "012"
     assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.total_tokens) == (5, 7, 12)
     assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 3
+
+
+def test_each_choice_says_which_weights_wrote_it_and_a_whole_response_names_all_that_did(reply):
+    assert told(reply, 0, Piece("a", None, Tally(2), fingerprint="old"))["system_fingerprint"] == "old"
+    assert told(reply, 1, Piece("b", None, Tally(2), fingerprint="new"))["system_fingerprint"] == "new"
+    assert told(reply, 0, Piece("c", "stop", Tally(2)))["system_fingerprint"] == "old"
+    assert data(reply.usage_event())["system_fingerprint"] == "old+new"
 
 
 def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
@@ -91,7 +99,7 @@ def test_a_chunk_has_the_piece_and_no_usage_unless_asked(reply):
     chunk = told(reply, 0, Piece("he", None, Tally(3, 1)))
     assert chunk["choices"] == [{"index": 0, "text": "he", "logprobs": None, "finish_reason": None,
                                  "stop_reason": None, "prompt_logprobs": None, "prompt_token_ids": None,
-                                 "token_ids": None}]  # fmt: skip
+                                 "token_ids": None, "decoding": None}]  # fmt: skip
     assert "usage" not in chunk
     assert "metrics" not in chunk
     assert told(reply, 0, Piece("", "stop", Tally(3, 2)))["choices"][0]["finish_reason"] == "stop"

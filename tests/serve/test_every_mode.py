@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from serve_apps.decoder_app import DecoderApp, Served
+from serve_apps.decoder_app import DecoderApp
 from serve_apps.pieces import Failed
 from serve_apps.reading import read_request
 from serve_apps.schemas import CompletionRequest
+from serve_apps.served import Served
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.autoregressive import score
@@ -266,20 +267,20 @@ def test_what_only_the_replica_can_see_is_refused_with_the_fields_name(replica, 
 def test_a_stop_string_frees_row_and_pages_before_the_next_forward(replica, mode):
     app = replica(*mode)
     text = text_of(replica, **VARIED)
-    decoder = app._batcher.decoder
+    decoder = app.fleet.champion.batcher.decoder
     forwards = []
-    advance = app._batcher.advance
+    advance = app.fleet.champion.batcher.advance
 
     def counted():
         steps = advance()
         forwards.append(decoder.running)
         return steps
 
-    app._batcher.advance = counted
+    app.fleet.champion.batcher.advance = counted
     try:
         (events,) = answers(app, [VARIED | {"max_tokens": 100, "stop": text[6:9]}])
     finally:
-        del app._batcher.advance
+        del app.fleet.champion.batcher.advance
     assert whole(events)[1] == "stop"
     load = asyncio.run(app.load())
     assert (load.running, load.waiting, load.pages_held) == (0, 0, 0)

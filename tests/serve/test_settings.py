@@ -28,6 +28,16 @@ def test_a_gpu_share_is_what_makes_it_compute_there():
     assert (ServeSettings(model="m").device, ServeSettings(model="m", num_gpus=0.5).device) == ("cpu", "cuda")
 
 
+ALIAS = {"model": "models:/m@champion"}
+
+
+def test_an_alias_can_be_followed_and_tried_against_another():
+    settings = ServeSettings(follow_alias_seconds=5, challenger={"weight": 0.1}, **ALIAS)
+    assert settings.model_alias == ("m", "champion")
+    assert (settings.challenger.alias, settings.challenger.weight) == ("challenger", 0.1)
+    assert ServeSettings.model_validate(settings.model_dump(mode="json", exclude_unset=True)) == settings
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -38,6 +48,16 @@ def test_a_gpu_share_is_what_makes_it_compute_there():
         ({"mode": "fast"}, "mode is 'fast'; "),
         ({"model": ""}, "model is ''; "),
         ({"min_replicas": 2, "max_replicas": 1}, "max_replicas is 1 and min_replicas 2; "),
+        ({"follow_alias_seconds": 0} | ALIAS, "follow_alias_seconds is 0; "),
+        ({"follow_alias_seconds": 5}, "follow_alias_seconds is set and model is 'm', which never changes; "),
+        (
+            {"follow_alias_seconds": 5, "model": "models:/m/3"},
+            "follow_alias_seconds is set and model is 'models:/m/3', ",
+        ),
+        ({"follow_alias_seconds": 5, "model": "s3://a@b"}, "follow_alias_seconds is set and model is 's3://a@b', "),
+        ({"challenger": {}} | ALIAS, "challenger is set and follow_alias_seconds is not; "),
+        ({"challenger": {"weight": 2}} | ALIAS, "challenger.weight is 2; "),
+        ({"challenger": {"wait": 2}} | ALIAS, "unknown key 'challenger.wait'; known are alias, weight, "),
     ],
 )
 def test_what_is_unknown_or_impossible_is_named_in_one_line(wrong, named):

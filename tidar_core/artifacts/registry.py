@@ -42,11 +42,13 @@ __all__ = [
     "ListedVersion",
     "RegistryVersion",
     "absolute_tracking_uri",
+    "aliases",
     "end_run",
     "find_bundle",
     "find_run",
     "list_versions",
     "log_artifact",
+    "log_data",
     "log_metrics",
     "log_text",
     "promote",
@@ -56,6 +58,7 @@ __all__ = [
     "set_challenger",
     "start_run",
     "system_metrics",
+    "withdraw",
 ]
 
 CHAMPION = "champion"
@@ -64,6 +67,8 @@ CHALLENGER = "challenger"
 MODEL_SCHEME = "models:/"
 PROMOTION = "promotion"
 """Tag: the number of a promotion that holds, or is one of those to go back to."""
+WITHDRAWN = "withdrawn"
+"""Tag: why a version has lost an alias."""
 PARENT_RUN = "mlflow.parentRunId"
 """Tag: the run below which MLflow's pages show this one."""
 ON_DISK = "bundle://"
@@ -73,6 +78,8 @@ ATTEMPTS = 20
 """To agree with others who promote at the same time; each takes one or two."""
 PARAMS_AT_ONCE = 100
 """What one MLflow request takes."""
+DIGEST_LEN = 36
+"""Of a data set, as MLflow keeps it; the whole identity stands in its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,8 @@ class FoundBundle:
 
     uri: str
     info: BundleInfo
+    version: int | None = None
+    """In the registry; None for a bundle that was given by its location."""
 
 
 def start_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
@@ -140,6 +149,19 @@ def log_text(tracking_uri: str, run_id: str, name: str, text: str) -> None:
     """Keep a page of text with a run, in a file of that name, folders included."""
     with in_one_line(tracking_uri):
         client_of(tracking_uri).log_text(run_id, text, name)
+
+
+def log_data(tracking_uri: str, run_id: str, uri: str, identity: str, context: str) -> None:
+    """Name the shards that a run read, by their manifest's identity, where MLflow links runs and data.
+
+    context  what for, such as `training`
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": locations.absolute(uri), "identity": identity})
+    data = Dataset(locations.name_of(uri), identity[:DIGEST_LEN], "tidar-shards", source)
+    with in_one_line(tracking_uri):
+        client_of(tracking_uri).log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
 
 @contextmanager
@@ -226,6 +248,24 @@ def set_challenger(tracking_uri: str, name: str, version: int) -> None:
         client.set_registered_model_alias(name, CHALLENGER, str(version))
 
 
+def aliases(tracking_uri: str, name: str) -> dict[str, int]:
+    """Which version each alias of a model names now."""
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        model = require_model(client_of(tracking_uri), tracking_uri, name)
+        return {alias: int(version) for alias, version in model.aliases.items()}
+
+
+def withdraw(tracking_uri: str, name: str, alias: str, version: int, why: str) -> None:
+    """Take an alias away from a version, if it still names that one; the version's tag `withdrawn` says why."""
+    require_database(tracking_uri, name)
+    with in_one_line(tracking_uri):
+        client = client_of(tracking_uri)
+        client.set_model_version_tag(name, str(version), WITHDRAWN, why)
+        if int(require_model(client, tracking_uri, name).aliases.get(alias, 0)) == version:
+            client.delete_registered_model_alias(name, alias)
+
+
 def promote(tracking_uri: str, name: str, version: int) -> int:
     """Make the version champion; says which is, another one if that was promoted at the same time."""
     require_database(tracking_uri, name)
@@ -307,7 +347,7 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
             f"{model} is registered with hash {registered.bundle_hash[:12]}; {registered.bundle_uri} has "
             f"{info.bundle_hash[:12]}; publish the new bundle as a version of its own"
         )
-    return FoundBundle(locations.absolute(registered.bundle_uri), info)
+    return FoundBundle(locations.absolute(registered.bundle_uri), info, registered.version)
 
 
 def _promotions(client: "MlflowClient", name: str) -> dict[int, int]:

@@ -1,0 +1,254 @@
+"""Which engines does a replica run, and how does it change them without dropping a text?
+
+The champion's, perhaps a challenger's. New weights are loaded beside the old ones and run once; then new texts go to
+them, and the old engine ends with its last text. So a replica needs memory for one engine more than it serves; it waits
+for one that is leaving before it loads another. What cannot be loaded changes nothing but the report.
+"""
+
+import asyncio
+import gc
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from serve_apps.batch_loop import BatchLoop
+from serve_apps.engine import Engine
+from serve_apps.errors import ParameterError
+from serve_apps.served import Served, Target
+from serve_apps.split import CHALLENGER, CHAMPION, Route, role_of
+from serve_apps.version_totals import VersionReport, VersionTotals
+from tidar_core.errors import TidarError
+
+__all__ = ["Fleet"]
+
+RETRY_SECONDS = 300.0
+"""After which a bundle that could not be loaded is tried again."""
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    message: str
+    since: float
+
+
+class Fleet:
+    """The engines of one replica. All but `start` belong to its event loop."""
+
+    def __init__(self, replica: str) -> None:
+        self._replica = replica
+        self._engines: dict[str, Engine] = {}
+        """By the hash of their bundles, those that leave included."""
+        self._roles: dict[str, str] = {}
+        """Hash of the bundle that has each role."""
+        self._problems: dict[str, _Problem] = {}
+        self._known: dict[str, tuple[Served, VersionTotals]] = {}
+        """Every version that was ever to be loaded, with what it has done."""
+        self._target: Target | None = None
+        self._reached: Target | None = None
+        self._loading: Served | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()
+        """An engine has ended, or something else is wanted: look again."""
+
+    @property
+    def champion(self) -> Engine:
+        """The engine that answers unless another is asked for."""
+        return self._engines[self._roles[CHAMPION]]
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """All, the champion first; none before the start."""
+        champion = self._roles.get(CHAMPION)
+        return tuple(self._engines[key] for key in sorted(self._engines, key=lambda key: key != champion))
+
+    def start(self, candidates: Sequence[Served]) -> None:
+        """Load the first of several that can be loaded. Raises the first one's error if none can."""
+        errors = []
+        for served in candidates:
+            made = _made(served, self._totals(served))
+            self._keep(served, made)
+            if isinstance(made, Engine):
+                self._roles[CHAMPION] = served.bundle_hash
+                return
+            errors.append(made)
+        raise errors[0]
+
+    @contextmanager
+    def engine(self, route: Route) -> Iterator[Engine]:
+        """Who answers a request; it is there for as long as the context is open."""
+        engine = self._engines[self._chosen(route)]
+        engine.texts += 1
+        try:
+            yield engine
+        finally:
+            engine.texts -= 1
+            self._end_unneeded()
+
+    def follow(self, target: Target) -> None:
+        """Begin to serve `target`; what is loaded already goes on, and what failed is tried again at times."""
+        now = time.monotonic()
+        retry = [key for key, problem in self._problems.items() if now - problem.since > RETRY_SECONDS]
+        for key in retry:
+            del self._problems[key]
+        if target == self._target and not retry:
+            return
+        self._target, self._reached = target, None
+        self._left.set()
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._catch_up())
+
+    async def followed(self) -> None:
+        """Wait until what was to be served is, as far as it can be loaded."""
+        if self._work is not None:
+            await self._work
+
+    async def check_health(self) -> None:
+        """Raise if the champion does not decode; another engine that does not is given up, and the champion goes on."""
+        for engine in self.engines:
+            bundle_hash = engine.served.bundle_hash
+            try:
+                await engine.check_health()
+            except Exception as error:
+                if self._engines.get(bundle_hash) is not engine:
+                    continue  # it has ended meanwhile, as it should
+                if engine is self.champion:
+                    raise
+                self._give_up(bundle_hash, error)
+
+    def reports(self) -> list[VersionReport]:
+        """Every version that was ever here, and those that are to come."""
+        states = dict.fromkeys(self._known, "gone")
+        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._engines, "leaving")
+        if self._loading is not None:
+            states[self._loading.bundle_hash] = "loading"
+        states |= {bundle_hash: role for role, bundle_hash in self._roles.items()}
+        return [self._report(bundle_hash, state) for bundle_hash, state in states.items()]
+
+    def _chosen(self, route: Route) -> str:
+        """Hash of the bundle that answers a request."""
+        challenger = self._roles.get(CHALLENGER)
+        if challenger is None:
+            if route.role == CHALLENGER:
+                raise ParameterError("no challenger is served here now; drop the header x-tidar-version")
+            return self._roles[CHAMPION]
+        trial = self._engines[challenger].served.settings.challenger
+        return self._roles[role_of(route, challenger, trial.weight if trial is not None else 0.0)]
+
+    async def _catch_up(self) -> None:
+        """Reach the target, which may be another one by then."""
+        while (target := self._target) is not None and target is not self._reached:
+            wanted = {CHAMPION: target.champion, CHALLENGER: target.challenger}
+            if self._roles.get(CHALLENGER) not in {s.bundle_hash for s in wanted.values() if s is not None}:
+                self._take(CHALLENGER, None)  # its memory is given back first
+            for role, served in wanted.items():
+                if not await self._loaded(served, target):
+                    break
+                self._take(role, served)
+            else:
+                self._reached = target
+
+    async def _loaded(self, served: Served | None, target: Target) -> bool:
+        """Load what is not there, as soon as no engine is leaving; False if something else is wanted by then."""
+        if served is None or served.bundle_hash in self._engines:
+            return True
+        self._end_unneeded()
+        while self._leaving():
+            self._left.clear()
+            await self._left.wait()
+            if self._target is not target:
+                return False
+        if served.bundle_hash not in self._problems:
+            self._loading = served
+            made = await asyncio.to_thread(_made, served, self._totals(served))
+            self._loading = None
+            self._keep(served, made)
+        return self._target is target
+
+    def _keep(self, served: Served, made: Engine | Exception) -> None:
+        """Of a bundle that could not be loaded, remember why."""
+        if isinstance(made, Engine):
+            self._engines[served.bundle_hash] = made
+            return
+        self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), time.monotonic())
+        logger.warning("version %s of %s cannot be loaded: %s", served.label, served.bundle_uri, problem.message)
+
+    def _totals(self, served: Served) -> VersionTotals:
+        """Of all engines that a version has had here."""
+        _, totals = self._known.get(served.bundle_hash, (served, VersionTotals()))
+        self._known[served.bundle_hash] = served, totals
+        return totals
+
+    def _take(self, role: str, served: Served | None) -> None:
+        """From now on the engine of `served` has the role; one that is not there leaves the champion as it is."""
+        before = self._roles.get(role)
+        if served is not None and served.bundle_hash in self._engines:
+            self._roles[role] = served.bundle_hash
+        elif role == CHALLENGER:
+            self._roles.pop(role, None)
+        if (now := self._roles.get(role)) != before:
+            label = "none" if now is None else self._known[now][0].label
+            was = "none" if before is None else self._known[before][0].label
+            logger.warning("replica %s serves version %s as %s, after %s", self._replica, label, role, was)
+        self._end_unneeded()
+
+    def _give_up(self, bundle_hash: str, error: Exception) -> None:
+        """End an engine whose texts will fail anyway."""
+        self._problems[bundle_hash] = problem = _Problem(_in_words(error), time.monotonic())
+        logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
+        self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
+        asyncio.get_running_loop().run_in_executor(None, _end, self._engines.pop(bundle_hash).loop)
+        self._left.set()
+
+    def _wanted(self) -> set[str]:
+        """Hashes of bundles that have a role, or are to have one."""
+        target = self._target
+        coming = [] if target is None else [target.champion, target.challenger]
+        roles = set(self._roles.values())
+        return roles | {served.bundle_hash for served in coming if served is not None}
+
+    def _leaving(self) -> list[str]:
+        return [bundle_hash for bundle_hash in self._engines if bundle_hash not in self._wanted()]
+
+    def _end_unneeded(self) -> None:
+        """Give back the memory of engines that nobody needs and that write no text any more."""
+        for bundle_hash in self._leaving():
+            if not self._engines[bundle_hash].texts:
+                loop = self._engines.pop(bundle_hash).loop
+                asyncio.get_running_loop().run_in_executor(None, _end, loop)
+                self._left.set()
+
+    def _report(self, bundle_hash: str, state: str) -> VersionReport:
+        served, totals = self._known[bundle_hash]
+        problem = self._problems.get(bundle_hash)
+        return VersionReport(
+            replica=self._replica,
+            version=served.label,
+            fingerprint=served.fingerprint,
+            bundle_hash=bundle_hash,
+            state=state,
+            problem="" if problem is None else problem.message,
+            totals=replace(totals),
+        )
+
+
+def _end(loop: BatchLoop) -> None:
+    loop.stop()
+    gc.collect()  # frames in which torch made the weights refer to each other, and to the engine
+
+
+def _made(served: Served, totals: VersionTotals) -> Engine | Exception:
+    try:
+        return Engine(served, totals)
+    except Exception as error:  # out of memory, a damaged file: the old weights go on
+        traceback.clear_frames(error.__traceback__)  # what was made so far is given back
+        return error
+
+
+def _in_words(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, TidarError) else f"{type(error).__name__}: {said}"

@@ -1,0 +1,28 @@
+"""What does a YAML file of settings say: a job's, a service's?"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tidar_core.errors import ConfigError
+
+__all__ = ["read_mapping"]
+
+
+def read_mapping(path: str | Path, what: str, example: str) -> dict[str, Any]:
+    """Keys and values of the YAML file at `path`. Raises ConfigError with one line.
+
+    what     is read, in words, such as `job file`
+    example  where one finds such files
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{what} {path} does not exist; give the path of a YAML file such as {example}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{what} {path} holds {type(values).__name__}; it must be a mapping of keys to values")
+    return values
