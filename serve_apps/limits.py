@@ -11,7 +11,7 @@ from serve_apps.errors import BodyTooLargeError, ParameterError, RequestTimeoutE
 __all__ = ["Limits"]
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
-FIRST = 0.8
+FIRST = 0.7
 """Of the time that a client's header gives: Serve's proxy reads that header too, and would answer in plain text."""
 
 Item = TypeVar("Item")
