@@ -279,11 +279,15 @@ def test_a_busy_loop_proves_itself_by_its_own_forwards(loop, batcher, monkeypatc
     async def busy():
         running = asyncio.create_task(tokens_of(loop, request("a", max_tokens=ENDLESS)))
         await until(lambda: loop.running == 1)
-        monkeypatch.setattr(batcher, "submit", lambda request: pytest.fail("a probe, beside a text"))
+        probes, before = [], loop.pace.forwards
+        monkeypatch.setattr(batcher, "submit", probes.append)
         await loop.prove(5, seconds=5)
         running.cancel()
+        return probes, loop.pace.forwards - before
 
-    asyncio.run(busy())
+    probes, forwards = asyncio.run(busy())
+    assert probes == []
+    assert forwards > 0
 
 
 def test_a_loop_that_hangs_or_has_ended_is_found_out(loop, batcher, monkeypatch):
