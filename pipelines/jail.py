@@ -167,10 +167,9 @@ def _filter_calls(own_pid: int) -> None:
         (TGKILL, BPF_EQUAL, own_pid),
     ):
         lines += [(BPF_EQUAL, 0, 4, numbers[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (test, 1, 0, value), refuse, allow]
-    for number, first, second in ((PRLIMIT[column], 0, own_pid),):
-        lines += [(BPF_EQUAL, 0, 5, number), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 2, 0, first),
-                  (BPF_EQUAL, 1, 0, second), refuse, allow]  # fmt: skip
-    lines += [(BPF_EQUAL, 0, 3, PRCTL[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 0, 1, PR_SET_PDEATHSIG),
+    lines += [(BPF_EQUAL, 0, 5, PRLIMIT[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 2, 0, 0),
+              (BPF_EQUAL, 1, 0, own_pid), refuse, allow,
+              (BPF_EQUAL, 0, 3, PRCTL[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 0, 1, PR_SET_PDEATHSIG),
               refuse, allow]  # fmt: skip
     code = b"".join(struct.pack("=HBBI", *line) for line in lines)
     kept = ctypes.create_string_buffer(code, len(code))
