@@ -118,7 +118,7 @@ class Counters:
         async with aclosing(pieces):
             async for index, piece in pieces:
                 now = time.monotonic()
-                if piece.tally.completion_tokens:
+                if piece.tally.completion_tokens and (piece.text or piece.finish_reason is not None):
                     if index in heard:
                         self._spread("inter_token_latency_seconds", now - heard[index])
                     else:

@@ -120,7 +120,7 @@ def test_the_first_token_of_a_text_that_came_whole_is_timed_before_its_decoding(
     counters = Counters("m")
 
     async def slowly():
-        yield 0, Piece("", None, Tally(1, 0))
+        yield 0, Piece("", None, Tally(1, 1))  # admitted late: a token has come, but none of its text
         await asyncio.sleep(0.05)
         yield 0, Piece("ab", "stop", Tally(1, 2), lap=Lap(queue=0.0, prefill=0.01, decode=0.04))
 
