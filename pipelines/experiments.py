@@ -29,7 +29,7 @@ from tidar_core.benchmark import compare_modes
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import ShardError, TidarError
 from tidar_core.packing import PackedRows
-from tidar_core.recipe import start_mask_token
+from tidar_core.recipe import start_draft_link, start_mask_token
 from tidar_core.schedule import Schedule
 from tidar_core.single_device import Optimisation, Phase, Progress, Trainer
 
@@ -148,6 +148,8 @@ def _run(job: ExperimentJob, train: TrainJob, variant: str, start: Bundle, rows:
     model = copy.deepcopy(start.model)
     if train.mask_start is not None:
         start_mask_token(model, train.mask_start, seed=train.seed)
+    if train.link_rank is not None:
+        start_draft_link(model, train.link_rank, seed=train.seed)
     model = model.to(dtype).train()
     optimisation = Optimisation(betas=train.adam_betas, weight_decay=train.weight_decay, clip_norm=train.clip_norm)
     trainer = Trainer(model, block_len=train.block_len, optimisation=optimisation, compiled=job.device != "cpu")

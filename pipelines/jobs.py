@@ -146,7 +146,8 @@ class TrainJob(Job):
     distillation: float = 0.0
     block_share: float = 1.0
     mask_start: Literal["mean", "normal", "zero"] | None = None
-    """These six: see `tidar_core.recipe.Recipe`; the defaults are the paper's."""
+    link_rank: Positive | None = None
+    """These seven: see `tidar_core.recipe.Recipe`; the defaults are the paper's."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive

@@ -27,7 +27,7 @@ from tidar_core.dual_mode import TrainBatch
 from tidar_core.losses import dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
-from tidar_core.recipe import start_mask_token
+from tidar_core.recipe import start_draft_link, start_mask_token
 from tidar_core.row_order import rows_of_step, seeds_of_step
 from tidar_core.sequence_parallel import SequenceParallel
 from tidar_core.shapes import named_shape
@@ -78,6 +78,8 @@ class _Worker:
             model, self.start = starting_model(job, self.manifest)
             if job.mask_start is not None:
                 start_mask_token(model, job.mask_start, seed=job.seed)
+            if job.link_rank is not None:
+                start_draft_link(model, job.link_rank, seed=job.seed)
         else:
             refuse_other_run(job, checkpoint, self.manifest)
             model, self.start = TidarModel(model_config(checkpoint.cursor)), checkpoint.cursor.start

@@ -70,8 +70,11 @@ class ModelConfig:
     qk_norm: bool = False
     mask_id: int | None = None
     """Row of the vocabulary that stands for "to be predicted"; its logit is minus infinity everywhere."""
+    link_rank: int = 0
+    """Rank of what links a draft to the token before it; 0: drafts of a block are independent, as the paper's."""
 
     def __post_init__(self) -> None:
+        _require(self.link_rank >= 0, f"link_rank is {self.link_rank}; it must be 0 (no link) or more")
         _require(
             self.architecture in ARCHITECTURES,
             f"architecture is {self.architecture!r}; this project runs {', '.join(ARCHITECTURES)}",

@@ -295,7 +295,8 @@ class Decoder:
         rows, C = slice(row, row + 1), plan.clean_len
         sampling = SamplingTensors.of([sequence.request.sampling], self.device)
         ar_logits = self.model.head(hidden[:, C - 1 : C])
-        logits = self._stepper.target_logits(ar_logits, hidden[:, C : C + 1], sampling)
+        last_11 = torch.tensor([sequence.tokens[-1:]], device=self.device)
+        logits = self._stepper.target_logits(ar_logits, hidden[:, C : C + 1], last_11, sampling)
         if sequence.rules is not None:
             logits = sequence.rules.adjust(logits[0])[None]
         first = int(self._stepper.begin(rows, hidden, plan, logits, sampling))
@@ -325,7 +326,7 @@ class Decoder:
         sequence = self._running[row]
         assert sequence.rules is not None
         masks_RE = hidden_RE[block.first_row + 1 : block.first_row + block.pending]
-        drafts = sequence.rules.adjust_drafts(self.model.head(masks_RE))
+        drafts = sequence.rules.adjust_drafts(self.model.head(masks_RE), self.model.linked)
         self._set_drafts(row, drafts)
 
     def _set_drafts(self, row: int, tokens: list[int]) -> None:

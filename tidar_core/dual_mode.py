@@ -37,6 +37,8 @@ class TrainBatch:
     """Weight of each such label, fp32; None: all weigh 1."""
     diffusion_total: Tensor | None = None
     """What these weights add up to, on average over the recipe's draws, fp64; None: the number of labels."""
+    before_BM: Tensor | None = None
+    """Token before each mask's own; None when there is no mask half."""
     teacher_BM: Tensor | None = None
     """Index in the clean half of the token that predicts the same token as the mask; None: no distillation."""
     distillation: float = 0.0
@@ -91,6 +93,7 @@ def dual_mode_batch(
         masks = masks.partly_shown(input_ids_BS, draws)
     if draws is not None and recipe.block_share < 1:
         masks = masks.some_blocks(recipe.mask_len(S, block_len), draws)
+    before_BM = (masks.place - 1).clamp(min=0)
     return TrainBatch(
         torch.cat([input_ids_BS, masks.token], 1),
         layout[..., :S].then(masks.layout),
@@ -98,7 +101,8 @@ def dual_mode_batch(
         masks.target,
         masks.weight if recipe.weighs else None,
         total,
-        (masks.place - 1).clamp(min=0) if recipe.distillation else None,
+        input_ids_BS.gather(1, before_BM),
+        before_BM if recipe.distillation else None,
         recipe.distillation,
     )
 

@@ -28,6 +28,7 @@ LOGITS_AT_ONCE_CUDA = 2**29
 """The same on an accelerator: 2 GB in fp32, so that 32,768 tokens of a vocabulary of 16,384 need no second pass."""
 
 Head = Callable[[Tensor], Tensor]
+Link = Callable[[Tensor], Tensor] | None
 ChunkLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -51,14 +52,19 @@ def chunk_loss(
     target_N: Tensor,
     weight_N: Tensor | None = None,
     teacher_NE: Tensor | None = None,
+    before_N: Tensor | None = None,
     distillation: float = 0.0,
+    link: Link = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in fp32 summed over labels, and whose likeliest token is the label [N].
 
     weight_N      of each label; None: 1
     teacher_NE    hidden states whose distribution takes the share `distillation` of the label's place
+    before_N      the tokens before the labels, of which `link` makes logits to add
     """
     logits_NV = head(hidden_NE).float()
+    if link is not None and before_N is not None:
+        logits_NV = logits_NV + link(before_N)
     hit_N = logits_NV.argmax(-1) == target_N
     if weight_N is None and teacher_NE is None:
         return F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="sum"), hit_N
@@ -78,12 +84,14 @@ def loss_sums(
     batch: TrainBatch,
     block_len: int,
     chunk_loss: ChunkLoss = chunk_loss,
+    link: Link = None,
     clean_hidden: Callable[[Tensor], Tensor] = lambda hidden_BSE: hidden_BSE,
 ) -> LossSums:
     """Cross-entropy in nats, summed over labels, and draft accuracy. Never waits for the device.
 
     block_len     length of the longest block
     chunk_loss    the function of that name, or a compiled form of it
+    link          the model's, if it has one: the diffusion half is then told the token before each label
     clean_hidden  from the clean half's hidden states here to those of whole rows
     """
     S = batch.ar_target_BS.shape[1]
@@ -100,7 +108,7 @@ def loss_sums(
             teacher_BME = whole_BSE.gather(1, batch.teacher_BM[..., None].expand(-1, -1, whole_BSE.shape[-1]))
         diffusion_sum, hit_N = _cross_entropy(
             head, batch.diffusion_target_BM, chunk_loss, hidden_BLE[:, S:], batch.diffusion_weight_BM, teacher_BME,
-            batch.distillation,
+            batch.before_BM if link else None, batch.distillation, link,
         )  # fmt: skip
         masks = batch.layout[:, S:]
         offset_N = (masks.position - masks.horizon - 1).flatten()
@@ -137,7 +145,9 @@ def _cross_entropy(
     hidden_BSE: Tensor,
     weight_BS: Tensor | None = None,
     teacher_BSE: Tensor | None = None,
+    before_BS: Tensor | None = None,
     distillation: float = 0.0,
+    link: Link = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy, and which labels were the likeliest token [B * S].
 
@@ -147,11 +157,12 @@ def _cross_entropy(
     hidden_NE, target_N = hidden_BSE.flatten(0, 1), target_BS.flatten()
     weight_N = None if weight_BS is None else weight_BS.flatten()
     teacher_NE = None if teacher_BSE is None else teacher_BSE.flatten(0, 1)
+    before_N = None if before_BS is None else before_BS.flatten()
     with torch.no_grad():
-        logits = head(hidden_NE[:1]).shape[-1] * (1 if teacher_NE is None else 2)
+        logits = head(hidden_NE[:1]).shape[-1] * (1 + (teacher_NE is not None) + (before_N is not None))
     at_once = max(1, (LOGITS_AT_ONCE_CUDA if hidden_NE.is_cuda else LOGITS_AT_ONCE) // logits)
     if len(target_N) <= at_once:
-        return of_chunk(head, hidden_NE, target_N, weight_N, teacher_NE, distillation)
+        return of_chunk(head, hidden_NE, target_N, weight_N, teacher_NE, before_N, distillation, link)
     chunks = -(-len(target_N) // at_once)
     chunk_len = -(-len(target_N) // chunks)  # as even as can be
 
@@ -160,8 +171,8 @@ def _cross_entropy(
 
     sums, hits = zip(
         *(
-            checkpoint(of_chunk, head, *piece, distillation, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(*map(pieces, (hidden_NE, target_N, weight_N, teacher_NE)))
+            checkpoint(of_chunk, head, *piece, distillation, link, use_reentrant=False, preserve_rng_state=False)
+            for piece in zip(*map(pieces, (hidden_NE, target_N, weight_N, teacher_NE, before_N)))
         )
     )
     return torch.stack(sums).sum(), torch.cat(hits)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tidar_core.attention import Attention
 from tidar_core.config import ModelConfig
 
-__all__ = ["TidarModel", "rotary_frequencies"]
+__all__ = ["DraftLink", "TidarModel", "rotary_frequencies"]
 
 
 class TidarModel(nn.Module):
@@ -29,6 +29,7 @@ class TidarModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
+        self.link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
         self.tie()
         self.recompute = False
         """Keep of a forward only what goes into each layer; the backward pass computes the rest again."""
@@ -46,6 +47,10 @@ class TidarModel(nn.Module):
                 hidden = layer(hidden, rotation, attention)
         return self.norm(hidden)
 
+    def linked(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Logits of masks [.., V], now that the tokens before theirs [..] are known."""
+        return logits if self.link is None else logits + self.link(before)
+
     def tie(self) -> None:
         """Make the head the embedding table, where the config says so."""
         if self.config.tied_head:
@@ -55,7 +60,11 @@ class TidarModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Random weights: normal, 0.02 wide; narrower where a layer adds to the residual stream (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
+        if self.link is not None:
+            self.link.start(generator)
         for name, parameter in self.named_parameters():
+            if name.startswith("link."):
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:
@@ -96,6 +105,30 @@ class Head(nn.Module):
         bias = hidden.new_zeros(self.weight.shape[0])
         bias[self.mask_id].fill_(float("-inf"))  # a store of a number would copy it from the host
         return bias
+
+
+class DraftLink(nn.Module):
+    """Token -> what it says of the one behind it: logits to add to a mask's, from a table of low rank.
+
+    The masks of a block cannot know each other's tokens, so the likeliest of each do not belong together. One product
+    of rank r makes each follow from the draft before it (as the heads of Hydra do, arXiv 2402.05109).
+    """
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.before = nn.Embedding(vocab_size, rank)
+        self.after = nn.Linear(rank, vocab_size, bias=False)
+
+    def forward(self, before: Tensor) -> Tensor:
+        """[..] -> [.., V]."""
+        return self.after(self.before(before))
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        """Say nothing yet: the model is then the one without a link."""
+        shape = self.before.weight.shape
+        self.before.weight.copy_(torch.randn(shape, generator=generator))
+        self.after.weight.zero_()
 
 
 class Layer(nn.Module):

@@ -80,13 +80,13 @@ class Objective(nn.Module):
 
     def forward(self, batch: TrainBatch) -> LossSums:
         """Loss sums over the labels of `batch`."""
-        head, attention = self.model.head, self._attention(batch.whole or batch.layout)
+        head, link, attention = self.model.head, self.model.link, self._attention(batch.whole or batch.layout)
         if self._shared is None:
             hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
-            return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss)
+            return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link)
         attention = self._shared.attention(attention, batch.ar_target_BS.shape[1])
         hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
-        return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, self._shared.gathered)
+        return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered)
 
     def _attention_of_device(self, layout: TokenLayout) -> Attention:
         table = self.model.embedding.weight

@@ -7,15 +7,15 @@ Shape letters: B rows, S tokens of a row, E embedding, R rows of a table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tidar_core.errors import ConfigError
-from tidar_core.model import TidarModel
+from tidar_core.model import DraftLink, TidarModel
 
-__all__ = ["MASKINGS", "MASK_STARTS", "Draws", "Recipe", "mask_embedding", "start_mask_token"]
+__all__ = ["MASKINGS", "MASK_STARTS", "Draws", "Recipe", "mask_embedding", "start_draft_link", "start_mask_token"]
 
 MASKINGS = ("full", "random")
 MASK_STARTS = ("mean", "normal", "zero")
@@ -45,6 +45,9 @@ class Recipe:
     """The mask token's embedding before the first train step: `mean` of the others, plus noise a tenth as wide as they
     are spread; `normal`: mean and spread of the others; `zero`. None: as it is in the weights, or `mean` where they
     have no mask token."""
+    link_rank: int | None = None
+    """Rank of what links each draft of a block to the token before it (`tidar_core.model.DraftLink`). None: as it is in
+    the weights, and those of an AR checkpoint have no link: drafts are independent."""
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")
@@ -57,6 +60,10 @@ class Recipe:
         _require(
             self.mask_start is None or self.mask_start in MASK_STARTS,
             f"mask_start is {self.mask_start!r}; it must be one of {MASK_STARTS}, or left out",
+        )
+        _require(
+            self.link_rank is None or self.link_rank >= 1,
+            f"link_rank is {self.link_rank}; it must be 1 or more, or left out",
         )
 
     def checked(self, block_len: int) -> "Recipe":
@@ -112,6 +119,19 @@ def start_mask_token(model: TidarModel, how: str, *, seed: int) -> None:
     assert mask_id, "the model needs a mask token behind those of text"
     noise_E = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
     table[mask_id] = mask_embedding(table[:mask_id].float(), how, noise_E).to(table.dtype)
+
+
+def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
+    """Give a model a link that says nothing yet; one of the same rank stays as it is."""
+    held = model.config.link_rank
+    if held == rank:
+        return
+    _require(held == 0, f"link_rank is {rank}; the weights have a link of rank {held}; leave link_rank out")
+    table = model.embedding.weight
+    model.config = replace(model.config, link_rank=rank)
+    model.link = DraftLink(model.config.vocab_size, rank)
+    model.link.start(torch.Generator().manual_seed(seed))
+    model.link.to(table.device, table.dtype)
 
 
 def mask_embedding(real_RE: Tensor, how: str, noise: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ falls is never read. So adjusting many rows at once equals adjusting one token a
 Shape letters: C clean rows (`modes`), R mask rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -120,17 +120,21 @@ class Rules:
             logits_CV = self._penalised(logits_CV, self._count_V, drafts)
         return logits_CV
 
-    def adjust_drafts(self, logits_RV: Tensor) -> list[int]:
+    def adjust_drafts(
+        self, logits_RV: Tensor, linked: Callable[[Tensor, Tensor], Tensor] = lambda logits, before: logits
+    ) -> list[int]:
         """Drafts d_2.., as many as R or fewer: from left to right the likeliest token that the rules leave after the
         ones before it. So none of them breaks a rule; they stop with the text.
 
         logits_RV  of the mask rows that draft d_2..d_{R+1}; d_1 is committed already
+        linked     logits of a mask [1, V], and the token before it [1] -> logits: `TidarModel.linked`
         """
         drafts: list[int] = []
         for logits_V in logits_RV:
             if drafts:
                 self.commit(drafts[-1:])
-            drafts.append(int(self.adjust(logits_V[None]).argmax()))
+            before_1 = torch.tensor(self._output[-1:], device=self._device)
+            drafts.append(int(self.adjust(linked(logits_V[None], before_1)).argmax()))
             if drafts[-1] in self._ends:
                 break
         self._retract(len(drafts) - 1)

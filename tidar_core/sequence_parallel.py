@@ -61,6 +61,7 @@ class SequenceParallel:
             diffusion_target_BM=some(batch.diffusion_target_BM),
             diffusion_weight_BM=some(batch.diffusion_weight_BM),
             diffusion_total=None if batch.diffusion_total is None else batch.diffusion_total / W,
+            before_BM=some(batch.before_BM),
             teacher_BM=some(batch.teacher_BM),
             whole=batch.layout,
         )

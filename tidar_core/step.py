@@ -7,7 +7,7 @@ that a forward can be captured and replayed.
 Shape letters: B sequences, C clean rows, K block length, R rows of a forward, E embedding, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,7 +94,8 @@ class Stepper:
         together = bool(plan.groups) and plan.rows(self.draft.block_len) <= ROWS_TOGETHER
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]
-        logits_BCV = self.target_logits(ar_logits, hidden_BRE[:, C :: plan.masks(self.draft.block_len)], sampling)
+        first_masks_BCE = hidden_BRE[:, C :: plan.masks(self.draft.block_len)]
+        logits_BCV = self.target_logits(ar_logits, first_masks_BCE, draft_BC, sampling)
         if adjust is not None:
             logits_BCV = adjust(logits_BCV)
         next_BC = prefix_B[:, None] + _ahead(C, prefix_B.device)
@@ -113,16 +114,20 @@ class Stepper:
         )
         return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
 
-    def target_logits(self, ar_BRV: Tensor, first_masks_BRE: Tensor, sampling: SamplingTensors) -> Tensor:
+    def target_logits(
+        self, ar_BRV: Tensor, first_masks_BRE: Tensor, token_BR: Tensor, sampling: SamplingTensors
+    ) -> Tensor:
         """z = beta * AR + (1 - beta) * diffusion, fp32; both predict the same positions (TiDAR, section 4.4.3).
 
         first_masks_BRE  first mask of the group behind each row; not read where all betas are 1
+        token_BR         of each row
         """
         ar_BRV = ar_BRV.float()
         if sampling.trusts_ar:
             return ar_BRV
         beta_B11 = sampling.beta_B[:, None, None]
-        mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * self.model.head(first_masks_BRE).float()
+        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE).float(), token_BR)
+        mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * diffusion_BRV
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 
     def propose(
@@ -147,16 +152,31 @@ class Stepper:
         row_BR = torch.where(guessed_BR, first_row_B1 + offset_R, 0)
         chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, row_BR)
         logits_BRV = self.model.head(chosen) if logits_BRV is None else chosen
-        if state.proposal is None:
-            state.draft[rows, 1:width] = torch.where(guessed_BR, logits_BRV.argmax(-1), first_B[:, None])
-            return
-        proposal_BRV = law(logits_BRV, sampling)
-        position_BR = state.prefix_len[rows, None] + offset_R
-        drawn_BR = draw(proposal_BRV, uniform(sampling.seed_B, position_BR, DRAFT))
-        drafted = slice(1, width)
-        state.draft[rows, drafted] = torch.where(guessed_BR, drawn_BR, first_B[:, None])
-        kept_BRV = state.proposal[rows, drafted]
-        state.proposal[rows, drafted] = torch.where(guessed_BR[..., None], proposal_BRV, kept_BRV)
+        drafted, position_BR = slice(1, width), state.prefix_len[rows, None] + offset_R
+        drawn, laws = zip(*self._drawn(logits_BRV, first_B[:, None], position_BR, sampling))
+        state.draft[rows, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B[:, None])
+        if state.proposal is not None:
+            kept_BRV = state.proposal[rows, drafted]
+            state.proposal[rows, drafted] = torch.where(guessed_BR[..., None], torch.cat(laws, 1), kept_BRV)
+
+    def _drawn(
+        self, logits_BRV: Tensor, before_B1: Tensor, position_BR: Tensor, sampling: SamplingTensors
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Drafts and the laws that they were drawn from (logits, where no law is kept): all at once, or one by one
+        where each is linked to the one before it.
+
+        before_B1  the token before the first
+        """
+        at_once = logits_BRV.shape[1] if self.model.link is None else 1
+        for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
+            linked = self.model.linked(logits, before_B1)
+            if self.state.proposal is None:
+                before_B1 = linked.argmax(-1)
+                yield before_B1, linked
+            else:
+                proposal = law(linked, sampling)
+                before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
+                yield before_B1, proposal
 
     def stand_in(self, rows: slice, first_B: Tensor) -> None:
         """Where there is no mask, the final token stands in for drafts, a point mass like any other guess."""

@@ -11,6 +11,7 @@ from tidar_core.artifacts.hf_weights import config_from_hf, load_model, save_mod
 from tidar_core.attention import DenseAttention
 from tidar_core.errors import WeightsError
 from tidar_core.layout import causal_layout
+from tidar_core.recipe import start_draft_link
 
 SMALL = {
     "vocab_size": 96,
@@ -75,6 +76,25 @@ def test_a_saved_folder_opens_in_transformers_with_equal_logits(theirs, tmp_path
     ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_draft_link_lies_beside_weights_that_others_open_as_before(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    start_draft_link(model, 5, seed=0)
+    (tmp_path / "ours").mkdir()
+    save_model(model, tmp_path / "ours", eos_id=0)
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told.values())
+    assert again.config.model_type == theirs.config.model_type
+    read = load_model(tmp_path / "ours")
+    assert read.config == model.config
+    assert torch.equal(read.link.before.weight, model.link.before.weight)
+    assert torch.equal(read.link.after.weight, model.link.after.weight)
+    assert with_mask_token(read, 96).link is None  # new masks, of which it knows nothing
+    (tmp_path / "ours/tidar_link.tensors").write_bytes(b"half")
+    with pytest.raises(WeightsError, match=r"tidar_link.tensors cannot be read"):
+        load_model(tmp_path / "ours")
 
 
 def test_a_config_of_transformers_4_says_the_same(tmp_path):

@@ -21,10 +21,13 @@ VOCABULARY, TOKENS, TEXTS = 4, 3, 1500
 PROMPT = (1, 2, 0)
 
 
-@pytest.fixture(scope="module")
-def small():
-    model = wide_model(replace(named_shape("tiny"), vocab_size=VOCABULARY + 1, mask_id=VOCABULARY), seed=2)
+@pytest.fixture(scope="module", params=[0, 2], ids=["", "linked"])
+def small(request):
+    shape = replace(named_shape("tiny"), vocab_size=VOCABULARY + 1, mask_id=VOCABULARY, link_rank=request.param)
+    model = wide_model(shape, seed=2)
     with torch.no_grad():
+        if model.link is not None:
+            model.link.after.weight.copy_(0.2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
         model.head.weight.mul_(0.3)  # logits about 1 apart: every text has a chance
     return model
 

@@ -160,7 +160,7 @@ def test_no_gradient_flows_through_the_teacher():
     weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     student, teacher = (torch.randn(3, 4, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (1, 2))
     target = torch.tensor([2, i, 5])
-    loss, _ = chunk_loss(lambda hidden: hidden @ weight.T, student, target, None, teacher, 1.0)
+    loss, _ = chunk_loss(lambda hidden: hidden @ weight.T, student, target, None, teacher, distillation=1.0)
     loss.backward()
     assert teacher.grad is None
     found, weight.grad = weight.grad, None

@@ -23,13 +23,14 @@ CASES = {
     "next-token": {"dual": False},
     "dual": {"dual": True},
     "dual, one key head": {"dual": True, "kv_heads": 1},
+    "dual, linked": {"dual": True, "link_rank": 4},
     "dual, every choice of the recipe": {"dual": True, "recipe": ALL},
 }
 
 
-def ran(shared, *, kv_heads=2, **choices):
+def ran(shared, *, kv_heads=2, link_rank=0, **choices):
     """Loss sums, gradients and bytes kept, of one worker."""
-    model = wide_model(replace(named_shape("tiny"), kv_heads=kv_heads)).train()
+    model = wide_model(replace(named_shape("tiny"), kv_heads=kv_heads, link_rank=link_rank)).train()
     objective = Objective(model, block_len=8, shared=shared, **choices)
     batch = objective.batch(IDS, DOCUMENTS, seed_B=[3, 4])
     counts = torch.stack(label_counts(batch))

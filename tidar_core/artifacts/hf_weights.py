@@ -23,6 +23,8 @@ from tidar_core.recipe import mask_embedding
 
 __all__ = ["config_from_hf", "config_to_hf", "load_model", "require_rows", "save_model", "with_mask_token"]
 
+LINK = "tidar_link.tensors"
+"""Weights of the draft link, in safetensors' format; under a name that no one else takes for a part of the model."""
 FILE_BYTES = 5 * 10**9
 """Largest safetensors file written."""
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -53,11 +55,14 @@ def load_model(
     mask_id  the mask token's row, where the folder is one of ours
     """
     folder = Path(folder)
-    config = replace(config_from_hf(_read_json(folder / "config.json")), mask_id=mask_id)
+    link = _read_link(folder)
+    config = config_from_hf(_read_json(folder / "config.json"))
+    config = replace(config, mask_id=mask_id, link_rank=link["before.weight"].shape[1] if link else 0)
     with torch.device("meta"):
         model = TidarModel(config)
     read = _reader(folder)
     state = {ours: torch.cat([read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
+    state |= {f"link.{name}": value.to(device, dtype) for name, value in link.items()}
     for name, expected in model.state_dict().items():
         if name in state and state[name].shape != expected.shape:
             raise WeightsError(
@@ -79,6 +84,10 @@ def save_model(model: TidarModel, folder: str | Path, *, eos_id: int | None = No
     files = list(_files(model))
     for number, tensors in enumerate(files, 1):
         save_file(tensors, folder / _file_name(number, len(files)), metadata={"format": "pt"})
+    if model.link is not None:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in model.link.state_dict().items()}, folder / LINK
+        )
     if len(files) > 1:
         places = {name: _file_name(i, len(files)) for i, tensors in enumerate(files, 1) for name in tensors}
         total = sum(t.numel() * t.element_size() for tensors in files for t in tensors.values())
@@ -107,10 +116,12 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
     require_rows(old, vocab_len)
     grown = old.vocab_size if vocab_len < old.vocab_size else (vocab_len // 64 + 1) * 64
     weight = model.embedding.weight
-    config = replace(old, vocab_size=grown, mask_id=vocab_len)
+    config = replace(old, vocab_size=grown, mask_id=vocab_len, link_rank=0)  # a link belongs to masks that were trained
     with torch.device(weight.device):
         new = TidarModel(config).to(weight.dtype)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(("embedding", "head"))}
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(("embedding", "head", "link"))
+    }
     new.load_state_dict(state, strict=False)
     tables = [(new.embedding.weight, weight)]
     if not config.tied_head:
@@ -231,8 +242,10 @@ def _rope_scaling(settings: dict[str, Any]) -> RopeScaling | None:
 
 
 def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
-    """Our name of each parameter -> theirs."""
+    """Our name of each parameter that they know -> theirs."""
     for name, _ in model.named_parameters():
+        if name.startswith("link."):
+            continue
         if name.startswith("layers."):
             _, index, rest = name.split(".", 2)
             module, kind = rest.rsplit(".", 1)
@@ -287,6 +300,18 @@ def _reader(folder: Path) -> Callable[[str], Tensor]:
             raise WeightsError(f"{path}: weight {name} cannot be read ({error}); fetch the folder again") from error
 
     return read
+
+
+def _read_link(folder: Path) -> dict[str, Tensor]:
+    """Empty where the model has none."""
+    path = folder / LINK
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in ("before.weight", "after.weight")}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
