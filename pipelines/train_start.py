@@ -12,6 +12,7 @@ from tidar_core.artifacts.shards import Manifest
 from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.config import ModelConfig, RopeScaling
 from tidar_core.errors import ConfigError
+from tidar_core.recipe import linked_config
 from tidar_core.sequence_parallel import require_equal_heads, require_equal_runs
 from tidar_core.shapes import named_shape
 
@@ -93,9 +94,11 @@ def model_config(cursor: Cursor) -> ModelConfig:
 def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
     """Of the model that a new run begins with; its mask token may come after."""
     if job.shape is not None:
-        return named_shape(job.shape, vocab_len=manifest.vocab_len)
-    assert job.init_from is not None
-    return config_from_hf(locations.read_json(locations.join(job.init_from, "config.json")))
+        config = named_shape(job.shape, vocab_len=manifest.vocab_len)
+    else:
+        assert job.init_from is not None
+        config = config_from_hf(locations.read_json(locations.join(job.init_from, "config.json")))
+    return config if job.link_rank is None else linked_config(config, job.link_rank)
 
 
 def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:

@@ -12,10 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tidar_core.config import ModelConfig
 from tidar_core.errors import ConfigError
 from tidar_core.model import DraftLink, TidarModel
 
-__all__ = ["MASKINGS", "MASK_STARTS", "Draws", "Recipe", "mask_embedding", "start_draft_link", "start_mask_token"]
+__all__ = [
+    "MASKINGS",
+    "MASK_STARTS",
+    "Draws",
+    "Recipe",
+    "linked_config",
+    "mask_embedding",
+    "start_draft_link",
+    "start_mask_token",
+]
 
 MASKINGS = ("full", "random")
 MASK_STARTS = ("mean", "normal", "zero")
@@ -121,14 +131,18 @@ def start_mask_token(model: TidarModel, how: str, *, seed: int) -> None:
     table[mask_id] = mask_embedding(table[:mask_id].float(), how, noise_E).to(table.dtype)
 
 
+def linked_config(config: ModelConfig, rank: int) -> ModelConfig:
+    """The same with a link of this rank. Raises ConfigError where there is one of another."""
+    held = config.link_rank
+    _require(held in (0, rank), f"link_rank is {rank}; the weights have a link of rank {held}; leave link_rank out")
+    return replace(config, link_rank=rank)
+
+
 def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
     """Give a model a link that says nothing yet; one of the same rank stays as it is."""
-    held = model.config.link_rank
-    if held == rank:
+    table, model.config = model.embedding.weight, linked_config(model.config, rank)
+    if model.link is not None:
         return
-    _require(held == 0, f"link_rank is {rank}; the weights have a link of rank {held}; leave link_rank out")
-    table = model.embedding.weight
-    model.config = replace(model.config, link_rank=rank)
     model.link = DraftLink(model.config.vocab_size, rank)
     model.link.start(torch.Generator().manual_seed(seed))
     model.link.to(table.device, table.dtype)

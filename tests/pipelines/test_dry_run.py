@@ -41,6 +41,10 @@ def test_a_dry_run_says_steps_tokens_and_memory_and_writes_nothing(shards):
     assert record["forwards_per_step"] == 3
     assert (record["begins_at_step"], record["finished"]) == (0, False)
     assert record["parameters"] == parameter_count(named_shape("tiny", vocab_len=300))
+    assert (
+        dry_run(job(shards, link_rank=4))["parameters"] - record["parameters"]
+        == 2 * 4 * named_shape("tiny", vocab_len=300).vocab_size
+    )
     assert set(record["memory_per_worker_gib"]) >= {"weights", "gradients", "optimizer", "activations", "total"}
     assert not list(Path(shards).parent.glob("*-out*"))
 

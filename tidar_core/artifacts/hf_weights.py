@@ -25,6 +25,8 @@ __all__ = ["config_from_hf", "config_to_hf", "load_model", "require_rows", "save
 
 LINK = "tidar_link.tensors"
 """Weights of the draft link, in safetensors' format; under a name that no one else takes for a part of the model."""
+LINK_RANK = "tidar_link_rank"
+"""Our one entry in config.json, where there is a link."""
 FILE_BYTES = 5 * 10**9
 """Largest safetensors file written."""
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -55,14 +57,13 @@ def load_model(
     mask_id  the mask token's row, where the folder is one of ours
     """
     folder = Path(folder)
-    link = _read_link(folder)
-    config = config_from_hf(_read_json(folder / "config.json"))
-    config = replace(config, mask_id=mask_id, link_rank=link["before.weight"].shape[1] if link else 0)
+    config = replace(config_from_hf(_read_json(folder / "config.json")), mask_id=mask_id)
     with torch.device("meta"):
         model = TidarModel(config)
     read = _reader(folder)
     state = {ours: torch.cat([read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
-    state |= {f"link.{name}": value.to(device, dtype) for name, value in link.items()}
+    if model.link is not None:
+        state |= {f"link.{name}": value.to(device, dtype) for name, value in _read_link(folder).items()}
     for name, expected in model.state_dict().items():
         if name in state and state[name].shape != expected.shape:
             raise WeightsError(
@@ -167,6 +168,7 @@ def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
         output_bias=kind != "qwen2" and bias,
         mlp_bias=kind == "llama" and bool(settings.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
+        link_rank=settings.get(LINK_RANK, 0),
     )
 
 
@@ -207,6 +209,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         settings["attention_bias"] = config.qkv_bias
     if config.architecture == "llama":
         settings["mlp_bias"] = config.mlp_bias
+    if config.link_rank:
+        settings[LINK_RANK] = config.link_rank
     return settings
 
 
@@ -303,10 +307,7 @@ def _reader(folder: Path) -> Callable[[str], Tensor]:
 
 
 def _read_link(folder: Path) -> dict[str, Tensor]:
-    """Empty where the model has none."""
     path = folder / LINK
-    if not path.exists():
-        return {}
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in ("before.weight", "after.weight")}
