@@ -49,7 +49,10 @@ class TidarModel(nn.Module):
 
     def linked(self, logits: Tensor, before: Tensor) -> Tensor:
         """Logits of masks [.., V], now that the tokens before theirs [..] are known."""
-        return logits if self.link is None else logits + self.link(before)
+        if self.link is None:
+            return logits
+        known = F.embedding(before.flatten(), self.link.before)
+        return torch.addmm(logits.flatten(0, -2), known, self.link.after.t()).view_as(logits)
 
     def tie(self) -> None:
         """Make the head the embedding table, where the config says so."""
@@ -116,19 +119,18 @@ class DraftLink(nn.Module):
 
     def __init__(self, vocab_size: int, rank: int) -> None:
         super().__init__()
-        self.before = nn.Embedding(vocab_size, rank)
-        self.after = nn.Linear(rank, vocab_size, bias=False)
+        self.before = nn.Parameter(torch.empty(vocab_size, rank))
+        self.after = nn.Parameter(torch.empty(vocab_size, rank))
 
     def forward(self, before: Tensor) -> Tensor:
         """[..] -> [.., V]."""
-        return self.after(self.before(before))
+        return F.linear(F.embedding(before, self.before), self.after)
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
         """Say nothing yet: the model is then the one without a link."""
-        shape = self.before.weight.shape
-        self.before.weight.copy_(torch.randn(shape, generator=generator))
-        self.after.weight.zero_()
+        self.before.copy_(torch.randn(self.before.shape, generator=generator))
+        self.after.zero_()
 
 
 class Layer(nn.Module):

@@ -126,7 +126,7 @@ class Stepper:
         if sampling.trusts_ar:
             return ar_BRV
         beta_B11 = sampling.beta_B[:, None, None]
-        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE).float(), token_BR)
+        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE), token_BR).float()
         mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * diffusion_BRV
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 

@@ -27,7 +27,7 @@ def small(request):
     model = wide_model(shape, seed=2)
     with torch.no_grad():
         if model.link is not None:
-            model.link.after.weight.copy_(0.2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
+            model.link.after.copy_(0.2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
         model.head.weight.mul_(0.3)  # logits about 1 apart: every text has a chance
     return model
 

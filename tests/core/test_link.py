@@ -1,5 +1,6 @@
 """Drafts that are linked follow from each other, train on the tokens before their labels, and change no text."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ def linked_model(rank=6, loud=3.0):
     start_draft_link(model, rank, seed=1)
     torch.manual_seed(0)
     with torch.no_grad():
-        model.link.after.weight.copy_(loud * torch.randn(512, rank))
+        model.link.after.copy_(loud * torch.randn(512, rank))
     return model
 
 
@@ -48,7 +49,7 @@ def chain(model, text, first, count):
     with torch.no_grad():
         rows = torch.tensor([[*text, *[MASK] * K]])
         masks = model.head(model(rows, layout.position, DenseAttention(layout)))[0, len(text) :]
-        table = model.link.before.weight @ model.link.after.weight.T
+        table = model.link.before @ model.link.after.T
     said = [first]
     for j in range(1, K):
         said.append(int((masks[j] + table[said[-1]]).argmax()))
@@ -82,6 +83,15 @@ def test_whatever_the_link_says_texts_are_the_autoregressive_ones(linked, seed, 
     assert [list(c.token_ids) for c in done] == [list(t) for t in expected_texts(linked, texts, sampling)]
 
 
+def test_a_link_speaks_the_models_dtype(linked):
+    """Trust in diffusion reads linked logits too."""
+    half = copy.deepcopy(linked).bfloat16()
+    for beta in (0.3, 1.0):
+        sampling = replace(SAMPLED, beta=beta, max_tokens=6)
+        (done,) = complete(Batcher(Decoder(half, DraftConfig(block_len=4), rows=1)), requests(prompts(7), sampling))
+        assert len(done.token_ids) == 6
+
+
 def test_a_link_that_was_just_started_says_nothing():
     """So conversion begins with the paper's model."""
     model = wide_model(named_shape("tiny"))
@@ -102,7 +112,7 @@ def test_the_diffusion_loss_is_told_the_token_before_each_label_and_the_ar_loss_
     with torch.no_grad():
         hidden = linked(batch.token_BL, batch.layout.position, DenseAttention(batch.layout))
         every = linked.head(hidden)
-        table = linked.link.before.weight @ linked.link.after.weight.T
+        table = linked.link.before @ linked.link.after.T
     sums = loss_sums(hidden, linked.head, batch, 4, link=linked.link)
     ar = diffusion = 0.0
     for b in range(2):
@@ -133,7 +143,7 @@ def test_chunks_of_logits_change_neither_a_linked_loss_nor_its_gradient(linked, 
         linked.zero_grad()
         sums = objective(batch)
         dual_mode_loss(sums, 1.0, *label_counts(batch)).backward()
-        results.append((sums.diffusion_sum.item(), linked.link.before.weight.grad.clone()))
+        results.append((sums.diffusion_sum.item(), linked.link.before.grad.clone()))
     linked.zero_grad()
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
@@ -164,7 +174,7 @@ def test_what_hangs_on_a_neighbour_in_the_block_is_learned_with_a_link_alone(ran
 def test_a_link_of_another_rank_is_refused():
     model = linked_model(rank=4)
     start_draft_link(model, 4, seed=9)  # the one that is there
-    assert model.link.after.weight.std() > 1
+    assert model.link.after.std() > 1
     with pytest.raises(ConfigError, match="link_rank is 8; the weights have a link of rank 4; leave link_rank out"):
         start_draft_link(model, 8, seed=0)
     with pytest.raises(ConfigError, match="link_rank is 0; it must be 1 or more, or left out"):

@@ -310,7 +310,7 @@ def _read_link(folder: Path) -> dict[str, Tensor]:
     path = folder / LINK
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in ("before.weight", "after.weight")}
+            return {name: file.get_tensor(name) for name in ("before", "after")}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
 
