@@ -30,13 +30,15 @@ def print_models(facts: dict[str, Any]) -> None:
 def print_modes(facts: dict[str, Any]) -> None:
     """The modes that a bench compared, a row each."""
     title = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}"
-    table = Table("mode", "tokens/s", "spread", "per forward", "per round", "first, ms", "equal to AR", title=title)
+    columns = ("mode", "tokens/s", "spread", "over AR", "per forward", "per round", "first, ms", "equal to AR")
+    table = Table(*columns, title=title)
     for name, mode in facts["modes"].items():
         low, high = mode["tokens_per_second_spread"]
         table.add_row(
             name,
             f"{mode['tokens_per_second']:.1f}",
             f"{low:.0f}-{high:.0f}",
+            f"{mode['over_ar']:.2f}",
             f"{mode['tokens_per_forward']:.2f}",
             f"{mode['tokens_per_round']:.2f}",
             f"{1000 * mode['time_to_first_token_seconds']:.1f}",

@@ -96,6 +96,9 @@ def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
         assert mode["equal_to_ar"] is True
         low, high = mode["tokens_per_second_spread"]
         assert 0 < low <= mode["tokens_per_second"] <= high
+        least, greatest = mode["over_ar_spread"]
+        assert 0 < least <= mode["over_ar"] <= greatest
+    assert facts["modes"]["autoregressive"]["over_ar_spread"] == [1, 1]
     assert len(facts["modes"]["single-pass"]["acceptance_histogram"]) == facts["block_len"] == 4
 
 

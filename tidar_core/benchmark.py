@@ -1,6 +1,7 @@
 """How fast is each mode of one model on the same prompts, and do they say the same?
 
-Modes take turns within every repeat, so that a noisy machine disturbs all alike; speeds are medians over repeats.
+Modes take turns within every repeat, so that a noisy machine disturbs all alike. Speeds are medians over repeats, and
+so are ratios, each taken within one repeat: a machine whose speed drifts shifts the former more than the latter.
 """
 
 import statistics
@@ -44,6 +45,10 @@ class ModeResult:
     """All new tokens over wall time, prefills included; median over repeats."""
     tokens_per_second_spread: tuple[float, float]
     """Slowest and fastest repeat."""
+    over_ar: float
+    """Speed over the autoregressive mode's of the same repeat; median over repeats."""
+    over_ar_spread: tuple[float, float]
+    """Least and greatest."""
     tokens_per_forward: float
     """Tokens over forwards, the prefill's included (T/NFE)."""
     tokens_per_round: float
@@ -87,6 +92,7 @@ def compare_modes(
 
     Every prompt is read anew each time: prefixes are not shared.
 
+    modes      the first is what the others are compared with: the autoregressive one
     on_prompt  called after each finished prompt, `prompts_in_all` times
     """
     decoder = Decoder(
@@ -104,7 +110,7 @@ def compare_modes(
     results = {}
     for mode, done in runs.items():
         parted = _divergences(model, prompts, truth, [tuple(c.token_ids) for c in done[0].completions])
-        results[mode] = _result(done, block_len, parted, planners[mode])
+        results[mode] = _result(done, runs[modes[0]], block_len, parted, planners[mode])
     return results
 
 
@@ -151,17 +157,23 @@ def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]],
     return run
 
 
-def _result(runs: list[_Run], block_len: int, parted: tuple[Divergence, ...], planner: Planner) -> ModeResult:
+def _result(
+    runs: list[_Run], ar: list[_Run], block_len: int, parted: tuple[Divergence, ...], planner: Planner
+) -> ModeResult:
     completions = runs[0].completions
     texts = tuple(tuple(completion.token_ids) for completion in completions)
     tokens = sum(len(text) for text in texts)
     speeds = [tokens / run.seconds for run in runs]
+    ar_tokens = sum(len(completion.token_ids) for completion in ar[0].completions)
+    ratios = [theirs.seconds / run.seconds * tokens / ar_tokens for theirs, run in zip(ar, runs)]
     accepted: Counter[int] = sum((c.accepted for c in completions), Counter())
     rounds = accepted.total()
     histogram = tuple(accepted[n] for n in range(1, block_len + 1))
     return ModeResult(
         tokens_per_second=statistics.median(speeds),
         tokens_per_second_spread=(min(speeds), max(speeds)),
+        over_ar=statistics.median(ratios),
+        over_ar_spread=(min(ratios), max(ratios)),
         tokens_per_forward=tokens / sum(c.forwards for c in completions),
         tokens_per_round=sum(c.committed for c in completions) / rounds if rounds else 1.0,
         acceptance_histogram=histogram,

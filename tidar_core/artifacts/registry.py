@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tidar_core.artifacts import locations
+from tidar_core.artifacts.alias_order import follow, highest, number, numbered
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.mlflow_client import (
     absolute_tracking_uri,
@@ -69,13 +70,13 @@ PROMOTION = "promotion"
 """Tag: the number of a promotion that holds, or is one of those to go back to."""
 WITHDRAWN = "withdrawn"
 """Tag: why a version has lost an alias."""
+TRIAL = "trial."
+"""Before an alias, a tag: the number of the version's trial under that alias, one above all others."""
 PARENT_RUN = "mlflow.parentRunId"
 """Tag: the run below which MLflow's pages show this one."""
 ON_DISK = "bundle://"
 """Before a path, where a server keeps it: it takes no plain paths, lest others read its own files."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-ATTEMPTS = 20
-"""To agree with others who promote at the same time; each takes one or two."""
 PARAMS_AT_ONCE = 100
 """What one MLflow request takes."""
 DIGEST_LEN = 36
@@ -245,7 +246,10 @@ def set_challenger(tracking_uri: str, name: str, version: int) -> None:
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         require_version(client, tracking_uri, name, version)
-        client.set_registered_model_alias(name, CHALLENGER, str(version))
+        if WITHDRAWN in client.get_model_version(name, str(version)).tags:
+            client.delete_model_version_tag(name, str(version), WITHDRAWN)
+        number(client, name, version, TRIAL + CHALLENGER)
+        _follow_trials(client, name, CHALLENGER)
 
 
 def aliases(tracking_uri: str, name: str) -> dict[str, int]:
@@ -262,8 +266,11 @@ def withdraw(tracking_uri: str, name: str, alias: str, version: int, why: str) -
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         client.set_model_version_tag(name, str(version), WITHDRAWN, why)
-        if int(require_model(client, tracking_uri, name).aliases.get(alias, 0)) == version:
-            client.delete_registered_model_alias(name, alias)
+        if int(require_model(client, tracking_uri, name).aliases.get(alias, 0)) != version:
+            return
+        if version not in numbered(client, name, TRIAL + alias):  # named so by hand, in MLflow itself
+            number(client, name, version, TRIAL + alias)
+        _follow_trials(client, name, alias)
 
 
 def promote(tracking_uri: str, name: str, version: int) -> int:
@@ -275,10 +282,9 @@ def promote(tracking_uri: str, name: str, version: int) -> int:
         champion = model.aliases.get(CHAMPION)
         if champion is not None and int(champion) == version:
             return version
-        promoted = _promotions(client, name)
-        if champion is not None and int(champion) not in promoted:  # made so by hand, in MLflow itself
+        if champion is not None and int(champion) not in numbered(client, name, PROMOTION):  # made so by hand
             client.set_model_version_tag(name, str(champion), PROMOTION, "0")
-        client.set_model_version_tag(name, str(version), PROMOTION, str(max(promoted.values(), default=0) + 1))
+        number(client, name, version, PROMOTION)
         return _follow_promotions(client, name)
 
 
@@ -291,7 +297,7 @@ def rollback(tracking_uri: str, name: str) -> int:
         champion = model.aliases.get(CHAMPION)
         if champion is None:
             raise RegistryError(f"model {name} has no champion to roll back; promote one of {numbers(client, name)}")
-        promoted = _promotions(client, name)
+        promoted = numbered(client, name, PROMOTION)
         if not promoted.keys() - {int(champion)}:
             raise RegistryError(
                 f"model {name} version {champion} is its first champion; nothing to roll back to: "
@@ -350,26 +356,21 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
     return FoundBundle(locations.absolute(registered.bundle_uri), info, registered.version)
 
 
-def _promotions(client: "MlflowClient", name: str) -> dict[int, int]:
-    """Number of the promotion of each version that has one."""
-    return {int(known.version): int(known.tags[PROMOTION]) for known in versions(client, name)
-            if PROMOTION in known.tags}  # fmt: skip
-
-
 def _follow_promotions(client: "MlflowClient", name: str) -> int:
-    """Put the alias where the highest promotion is, the later version of two that took one number; says where.
+    """Put the alias where the highest promotion is; says where."""
+    version = follow(client, name, CHAMPION, lambda: highest(client, name, PROMOTION))
+    assert version is not None, "somebody has just been promoted, or stays so"
+    return version
 
-    Whoever sets the alias looks again at the promotions, so the last one to set it has seen all that were written
-    before: processes that promote at once agree in the end.
-    """
-    for _ in range(ATTEMPTS):
-        promoted = _promotions(client, name)
-        highest = max(promoted, key=lambda version: (promoted[version], version))
-        champion = client.get_registered_model(name).aliases.get(CHAMPION)
-        if champion is not None and int(champion) == highest:
-            return highest
-        client.set_registered_model_alias(name, CHAMPION, str(highest))
-    raise RegistryError(f"others kept promoting versions of {name} for {ATTEMPTS} attempts; try again")
+
+def _follow_trials(client: "MlflowClient", name: str, alias: str) -> None:
+    """Put the alias where the last trial began, and nowhere if that version was withdrawn."""
+
+    def tried() -> int | None:
+        last = highest(client, name, TRIAL + alias)
+        return None if WITHDRAWN in client.get_model_version(name, str(last)).tags else last
+
+    follow(client, name, alias, tried)
 
 
 def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> ListedVersion:
