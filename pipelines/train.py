@@ -15,7 +15,7 @@ from pipelines.train_start import absolute_job, check_start, finished_bundle
 from pipelines.train_worker import Surroundings, train_worker
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
-from tidar_core.artifacts.shards import read_manifest, verify_shards
+from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.errors import TidarError
 
 __all__ = ["train"]
@@ -34,7 +34,7 @@ def train(job: TrainJob) -> BundleInfo:
     run_id = None
     try:
         ray.get(ray.remote(verify_shards).remote(job.shards))
-        run_id = _mlflow_run(job)
+        run_id = _mlflow_run(job, manifest)
         with watched_board(f"train {job.objective}", total=job.steps, unit="steps") as board:
             _trainer(job, run_id, board).fit()
     except BaseException as error:
@@ -89,7 +89,7 @@ def _on_worker(config: dict[str, Any]) -> None:
         )
 
 
-def _mlflow_run(job: TrainJob) -> str:
+def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
     """The MLflow run of this output: a new one, or the one that a stopped job began."""
     note = locations.join(run_folder(job.output), "mlflow_run_id")
     if locations.exists(note):
@@ -98,6 +98,7 @@ def _mlflow_run(job: TrainJob) -> str:
     run_id = registry.start_run(
         job.tracking_uri, job.experiment, f"train {locations.name_of(job.output)}", settings, {"station": "train"}
     )
+    registry.log_data(job.tracking_uri, run_id, job.shards, manifest.identity, "training")
     locations.write_bytes(note, run_id.encode())
     return run_id
 

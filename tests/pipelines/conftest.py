@@ -49,20 +49,20 @@ def train_job(river, shards):
 
 @pytest.fixture(scope="session")
 def ar_bundle(train_job):
-    """An autoregressive bundle from random weights, by two DeepSpeed workers."""
+    """An autoregressive bundle from random weights, by two DeepSpeed workers under ZeRO 2."""
     from pipelines.train import train
 
-    job = train_job("ar")
+    job = train_job("ar", zero_stage=2)
     train(job)
     return job
 
 
 @pytest.fixture(scope="session")
 def dual_bundle(train_job, ar_bundle):
-    """The same model after dual-mode training."""
+    """The same model after dual-mode training under ZeRO 3."""
     from pipelines.train import train
 
-    job = train_job("dual", objective="dual", shape=None, init_from=ar_bundle.output, steps=60)
+    job = train_job("dual", objective="dual", shape=None, init_from=ar_bundle.output, steps=60, zero_stage=3)
     train(job)
     return job
 

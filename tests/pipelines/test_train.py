@@ -1,28 +1,35 @@
 """Training on a real Ray cluster through real DeepSpeed: losses, curves, a killed worker, refusals."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 
 from pipelines.checkpoints import whole_checkpoints
+from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import load_bundle, read_bundle_info
 from tidar_core.artifacts.shards import ShardReader, read_manifest
 from tidar_core.errors import BundleError, ConfigError, ShardError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
 
 
 def curve(job, metric):
     """Every value logged, as (train step, value), in order of logging."""
     from mlflow import MlflowClient
 
-    run_id = Path(job.output + ".run/mlflow_run_id").read_text()
+    run_id = locations.read_text(job.output + ".run/mlflow_run_id")
     return [(m.step, m.value) for m in MlflowClient(job.tracking_uri).get_metric_history(run_id, metric)]
 
 
@@ -107,6 +114,18 @@ def test_the_run_carries_the_job_and_where_it_came_from(ar_bundle, dual_bundle):
     assert run.data.tags["bundle_hash"] == read_bundle_info(dual_bundle.output).bundle_hash
 
 
+def test_the_run_names_the_data_that_it_reads_once_however_often_it_was_begun(dual_bundle, interrupted_run):
+    from mlflow import MlflowClient
+
+    # MLflow tells data apart by their hash, and keeps where it first heard of them
+    source = {"uri": dual_bundle.shards, "identity": read_manifest(dual_bundle.shards).identity}
+    for job in (dual_bundle, interrupted_run):
+        run_id = locations.read_text(job.output + ".run/mlflow_run_id")
+        (read,) = MlflowClient(job.tracking_uri).get_run(run_id).inputs.dataset_inputs
+        assert json.loads(read.dataset.source) == source
+        assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
+
+
 def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_job, ar_bundle):
     from pipelines.train import train
 
@@ -117,15 +136,28 @@ def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_j
         train(train_job("ar", seed=1))
 
 
+def last_step(job) -> int:
+    """The newest that was logged."""
+    return curve(job, "ar_loss")[-1][0]
+
+
+def train_workers() -> list[psutil.Process]:
+    """Of all jobs on this cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended while we looked
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def kill_a_worker_of(job, killed: list[int]) -> None:
     """SIGKILL one training worker, some steps after a checkpoint is whole."""
-    while not whole_checkpoints(job.checkpoints) or curve(job, "ar_loss")[-1][0] % job.checkpoint_every not in (3, 4):
+    while not whole_checkpoints(job.checkpoints) or last_step(job) % job.checkpoint_every not in (3, 4):
         time.sleep(0.01)
-    for process in psutil.Process().children(recursive=True):
-        if "RayTrainWorker" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-            return
+    worker = train_workers()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    killed.append(worker.pid)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +166,7 @@ def killed_run(train_job, ar_bundle):
     from pipelines.train import train
 
     job = train_job(
-        "killed", objective="dual", shape=None, init_from=ar_bundle.output, steps=60, validate_every=20,
+        "killed", objective="dual", shape=None, init_from=ar_bundle.output, steps=60, zero_stage=3, validate_every=20,
         validation_rows=10, sample_every=30, sample_prompts=["def main(", "import"], sample_tokens=8,
         peak_flops="measure", system_metrics_every=0.5,
     )  # fmt: skip
@@ -186,6 +218,70 @@ def test_the_newest_checkpoints_stay_and_the_one_of_lowest_validation_loss(kille
     best = min(losses, key=losses.get)
     assert set(whole) == {50, 60, best}
     assert whole == {step: losses[step] for step in whole}
+
+
+def train_command(job, path) -> subprocess.Popen:
+    """`tidar train` of this job as a process of its own, on this cluster."""
+    import ray
+
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return subprocess.Popen([sys.executable, str(ROOT / "tidar.py"), "train", str(path)], env=os.environ | address)
+
+
+def leave_half_a_checkpoint(job) -> str:
+    """The first of two parts, with its note, of a step behind the newest checkpoint; the folder that they are in."""
+    before = whole_checkpoints(job.checkpoints)[-1]
+    step, name = before.cursor.step + 5, "part-00000-of-00002"
+    folder = f"{job.checkpoints}/step-{step:08d}"
+    note = locations.read_json(f"{before.uri}/{name}.json")
+    note["cursor"]["step"] = step
+    locations.write_bytes(f"{folder}/{name}.pt", locations.read_bytes(f"{before.uri}/{name}.pt"))
+    locations.write_json(f"{folder}/{name}.json", note)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(train_job, ar_bundle, s3_endpoint, tmp_path_factory):
+    """The run of `dual_bundle` once more, all of it on an object store, by a command that is killed and given again."""
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="interrupted")
+    locations.upload_folder(Path(ar_bundle.shards), "s3://interrupted/shards")
+    locations.upload_folder(Path(ar_bundle.output), "s3://interrupted/ar")
+    job = train_job(
+        "dual", shards="s3://interrupted/shards", init_from="s3://interrupted/ar", output="s3://interrupted/dual",
+        shape=None, objective="dual", steps=60, zero_stage=3,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("interrupted") / "job.yaml"
+    driver = train_command(job, path)
+    try:
+        while not whole_checkpoints(job.checkpoints) or last_step(job) < 13:
+            assert driver.poll() is None, "the command ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        driver.kill()
+        driver.wait()
+    while train_workers():
+        time.sleep(0.01)
+    assert not locations.exists(job.output)
+    half = leave_half_a_checkpoint(job)
+    assert train_command(job, path).wait() == 0
+    assert not locations.exists(half)
+    return job
+
+
+def test_a_killed_train_command_on_an_object_store_goes_on_exactly(interrupted_run, dual_bundle):
+    logged, unbroken = curve(interrupted_run, "ar_loss"), dict(curve(dual_bundle, "ar_loss"))
+    steps = [step for step, _ in logged]
+    assert set(steps) == set(range(1, 61))
+    assert steps.count(1) == 1  # it went on and did not begin anew
+    assert all(value == unbroken[step] for step, value in logged)
+    ours, theirs = (load_bundle(j.output).model.state_dict() for j in (interrupted_run, dual_bundle))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert read_bundle_info(interrupted_run.output).lineage == read_bundle_info(dual_bundle.output).lineage
+    assert [c.cursor.step for c in whole_checkpoints(interrupted_run.checkpoints)] == [50, 60]
 
 
 def test_missing_shards_are_named_before_a_worker_starts(train_job, tmp_path):
