@@ -45,6 +45,7 @@ __all__ = ["pack"]
 
 MOST_BLOCKS = 4096
 """Tasks that Ray Data tracks at once; with more items than this, a task takes several."""
+SWITCHED_OFF = ("enable_progress_bars", "print_on_execution_start", "op_resource_reservation_enabled")
 KEY_LEN = 16
 """Of the identity, in the name of the work folder."""
 
@@ -86,7 +87,7 @@ def pack(job: PackJob) -> Manifest:
         _remove_work(output, but=folder)
         connect()
         try:
-            with _quiet_ray_data():
+            with _ray_data_settings():
                 done = _packed(job, listing, tokenizer, identity, folder)
         except CorpusError:  # it must change, and then it is another job: nothing of this one serves again
             locations.remove(folder.uri)
@@ -292,13 +293,19 @@ def _require_tokens(job: PackJob, splits: Splits) -> None:
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def _ray_data_settings() -> Iterator[None]:
+    """Ray Data says nothing, and begins as many tasks as `concurrency` says at once.
+
+    Its reservations know of no CPU in the first second of a stage, and so let one task run in it.
+    """
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
+    before, level = {name: getattr(context, name) for name in SWITCHED_OFF}, logger.level
+    for name in SWITCHED_OFF:
+        setattr(context, name, False)
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before[:2]
-        logger.setLevel(before[2])
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.setLevel(level)
