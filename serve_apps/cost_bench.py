@@ -34,7 +34,7 @@ from tidar_core.decoder import Decoder
 from tidar_core.errors import ConfigError, TidarError
 from tidar_core.request import Request
 
-__all__ = ["Flow", "figures", "in_process", "main", "over_http"]
+__all__ = ["Flow", "Run", "compared", "figures", "in_process", "main", "over_http"]
 
 TEXT = b'"text":'
 """An event with this in it brings text."""
@@ -101,7 +101,7 @@ def figures(runs: Sequence[Run]) -> dict[str, float]:
     gaps = [after - before for flow in flows for before, after in zip(flow.heard, flow.heard[1:])]
     per_token = [(flow.heard[-1] - flow.heard[0]) / (flow.tokens - 1) for flow in flows if flow.tokens > 1]
     told: dict[str, float] = {
-        "tokens_per_second": median(sum(flow.tokens for flow in run.flows) / run.seconds for run in runs),
+        "tokens_per_second": median(map(_speed, runs)),
         "tokens_per_piece": sum(flow.tokens for flow in flows) / sum(len(flow.heard) for flow in flows),
     }
     for name, values in (
@@ -165,7 +165,7 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
         app.shutdown()
     return {
         "model": asked.model, "mode": settings.mode, "threads": settings.threads, "max_tokens": asked.max_tokens,
-        "concurrency": {str(concurrency): _compared(*both) for concurrency, both in runs.items()},
+        "concurrency": {str(concurrency): compared(*both) for concurrency, both in runs.items()},
     }  # fmt: skip
 
 
@@ -208,9 +208,11 @@ async def _streamed(session: aiohttp.ClientSession, url: str, body: dict[str, An
     return flow
 
 
-def _compared(inside: Sequence[Run], outside: Sequence[Run]) -> dict[str, Any]:
-    one, other = figures(inside), figures(outside)
-    return {"in_process": one, "http": other, "ratio": other["tokens_per_second"] / one["tokens_per_second"]}
+def compared(inside: Sequence[Run], outside: Sequence[Run]) -> dict[str, Any]:
+    """Figures of both, and the ratio of each pair of runs that followed each other: a machine's speed drifts."""
+    ratios = sorted(_speed(other) / _speed(one) for one, other in zip(inside, outside, strict=True))
+    spread = {"ratio": median(ratios), "ratio_spread": [ratios[0], ratios[-1]]}
+    return {"in_process": figures(inside), "http": figures(outside)} | spread
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -225,8 +227,13 @@ def _table(facts: dict[str, Any]) -> str:
             )
             where = f"{concurrency} at once, {name.replace('_', ' ')}"
             lines.append(f"{where:28}{told['tokens_per_second']:>10.1f}{waits}{told['tokens_per_piece']:>8.2f}")
-        lines.append(f"{concurrency + ' at once, ratio':28}{both['ratio']:>10.2f}")
+        least, most = both["ratio_spread"]
+        lines.append(f"{concurrency + ' at once, ratio':28}{both['ratio']:>10.2f} ({least:.2f} to {most:.2f})")
     return "\n".join(lines)
+
+
+def _speed(run: Run) -> float:
+    return sum(flow.tokens for flow in run.flows) / run.seconds
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

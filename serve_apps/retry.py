@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 
 from serve_apps.errors import ReplicaLostError
@@ -17,6 +18,9 @@ __all__ = ["TRIES", "answer", "pieces"]
 
 TRIES = 3
 """Replicas that may die of one request; it could be what kills them."""
+LOST = (RayActorError, AioRpcError)
+"""What Serve raises of a replica that is gone: its own error where gRPC says UNAVAILABLE, gRPC's for its other codes.
+What a replica itself raises never comes as either."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,7 +39,7 @@ async def pieces(ask: Callable[[], Any]) -> AsyncGenerator[Piece | Failed, None]
                 told = told or finished or bool(piece.text) or piece.tally.completion_tokens > 0
                 yield piece
             return
-        except RayActorError as error:
+        except LOST as error:
             if finished:
                 return
             finished = True  # nobody is left to be told that it is not wanted
@@ -52,11 +56,11 @@ async def answer(ask: Callable[[], Any]) -> Any:
         left -= 1
         try:
             return await ask()
-        except RayActorError as error:
+        except LOST as error:
             _give_up_or_go_on(error, told=False, left=left)
 
 
-def _give_up_or_go_on(error: RayActorError, *, told: bool, left: int) -> None:
+def _give_up_or_go_on(error: Exception, *, told: bool, left: int) -> None:
     if told:
         raise ReplicaLostError("the replica that wrote this text has died; what was told of it is all") from error
     if not left:

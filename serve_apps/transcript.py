@@ -98,7 +98,9 @@ class Transcript:
         if self._sheet is not None:
             logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
         new_ids, self._new_ids = tuple(self._new_ids) if self._request.token_ids else None, []
-        decoding, self._decoding = self._decoding if self._request.decoding else None, Decoding()
+        decoding = None
+        if self._request.decoding:
+            decoding, self._decoding = self._decoding, Decoding()
         return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding)
 
     def _hear(self, step: "DecodeStep") -> None:

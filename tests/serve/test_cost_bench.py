@@ -3,7 +3,7 @@
 import pytest
 from tiny import wide_model
 
-from serve_apps.cost_bench import Flow, Run, figures, in_process, main
+from serve_apps.cost_bench import Flow, Run, compared, figures, in_process, main
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
@@ -24,6 +24,14 @@ def test_figures_are_those_of_the_median_run_and_of_all_waits():
         "time_per_output_token_seconds_p50": 0.25,
         "time_per_output_token_seconds_p95": 0.625,
     }
+
+
+def test_the_ratio_is_that_of_runs_that_followed_each_other_so_that_a_machine_that_slows_down_changes_nothing():
+    def run(seconds):
+        return Run([Flow(0.0, [1.0, 2.0], 9)], seconds)
+
+    told = compared([run(1), run(4), run(8)], [run(2), run(5), run(16)])
+    assert (told["ratio"], told["ratio_spread"]) == (0.5, [0.5, 0.8])
 
 
 def test_in_process_all_texts_are_written_and_never_more_at_once_than_asked():

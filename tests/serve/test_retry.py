@@ -3,6 +3,8 @@
 import asyncio
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from serve_apps import retry
@@ -15,6 +17,7 @@ SOME = Piece("a", None, Tally(3, 1))
 HELD_BACK = Piece("", None, Tally(3, 1))
 LAST = Piece("b", "stop", Tally(3, 2))
 DEATH, ABSENCE = ActorDiedError(), ActorUnavailableError("gone", b"0" * 16)
+RESET = AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Received RST_STREAM with error code 2")
 
 
 class Stream:
@@ -43,15 +46,16 @@ async def collected(asking):
     return [piece async for piece in retry.pieces(asking)]
 
 
-@pytest.mark.parametrize("death", [DEATH, ABSENCE])
+@pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET])
 def test_a_text_of_which_nothing_was_told_is_written_elsewhere(death):
     asking, _ = ask([death], [ADMITTED, death], [ADMITTED, SOME, LAST])
     assert asyncio.run(collected(asking)) == [ADMITTED, ADMITTED, SOME, LAST]
 
 
+@pytest.mark.parametrize("death", [DEATH, RESET])
 @pytest.mark.parametrize("told", [SOME, HELD_BACK])
-def test_a_text_that_was_begun_ends_with_one_error_which_no_client_repeats(told):
-    asking, streams = ask([ADMITTED, told, DEATH], [LAST])
+def test_a_text_that_was_begun_ends_with_one_error_which_no_client_repeats(told, death):
+    asking, streams = ask([ADMITTED, told, death], [LAST])
     with pytest.raises(ReplicaLostError, match="what was told of it is all") as caught:
         asyncio.run(collected(asking))
     problem = problem_of(caught.value)
