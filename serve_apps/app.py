@@ -32,6 +32,7 @@ from serve_apps.limits import Limits
 from serve_apps.scaling import autoscaling
 from serve_apps.served import look_up
 from serve_apps.settings import DRAIN_SECONDS, ServeSettings
+from serve_apps.tracing import told_to_proxies, tracing_config
 from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
 from tidar_core.errors import ConfigError, TidarError
@@ -180,12 +181,14 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
     global _started_ray
     with _quiet():
         if not ray.is_initialized():
-            _start_ray()
+            with told_to_proxies(settings):
+                _start_ray()
             _started_ray = True
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=settings.host, port=settings.port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            tracing_config=tracing_config(settings),
         )
         try:
             serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON", enable_access_log=False))

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from serve_apps.settings import ServeSettings
+from serve_apps.tracing import tracing_config
 from tidar_core.artifacts.settings_file import read_mapping
 from tidar_core.errors import TidarError
 
@@ -32,10 +33,12 @@ def read_settings(path: str | Path) -> ServeSettings:
 
 def serve_config(settings: ServeSettings) -> dict[str, Any]:
     """What `serve deploy` reads, and KubeRay's serveConfigV2."""
+    tracing = tracing_config(settings)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": settings.host, "port": settings.port},
         "logging_config": {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False},
+        **({} if tracing is None else {"tracing_config": tracing}),
         "applications": [
             {
                 "name": "tidar",

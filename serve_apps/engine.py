@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from serve_apps.asked import Chat, PromptRequest
 from serve_apps.batch_loop import BatchLoop
-from serve_apps.lap import Stopwatch
+from serve_apps.lap import Lap, Stopwatch
 from serve_apps.pieces import Piece, Tally
 from serve_apps.prompting import PromptReader
 from serve_apps.served import Served
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 from serve_apps.tool_forms import form_of
+from serve_apps.tracing import note
 from serve_apps.transcript import Transcript
 from serve_apps.version_totals import VersionTotals
 from tidar_core.artifacts import locations
@@ -97,11 +98,11 @@ class Engine:
 
     async def pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
         """Pieces of the completion that is asked for, an empty one first once it is admitted. Raises RequestError."""
-        began, outcome, tally = time.monotonic(), "aborted", Tally()
+        began, outcome, tally, lap = time.monotonic(), "aborted", Tally(), None
         try:
             async with aclosing(self._pieces(asked, began)) as pieces:
                 async for piece in pieces:
-                    tally = piece.tally
+                    tally, lap = piece.tally, piece.lap
                     outcome = "aborted" if piece.finish_reason is None else "texts"
                     yield piece
         except (RequestError, CapacityError):
@@ -113,6 +114,21 @@ class Engine:
         finally:
             self.totals.count(outcome, tally, time.monotonic() - began)
             self.totals.plain_tokens += 0 if asked.speculative else tally.completion_tokens
+            self._note(asked, outcome, tally, lap)
+
+    def _note(self, asked: PromptRequest, outcome: str, tally: Tally, lap: Lap | None) -> None:
+        """What the span of a text says of it."""
+        note(
+            gen_ai__response__model=self.served.settings.shown_name,
+            gen_ai__usage__input_tokens=tally.prompt_tokens,
+            gen_ai__usage__output_tokens=tally.completion_tokens,
+            tidar__mode=self.served.settings.mode if asked.speculative else "autoregressive",
+            tidar__fingerprint=self.served.fingerprint,
+            tidar__outcome=outcome,
+            tidar__queue_seconds=None if lap is None else lap.queue,
+            tidar__prefill_seconds=None if lap is None else lap.prefill,
+            tidar__decode_seconds=None if lap is None else lap.decode,
+        )
 
     async def _pieces(self, asked: PromptRequest, began: float) -> AsyncGenerator[Piece, None]:
         wanted = await asyncio.to_thread(self._prompts.request, asked)

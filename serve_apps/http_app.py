@@ -62,6 +62,13 @@ GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
 READING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
 PLAIN = errors(401, 405, 429, 500, 503)
 
+BY_GRPC: dict[str, Any] = {
+    "_by_reference": False,
+    "request_serialization": "pickle",
+    "response_serialization": "pickle",
+}
+"""Pieces of text do not go through Ray's object store, whatever the process prefers in which the handle was made."""
+
 logger = logging.getLogger("ray.serve")
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
@@ -95,7 +102,14 @@ class HttpApp:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for routes that know their deployment: all that the service answers."""
-        api = FastAPI(title="TiDAR", version=_version(), docs_url=None, redoc_url=None, openapi_url=None)
+        api = FastAPI(
+            title="TiDAR",
+            version=_version(),
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            telemetry={"tracing": False},
+        )
         add = api.add_api_route
         ask = partial(add, dependencies=[Depends(self._admit)])
         ask("/v1/completions", self.completions, methods=["POST"], response_model=Completion, responses=GENERATING)
@@ -278,7 +292,7 @@ class HttpApp:
         route = route_of(http.headers, asked.user, reply.reply_id)
         name = f"{http.headers.get('x-request-id', '')}-{secrets.token_hex(4)}"  # a client may repeat its own
         prompts = [replace(prompt, route=route) for prompt in asked.prompts(name)]
-        generate = self._decoder.options(stream=True).generate.remote
+        generate = self._decoder.options(stream=True, **BY_GRPC).generate.remote
         pieces = interleave([retry.pieces(partial(generate, prompt)) for prompt in prompts])
         timed = self._limits.timed(self._counters.timed(pieces), http.headers)
         first = await _until_admitted(timed, len(prompts))

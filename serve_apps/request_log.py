@@ -9,6 +9,8 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_apps.tracing import note
+
 __all__ = ["RequestLog"]
 
 PROBES = ("/health", "/ready", "/metrics")
@@ -48,6 +50,13 @@ class RequestLog:
                 "seconds": round(time.monotonic() - began, 6),
             }
             if (reply := state.get("reply")) is not None:
+                note(
+                    gen_ai__response__id=reply.reply_id,
+                    gen_ai__response__model=reply.card.id,
+                    gen_ai__usage__input_tokens=reply.tally.prompt_tokens,
+                    gen_ai__usage__output_tokens=reply.tally.completion_tokens,
+                    tidar__complete=complete,
+                )
                 facts |= {
                     "reply_id": reply.reply_id,
                     "prompt_tokens": reply.tally.prompt_tokens,

@@ -51,6 +51,11 @@ class ServeSettings(BaseModel):
     """Most requests of one key, or of all where there are no keys, at each ingress; one more is answered 429."""
     vllm_metric_names: bool = False
     """/metrics tells what concerns drafts as vllm:spec_decode_* too, for tools that know vLLM's names alone."""
+    trace_exporter: Annotated[str, Field(pattern=r"^(file|otlp|[\w.]+:\w+)$")] | None = None
+    """Where spans of OpenTelemetry go: `file` is a folder beside Serve's logs, `otlp` what OTEL_EXPORTER_OTLP_ENDPOINT
+    names (tidar[tracing]), `module:function` a function that gives span processors; by default there are none."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the requests that become spans, where the client's `traceparent` does not say."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may ask from a browser, such as https://app.example.com; * for all."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None

@@ -17,7 +17,7 @@ HOMES = {
     "ray.train": "pipelines/train.py",
     "deepspeed": "pipelines/train_engine.py",
     "matplotlib": "pipelines/plots.py",
-    "mlflow": "tidar_core/artifacts/mlflow_client.py tidar_core/artifacts/registry.py",
+    "mlflow": " ".join(f"tidar_core/artifacts/{name}.py" for name in ("mlflow_client", "registry", "alias_order")),
     "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_service.py pipelines/lm_eval_tasks.py",
     "datasets": "pipelines/lm_eval_tasks.py",
     "transformers": "tidar_core/artifacts/tokenizer.py pipelines/rival.py",  # tokenizers; what we are compared with
@@ -28,6 +28,7 @@ HOMES = {
     "fsspec": "tidar_core/artifacts/locations.py",
     "s3fs": "tidar_core/artifacts/locations.py",
     "fastapi": "serve_apps/http_app.py",
+    "opentelemetry": "serve_apps/tracing.py",
     "prometheus_client": "serve_apps/metrics.py serve_apps/version_metrics.py",
     "aiohttp": "serve_apps/cost_bench.py pipelines/lm_eval_service.py",
     "typer": "tidar.py",

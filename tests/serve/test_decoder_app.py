@@ -185,3 +185,16 @@ def test_a_gpu_that_is_not_there_is_refused(served):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="num_gpus"):
             DecoderApp(with_settings(served, num_gpus=1))
+
+
+def test_tokens_of_texts_without_drafts_are_counted_apart_and_say_nothing_about_a_version(served):
+    app = DecoderApp(served)
+    plain = answer(app, dataclasses.replace(prompt_request(12), speculative=False))[-1].tally
+    drafted = answer(app, prompt_request(12))[-1].tally
+    assert not sum(plain.histogram)  # no draft was verified
+    (report,) = asyncio.run(app.versions())
+    totals = report.totals
+    assert totals.plain_tokens == plain.completion_tokens
+    assert totals.tokens == plain.completion_tokens + drafted.completion_tokens
+    forwards = totals.forwards - plain.completion_tokens  # each of them took one
+    assert totals.tokens_per_forward == drafted.completion_tokens / forwards
