@@ -19,15 +19,21 @@ from tidar_core.errors import RegistryError
 
 pytestmark = [pytest.mark.slow]
 
-PROMOTE = """
+CHANGE = """
 import sys
 from tidar_core.artifacts import registry
-uri, name, *versions = sys.argv[1:]
+uri, name, *changes = sys.argv[1:]
 registry.list_versions(uri, name)
 print("ready", flush=True)
 sys.stdin.readline()
-for version in versions:
-    registry.promote(uri, name, int(version))
+for change in changes:
+    kind, version = change.split()
+    if kind == "promote":
+        registry.promote(uri, name, int(version))
+    elif kind == "try":
+        registry.set_challenger(uri, name, int(version))
+    else:
+        registry.withdraw(uri, name, "challenger", int(version), "slow")
 """
 
 
@@ -122,9 +128,9 @@ def test_a_server_promotes_rolls_back_and_lists(server):
 
 
 def race(uri, name, *hands):
-    """Processes that promote one version after another, all starting at once."""
+    """Processes that make one change after another, all starting at once."""
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROMOTE, uri, name, *map(str, hand)], stdin=subprocess.PIPE,
+        subprocess.Popen([sys.executable, "-c", CHANGE, uri, name, *hand], stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         for hand in hands
     ]  # fmt: skip
@@ -142,7 +148,7 @@ def test_promotions_that_race_leave_one_champion_and_a_way_back_through_all_of_t
     for number in range(1, 6):
         publish(server, "race", number)
     registry.promote(server, "race", 1)
-    race(server, "race", (2, 4), (3, 5))
+    race(server, "race", ("promote 2", "promote 4"), ("promote 3", "promote 5"))
     champions = [registry.resolve(server, "models:/race@champion").version]
     assert champions[0] in (4, 5)
     for _ in range(4):
@@ -154,6 +160,16 @@ def test_promotions_that_race_leave_one_champion_and_a_way_back_through_all_of_t
     assert champions.index(5) < champions.index(3)
     with pytest.raises(RegistryError, match="version 1 is its first champion"):
         registry.rollback(server, "race")
+
+
+def test_a_withdrawal_that_races_takes_the_alias_from_no_later_challenger(server):
+    for number in range(1, 6):
+        publish(server, "trial", number)
+    registry.set_challenger(server, "trial", 1)
+    race(server, "trial", [f"withdraw {v}" for v in (1, 2, 3, 4)], [f"try {v}" for v in (2, 3, 4, 5)])
+    assert registry.aliases(server, "trial") == {"challenger": 5}
+    registry.withdraw(server, "trial", "challenger", 5, "slow")
+    assert registry.aliases(server, "trial") == {}
 
 
 def test_an_alias_that_was_set_by_hand_is_remembered(server):

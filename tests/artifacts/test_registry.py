@@ -69,6 +69,37 @@ def test_an_alias_is_withdrawn_from_the_version_that_it_names_and_from_no_other(
     assert client_of(uri).get_model_version("trial", "2").tags["withdrawn"] == "too slow"
 
 
+def test_a_challenger_named_while_another_is_withdrawn_stays_so(uri, monkeypatch):
+    for number in (1, 2):
+        publish(uri, "swap", number)
+    registry.set_challenger(uri, "swap", 1)
+    client = client_of(uri)
+    delete = client.delete_registered_model_alias
+
+    def after_another_process(name, alias):
+        monkeypatch.undo()
+        registry.set_challenger(uri, name, 2)
+        delete(name, alias)
+
+    monkeypatch.setattr(client, "delete_registered_model_alias", after_another_process)
+    registry.withdraw(uri, "swap", "challenger", 1, "too slow")
+    assert registry.aliases(uri, "swap") == {"challenger": 2}
+
+
+def test_a_withdrawn_version_may_be_tried_again_and_an_alias_set_by_hand_be_withdrawn(uri):
+    for number in (1, 2, 3):
+        publish(uri, "again", number)
+    registry.set_challenger(uri, "again", 1)
+    registry.withdraw(uri, "again", "challenger", 1, "too slow")
+    registry.set_challenger(uri, "again", 1)
+    assert registry.aliases(uri, "again") == {"challenger": 1}
+    assert "withdrawn" not in client_of(uri).get_model_version("again", "1").tags
+    for by_hand in (2, 3, 2):
+        client_of(uri).set_registered_model_alias("again", "challenger", str(by_hand))
+        registry.withdraw(uri, "again", "challenger", by_hand, "too slow")
+        assert registry.aliases(uri, "again") == {}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
