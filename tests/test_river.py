@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,8 +29,21 @@ def quickstart(workdir):
     return json.loads(done.stdout)
 
 
+def write_short_evaluation(workdir):
+    """The job file that the quickstart would write itself, with few and short texts: it takes what it finds."""
+    job = {"bundle": "bundle", "shards": "shards", "output": "report", "parent": "ar"}
+    job = {name: str(workdir / folder) for name, folder in job.items()} | {
+        "tracking_uri": f"sqlite:///{workdir}/mlflow.db", "prompts": 6, "max_tokens": 32, "batch": 1, "repeats": 1,
+        "loss_rows": 32,
+    }  # fmt: skip
+    (workdir / "jobs").mkdir(parents=True)
+    (workdir / "jobs/evaluate.yaml").write_text(yaml.safe_dump(job))
+
+
 def test_from_real_text_to_a_served_token_and_again_without_doing_it_twice(tmp_path):
+    write_short_evaluation(tmp_path / "work")
     first = quickstart(tmp_path / "work")
+    assert first["prompts"] == 6
     assert first["documents"] > 500
     assert first["tokens"] > 1_000_000
     assert first["rows"] == pytest.approx(first["tokens"] / 256, abs=2)

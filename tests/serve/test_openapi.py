@@ -1,0 +1,35 @@
+"""A program that reads the service's own document asks all that it allows and much that it does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from serve_apps import app
+from serve_apps.settings import ServeSettings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def service(bundle, free_port):
+    """Address of a service whose texts end soon: its context is short, so a valid request is answered in full."""
+    settings = ServeSettings(
+        model=bundle, port=free_port, rows=3, context_len=48, max_waiting=4, threads=1, num_cpus=0.5,
+        max_body_bytes=100_000, stream_interval_seconds=0, vllm_metric_names=True,
+    )  # fmt: skip
+    app.run(settings, blocking=False)
+    yield f"http://127.0.0.1:{free_port}"
+    app.shutdown()
+
+
+def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(service, tmp_path):
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = ["run", f"{service}/openapi.json", "--checks", f"{checks},negative_data_rejection,unsupported_method",
+               "--phases", "coverage", "--seed", "1", "--workers", "4", "--no-color"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", *command],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "Traceback" not in done.stdout + done.stderr
