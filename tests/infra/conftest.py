@@ -50,7 +50,7 @@ def head():
         dashboard, agent = free_port(), free_port()
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `ray job`
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `ray job`
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `serve`
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -61,9 +61,9 @@ def head():
         with open(Path(folder) / "head.log", "wb") as log:
             process = subprocess.Popen(_start(folder, dashboard, agent), env=env, stdout=log, stderr=log, cwd=folder)
         try:
-            urls = (f"{env['RAY_ADDRESS']}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
+            urls = (f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
             _wait_until_up(urls, env, process, Path(folder) / "head.log")
-            yield Head(env["RAY_ADDRESS"], env, Path(folder))
+            yield Head(env["RAY_API_SERVER_ADDRESS"], env, Path(folder))
         finally:
             process.send_signal(signal.SIGTERM)  # with --block it ends what it started
             process.wait(timeout=60)
