@@ -8,6 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["acceptance_plot", "bench_plot", "experiment_plot", "latency_plot", "quality_plot", "speed_plot"]
 
@@ -16,12 +18,15 @@ def acceptance_plot(histogram: Sequence[int], by_position: Sequence[float], draf
     """PNG: how many drafts stood at once, and how likely each position of the block was to stand."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = range(1, len(histogram) + 1)
-    left.bar(lengths, [count / max(1, sum(histogram)) for count in histogram])
-    left.set(xlabel="accepted length n", ylabel="share of verifications", title="Acceptance histogram")
-    right.plot(lengths, by_position, marker="o", label="stood when decoding")
-    right.plot(lengths, draft_accuracy, marker="s", label="likeliest token = held-out token")
-    right.set(xlabel="position in the block", ylim=(0, 1.05), title="By position")
+    left.bar(lengths, [100 * count / max(1, sum(histogram)) for count in histogram])
+    left.set(xlabel="tokens that a verification kept", ylabel="share of verifications, per cent",
+             title="Accepted length", ylim=(0, None))  # fmt: skip
+    right.plot(lengths, [100 * share for share in by_position], marker="o", label="kept when decoding")
+    right.plot(lengths, [100 * share for share in draft_accuracy], marker="s", label="likeliest = held-out token")
+    right.set(xlabel="position in the block", ylabel="drafts, per cent", ylim=(0, 105), title="Acceptance by position")
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return _png(figure)
 
 
@@ -37,15 +42,22 @@ def quality_plot(tasks: Sequence[Mapping[str, Any]]) -> bytes:
 
     tasks  rows of a report whose answers were generated
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in tasks:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for number, row in enumerate(tasks):
         points = sorted((mode["tokens_per_forward"], 100 * mode["score"]) for mode in row["modes"].values())
         if row["parent"]:
-            points.insert(0, (1.0, 100 * row["parent"]["score"]))
-        axes.plot(*zip(*points), marker="o", label=row["title"])
+            start = (1.0, 100 * row["parent"]["score"])
+            axes.plot(*zip(start, points[0]), color=f"C{number}", linestyle="--")
+            axes.plot(*start, color=f"C{number}", marker="s", markerfacecolor="white")
+        axes.plot(*zip(*points), color=f"C{number}", marker="o", label=row["title"])
+        axes.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(6, 4), textcoords="offset points")
     axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    reached = [mode["tokens_per_forward"] for row in tasks for mode in row["modes"].values()]
+    axes.set(xlim=(0.8 * min(1.0, *reached), 1.1 * max(2.0, *reached)), ylim=(0, 105))
     axes.set(xlabel="tokens per forward", ylabel="score, per cent", title="Quality against tokens per forward")
-    axes.legend()
+    of_parent = [Line2D([], [], color="grey", marker="s", linestyle="--", markerfacecolor="white", label="parent (AR)")]
+    handles = axes.get_legend_handles_labels()[0] + of_parent * any(row["parent"] for row in tasks)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 
@@ -58,6 +70,7 @@ def bench_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
         if any(by_position):
             right.plot(range(1, len(by_position) + 1), by_position, marker="o", label=name)
     right.set(xlabel="position in the block", ylabel="share that stood", ylim=(0, 1.05), title="Acceptance by position")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     right.legend()
     return _png(figure)
 

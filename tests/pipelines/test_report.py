@@ -1,5 +1,8 @@
 """The report in words: the paper's tables, filled with what was measured."""
 
+import pytest
+
+from pipelines import plots
 from pipelines.plots import quality_plot
 from pipelines.report import markdown, report_metrics
 
@@ -70,5 +73,24 @@ def test_every_number_has_a_name_of_its_own_for_a_tracking_server():
     assert metrics["tokens_per_second/single-pass"] == 10.0
 
 
-def test_quality_is_drawn_against_tokens_per_forward():
-    assert quality_plot(TASKS[:2]).startswith(b"\x89PNG")
+@pytest.mark.parametrize("tasks", [TASKS[:2], TASKS[3:]], ids=["with a parent", "one point"])
+def test_quality_is_drawn_against_tokens_per_forward_on_the_whole_scale(tasks, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or b"")
+    quality_plot(tasks)
+    (axes,) = drawn[0].axes
+    assert axes.get_ylim() == (0, 105)
+    assert axes.get_xlim()[0] < 1 < 2 < axes.get_xlim()[1]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [row["title"] for row in tasks] + ["parent (AR)"] * any(row["parent"] for row in tasks)
+
+
+def test_acceptance_is_drawn_at_whole_positions(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or b"")
+    plots.acceptance_plot([6, 3, 1, 0], [1.0, 0.4, 0.1, 0.0], [0.9, 0.5, 0.2, 0.1])
+    left, right = drawn[0].axes
+    assert [bar.get_height() for bar in left.patches] == [60, 30, 10, 0]
+    assert list(right.lines[0].get_ydata()) == [100, 40, 10, 0]
+    for axes in (left, right):
+        assert all(tick == int(tick) for tick in axes.get_xticks())
