@@ -3,15 +3,19 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipelines import jail
 from pipelines.jail import DENIED, MACHINES, SYS_LANDLOCK
 
 ROOT = Path(__file__).parents[2]
+HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+"""Of Linux, below /usr/include: ARM has no numbers of its own but those that all newer machines share."""
 FORBID = """
 import ctypes, json, os, struct, sys
 lines = [(0x20, 0, 0, 0)]  # load the number of the call
@@ -108,3 +112,20 @@ def test_where_neither_namespaces_nor_landlock_are_allowed_nothing_is_run():
     (said,) = where_forbidden([DENIED["unshare"], (SYS_LANDLOCK, SYS_LANDLOCK)], ["open('/tmp/never', 'w')"])
     assert "programs of a model cannot be shut in on this machine (refused: [Errno 1] unshare: " in said
     assert "refused: [Errno 1] landlock: Operation not permitted); none is run" in said
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_system_calls_are_the_kernel_s_on_each_machine(machine):
+    header = Path("/usr/include") / HEADERS[machine]
+    if not header.is_file():
+        pytest.skip(f"no {header}; it is in linux-libc-dev")
+    found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+    kernel = {name: int(number) for name, number in found}
+    others = {"clone": jail.CLONE, "clone3": jail.CLONE3, "prctl": jail.PRCTL, "kill": jail.KILL,
+              "tgkill": jail.TGKILL, "prlimit64": jail.PRLIMIT, "landlock_create_ruleset": (SYS_LANDLOCK,) * 2,
+              "pivot_root": tuple(jail.SYS_PIVOT_ROOT[machine] for machine in HEADERS)}  # fmt: skip
+    ours = {name: numbers[MACHINES[machine][0]] for name, numbers in (DENIED | others).items()}
+    newer = {"fchmodat2", "setxattrat", "removexattrat"}  # than the oldest headers that we build with
+    for name, number in ours.items():
+        assert kernel.get(name) == number or (name in newer and name not in kernel), name
+    assert len(ours) > 75
