@@ -79,7 +79,7 @@ class ExperimentJob(Job):
         return TrainJob.model_validate(own | self.train | self.variants[variant])
 
     def run_name(self, variant: str, seed: int) -> str:
-        """Of the file that keeps what was found; another one for every other setting, but not for a new field of jobs."""
+        """Of the file that keeps what was found; another one for every other setting, not for a new field of jobs."""
         settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads"})
         settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
         return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
