@@ -55,8 +55,8 @@ def test_a_corpus_becomes_a_trained_bundle_with_curves(corpus, tmp_path):
     texts = corpus.read_corpus(tmp_path / "corpus")
     assert texts == {"train": [d.text for d in documents if not d.held_out], "held_out": [held_out.text]}
     options = (
-        "--shape tiny --row-len 64 --rows-per-step 8 --rows-per-forward 4 --block-len 4 --sample-mb 1 --seconds 6 "
-        f"--device cpu --corpus {tmp_path}/corpus --out {tmp_path}/out --report {tmp_path}/report"
+        "--shape tiny --row-len 64 --rows-per-step 8 --rows-per-forward 4 --block-len 4 --link-rank 8 --sample-mb 1 "
+        f"--seconds 6 --device cpu --corpus {tmp_path}/corpus --out {tmp_path}/out --report {tmp_path}/report"
     )
     command = [sys.executable, SCRIPTS / "real_model.py", "train", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,6 +68,7 @@ def test_a_corpus_becomes_a_trained_bundle_with_curves(corpus, tmp_path):
     assert phases == {"ar", "dual"}
     bundle = load_bundle(tmp_path / "out/bundle")
     assert bundle.info.block_len == 4
+    assert bundle.model.link.after.any()  # it has learned something
     prompts = read_prompts(tmp_path / "out/prompts.jsonl", 2)
     tokens = [tuple(bundle.tokenizer.encode(text)[:32]) for text in prompts]
     modes = compare_modes(bundle.model, tokens, SamplingConfig(max_tokens=8), block_len=4, repeats=1)

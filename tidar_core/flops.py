@@ -19,7 +19,7 @@ __all__ = ["layout_pairs", "matmul_peak", "matmul_weights", "train_flops", "visi
 
 
 def matmul_weights(config: ModelConfig) -> int:
-    """Weights that every token is multiplied with: layers and head; not embedding, norms and biases."""
+    """Weights that every token is multiplied with: layers and head; not embedding, norms, biases and links."""
     attention = 2 * (config.heads + config.kv_heads) * config.head_size
     layer = config.hidden_size * (attention + 3 * config.intermediate_size)
     return config.layers * layer + config.hidden_size * config.vocab_size

@@ -22,6 +22,7 @@ from tidar_core.flops import matmul_peak
 from tidar_core.layout import causal_layout
 from tidar_core.model import TidarModel
 from tidar_core.packing import PackedRows
+from tidar_core.recipe import start_draft_link
 from tidar_core.schedule import Schedule
 from tidar_core.shapes import named_shape
 from tidar_core.single_device import Phase, Progress, Trainer
@@ -99,6 +100,8 @@ def fresh_model(arguments: argparse.Namespace, setting: Setting) -> TidarModel:
     """Random weights of the shape, on the device."""
     model = TidarModel(named_shape(arguments.shape))
     model.init_weights(arguments.seed)
+    if arguments.link_rank:
+        start_draft_link(model, arguments.link_rank, seed=arguments.seed)
     return model.to(setting.device, setting.dtype)
 
 
