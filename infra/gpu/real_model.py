@@ -42,9 +42,7 @@ def main() -> None:
         command.add_argument("--row-len", type=int, default=1024)
     for command in (train, smoke, mfu):
         command.add_argument("--block-len", type=int, default=16)
-        command.add_argument(
-            "--link-rank", type=int, default=0, help="of a link between drafts; 0: none"
-        )
+        command.add_argument("--link-rank", type=int, default=0, help="of a link between drafts; 0: none")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", default=None)
     train.add_argument("--seconds", type=float, default=600, help="of training, both phases; the wall limits it too")
