@@ -34,6 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see infra/jobs.")]
 Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
+SERVE_THREADS = max(1, (os.cpu_count() or 1) - 1)
+"""Proxy and ingress need a core of their own, and a step of two threads waits for the one that has none."""
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
 BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; what the model was trained with by default.")]
 TRACKING = "sqlite:///mlflow.db"
@@ -88,7 +90,7 @@ def quickstart(
 
     began = time.perf_counter()
     model = f"models:/{MODEL_NAME}@champion"
-    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=os.cpu_count())
+    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=SERVE_THREADS)
     check_port(settings)
     try:
         river = flow(workdir, budget_seconds)
@@ -308,7 +310,7 @@ def serve(
     host: str = "127.0.0.1",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that a replica decodes together.")] = 8,
     mode: Mode = Mode.auto,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; all but one by default.")] = SERVE_THREADS,
     tracking_uri: Tracking = TRACKING,
 ) -> None:
     """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
@@ -323,7 +325,7 @@ def serve(
             host=host,
             rows=rows,
             mode=mode.value,
-            threads=threads or os.cpu_count(),
+            threads=threads,
             tracking_uri=registry.absolute_tracking_uri(tracking_uri),
         )
     )
