@@ -2,18 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx
 import pytest
-import ray
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 
-from serve_apps import app
 from serve_apps.deployment import serve_config
 from serve_apps.settings import ServeSettings
 from serve_apps.tracing import note, otlp, told_to_proxies, tracing_config
@@ -21,6 +22,16 @@ from tidar_core.errors import ConfigError
 
 CLIENT_TRACE, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 DECODER, INGRESS = "replica_handle_request decoder generate", "replica_handle_request http __call__"
+SERVICE = """
+import sys, ray
+from serve_apps import app
+from serve_apps.settings import ServeSettings
+app.run(ServeSettings.model_validate_json(sys.argv[1]), blocking=False)
+print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+sys.stdin.read()
+app.shutdown()
+"""
+"""In a process of its own, which starts its own Ray: proxies hear of tracing by the environment that Ray starts in."""
 BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
 
 
@@ -30,10 +41,13 @@ def traced(bundle, free_port):
     settings = ServeSettings(
         model=bundle, port=free_port, rows=1, max_waiting_tokens=60, threads=1, num_cpus=0.5, trace_exporter="file"
     )  # fmt: skip
-    app.run(settings, blocking=False)
-    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs/serve/spans"
-    yield f"http://127.0.0.1:{free_port}", folder
-    app.shutdown()
+    service = subprocess.Popen(
+        [sys.executable, "-c", SERVICE, settings.model_dump_json()], stdin=PIPE, stdout=PIPE, text=True
+    )
+    with service:
+        folder = Path(service.stdout.readline().strip()) / "logs/serve/spans"
+        yield f"http://127.0.0.1:{free_port}", folder
+        service.stdin.close()
 
 
 def spans(folder):
