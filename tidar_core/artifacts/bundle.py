@@ -3,6 +3,7 @@
 A bundle is a Hugging Face model folder with a few files of ours:
 
     config.json, model*.safetensors, tokenizer files      opened unchanged by transformers, vLLM, SGLang (AR mode)
+    tidar_link.tensors                                    what links drafts to each other, where anything does
     made_by.json                                          the job that made it and its parents
     tidar.json                                            block length, mask id, lineage, the hash of every other file
 
