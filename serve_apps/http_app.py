@@ -294,7 +294,8 @@ class HttpApp:
         prompts = [replace(prompt, route=route) for prompt in asked.prompts(name)]
         generate = self._decoder.options(stream=True, **BY_GRPC).generate.remote
         pieces = interleave([retry.pieces(partial(generate, prompt)) for prompt in prompts])
-        timed = self._limits.timed(self._counters.timed(pieces), http.headers)
+        heard = self._counters.timed(pieces, streamed=asked.stream)
+        timed = self._limits.timed(heard, http.headers)
         first = await _until_admitted(timed, len(prompts))
         if asked.stream:
             return StreamingResponse(self._events(reply, first, timed), media_type="text/event-stream")

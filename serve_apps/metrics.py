@@ -112,17 +112,22 @@ class Counters:
                 stood = sum(drafts.acceptance_histogram[position + 1 :])
                 self._count("spec_decode_num_accepted_tokens_per_pos", stood, str(position))
 
-    async def timed(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """`pieces` of the texts of a request that is read now, each timed as it passes; closed at their end."""
+    async def timed(
+        self, pieces: AsyncGenerator[tuple[int, Piece], None], *, streamed: bool
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """`pieces` of the texts of a request that is read now, each timed as it passes; closed at their end.
+
+        streamed  the client hears each piece as it passes; else it hears all at the last one
+        """
         began, heard = time.monotonic(), dict[int, float]()
         async with aclosing(pieces):
             async for index, piece in pieces:
                 now = time.monotonic()
-                if piece.tally.completion_tokens and (piece.text or piece.finish_reason is not None):
+                if piece.tally.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
                     if index in heard:
                         self._spread("inter_token_latency_seconds", now - heard[index])
                     else:
-                        written = 0.0 if piece.lap is None else piece.lap.decode  # no stream: all came at the end
+                        written = 0.0 if piece.lap is None else piece.lap.decode  # all of it came at once
                         self._spread("time_to_first_token_seconds", now - began - written)
                     heard[index] = now
                 if piece.finish_reason is not None:

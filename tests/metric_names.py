@@ -30,10 +30,10 @@ def exported():
 
 
 async def pass_through(counters, pieces):
-    """Have the pieces of one text timed."""
+    """Have the pieces of a streamed text timed."""
 
     async def source():
         for piece in pieces:
             yield 0, piece
 
-    return [piece async for _, piece in counters.timed(source())]
+    return [piece async for _, piece in counters.timed(source(), streamed=True)]

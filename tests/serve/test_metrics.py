@@ -116,16 +116,17 @@ def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_told():
     }
 
 
-def test_the_first_token_of_a_text_that_came_whole_is_timed_before_its_decoding():
+@pytest.mark.parametrize(("streamed", "early"), [(True, ""), (False, ""), (False, "a")])
+def test_the_first_token_of_a_text_that_is_heard_whole_is_timed_before_its_decoding(streamed, early):
     counters = Counters("m")
 
     async def slowly():
-        yield 0, Piece("", None, Tally(1, 1))  # admitted late: a token has come, but none of its text
+        yield 0, Piece(early, None, Tally(1, 1))  # admitted late: a token has come, its text unheard
         await asyncio.sleep(0.05)
         yield 0, Piece("ab", "stop", Tally(1, 2), lap=Lap(queue=0.0, prefill=0.01, decode=0.04))
 
     async def listen():
-        return [piece async for piece in counters.timed(slowly())]
+        return [piece async for piece in counters.timed(slowly(), streamed=streamed)]
 
     asyncio.run(listen())
     values = samples(counters.exposition())
@@ -145,7 +146,7 @@ def test_who_stops_listening_closes_the_source():
             closed.append(True)
 
     async def leave():
-        async with aclosing(Counters("m").timed(endless())) as pieces:
+        async with aclosing(Counters("m").timed(endless(), streamed=True)) as pieces:
             await anext(pieces)
 
     asyncio.run(leave())
