@@ -7,6 +7,7 @@ Shape letters: B sequences, L tokens, E embedding, H heads, D head width, V voca
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from tidar_core.attention import Attention
 from tidar_core.config import ModelConfig
 
 __all__ = ["DraftLink", "TidarModel", "rotary_frequencies"]
+
+LOOKED_UP_TOKENS = 1024
+"""Up to so large a vocabulary, a decoder keeps what a link says of each token: 4 MiB in fp32."""
 
 
 class TidarModel(nn.Module):
@@ -49,10 +53,7 @@ class TidarModel(nn.Module):
 
     def linked(self, logits: Tensor, before: Tensor) -> Tensor:
         """Logits of masks [.., V], now that the tokens before theirs [..] are known."""
-        if self.link is None:
-            return logits
-        known = F.embedding(before.flatten(), self.link.before)
-        return torch.addmm(logits.flatten(0, -2), known, self.link.after.t()).view_as(logits)
+        return logits if self.link is None else logits + self.link(before)
 
     def tie(self) -> None:
         """Make the head the embedding table, where the config says so."""
@@ -125,6 +126,15 @@ class DraftLink(nn.Module):
     def forward(self, before: Tensor) -> Tensor:
         """[..] -> [.., V]."""
         return F.linear(F.embedding(before, self.before), self.after)
+
+    @torch.no_grad()
+    def final(self) -> Callable[[Tensor], Tensor]:
+        """The same, of weights that change no more: a small vocabulary's products are looked up."""
+        vocab_size = len(self.before)
+        if vocab_size > LOOKED_UP_TOKENS:
+            return self
+        table_VV = self(torch.arange(vocab_size, device=self.before.device))
+        return lambda before: F.embedding(before, table_VV)
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:

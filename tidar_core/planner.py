@@ -17,6 +17,7 @@ from tidar_core.ways import Way, few_ways, many_ways
 
 __all__ = [
     "AUTO",
+    "KNOWN",
     "SURE",
     "AutoPlanner",
     "Choice",
@@ -36,6 +37,8 @@ FIRST_REVIEW, LONGEST_REVIEW = 24, 256
 FEW = 1
 """Up to so many requests, each counts with its own drafts: texts differ much. More are weighed as one, since a review
 takes as long for each."""
+KNOWN = 32
+"""Verifications after which such a request is reviewed by itself; before, the review of those before it holds."""
 PROBE_COST = 0.005
 """Share of the time that the autoregressive choice spends on seeing whether drafting would pay by now: a block is
 drafted and verified as often as that allows."""
@@ -83,8 +86,8 @@ class AutoPlanner:
         """Of all requests so far."""
         self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
-        self._own: dict[str, tuple[Acceptance, int]] = {}
-        """Acceptance of each running request, and its mood."""
+        self._own: dict[str, _Own] = {}
+        """Of each running request."""
         self._steps = self._since_drafts = 0
         self._reviews: dict[frozenset[str] | int, _Review] = {}
 
@@ -111,10 +114,10 @@ class AutoPlanner:
         """Learn from the decode step that `next_plan` was asked for."""
         for step in steps:
             if step.verified > 1:
-                own, mood = self._own.get(step.request_id) or (Acceptance(self.block_len), NONE)
-                for acceptance in (own, self.acceptance):
-                    acceptance.observe(step, mood)
-                self._own[step.request_id] = own, mood_after(mood, step)
+                own = self._own.setdefault(step.request_id, _Own(Acceptance(self.block_len)))
+                for acceptance in (own.acceptance, self.acceptance):
+                    acceptance.observe(step, own.mood)
+                own.mood, own.verifications = mood_after(own.mood, step), own.verifications + 1
             if step.finish_reason is not None:
                 self._own.pop(step.request_id, None)
 
@@ -161,11 +164,13 @@ class AutoPlanner:
     def _chances(self, requests: Collection[str]) -> list[list[Chances]]:
         """Of each request, where they are few; else of all that ever were."""
         own = [self._own.get(request) for request in requests] if len(requests) <= FEW else [None]
-        return [self.acceptance.moods() if known is None else known[0].beside(self.acceptance) for known in own]
+        return [self.acceptance.moods() if known is None else known.acceptance.beside(self.acceptance) for known in own]
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """What holds for a batch: what was found last, or found anew where that is due."""
-        crowd = frozenset(requests) if len(requests) <= FEW else len(requests)
+        own = [self._own.get(request) for request in requests] if len(requests) <= FEW else []
+        known = any(one is not None and one.verifications >= KNOWN for one in own)
+        crowd = frozenset(requests) if known else len(requests)
         last = self._reviews.get(crowd)
         if last is not None and self._steps < last.due:
             return last
@@ -202,6 +207,15 @@ class AutoPlanner:
         if self._since_drafts < every or self.block_len == 1:
             return StepPlan(1)
         return StepPlan(1, (1,), self.block_len)
+
+
+@dataclass(slots=True)
+class _Own:
+    """What is known of one request."""
+
+    acceptance: Acceptance
+    mood: int = NONE
+    verifications: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class Stepper:
         self._forward = DecodeForward(
             model, cache, positions=state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         )
+        self._link = None if model.link is None else model.link.final()
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
         """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
@@ -140,36 +141,34 @@ class Stepper:
 
         logits_BRV  of all rows, where they are there
         """
-        K, state = self.draft.block_len, self.state
+        state, width = self.state, plan.masks(self.draft.block_len)
         self.stand_in(rows, first_B)
-        width = plan.masks(K)
         if width == 1 or not plan.groups:
             return
-        first_rows, pendings = _blocks_tensors(plan, K, first_B.device)
-        first_row_B1, pending_B1 = first_rows[accepted_B][:, None], pendings[accepted_B][:, None]
-        offset_R = _ahead(width - 1, first_B.device)
-        guessed_BR = offset_R < pending_B1
-        row_BR = torch.where(guessed_BR, first_row_B1 + offset_R, 0)
+        row_NR, guessed_NR = _draft_rows(plan, self.draft.block_len, first_B.device)
+        row_BR, guessed_BR = row_NR.index_select(0, accepted_B), guessed_NR.index_select(0, accepted_B)
         chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, row_BR)
         logits_BRV = self.model.head(chosen) if logits_BRV is None else chosen
-        drafted, position_BR = slice(1, width), state.prefix_len[rows, None] + offset_R
-        drawn, laws = zip(*self._drawn(logits_BRV, first_B[:, None], position_BR, sampling))
-        state.draft[rows, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B[:, None])
+        first_B1, drafted = first_B[:, None], slice(1, width)
+        drawn, laws = zip(*self._drawn(logits_BRV, first_B1, rows, sampling))
+        state.draft[rows, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B1)
         if state.proposal is not None:
             kept_BRV = state.proposal[rows, drafted]
             state.proposal[rows, drafted] = torch.where(guessed_BR[..., None], torch.cat(laws, 1), kept_BRV)
 
     def _drawn(
-        self, logits_BRV: Tensor, before_B1: Tensor, position_BR: Tensor, sampling: SamplingTensors
+        self, logits_BRV: Tensor, before_B1: Tensor, rows: slice, sampling: SamplingTensors
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Drafts and the laws that they were drawn from (logits, where no law is kept): all at once, or one by one
         where each is linked to the one before it.
 
         before_B1  the token before the first
         """
-        at_once = logits_BRV.shape[1] if self.model.link is None else 1
+        drafts = logits_BRV.shape[1]
+        position_BR = self.state.prefix_len[rows, None] + _ahead(drafts, logits_BRV.device)
+        at_once = drafts if self._link is None else 1
         for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
-            linked = self.model.linked(logits, before_B1)
+            linked = logits if self._link is None else logits + self._link(before_B1)
             if self.state.proposal is None:
                 before_B1 = linked.argmax(-1)
                 yield before_B1, linked
@@ -221,8 +220,11 @@ def blocks_after(plan: StepPlan, block_len: int) -> tuple[NextBlock, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _blocks_tensors(plan: StepPlan, block_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`blocks_after` on the device: first rows and pending counts, by accepted length."""
-    blocks = blocks_after(plan, block_len)
-    first_rows = torch.tensor([block.first_row for block in blocks], device=device)
-    return first_rows, torch.tensor([block.pending for block in blocks], device=device)
+def _draft_rows(plan: StepPlan, block_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """By accepted length: the rows of the masks that draft d_2, d_3, .. of the next block, and whether there is one."""
+    rows, guessed = [], []
+    for block in blocks_after(plan, block_len):
+        there = [offset < block.pending for offset in range(1, plan.masks(block_len))]
+        rows.append([block.first_row + offset if masked else 0 for offset, masked in enumerate(there, 1)])
+        guessed.append(there)
+    return torch.tensor(rows, device=device), torch.tensor(guessed, device=device)

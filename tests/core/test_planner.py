@@ -11,7 +11,7 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
 from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
 from tidar_core.modes import StepPlan
-from tidar_core.planner import SURE, AutoPlanner
+from tidar_core.planner import KNOWN, SURE, AutoPlanner
 from tidar_core.request import DecodeStep
 from tidar_core.step_graph import rounded
 from tidar_core.ways import few_ways, many_ways, timed_plans
@@ -268,6 +268,24 @@ def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
     assert planner.choice.mode != "autoregressive"
     planner.next_plan({"new": 1}, 10)
     assert set(planner._own) <= {"good", "bad"}
+
+
+def test_lone_requests_that_are_new_share_a_review(monkeypatch):
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    weighed = []
+    weigh = planner.weigh
+    monkeypatch.setattr(
+        planner, "weigh", lambda requests, context: weighed.append(set(requests)) or weigh(requests, context)
+    )
+    for request in ("first", "second"):
+        for _ in range(10):
+            planner.next_plan({request: 4}, 10)
+            planner.observe([DecodeStep(request, (1, 1), None, 4, 2, 4)])
+    assert weighed == [{"first"}]
+    for _ in range(KNOWN):
+        planner.observe([DecodeStep("second", (1, 1), None, 4, 2, 4)])
+    planner.next_plan({"second": 4}, 10)
+    assert weighed == [{"first"}, {"second"}]
 
 
 def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
