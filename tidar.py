@@ -34,9 +34,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see infra/jobs.")]
 Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
-SERVE_THREADS = max(1, (os.cpu_count() or 1) - 1)
-"""Proxy and ingress need a core of their own, and a step of two threads waits for the one that has none."""
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+THREADS = max(1, (os.cpu_count() or 1) - 1)
+"""A service's proxy and ingress need a core, and a step waits for the thread that shares its own. What is timed is what
+is served: `tidar serve` looks for a latency table of as many threads."""
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads; all cores but one by default.")]
 BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; what the model was trained with by default.")]
 TRACKING = "sqlite:///mlflow.db"
 
@@ -90,7 +91,7 @@ def quickstart(
 
     began = time.perf_counter()
     model = f"models:/{MODEL_NAME}@champion"
-    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=SERVE_THREADS)
+    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=THREADS)
     check_port(settings)
     try:
         river = flow(workdir, budget_seconds)
@@ -207,7 +208,7 @@ def generate(
     stop: Annotated[list[str], typer.Option(help="End before this text; may be given several times.")] = [],  # noqa: B006
     fields: Annotated[str, typer.Option(help="JSON object of any other field of POST /v1/completions.")] = "{}",
     block_len: BlockLen = None,
-    threads: Threads = None,
+    threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
@@ -244,7 +245,7 @@ def bench(
     shape: Annotated[str | None, typer.Option(help="Time steps of a published shape instead of a model.")] = None,
     random_weights: Annotated[bool, typer.Option(help="With --shape, which has no other.")] = False,
     context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens read before; 512.")] = [],  # noqa: B006
-    threads: Threads = None,
+    threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
@@ -285,7 +286,7 @@ def profile(
     batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
     dtype: Dtype = DType.fp32,
     plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
-    threads: Threads = None,
+    threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
@@ -310,7 +311,7 @@ def serve(
     host: str = "127.0.0.1",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that a replica decodes together.")] = 8,
     mode: Mode = Mode.auto,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; all but one by default.")] = SERVE_THREADS,
+    threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
 ) -> None:
     """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
@@ -338,13 +339,13 @@ def _found(model: str, tracking_uri: str) -> str:
     return registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model).uri
 
 
-def _loaded(uri: str, threads: int | None, dtype: str = "fp32") -> Any:
+def _loaded(uri: str, threads: int, dtype: str = "fp32") -> Any:
     """A bundle, verified; on the GPU where there is one."""
     import torch
 
     from tidar_core.artifacts.bundle import DTYPES, load_bundle
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
