@@ -24,6 +24,8 @@ __all__ = ["Curve", "LatencyPoint", "LatencyTable", "decoding_latency", "latency
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
+UNTIMED, TIMED = 2, 4
+"""Runs of one shape in a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,7 @@ def _between(measured: Collection[int], value: int, at: Callable[[int], Curve]) 
 
 
 def decoding_latency(
-    decoder: Decoder, *, context_len: int | None = None, repeats: int = 9, on_point: Callable[[], None] = lambda: None
+    decoder: Decoder, *, context_len: int | None = None, repeats: int = 5, on_point: Callable[[], None] = lambda: None
 ) -> LatencyTable:
     """The table that a decoder plans with: whole decode steps, verification included, at the row counts of its modes.
 
@@ -190,16 +192,18 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
 
 
 def _median_seconds(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Of `repeats` of each, in turns. Each is run once before it is timed, so that none pays for what its neighbour has
-    left in the caches; and each time is taken relative to its turn, since what slows the machine slows all."""
+    """Of `repeats` of each, in turns. Each is run a few times, as in a text, of which the first are not timed, so that
+    none pays for what its neighbour has left in the caches: that made the shortest steps seem a fifth longer. And each
+    time is taken relative to its turn, since what slows the machine slows all."""
     turns: list[list[float]] = []
     for _ in range(repeats):
         times = []
         for run in runs:
-            run()
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
+            for index in range(UNTIMED + TIMED):
+                if index == UNTIMED:
+                    began = time.perf_counter()
+                run()
+            times.append((time.perf_counter() - began) / TIMED)
         turns.append(times)
     pace = statistics.median(sum(times) for times in turns)
     return [
