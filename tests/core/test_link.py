@@ -56,8 +56,10 @@ def chain(model, text, first, count):
     return said
 
 
+@pytest.mark.parametrize("looked_up_tokens", [0, 512], ids=["multiplied", "looked up"])
 @pytest.mark.parametrize("rules", [{}, {"logit_bias": ((500, -1e-9),)}], ids=["no rules", "a rule that bans nothing"])
-def test_each_draft_follows_from_the_one_before_it(linked, rules):
+def test_each_draft_follows_from_the_one_before_it(linked, rules, looked_up_tokens, monkeypatch):
+    monkeypatch.setattr("tidar_core.model.LOOKED_UP_TOKENS", looked_up_tokens)
     decoder, text = Decoder(linked, DraftConfig(block_len=5), rows=1), prompts(9)[0]
     step = prefilled(decoder, requests([text], replace(GREEDY, **rules))[0])
     said, unlinked, silent = list(text), 0, linked_model(loud=0.0)
