@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve_apps.answers import Answer, Choice, Completion, Logprobs, ModelCard
@@ -78,7 +78,7 @@ class Reply(ABC):
         """JSON of the response, from the pieces of each choice."""
 
     def _paid(self, index: int, tally: Tally) -> Tally:
-        return tally if index % self.n == 0 else replace(tally, prompt_tokens=0)
+        return tally if index % self.n == 0 else tally._replace(prompt_tokens=0)
 
     def _note(self, index: int, piece: Piece) -> None:
         self.tallies[index] = piece.tally

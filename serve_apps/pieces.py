@@ -1,10 +1,12 @@
 """What does a decoder replica tell the ingress of one text?
 
-Pieces, each with the new text and with all that it has cost so far; or that it has failed.
+Pieces, each with the new text and with all that it has cost so far; or that it has failed. They are tuples, which are
+pickled in C, since the decoder waits for whatever its event loop does.
 """
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 from serve_apps.answers import FinishReason, Logprobs, Metrics, PromptScores, SpeculativeDecoding, Usage
 from serve_apps.chat_answers import ChatTokenLogprob
@@ -14,8 +16,7 @@ from serve_apps.origins import Decoding
 __all__ = ["Failed", "Piece", "Tally"]
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """What prompts have cost so far, and how their drafts fared."""
 
     prompt_tokens: int = 0
@@ -23,7 +24,7 @@ class Tally:
     histogram: tuple[int, ...] = ()
     """At index j, the decode steps in which j speculative tokens stood; K entries."""
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: "Tally") -> "Tally":  # type: ignore[override]
         return Tally(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
@@ -57,8 +58,7 @@ class Tally:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What has come of one text since its last piece; the first says that it was admitted and may have no text."""
 
     text: str

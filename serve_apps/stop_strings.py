@@ -30,6 +30,8 @@ class StopStrings:
         looked_for  False: strings that are complete within this piece do not end the text, though one may begin here
         """
         assert self.found is None, "the text has ended"
+        if not self._searches:
+            return text
         said = self._held + text
         for length, char in enumerate(text, len(self._held) + 1):
             complete = [search.string for search in self._searches if search.push(char)]
