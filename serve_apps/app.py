@@ -26,7 +26,6 @@ from ray.serve.schema import LoggingConfig
 
 from serve_apps.access import Access
 from serve_apps.decoder_app import DecoderApp
-from serve_apps.engine import PROVE_SECONDS
 from serve_apps.http_app import HttpApp
 from serve_apps.limits import Limits
 from serve_apps.scaling import autoscaling
@@ -54,6 +53,8 @@ LEAN = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
 }
 """They make each piece of text cheaper on its way. A cluster's nodes have the same in their manifests."""
+STERN = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+"""A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -82,7 +83,8 @@ def build_app(settings: ServeSettings) -> serve.Application:
         max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config=autoscaling(settings),
-        health_check_timeout_s=PROVE_SECONDS + 10,
+        health_check_period_s=settings.hang_seconds / 3,
+        health_check_timeout_s=settings.hang_seconds * 4 / 3,  # so it is our own check that says what hangs, if it can
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(DecoderApp)
@@ -148,8 +150,10 @@ def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
     global _started_ray
     if ray.is_initialized():
         with _quiet():
-            _drain(drain_seconds)
-            serve.shutdown()
+            ending = threading.Thread(target=_end, args=(drain_seconds,), daemon=True)
+            ending.start()
+            while ending.is_alive() and _ray_answers():
+                ending.join(DRAIN_LOOK_SECONDS)
             if _started_ray:
                 ray.shutdown()
     _started_ray = False
@@ -165,12 +169,30 @@ def start_error(message: str) -> TidarError:
     return TidarError(f"the service did not start: {last}; the logs of Ray, in /tmp/ray, say more")
 
 
+def _end(drain_seconds: float) -> None:
+    _drain(drain_seconds)
+    if ray.is_initialized():  # else nobody waits for this any more, and Serve would start a Ray of its own
+        serve.shutdown()
+
+
+def _ray_answers() -> bool:
+    """False once Ray has ended before us, as by a signal to a process group: who asks it then waits for a minute."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=DRAIN_LOOK_SECONDS * 10).close()
+    except OSError:
+        return False
+    return True
+
+
 def _drain(seconds: float) -> None:
     """Wait until nobody is being answered. Serve itself would end its proxies first, and every answer with them."""
     deadline = time.monotonic() + seconds
     try:
         ingress = serve.get_app_handle(APP_NAME)
-        while any(ingress.broadcast("drain").results(timeout_s=seconds)) and time.monotonic() < deadline:
+        while ray.is_initialized() and any(ingress.broadcast("drain").results(timeout_s=seconds)):
+            if time.monotonic() > deadline:
+                break
             time.sleep(DRAIN_LOOK_SECONDS)
     except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
         logger.info("nothing runs that could finish what it has: %s", error)
@@ -199,7 +221,7 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
 
 def _start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine."""
-    for name, value in (QUIET | LEAN).items():
+    for name, value in (QUIET | LEAN | STERN).items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)

@@ -27,6 +27,9 @@ __all__ = ["BatchLoop"]
 FAILURES_TOLERATED = 3
 """Forwards that may fail in a row before the loop counts as broken; one good forward clears the count."""
 
+PATIENCE = 2
+"""Texts beside others wait so many intervals for their next pieces: all pay for each."""
+
 LOOK_SECONDS = 0.02
 """How often a health check looks for a forward."""
 PROBE = "health check"
@@ -68,7 +71,8 @@ class BatchLoop:
     """A batcher at work in its own thread."""
 
     def __init__(self, batcher: Batcher, *, interval: float = 0.0, max_waiting_tokens: int | None = None) -> None:
-        """interval            seconds between two lists of steps of one request, at least; its last steps never wait
+        """interval            seconds between two lists of steps of one request, at least; its last steps never wait.
+                            Requests beside others wait `PATIENCE` times as long
         max_waiting_tokens  expected of the requests that may wait for a row; beyond them CapacityError
         """
         self._batcher, self._interval, self._max_waiting_tokens = batcher, interval, max_waiting_tokens
@@ -238,8 +242,9 @@ class BatchLoop:
                 if caller.written:
                     self.pace.count_text(caller.written)
                 caller.tell_steps(now, last=True)
+        interval = self._interval * (PATIENCE if len(self._callers) > 1 else 1)
         for caller in self._callers.values():
-            if caller.untold and now - caller.told_at >= self._interval:
+            if caller.untold and now - caller.told_at >= interval:
                 caller.tell_steps(now, last=False)
         self._failures = 0
         self._forwards += 1

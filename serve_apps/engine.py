@@ -31,10 +31,7 @@ from tidar_core.decoder import Decoder
 from tidar_core.errors import BundleError, CapacityError, RequestError
 from tidar_core.request import DecodeStep, Request
 
-__all__ = ["PROVE_SECONDS", "Engine"]
-
-PROVE_SECONDS = 30.0
-"""Longest that one forward may take before its replica counts as hanging."""
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -80,7 +77,7 @@ class Engine:
 
     async def check_health(self) -> None:
         """Raise unless a forward succeeds; one of its own where no text is being written."""
-        await self.loop.prove(self._tokenizer.eos_id, PROVE_SECONDS)
+        await self.loop.prove(self._tokenizer.eos_id, self.served.settings.hang_seconds)
 
     def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
         """The tokens of a prompt, as `pieces` reads it; with their names if they are wanted `spelled`."""
@@ -148,8 +145,8 @@ class Engine:
                 if not admitted or transcript.finish_reason or (asked.pieces and transcript.pending):
                     piece = transcript.take()
                     if transcript.finish_reason is not None:
-                        piece = replace(piece, lap=watch.lap)
-                    yield piece if admitted else replace(piece, tool_form=form, fingerprint=self.served.fingerprint)
+                        piece = piece._replace(lap=watch.lap)
+                    yield piece if admitted else piece._replace(tool_form=form, fingerprint=self.served.fingerprint)
                     admitted = True
 
     def _until(self, asked: PromptRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:

@@ -42,7 +42,8 @@ class ServeSettings(BaseModel):
     header X-Request-Timeout-Seconds may ask for less."""
     stream_interval_seconds: Annotated[float, Field(ge=0)] = 0.04
     """Text that a stream gets sooner than this after its last piece is told with the next: each piece costs time that
-    the decoder does not get. The first text and the end never wait. 0 tells each decode step."""
+    the decoder does not get. Beside other texts it waits twice as long; the first text and the end never wait. 0 tells
+    each decode step."""
     max_body_bytes: Positive = 8 * 2**20
     """Longest body of a request; a longer one is answered 413."""
     api_keys: tuple[Sha256, ...] = ()
@@ -95,6 +96,9 @@ class ServeSettings(BaseModel):
     """Fewer replicas must be enough for so long before the others are stopped."""
     scale_look_seconds: Annotated[float, Field(gt=0)] = 10.0
     """How often a replica says how busy it is."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest that one forward may take. A replica that shows none for so long, three times in a row, is ended, with
+    all that it was writing, and another takes its place."""
     drain_seconds: Annotated[float, Field(ge=0)] = DRAIN_SECONDS
     """A replica or a service that is told to stop finishes what it has begun, for at most this long."""
     num_cpus: Annotated[float, Field(ge=0)] = 1

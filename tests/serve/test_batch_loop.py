@@ -4,11 +4,12 @@ import asyncio
 import threading
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tiny import wide_model
 
-from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop
+from serve_apps.batch_loop import FAILURES_TOLERATED, BatchLoop, _Caller
 from serve_apps.lap import Stopwatch
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.batcher import Batcher
@@ -219,6 +220,38 @@ def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_firs
     lap = watch.lap
     assert lap is not None
     assert min(lap.queue, lap.prefill, lap.decode) > 0
+
+
+@pytest.mark.parametrize(("others", "intervals"), [(0, 1), (1, 2), (3, 2)])
+def test_texts_beside_others_are_told_half_as_often(model, monkeypatch, others, intervals):
+    batcher, told, clock = Batcher(Decoder(model, DraftConfig(block_len=4), rows=4)), [], SimpleNamespace(now=1000.0)
+    advance, tell = batcher.advance, _Caller.tell
+
+    def tick():
+        clock.now += 1
+        return advance()
+
+    def note(caller, answer):
+        told.append((caller.request.request_id, len(answer.steps)))
+        tell(caller, answer)
+
+    monkeypatch.setattr(batcher, "advance", tick)
+    monkeypatch.setattr(_Caller, "tell", note)
+    monkeypatch.setattr("serve_apps.batch_loop.time", SimpleNamespace(monotonic=lambda: clock.now))
+    loop = BatchLoop(batcher, interval=2)
+
+    async def beside():
+        endless = [asyncio.create_task(tokens_of(loop, request(str(n), max_tokens=ENDLESS))) for n in range(others)]
+        await until(lambda: loop.running == others)
+        await tokens_of(loop, request("a", max_tokens=100))
+        for task in endless:
+            task.cancel()
+
+    asyncio.run(beside())
+    loop.stop()
+    admitted, first, *rest, _ = [steps for name, steps in told if name == "a"]
+    assert (admitted, first) == (0, 1)
+    assert set(rest) == {2 * intervals}
 
 
 def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(batcher):

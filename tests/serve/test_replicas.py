@@ -1,6 +1,7 @@
 """Replicas die, are added, taken away and told to stop, under a real Ray Serve; only the dead one's texts suffer."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -10,11 +11,17 @@ import time
 
 import httpx
 import pytest
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve_apps import app
+from serve_apps.access import Access
+from serve_apps.http_app import HttpApp
+from serve_apps.limits import Limits
+from serve_apps.pieces import Piece, Tally
 from serve_apps.replica_load import Load
+from serve_apps.served import look_up
 from serve_apps.settings import ServeSettings
 
 pytestmark = [
@@ -35,7 +42,7 @@ LONG = 2500
 def settings(bundle, free_port):
     return ServeSettings(
         model=bundle, port=free_port, rows=ROWS, max_waiting=16, threads=1, num_cpus=0.25,
-        stream_interval_seconds=0, min_replicas=2, max_replicas=2,
+        stream_interval_seconds=0, min_replicas=2, max_replicas=2, hang_seconds=3,
     )  # fmt: skip
 
 
@@ -151,6 +158,46 @@ def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, sai
     assert {text_of(answer) for answer in answers} == {said_by_the_oracle(PROMPT, 20)[0]}
     until(lambda: two_with(lambda load: load.pid != victim.pid))
     assert httpx.get(f"{service}/ready").status_code == 200
+
+
+def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error(service, said_by_the_oracle):
+    streams = fill(service)
+    victim = loads()[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    try:
+        until(lambda: sum(stream.broken for stream in streams) >= ROWS)
+        ended = [stream for stream in streams if stream.broken]
+        for stream in streams:
+            stream.hang_up()
+        for stream in ended:
+            *pieces, last = map(json.loads, stream.lines)
+            assert all("error" not in piece for piece in pieces)
+            assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "replica_lost")
+        until(lambda: two_with(lambda load: load.pid != victim.pid))
+        assert ask(service, httpx).json()["choices"][0]["text"] == said_by_the_oracle(PROMPT, 20)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGCONT)
+
+
+def test_pieces_come_to_the_ingress_by_grpc_and_not_as_objects_of_ray(service, settings):
+    @serve.deployment(name="named", ray_actor_options={"num_cpus": 0})
+    class Named:
+        """Says as what it was called: by Ray as a task of its own, by gRPC in none."""
+
+        async def generate(self, _):
+            yield Piece("", None, Tally(1))
+            yield Piece(str(ray.get_runtime_context().get_task_name()), "stop", Tally(1, 1))
+
+    ingress = serve.deployment(name="http", ray_actor_options={"num_cpus": 0})(HttpApp)
+    limits, access = Limits(seconds=60, body_bytes=1000), Access(keys=(), per_minute=None)
+    serve.run(ingress.bind(Named.bind(), look_up(settings)[1], limits, access), name="named", route_prefix="/named")
+    handle = serve.get_deployment_handle("named", app_name="named").options(stream=True, _by_reference=True)
+    *_, by_object = handle.generate.remote(None)
+    assert "handle_request" in by_object.text
+    for stream in (False, True):
+        assert "handle_request" not in text_of(ask(f"{service}/named", httpx, stream=stream))
+    serve.delete("named")
 
 
 def test_replicas_follow_the_queue_from_none_to_two_and_back_and_one_that_goes_finishes_first(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,13 +24,16 @@ from tidar_core.errors import ConfigError
 CLIENT_TRACE, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 DECODER, INGRESS = "replica_handle_request decoder generate", "replica_handle_request http __call__"
 SERVICE = """
-import sys, ray
+import signal, sys, ray
 from serve_apps import app
 from serve_apps.settings import ServeSettings
 app.run(ServeSettings.model_validate_json(sys.argv[1]), blocking=False)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
-sys.stdin.read()
-app.shutdown()
+try:
+    sys.stdin.read()
+finally:
+    app.shutdown()
 """
 """In a process of its own, which starts its own Ray: proxies hear of tracing by the environment that Ray starts in."""
 BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
@@ -37,16 +41,17 @@ BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperatu
 
 @pytest.fixture(scope="module")
 def traced(bundle, free_port):
-    """Base address of a service that writes spans to files, and the folder of those."""
+    """Base address of a service that writes spans to files, the folder of those, and the leader of its group."""
     settings = ServeSettings(
         model=bundle, port=free_port, rows=1, max_waiting_tokens=60, threads=1, num_cpus=0.5, trace_exporter="file"
     )  # fmt: skip
     service = subprocess.Popen(
-        [sys.executable, "-c", SERVICE, settings.model_dump_json()], stdin=PIPE, stdout=PIPE, text=True
-    )
+        [sys.executable, "-c", SERVICE, settings.model_dump_json()],
+        stdin=PIPE, stdout=PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     with service:
         folder = Path(service.stdout.readline().strip()) / "logs/serve/spans"
-        yield f"http://127.0.0.1:{free_port}", folder
+        yield f"http://127.0.0.1:{free_port}", folder, service
         service.stdin.close()
 
 
@@ -83,7 +88,7 @@ def chain(folder, seconds=30, **attributes):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_request_is_one_trace_of_its_client_across_proxy_ingress_and_replica(traced):
-    url, folder = traced
+    url, folder, _ = traced
     headers = {"traceparent": f"00-{CLIENT_TRACE}-{CLIENT_SPAN}-01", "x-request-id": "mine"}
     with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}, headers=headers) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
@@ -110,7 +115,7 @@ def test_a_request_is_one_trace_of_its_client_across_proxy_ingress_and_replica(t
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_request_of_a_client_without_traces_is_a_trace_of_its_own(traced):
-    url, folder = traced
+    url, folder, _ = traced
     told = httpx.post(f"{url}/v1/completions", json=BODY | {"speculative": False}, headers={"x-request-id": "own"})
     line = chain(folder, request_id="own")
     assert {span["context"]["trace_id"] for span in line} != {f"0x{CLIENT_TRACE}"}
@@ -122,7 +127,7 @@ def test_a_request_of_a_client_without_traces_is_a_trace_of_its_own(traced):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_request_that_brings_more_tokens_than_may_wait_is_refused_in_json_and_its_span_says_so(traced):
-    url, folder = traced
+    url, folder, _ = traced
     with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"max_tokens": 4000, "stream": True}) as busy:
         lines = busy.iter_lines()
         next(lines)  # so it has the only row, and keeps it as long as somebody listens
@@ -133,6 +138,14 @@ def test_a_request_that_brings_more_tokens_than_may_wait_is_refused_in_json_and_
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "rate_limit_exceeded", None)
     assert "tokens would wait for a row; at most 60 may" in error["message"]
     assert chain(folder, request_id="much")[0]["attributes"]["tidar.outcome"] == "refused"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_ends_the_service_though_ray_is_gone_before_it(traced):
+    *_, service = traced
+    os.killpg(service.pid, signal.SIGTERM)
+    assert service.wait(timeout=45) == 0  # whoever asks a Ray that is gone waits for 60 s, then is ended with 1
 
 
 def test_tracing_is_off_unless_it_is_asked_for():
