@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from sooner import SOONER
 
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
@@ -71,6 +72,10 @@ def ray_cluster(s3_endpoint):
     from pipelines.cluster import connect
 
     os.environ.pop("RAY_ADDRESS", None)
-    connect(cpus=2)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SOONER.items():
+            patch.setenv(name, value)
+        connect(cpus=2)
+        patch.delenv("TORCHDYNAMO_DISABLE")  # this process may compile
+        yield
     ray.shutdown()

@@ -1,6 +1,6 @@
 """Training workers without Ray: processes that find each other over gloo and run jobs one after another.
 
-They are forked from a server that has DeepSpeed loaded, so that a group costs a second and not half a minute.
+They are forked from a server that has DeepSpeed loaded already, so that a group costs a second and not half a minute.
 """
 
 import itertools
@@ -12,8 +12,12 @@ import socket
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
-PRELOADED = ["deepspeed", "pipelines.train_worker"]
+from sooner import SOONER
+
+PRELOADED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.train_worker"]
+"""All that a worker loads, late or early."""
 
 
 def start_workers(world_size, jobs, logs, *, dies_in_forward=None):
@@ -32,8 +36,9 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None):
         context.Process(target=_work, args=(rank, world_size, port, values, str(logs), dies_in_forward))
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
+    with patch.dict(os.environ, SOONER):
+        for process in processes:
+            process.start()
     return processes
 
 
