@@ -29,7 +29,9 @@ assert libc.prctl(22, 2, struct.pack("@HP", len(lines) + 1, ctypes.addressof(kep
 RUN = """
 from pipelines.code_sandbox import Limits, isolation, run_program
 said = [isolation()]
-said += [run_program(source, Limits(seconds=3)).reason for source in json.load(sys.stdin)]
+for source in json.load(sys.stdin):
+    limits = Limits(seconds=2) if source == "while True: pass" else Limits()
+    said.append(run_program(source, limits).reason)
 print(json.dumps(said))
 """
 
@@ -99,7 +101,7 @@ def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_
     ]
     greedy = {
         "held = bytearray(10 * 2**30)": "ended with exit code 1: MemoryError",
-        "while True: pass": "timed out after 3 s",
+        "while True: pass": "timed out after 2 s",
         "open('a', 'wb').write(bytes(2**25))": "ended with exit code 1: OSError: [Errno 27] File too large",
         "import os; os.abort()": "killed by signal 6",
         "assert 1 == 2, 'no'": "ended with exit code 1: AssertionError: no",
