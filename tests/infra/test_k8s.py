@@ -114,10 +114,46 @@ def test_a_misspelt_or_mistyped_field_is_refused_wherever_it_stands():
     containers(job)[0]["ports"][0]["containerPort"] = "gcs"
     with pytest.raises(FieldError, match="containerPort"):
         check_ray(job)
+    service = only("rayservice.yaml")
+    service["spec"]["upgradeStrategy"] = {"clusterUpgradeOptions": {"gatewayClassName": "istio"}}
+    with pytest.raises(ValidationError, match="'intervalSeconds' is a required property"):
+        check_ray(service)
+    del service["spec"]["upgradeStrategy"], service["spec"]["rayClusterConfig"]
+    with pytest.raises(ValidationError, match="'rayClusterConfig' is a required property"):
+        check_ray(service)
     monitor = documents(FOLDER / "podmonitor.yaml")[0]
     monitor["spec"]["podMetricsEndpoints"][0]["intervall"] = "15s"
     with pytest.raises(AssertionError):
         check_kubernetes("PodMonitor", monitor)
+
+
+SUCCEEDED = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED"}}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "taken"),
+    [
+        ({"deletionRules": [SUCCEEDED]}, True),
+        ({"onSuccess": {"policy": "DeleteSelf"}, "onFailure": {"policy": "DeleteNone"}}, True),
+        ({"onSuccess": {"policy": "DeleteSelf"}}, False),
+        ({"onSuccess": {"policy": "DeleteSelf"}, "deletionRules": [SUCCEEDED]}, False),
+        ({"deletionRules": [{"policy": "DeleteSelf", "condition": {"ttlSeconds": 1}}]}, False),
+        (
+            {"deletionRules": [SUCCEEDED | {"condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"}}]},
+            False,
+        ),
+        ({"deletionRules": [SUCCEEDED | {"condition": {"jobStatus": "STOPPED"}}]}, False),
+        ({}, False),
+    ],
+)
+def test_a_job_is_cleaned_up_by_rules_or_by_both_policies_and_a_rule_waits_for_one_state(strategy, taken):
+    job = only("rayjob.train.yaml")
+    job["spec"]["deletionStrategy"] = strategy
+    if taken:
+        check_ray(job)
+    else:
+        with pytest.raises(ValidationError):
+            check_ray(job)
 
 
 @pytest.mark.parametrize("station", STATIONS)
