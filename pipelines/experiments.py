@@ -2,13 +2,13 @@
 
     python -m pipelines.experiments infra/experiments/masking.yaml
 
-Every variant starts from the same bundle, reads the same rows in the same steps, and is measured on the same held-out
-text. A finished run is kept in `runs` beside the output: a stopped experiment goes on with the next one, and two that
-have a run in common share it. Hands over results.json, table.md and plot.png.
+Every variant starts from the same bundle, or as an AR model of its own size trained on the same rows; reads the same
+rows in the same steps, and is measured on the same held-out text. Files with `token_slots` ask what a forward costs
+(`pipelines.token_slots`). A finished run is kept in `runs` beside the output: a stopped experiment goes on with the
+next one, and two that have a run in common share it. Hands over results.json, table.md and plot.png.
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import statistics
@@ -22,20 +22,26 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipelines.jobs import Job, TrainJob, read_job
 from pipelines.plots import experiment_plot
+from pipelines.token_slots import TokenSlotsJob, token_slots
 from tidar_core.artifacts import locations
-from tidar_core.artifacts.bundle import Bundle, load_bundle
+from tidar_core.artifacts.bundle import load_bundle
+from tidar_core.artifacts.settings_file import read_mapping
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.benchmark import compare_modes
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import ShardError, TidarError
+from tidar_core.model import TidarModel
 from tidar_core.packing import PackedRows
 from tidar_core.recipe import start_draft_link, start_mask_token
 from tidar_core.schedule import Schedule
+from tidar_core.shapes import named_shape
 from tidar_core.single_device import Optimisation, Phase, Progress, Trainer
 
 __all__ = ["ExperimentJob", "experiment"]
 
 Positive = Annotated[int, Field(ge=1)]
+AR_SEED = 1000
+"""Apart from the seeds of the runs: the rows of the two phases are not the same ones in the same order."""
 
 
 class ExperimentJob(Job):
@@ -43,8 +49,10 @@ class ExperimentJob(Job):
 
     title: str
     shards: str
-    init_from: str
-    """Bundle that every variant starts from."""
+    init_from: str | None = None
+    """Bundle that every variant starts from which has no `shape`."""
+    ar_steps: Annotated[int, Field(ge=0)] = 0
+    """AR train steps from random weights that come first where a variant has a `shape`, by the same schedule."""
     output: str
     train: dict[str, Any]
     """Keys of a train job that all variants share."""
@@ -75,12 +83,13 @@ class ExperimentJob(Job):
 
     def job(self, variant: str, seed: int) -> TrainJob:
         """The train job of a variant."""
-        own = {"shards": self.shards, "init_from": self.init_from, "output": self.output, "seed": seed}
-        return TrainJob.model_validate(own | self.train | self.variants[variant])
+        own = {"shards": self.shards, "output": self.output, "seed": seed} | self.train | self.variants[variant]
+        return TrainJob.model_validate(own if "shape" in own else own | {"init_from": self.init_from})
 
     def run_name(self, variant: str, seed: int) -> str:
         """Of the file that keeps what was found; another one for every other setting, not for a new field of jobs."""
-        settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads"})
+        unsaid = {"ar_steps"} if self.ar_steps == 0 else set()
+        settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads", *unsaid})
         settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
         return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
 
@@ -91,7 +100,6 @@ def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
     output, runs = Path(job.output), Path(job.output).parent / "runs"
     for folder in (output, runs):
         folder.mkdir(parents=True, exist_ok=True)
-    start = load_bundle(job.init_from, device=job.device)
     train, held_out = (ShardReader(job.shards, split) for split in ("train", "held_out"))
     rows = train.rows(range(len(train)))
     unseen = held_out.rows(range(min(job.held_out_rows, len(held_out))))
@@ -100,7 +108,7 @@ def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
         for variant in job.variants:
             kept = runs / f"{job.run_name(variant, seed)}.json"
             if not kept.exists():
-                measured = _run(job, job.job(variant, seed), variant, start, rows, unseen)
+                measured = _run(job, job.job(variant, seed), variant, rows, unseen)
                 kept.write_text(json.dumps({"variant": variant, "seed": seed, **measured}, indent=2) + "\n")
             found.append(json.loads(kept.read_text()) | {"variant": variant})
     (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -133,42 +141,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.experiments", description=__doc__.splitlines()[0])
     parser.add_argument("job", help="a file of infra/experiments")
     try:
-        found = experiment(read_job(ExperimentJob, parser.parse_args(arguments).job))
+        path = parser.parse_args(arguments).job
+        if "token_slots" in read_mapping(path, "experiment", "infra/experiments/*.yaml"):
+            print(token_slots(read_job(TokenSlotsJob, path)))
+        else:
+            print(table(experiment(read_job(ExperimentJob, path))))
     except TidarError as error:
         print(error, file=sys.stderr)
         return 2
-    print(table(found))
     return 0
 
 
-def _run(job: ExperimentJob, train: TrainJob, variant: str, start: Bundle, rows: PackedRows, unseen: PackedRows
-         ) -> dict[str, Any]:  # fmt: skip
+def _run(job: ExperimentJob, train: TrainJob, variant: str, rows: PackedRows, unseen: PackedRows) -> dict[str, Any]:
     """Train one variant and measure it."""
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    model = copy.deepcopy(start.model)
+    schedule = Schedule(peak=train.learning_rate, minimum=train.min_learning_rate, warmup=train.warmup)
+
+    def trainer_of(model: TidarModel) -> Trainer:
+        optimisation = Optimisation(betas=train.adam_betas, weight_decay=train.weight_decay, clip_norm=train.clip_norm)
+        model = model.to(job.device, dtype).train()
+        return Trainer(model, block_len=train.block_len, optimisation=optimisation, compiled=job.device != "cpu")
+
+    def phase(dual: bool, steps: int, seed: int) -> Phase:
+        return Phase(
+            dual=dual, schedule=schedule, rows_per_step=train.rows_per_step, rows_per_forward=train.rows_per_forward,
+            steps=steps, recipe=train.recipe, seed=seed, report_every=max(1, steps // 10),
+        )  # fmt: skip
+
+    def report(progress: Progress) -> None:
+        losses = progress.losses
+        drafts = "" if losses.diffusion_loss is None else f"diffusion loss {losses.diffusion_loss:.3f}, "
+        print(
+            f"{variant}, seed {train.seed}: {progress.tokens:,} tokens, AR loss {losses.ar_loss:.3f}, {drafts}"
+            f"{progress.eta_seconds:.0f} s left",
+            file=sys.stderr,
+        )
+
+    model = _start(train)
+    if train.shape is not None and job.ar_steps:
+        trainer_of(model).train(phase(False, job.ar_steps, AR_SEED + train.seed), rows, report)
     if train.mask_start is not None:
         start_mask_token(model, train.mask_start, seed=train.seed)
     if train.link_rank is not None:
         start_draft_link(model, train.link_rank, seed=train.seed)
-    model = model.to(dtype).train()
-    optimisation = Optimisation(betas=train.adam_betas, weight_decay=train.weight_decay, clip_norm=train.clip_norm)
-    trainer = Trainer(model, block_len=train.block_len, optimisation=optimisation, compiled=job.device != "cpu")
-    schedule = Schedule(peak=train.learning_rate, minimum=train.min_learning_rate, warmup=train.warmup)
-    phase = Phase(
-        dual=train.objective == "dual", schedule=schedule, rows_per_step=train.rows_per_step,
-        rows_per_forward=train.rows_per_forward, steps=train.steps, recipe=train.recipe, seed=train.seed,
-        report_every=max(1, train.steps // 10),
-    )  # fmt: skip
-
-    def report(progress: Progress) -> None:
-        losses = progress.losses
-        print(
-            f"{variant}, seed {train.seed}: step {progress.steps} of {train.steps}, AR loss {losses.ar_loss:.3f}, "
-            f"diffusion loss {losses.diffusion_loss or 0:.3f}, {progress.eta_seconds:.0f} s left",
-            file=sys.stderr,
-        )
-
-    done = trainer.train(phase, rows, report)
+    trainer = trainer_of(model)
+    done = trainer.train(phase(train.objective == "dual", train.steps, train.seed), rows, report)
     means = trainer.evaluate(unseen, rows_per_forward=train.rows_per_forward)
     if means.diffusion_loss is None:
         raise ShardError(f"the held-out rows of {job.shards} have no document longer than a block; pack longer ones")
@@ -177,12 +194,22 @@ def _run(job: ExperimentJob, train: TrainJob, variant: str, start: Bundle, rows:
         "steps": train.steps,
         "clean_tokens": done.tokens,
         "seconds": done.seconds,
+        "weights": sum(weight.numel() for weight in model.parameters()),
         "block_len": train.block_len,
         "ar_loss": means.ar_loss,
         "diffusion_loss": means.diffusion_loss,
         "draft_accuracy": means.draft_accuracy_K,
         "tokens_per_forward": dict(_decoded(job, trainer, unseen, job.decode_lens or (train.block_len,))),
     }
+
+
+def _start(train: TrainJob) -> TidarModel:
+    if train.shape is None:
+        assert train.init_from is not None
+        return load_bundle(train.init_from).model
+    model = TidarModel(named_shape(train.shape, vocab_len=ShardReader(train.shards).manifest.vocab_len))
+    model.init_weights(train.seed)
+    return model
 
 
 def _decoded(

@@ -48,8 +48,8 @@ AR_SHARE = 0.2
 DUAL_ALPHA = 0.5
 """Below the paper's 1: with a budget of minutes, drafts lag behind, and what helps the AR half is learned anyway."""
 LINK_RANK = 256
-"""Each draft follows from the one before it: 1.4 times the tokens per forward with a rank of 64 (docs/experiments.md), a
-tenth more with this one, which costs a decoder of so small a vocabulary no more; 512 brings nothing further."""
+"""Each draft follows from the one before it: 1.4 times the tokens per forward with a rank of 64 (docs/experiments.md),
+a tenth more with this one, which a decoder of so small a vocabulary does not feel; 512 brings nothing further."""
 PROBE_STEPS = 4
 ENGINE_OVERHEAD = 1.15
 """A train step under the engine, with data and logging, over the bare one that is probed."""

@@ -28,6 +28,8 @@ _QUICKSTART = ModelConfig(
     architecture="qwen3", vocab_size=576, hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2,
     head_size=32, context_len=512, qk_norm=True, tied_head=True,
 )  # fmt: skip
+_QUICKSTART_SMALL = replace(_QUICKSTART, hidden_size=64, intermediate_size=192, layers=3, head_size=16)
+_QUICKSTART_LARGE = replace(_QUICKSTART, hidden_size=256, intermediate_size=768, heads=8, kv_heads=4)
 _TINY = ModelConfig(
     architecture="qwen3", vocab_size=512, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2,
     head_size=8, context_len=128, qk_norm=True, tied_head=True,
@@ -35,7 +37,9 @@ _TINY = ModelConfig(
 
 SHAPES = {
     "tiny": _TINY,
+    "quickstart-small": _QUICKSTART_SMALL,
     "quickstart": _QUICKSTART,
+    "quickstart-large": _QUICKSTART_LARGE,
     "qwen3-125m": _QWEN3_125M,
     "qwen2.5-1.5b": _QWEN2_5_1_5B,
     "qwen3-8b": _QWEN3_8B,

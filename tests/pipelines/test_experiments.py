@@ -9,6 +9,10 @@ from tiny import save_tiny_bundle, save_tiny_shards
 
 from pipelines.experiments import ExperimentJob, experiment, main, table
 from pipelines.jobs import read_job
+from pipelines.token_slots import TokenSlotsJob
+from tidar_core.artifacts.shards import ShardReader
+from tidar_core.model import TidarModel
+from tidar_core.shapes import named_shape
 
 FILES = sorted((Path(__file__).parents[2] / "infra/experiments").glob("*.yaml"))
 
@@ -50,7 +54,7 @@ def test_an_experiment_leaves_a_table_and_a_plot_and_is_not_run_twice(folder, ca
     assert (folder / "out/tiny/table.md").read_text() == printed[:-1] == table(found)
     assert len(printed.splitlines()) == 2 + 2 * 2 + 1
     assert (folder / "out/tiny/plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "random, seed 1: step 2 of 2" in progress
+    assert "random, seed 1: 128 tokens" in progress
     shutil.rmtree(folder / "out/tiny")
     again = experiment(read_job(ExperimentJob, folder / "job.yaml"))
     assert again == found
@@ -76,7 +80,41 @@ def test_a_table_has_means_and_ranges_over_seeds():
     assert lines[2] == "| a | 5 | 2.500 (2.000 to 3.000) | 4.000 " + same
 
 
+def test_sizes_are_trained_from_random_weights_as_ar_models_first(folder, capsys):
+    path, shapes = folder / "job.yaml", ("tiny", "quickstart-small")
+    text = path.read_text().replace(f"init_from: {folder}/start", "ar_steps: 20").replace("full: {}", "a: {shape: tiny}")
+    path.write_text(text.replace("{masking: random, mask_start: zero}", "{shape: quickstart-small}"))
+    found = experiment(read_job(ExperimentJob, path))
+    vocab_len = ShardReader(str(folder / "shards")).manifest.vocab_len
+    models = [TidarModel(named_shape(shape, vocab_len=vocab_len)) for shape in shapes]
+    assert [run["weights"] for run in found] == [sum(p.numel() for p in model.parameters()) for model in models]
+    first, *_, last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a, seed 1")]
+    assert ("diffusion loss" in first, "seed 1: 128 tokens" in last) == (False, True)
+    path.write_text(path.read_text().replace("ar_steps: 20", "ar_steps: 0"))
+    assert experiment(read_job(ExperimentJob, path))[0]["ar_loss"] > found[0]["ar_loss"]
+
+
+def test_token_slots_are_timed_and_leave_a_table_and_a_plot(folder, capsys):
+    (folder / "slots.yaml").write_text(f"""
+title: Slots
+init_from: {folder}/start
+output: {folder}/out/slots
+token_slots: [1, 8]
+batches: [1, 2]
+contexts: [16]
+repeats: 1
+""")
+    assert main([str(folder / "slots.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| batch, context | 1 | 8 |", "|---|---|---|"]
+    points = json.loads((folder / "out/slots/results.json").read_text())
+    assert [(p["rows"], p["batch"], p["context"]) for p in points] == [(1, 1, 16), (8, 1, 16), (1, 2, 16), (8, 2, 16)]
+    assert lines[2] == f"| 1, 16 | {1000 * points[0]['seconds']:.2f} | {1000 * points[1]['seconds']:.2f} |"
+    assert (folder / "out/slots/table.md").read_text().splitlines() == lines[:4]
+    assert (folder / "out/slots/plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_experiment_file_is_valid(path):
-    job = read_job(ExperimentJob, path)
+    job = read_job(TokenSlotsJob if path.stem == "token-slots" else ExperimentJob, path)
     assert Path(job.output).name == path.stem
