@@ -1,10 +1,11 @@
 """How fast does packing go beside its tokenizer alone, and how much memory does a worker take?
 
-    python -m pipelines.pack_bench [--megabytes N] [--workers N] [--tokenizer FOLDER] [--json]
+    python -m pipelines.pack_bench [--megabytes N] [--workers N] [--pairs N] [--tokenizer FOLDER] [--json]
 
 Both halves see the same documents on the same number of cores: `encode_batch` of the bare tokenizer, with as many
 threads as packing has workers, on texts that lie in memory; and a whole pack job, from JSON lines on disk to shards in
-place. The corpus is this Python's own standard library, over and over, each time with other names in it.
+place; by turns, since a machine's speed drifts. The corpus is this Python's own standard library, over and over, each
+time with other names in it.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import os
 import random
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -66,13 +69,14 @@ def write_corpus(path: Path, megabytes: float, seed: int = 0) -> int:
     return size
 
 
-def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None, bare: bool) -> dict[str, Any]:
-    """Pack a corpus of so many MB and encode it bare; seconds, MB/s, their ratio, the peak memory of a worker."""
+def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None, pairs: int) -> dict[str, Any]:
+    """Pack a corpus of so many MB and encode it bare, `pairs` times in turns; median seconds and MB/s, the median of
+    the ratios within pairs with the least and the greatest, the peak memory of a worker."""
     from pipelines.cluster import connect, disconnect
     from pipelines.jobs import PackJob
     from pipelines.pack import pack
 
-    corpus, output = folder / "corpus.jsonl", folder / "shards"
+    corpus = folder / "corpus.jsonl"
     stderr.print(f"writing a corpus of {megabytes:g} MB")
     size = write_corpus(corpus, megabytes)
     connect(cpus=workers)
@@ -83,23 +87,31 @@ def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None,
         made = {"corpus": str(small), "output": str(folder / "small"), "tokenizer": {}}
         pack(PackJob.model_validate(values | made))
         tokenizer = str(folder / "small" / "tokenizer")
+    packing, bare = [], []
     with _peak_of_workers() as peak:
-        began = time.perf_counter()
-        manifest = pack(PackJob.model_validate(values | {"output": str(output), "tokenizer": tokenizer}))
-        seconds = time.perf_counter() - began
+        for pair in range(pairs):
+            job = PackJob.model_validate(values | {"output": str(folder / f"shards-{pair}"), "tokenizer": tokenizer})
+            began = time.perf_counter()
+            manifest = pack(job)
+            packing.append(time.perf_counter() - began)
+            bare.append(_bare_seconds(corpus, tokenizer, workers))
+            shutil.rmtree(job.output)
     disconnect()
-    found = {
+    ratios = [alone / packed for alone, packed in zip(bare, packing)]
+    return {
         "megabytes": size / MB,
         "workers": workers,
+        "pairs": pairs,
         "tokens": sum(split.tokens for split in manifest.splits.values()),
-        "pack_seconds": seconds,
-        "pack_mb_per_second": size / MB / seconds,
+        "pack_seconds": statistics.median(packing),
+        "pack_mb_per_second": size / MB / statistics.median(packing),
+        "bare_seconds": statistics.median(bare),
+        "bare_mb_per_second": size / MB / statistics.median(bare),
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_greatest": max(ratios),
         "peak_worker_bytes": peak[0],
     }
-    if bare:
-        found |= _bare(corpus, tokenizer, workers, size)
-        found["ratio"] = found["pack_mb_per_second"] / found["bare_mb_per_second"]
-    return found
 
 
 def main() -> None:
@@ -108,14 +120,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=128, help="size of the corpus")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizer actors, and threads of the bare")
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer; if not given, one is trained")
-    parser.add_argument("--no-bare", action="store_true", help="measure packing alone")
+    parser.add_argument("--pairs", type=int, default=3, help="how often both halves take turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
-    for name in ("megabytes", "workers"):
+    for name in ("megabytes", "workers", "pairs"):
         if getattr(given, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be above 0")
     with tempfile.TemporaryDirectory(prefix="tidar-pack-bench-") as folder:
-        found = measure(Path(folder), given.megabytes, given.workers, given.tokenizer, not given.no_bare)
+        found = measure(Path(folder), given.megabytes, given.workers, given.tokenizer, given.pairs)
     if given.json:
         print(json.dumps(found))
         return
@@ -129,15 +141,14 @@ def _other_name(renamed: dict[str, str], found: re.Match[str]) -> str:
     return renamed[found[0]]
 
 
-def _bare(corpus: Path, tokenizer: str, workers: int, size: int) -> dict[str, Any]:
+def _bare_seconds(corpus: Path, tokenizer: str, workers: int) -> float:
     threads = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
     with corpus.open("rb") as lines:
         done = subprocess.run(
             [sys.executable, "-c", BARE, tokenizer], stdin=lines, env=os.environ | threads, stdout=subprocess.PIPE,
             check=True,
         )  # fmt: skip
-    seconds = json.loads(done.stdout)["seconds"]
-    return {"bare_seconds": seconds, "bare_mb_per_second": size / MB / seconds}
+    return float(json.loads(done.stdout)["seconds"])
 
 
 @contextmanager
