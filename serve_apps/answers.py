@@ -19,6 +19,7 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "PromptScores",
+    "PromptTokensDetails",
     "SpeculativeDecoding",
     "TokenScore",
     "Usage",
@@ -28,12 +29,20 @@ FinishReason = Literal["stop", "length"]
 """How a text ends."""
 
 
+class PromptTokensDetails(BaseModel):
+    """What became of the tokens read."""
+
+    cached_tokens: int
+    """In the cache already, from prompts that begin alike."""
+
+
 class Usage(BaseModel):
     """Tokens read and written; an end-of-text token that was generated counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class SpeculativeDecoding(BaseModel):

@@ -78,7 +78,7 @@ class Reply(ABC):
         """JSON of the response, from the pieces of each choice."""
 
     def _paid(self, index: int, tally: Tally) -> Tally:
-        return tally if index % self.n == 0 else tally._replace(prompt_tokens=0)
+        return tally if index % self.n == 0 else tally._replace(prompt_tokens=0, cached_tokens=0)
 
     def _note(self, index: int, piece: Piece) -> None:
         self.tallies[index] = piece.tally

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-from serve_apps.answers import FinishReason, Logprobs, Metrics, PromptScores, SpeculativeDecoding, Usage
+from serve_apps.answers import (
+    FinishReason,
+    Logprobs,
+    Metrics,
+    PromptScores,
+    PromptTokensDetails,
+    SpeculativeDecoding,
+    Usage,
+)
 from serve_apps.chat_answers import ChatTokenLogprob
 from serve_apps.lap import Lap
 from serve_apps.origins import Decoding
@@ -23,12 +31,15 @@ class Tally(NamedTuple):
     completion_tokens: int = 0
     histogram: tuple[int, ...] = ()
     """At index j, the decode steps in which j speculative tokens stood; K entries."""
+    cached_tokens: int = 0
+    """Of the prompts' tokens, those that were in the cache already."""
 
     def __add__(self, other: "Tally") -> "Tally":  # type: ignore[override]
         return Tally(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             tuple(a + b for a, b in zip_longest(self.histogram, other.histogram, fillvalue=0)),
+            self.cached_tokens + other.cached_tokens,
         )
 
     def usage(self) -> Usage:
@@ -37,6 +48,7 @@ class Tally(NamedTuple):
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             total_tokens=self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.cached_tokens),
         )
 
     def metrics(self) -> Metrics | None:

@@ -62,7 +62,7 @@ class Transcript:
         self._forwards = 0
         self._decoding = Decoding()
         self._prompt_told = False
-        self._completion_tokens = 0
+        self._completion_tokens = self._cached_tokens = 0
         self._histogram = [0] * block_len
         self._begun = False
         self._text = ""
@@ -86,7 +86,7 @@ class Transcript:
 
     def take(self) -> Piece:
         """All since the last piece."""
-        tally = Tally(len(self._prompt), self._completion_tokens, tuple(self._histogram))
+        tally = Tally(len(self._prompt), self._completion_tokens, tuple(self._histogram), self._cached_tokens)
         prompt_ids = tuple(self._prompt) if self._request.token_ids and not self._prompt_told else None
         self._prompt_told = True
         if not self.pending:
@@ -104,6 +104,7 @@ class Transcript:
         return Piece(text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding)
 
     def _hear(self, step: "DecodeStep") -> None:
+        self._cached_tokens += step.cached
         if not self._begun:
             self._begin(step.prompt_logprobs)
         if self._request.prompt_alone:

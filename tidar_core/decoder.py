@@ -261,6 +261,7 @@ class Decoder:
             return False
         sequence.read = sequence.holding.full * self.pool.page_len
         self.shared_tokens += sequence.read
+        sequence.cached = sequence.cached if sequence.emitted else sequence.read
         return True
 
     def _read(self, sequence: Sequence, plan: StepPlan) -> Tensor:

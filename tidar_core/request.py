@@ -56,6 +56,8 @@ class DecodeStep:
     late: int = 0
     """Which mask of its block, from 0, predicted the place of the first pending token: that of the i-th draft after it
     is mask late + i. Of no meaning where nothing else was pending."""
+    cached: int = 0
+    """With the first token: tokens of the prompt that were in the cache already."""
 
 
 def check_request(request: Request, config: ModelConfig, context_len: int) -> None:

@@ -28,6 +28,8 @@ class Sequence:
     late: int = 0
     """Which mask of its block predicted d_1's place."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached: int = 0
+    """Tokens of the prompt that were not read, for they were in the cache already."""
 
     @property
     def emitted(self) -> int:
@@ -51,5 +53,7 @@ class Sequence:
             self.rules.commit(tokens)
         ended = "length" if self.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
-        late = self.late if verified else 0
-        return DecodeStep(self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late=late)
+        late, cached = (self.late, 0) if verified else (0, self.cached)
+        return DecodeStep(
+            self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late=late, cached=cached
+        )

@@ -88,8 +88,9 @@ def test_a_completion_is_shared_as_well_by_whoever_continues_it(model):
 def test_many_who_ask_the_same_hold_its_pages_once(model):
     text = prompts(40)[0]
     decoder = decoder_of(model, rows=4, context_len=64)
-    for request in requests([text] * 4, GREEDY):
-        prefilled(decoder, request)
+    firsts = [prefilled(decoder, request) for request in requests([text] * 4, GREEDY)]
+    assert [step.cached for step in firsts] == [0, 36, 36, 36]
+    assert {step.cached for step in decoder.decode_step(StepPlan(1))} == {0}, "said once"
     assert decoder.pool.held == 9 + 4 * 2  # 36 tokens shared; each has the last 4 of the prompt, and room for a block
     assert decoder.shared_tokens == 3 * 36
 

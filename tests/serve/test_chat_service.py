@@ -78,7 +78,9 @@ def test_a_conversation_continues_with_the_autoregressive_text_whole_streamed_an
     assert first.choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert (last.usage, last.metrics) == (whole.usage, whole.metrics)
+    again = chat(**asked)  # a prompt read before: all whole pages of it but its last token's are in the cache
+    assert (last.usage, last.metrics) == (again.usage, whole.metrics)
+    assert again.usage.prompt_tokens_details.cached_tokens == (again.usage.prompt_tokens - 1) // 16 * 16 > 0
 
     async def together():
         async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="-") as client:

@@ -72,8 +72,10 @@ def test_each_choice_says_which_weights_wrote_it_and_a_whole_response_names_all_
 def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
     reply = CompletionReply(reply_id="cmpl-1", card=CARD, n=2)
     for index in range(4):
-        told(reply, index, Piece("a", "stop", Tally(10, 1)))
-    assert reply.tally.usage().model_dump() == {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+        told(reply, index, Piece("a", "stop", Tally(10, 1, cached_tokens=index + 1)))
+    cached = {"prompt_tokens_details": {"cached_tokens": 1 + 3}}
+    said = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+    assert reply.tally.usage().model_dump() == said | cached
 
 
 def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
@@ -116,7 +118,9 @@ def test_with_include_usage_the_last_chunk_alone_has_it(reply):
     told(reply, 0, Piece("y", "length", Tally(3, 2, (1, 0))))
     last = data(reply.usage_event())
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert last["usage"] == {
+        "prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert last["metrics"]["speculative_decoding"]["acceptance_histogram"] == [2, 1]
     Completion.model_validate(last, strict=False)
 
