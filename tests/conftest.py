@@ -6,6 +6,9 @@ import os
 import pytest
 from sooner import SOONER
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is imported: the models are tiny, and two threads that meet a busy neighbour wait for each other."""
+
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
     "b.txt": "The quick brown fox jumps over the lazy dog. Grüße, 日本語 🎉!\n" * 9,
