@@ -141,7 +141,7 @@ def race(uri, name, *hands):
         process.stdin.flush()
     for process in processes:
         process.communicate(timeout=120)
-        assert process.returncode == 0
+    assert [process.returncode for process in processes] == [0] * len(processes)
 
 
 def test_promotions_that_race_leave_one_champion_and_a_way_back_through_all_of_them(server):

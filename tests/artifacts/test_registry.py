@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from tidar_core.artifacts import registry
 from tidar_core.artifacts.bundle import BundleInfo
@@ -54,6 +56,29 @@ def test_a_challenger_is_another_alias(uri):
     registry.set_challenger(uri, "duel", 2)
     assert registry.resolve(uri, "models:/duel@challenger").version == 2
     assert registry.resolve(uri, "models:/duel@champion").version == 1
+
+
+@pytest.mark.parametrize("refusals", [1, 99])
+def test_a_change_that_another_made_at_the_same_moment_is_looked_at_again_and_one_always_refused_is_said(
+    uri, refusals, monkeypatch
+):
+    name = f"refused-{refusals}"
+    publish(uri, name, 1)
+    left, change = [refusals], MlflowClient.set_registered_model_alias
+
+    def change_or_refuse(self, *args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise MlflowException("UNIQUE constraint failed: registered_model_aliases.name")
+        change(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", change_or_refuse)
+    if refusals == 1:
+        registry.set_challenger(uri, name, 1)
+        assert registry.aliases(uri, name) == {"challenger": 1}
+    else:
+        with pytest.raises(RegistryError, match="refused: UNIQUE constraint failed"):
+            registry.set_challenger(uri, name, 1)
 
 
 def test_an_alias_is_withdrawn_from_the_version_that_it_names_and_from_no_other(uri):

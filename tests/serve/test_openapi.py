@@ -25,8 +25,9 @@ def service(bundle, free_port):
 
 def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(service, tmp_path):
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    # One worker: hypothesis parses sources, and Python 3.11's parser fails at times where threads use it at once.
     command = ["run", f"{service}/openapi.json", "--checks", f"{checks},negative_data_rejection,unsupported_method",
-               "--phases", "coverage", "--seed", "1", "--workers", "4", "--no-color"]  # fmt: skip
+               "--phases", "coverage", "--seed", "1", "--workers", "1", "--no-color"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", *command],
         cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -40,15 +40,25 @@ def follow(client: "MlflowClient", name: str, alias: str, wanted: Callable[[], i
     """Put the alias where `wanted` says, or take it away; says where it is then.
 
     Whoever changes the alias looks again at the tags, so the last one to change it has seen all that were written
-    before: processes that write at once agree in the end.
+    before: processes that write at once agree in the end. A change that is refused is one that another has made at the
+    same moment, as a database says of a row that is there by now; or it is refused every time.
     """
+    from mlflow.exceptions import MlflowException
+
+    refused: MlflowException | None = None
     for _ in range(ATTEMPTS):
         version = wanted()
         found = client.get_registered_model(name).aliases.get(alias)
         if version == (None if found is None else int(found)):
             return version
-        if version is None:
-            client.delete_registered_model_alias(name, alias)
-        else:
-            client.set_registered_model_alias(name, alias, str(version))
+        try:
+            if version is None:
+                client.delete_registered_model_alias(name, alias)
+            else:
+                client.set_registered_model_alias(name, alias, str(version))
+            refused = None
+        except MlflowException as error:
+            refused = error
+    if refused is not None:
+        raise refused
     raise RegistryError(f"others kept changing who is {alias} of {name} for {ATTEMPTS} attempts; try again")
