@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from tidar_core.errors import TidarError
 
-__all__ = ["connect", "disconnect", "original_error"]
+__all__ = ["connect", "disconnect", "known_tasks", "original_error"]
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a local cluster: only metadata and small batches travel through it."""
@@ -51,6 +51,16 @@ def connect(cpus: int | None = None) -> None:
 def disconnect() -> None:
     """Leave the cluster; a local one ends."""
     ray.shutdown()
+
+
+def known_tasks(workers: int) -> int:
+    """Of how many tasks of one CPU each Ray should know, so that `workers` of them always run.
+
+    Ray Data sees a few times a second who is done. Where there are no more CPUs than `workers`, nor will be, as in a
+    local cluster, twice as many can be known: a CPU that is done takes the next one up at once.
+    """
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    return workers if grows or workers < ray.cluster_resources().get("CPU", 0) else 2 * workers
 
 
 def original_error(error: BaseException) -> BaseException:

@@ -26,7 +26,7 @@ import ray
 import ray.data
 
 from pipelines import corpus, duplicates, pack_tasks
-from pipelines.cluster import connect, original_error
+from pipelines.cluster import connect, known_tasks, original_error
 from pipelines.jobs import PackJob, Source, TrainBpe
 from pipelines.mixture import arranged
 from pipelines.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shards, tokenize_unit
@@ -45,7 +45,12 @@ __all__ = ["pack"]
 
 MOST_BLOCKS = 4096
 """Tasks that Ray Data tracks at once; with more items than this, a task takes several."""
-SWITCHED_OFF = ("enable_progress_bars", "print_on_execution_start", "op_resource_reservation_enabled")
+RAY_DATA: Mapping[str, Any] = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "op_resource_reservation_enabled": False,
+    "downstream_capacity_backpressure_ratio": None,
+}
 KEY_LEN = 16
 """Of the identity, in the name of the work folder."""
 
@@ -207,7 +212,8 @@ def _stage(
     """
     rows = [{"item": pickle.dumps(item)} for item in items]
     blocks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
-    outcomes = blocks.map_batches(partial(_outcomes, work=work), batch_size=1, concurrency=min(workers, len(rows)))
+    known = min(known_tasks(workers), len(rows))
+    outcomes = blocks.map_batches(partial(_outcomes, work=work), batch_size=1, concurrency=known)
     done: list[dict[str, Any]] = []
     began, read = time.monotonic(), 0
     with job_progress(title, total=len(items), unit=unit) as show:
@@ -294,14 +300,16 @@ def _require_tokens(job: PackJob, splits: Splits) -> None:
 
 @contextmanager
 def _ray_data_settings() -> Iterator[None]:
-    """Ray Data says nothing, and begins as many tasks as `concurrency` says at once.
+    """Ray Data says nothing, and has as many tasks as `concurrency` says at any time.
 
-    Its reservations know of no CPU in the first second of a stage, and so let one task run in it.
+    Its reservations know of no CPU in the first second of a stage, and so let one task run in it. Its backpressure
+    compares what waits to be read, a few hundred bytes of outcomes, with what is being read, and where it finds too
+    much of that lets one task run until the end of the stage.
     """
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before, level = {name: getattr(context, name) for name in SWITCHED_OFF}, logger.level
-    for name in SWITCHED_OFF:
-        setattr(context, name, False)
+    before, level = {name: getattr(context, name) for name in RAY_DATA}, logger.level
+    for name, value in RAY_DATA.items():
+        setattr(context, name, value)
     logger.setLevel(logging.CRITICAL)
     try:
         yield
