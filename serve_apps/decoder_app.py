@@ -7,32 +7,29 @@ the business of whoever watches the registry, of Serve's `user_config`, or settl
 import asyncio
 import logging
 import secrets
-import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
-import torch
 from ray.serve.handle import DeploymentHandle
 
+from serve_apps.account import Account, accounted
 from serve_apps.asked import Chat, PromptRequest
 from serve_apps.fleet import Fleet
 from serve_apps.pieces import Failed, Piece
-from serve_apps.replica_load import Load, load_of, together
+from serve_apps.replica_load import Load, together
 from serve_apps.scaling import stats
 from serve_apps.served import Served, Target, look_up
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
+from serve_apps.tracing import note
 from serve_apps.version_totals import VersionReport
-from tidar_core.errors import ConfigError, TidarError
+from tidar_core.errors import TidarError
 
 __all__ = ["DecoderApp"]
 
 ASK_SECONDS = 60.0
 """How long a new replica waits to be told what to serve before it serves what the service was started with."""
-
-SWITCH_SECONDS = 0.0005
-"""How long the event loop may keep the interpreter while a decoder's thread waits for it; Python's own 5 ms are a whole
-decode step of a small model."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,12 +39,6 @@ class DecoderApp:
 
     def __init__(self, served: Served, watcher: DeploymentHandle | None = None) -> None:
         """watcher  knows what is to be served by now; without one it is `served`"""
-        settings = served.settings
-        sys.setswitchinterval(SWITCH_SECONDS)
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        if settings.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"num_gpus is {settings.num_gpus} and torch sees no GPU; set num_gpus to 0")
         self._served, self._watcher = served, watcher
         self._name = secrets.token_hex(4)
         self.fleet = Fleet(self._name)
@@ -62,7 +53,7 @@ class DecoderApp:
         """
         if self._watcher is not None:
             target = await self._told()
-            if not self.fleet.engines:
+            if not self.fleet.writers:
                 candidates = [target.champion, *filter(None, [target.proven, self._served])]
                 await asyncio.to_thread(self.fleet.start, candidates)
             self.fleet.follow(target)
@@ -91,8 +82,9 @@ class DecoderApp:
         purpose is the last event, so that it crosses the process border as itself.
         """
         try:
-            with self.fleet.engine(request.route) as engine:
-                async with aclosing(engine.pieces(request)) as pieces:
+            with self.fleet.writer(request.route) as writer:
+                tell = partial(_note, writer.served, request)
+                async with aclosing(accounted(writer.pieces(request), tell)) as pieces:
                     async for piece in pieces:
                         yield piece
         except TidarError as error:
@@ -101,17 +93,17 @@ class DecoderApp:
     async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized | Failed:
         """The tokens of a prompt, as `generate` reads it; with their names if they are wanted `spelled`."""
         try:
-            return await asyncio.to_thread(self.fleet.champion.tokenize, prompt, framed=framed, spelled=spelled)
+            return await self.fleet.champion.engine.tokenize(prompt, framed=framed, spelled=spelled)
         except TidarError as error:
             return Failed(error)
 
     async def detokenize(self, tokens: list[int]) -> str:
         """The text of tokens, special ones by their names."""
-        return await asyncio.to_thread(self.fleet.champion.detokenize, tokens)
+        return await self.fleet.champion.engine.detokenize(tokens)
 
     async def tokenizer_info(self) -> TokenizerInfo:
         """What the tokenizer's configuration says."""
-        return self.fleet.champion.tokenizer_info
+        return self.fleet.champion.engine.tokenizer_info
 
     async def ready(self) -> bool:
         """True: whoever can be asked has loaded its model and run it once."""
@@ -119,18 +111,18 @@ class DecoderApp:
 
     async def load(self) -> Load:
         """How busy this replica is."""
-        return together(self._loads())
+        return together(await self._loads())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook: what the policy is to know of this replica."""
-        return stats(self._loads())
+        return stats(await self._loads())
 
     async def check_health(self) -> None:
         """Serve's hook: raise if this replica should be replaced, as one that does not decode."""
         await self.fleet.check_health()
 
-    def _loads(self) -> list[Load]:
-        return [load_of(engine.batcher, engine.loop.pace, self._name) for engine in self.fleet.engines]
+    async def _loads(self) -> list[Load]:
+        return [await writer.engine.load(self._name) for writer in self.fleet.writers]
 
     async def _told(self) -> Target:
         """By the watcher, or what the service was started with."""
@@ -140,6 +132,22 @@ class DecoderApp:
         except Exception as error:
             logger.warning("replica %s does not hear what to serve, and begins with the old: %r", self._name, error)
             return Target(champion=self._served)
+
+
+def _note(served: Served, asked: PromptRequest, account: Account) -> None:
+    """What the span of a text says of it."""
+    tally, lap = account.tally, account.lap
+    note(
+        gen_ai__response__model=served.settings.shown_name,
+        gen_ai__usage__input_tokens=tally.prompt_tokens,
+        gen_ai__usage__output_tokens=tally.completion_tokens,
+        tidar__mode=served.settings.mode if asked.speculative else "autoregressive",
+        tidar__fingerprint=served.fingerprint,
+        tidar__outcome=account.outcome,
+        tidar__queue_seconds=None if lap is None else lap.queue,
+        tidar__prefill_seconds=None if lap is None else lap.prefill,
+        tidar__decode_seconds=None if lap is None else lap.decode,
+    )
 
 
 async def _awaited(response: Any) -> Any:

@@ -1,26 +1,27 @@
-"""What does it take to write texts with one set of weights?
+"""What does it take to decode with one set of weights?
 
 A bundle, a decoder on one device, and a loop that batches all requests that reach it. Weights are never changed: other
-weights are another engine.
+weights are another engine. A replica has it in a process of its own (`engine_process`), or in its own.
 """
 
 import asyncio
-import time
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import NamedTuple
+
+import torch
 
 from serve_apps.asked import Chat, PromptRequest
 from serve_apps.batch_loop import BatchLoop
 from serve_apps.lap import Lap, Stopwatch
-from serve_apps.pieces import Piece, Tally
 from serve_apps.prompting import PromptReader
+from serve_apps.replica_load import Load, load_of
 from serve_apps.served import Served
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 from serve_apps.tool_forms import form_of
-from serve_apps.tracing import note
 from serve_apps.transcript import Transcript
-from serve_apps.version_totals import VersionTotals
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.chat_template import ChatTemplate, load_chat_template
@@ -28,24 +29,38 @@ from tidar_core.artifacts.latency_file import bundle_planner
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
-from tidar_core.errors import BundleError, CapacityError, RequestError
+from tidar_core.errors import BundleError, ConfigError
 from tidar_core.request import DecodeStep, Request
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Heard"]
+
+SWITCH_SECONDS = 0.0005
+"""How long the event loop may keep the interpreter while a decoder's thread waits for it; Python's own 5 ms are a whole
+decode step of a small model."""
+
+
+class Heard(NamedTuple):
+    """What has come of one request since it was last heard of; a tuple, to cross to another process at little cost."""
+
+    steps: list[DecodeStep]
+    lap: Lap | None
+    """Once it has tokens."""
+    prompt: tuple[int, ...] = ()
+    """Its tokens, when it was admitted and has no steps."""
 
 
 class Engine:
     """One bundle at work."""
 
-    def __init__(self, served: Served, totals: VersionTotals) -> None:
-        """Loads the weights and runs them once. Raises BundleError or ConfigError.
-
-        totals  where this engine's texts are counted
-        """
-        self.served, self.totals = served, totals
-        self.texts = 0
-        """Being written; whoever counts them knows when nobody needs this engine any more."""
+    def __init__(self, served: Served) -> None:
+        """Loads the weights and runs them once. Raises BundleError or ConfigError."""
+        self.served = served
         settings = served.settings
+        sys.setswitchinterval(SWITCH_SECONDS)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"num_gpus is {settings.num_gpus} and torch sees no GPU; set num_gpus to 0")
         bundle = load_bundle(served.bundle_uri, dtype=DTYPES[settings.dtype], device=settings.device)
         if bundle.info.bundle_hash != served.bundle_hash:
             raise BundleError(
@@ -61,12 +76,13 @@ class Engine:
         self.batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
         template = load_chat_template(served.bundle_uri, instead=settings.chat_template)
         self.tokenizer_info = _tokenizer_info(served.bundle_uri, template)
+        self.tool_form = None if template is None else form_of(template, settings.tool_form)
         self._prompts = PromptReader(
             bundle.tokenizer,
             template,
             vocab_size=bundle.model.config.vocab_size,
             context_len=decoder.context_len,
-            tool_form=None if template is None else form_of(template, settings.tool_form),
+            tool_form=self.tool_form,
         )
         _warm_up(self.batcher, self._tokenizer.eos_id)
         self.loop = BatchLoop(
@@ -79,9 +95,13 @@ class Engine:
         """Raise unless a forward succeeds; one of its own where no text is being written."""
         await self.loop.prove(self._tokenizer.eos_id, self.served.settings.hang_seconds)
 
-    def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
+    async def load(self, replica: str) -> Load:
+        """How busy it is, for the replica of that name."""
+        return load_of(self.batcher, self.loop.pace, replica)
+
+    async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
         """The tokens of a prompt, as `pieces` reads it; with their names if they are wanted `spelled`."""
-        tokens = self._prompts.tokens(prompt, framed=framed)
+        tokens = await asyncio.to_thread(self._prompts.tokens, prompt, framed=framed)
         return Tokenized(
             count=len(tokens),
             max_model_len=self.batcher.decoder.context_len,
@@ -89,75 +109,35 @@ class Engine:
             token_strs=[self._tokenizer.spell(token) for token in tokens] if spelled else None,
         )
 
-    def detokenize(self, tokens: list[int]) -> str:
+    async def detokenize(self, tokens: list[int]) -> str:
         """The text of tokens, special ones by their names."""
-        return self._tokenizer.decode(tokens, skip_special=False)
+        return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special=False)
 
-    async def pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
-        """Pieces of the completion that is asked for, an empty one first once it is admitted. Raises RequestError."""
-        began, outcome, tally, lap = time.monotonic(), "aborted", Tally(), None
-        try:
-            async with aclosing(self._pieces(asked, began)) as pieces:
-                async for piece in pieces:
-                    tally, lap = piece.tally, piece.lap
-                    outcome = "aborted" if piece.finish_reason is None else "texts"
-                    yield piece
-        except (RequestError, CapacityError):
-            outcome = "refused"
-            raise
-        except Exception:
-            outcome = "errors"
-            raise
-        finally:
-            self.totals.count(outcome, tally, time.monotonic() - began)
-            self.totals.plain_tokens += 0 if asked.speculative else tally.completion_tokens
-            self._note(asked, outcome, tally, lap)
-
-    def _note(self, asked: PromptRequest, outcome: str, tally: Tally, lap: Lap | None) -> None:
-        """What the span of a text says of it."""
-        note(
-            gen_ai__response__model=self.served.settings.shown_name,
-            gen_ai__usage__input_tokens=tally.prompt_tokens,
-            gen_ai__usage__output_tokens=tally.completion_tokens,
-            tidar__mode=self.served.settings.mode if asked.speculative else "autoregressive",
-            tidar__fingerprint=self.served.fingerprint,
-            tidar__outcome=outcome,
-            tidar__queue_seconds=None if lap is None else lap.queue,
-            tidar__prefill_seconds=None if lap is None else lap.prefill,
-            tidar__decode_seconds=None if lap is None else lap.decode,
-        )
-
-    async def _pieces(self, asked: PromptRequest, began: float) -> AsyncGenerator[Piece, None]:
+    async def steps(self, asked: PromptRequest) -> AsyncGenerator[Heard, None]:
+        """Decode steps of what is asked for, none of them first once it is admitted. Raises RequestError."""
         wanted = await asyncio.to_thread(self._prompts.request, asked)
-        transcript = self._transcript(asked, wanted)
-        form = None if asked.tools is None else self._prompts.tool_form
-        watch = Stopwatch()
+        watch, prompt = Stopwatch(), wanted.prompt
         async with aclosing(self.loop.steps(wanted, self._until(asked, wanted), watch)) as batches:
-            admitted = begun = False
             async for steps in batches:
-                if steps and not begun:
-                    begun = True
-                    self.totals.count_first(time.monotonic() - began)
-                self.totals.forwards += len(steps)
-                transcript.add(steps)
-                if transcript.finish_reason == "stop" and transcript.stop_reason is None:
+                if steps and steps[-1].finish_reason == "stop":
                     self._prompts.check_grammar(asked, wanted)
-                if not admitted or transcript.finish_reason or (asked.pieces and transcript.pending):
-                    piece = transcript.take()
-                    if transcript.finish_reason is not None:
-                        piece = piece._replace(lap=watch.lap)
-                    yield piece if admitted else piece._replace(tool_form=form, fingerprint=self.served.fingerprint)
-                    admitted = True
+                if prompt:
+                    yield Heard([], None, prompt)
+                    prompt = ()
+                if steps:
+                    yield Heard(steps, watch.lap)
+
+    def stop(self) -> None:
+        """End after the forward in flight; requests that still run fail."""
+        self.loop.stop()
 
     def _until(self, asked: PromptRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:
         """Says in the decoder's thread which step completes a stop string, so that the row is free before the next."""
         if not asked.stop:
             return None
-        twin = self._transcript(replace(asked, echo=False, logprobs=None, prompt_logprobs=None), wanted)
+        silent = replace(asked, echo=False, logprobs=None, prompt_logprobs=None)
+        twin = Transcript(self._tokenizer, silent, wanted.prompt, block_len=self.served.block_len)
         return lambda step: twin.add([step]).finish_reason is not None
-
-    def _transcript(self, asked: PromptRequest, wanted: Request) -> Transcript:
-        return Transcript(self._tokenizer, asked, wanted.prompt, block_len=self.served.block_len)
 
 
 def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> TokenizerInfo:

@@ -8,18 +8,22 @@ for one that is leaving before it loads another. What cannot be loaded changes n
 import asyncio
 import gc
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
-from serve_apps.batch_loop import BatchLoop
 from serve_apps.engine import Engine
+from serve_apps.engine_process import EngineProcess
 from serve_apps.errors import ParameterError
 from serve_apps.served import Served, Target
 from serve_apps.split import CHALLENGER, CHAMPION, Route, role_of
 from serve_apps.version_totals import VersionReport, VersionTotals
+from serve_apps.writer import Writer
+from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.errors import TidarError
 
 __all__ = ["Fleet"]
@@ -41,7 +45,7 @@ class Fleet:
 
     def __init__(self, replica: str) -> None:
         self._replica = replica
-        self._engines: dict[str, Engine] = {}
+        self._writers: dict[str, Writer] = {}
         """By the hash of their bundles, those that leave included."""
         self._roles: dict[str, str] = {}
         """Hash of the bundle that has each role."""
@@ -56,37 +60,37 @@ class Fleet:
         """An engine has ended, or something else is wanted: look again."""
 
     @property
-    def champion(self) -> Engine:
+    def champion(self) -> Writer:
         """The engine that answers unless another is asked for."""
-        return self._engines[self._roles[CHAMPION]]
+        return self._writers[self._roles[CHAMPION]]
 
     @property
-    def engines(self) -> tuple[Engine, ...]:
+    def writers(self) -> tuple[Writer, ...]:
         """All, the champion first; none before the start."""
         champion = self._roles.get(CHAMPION)
-        return tuple(self._engines[key] for key in sorted(self._engines, key=lambda key: key != champion))
+        return tuple(self._writers[key] for key in sorted(self._writers, key=lambda key: key != champion))
 
     def start(self, candidates: Sequence[Served]) -> None:
         """Load the first of several that can be loaded. Raises the first one's error if none can."""
         errors = []
         for served in candidates:
-            made = _made(served, self._totals(served))
+            made = self._made(served, self._totals(served))
             self._keep(served, made)
-            if isinstance(made, Engine):
+            if not isinstance(made, Exception):
                 self._roles[CHAMPION] = served.bundle_hash
                 return
             errors.append(made)
         raise errors[0]
 
     @contextmanager
-    def engine(self, route: Route) -> Iterator[Engine]:
+    def writer(self, route: Route) -> Iterator[Writer]:
         """Who answers a request; it is there for as long as the context is open."""
-        engine = self._engines[self._chosen(route)]
-        engine.texts += 1
+        writer = self._writers[self._chosen(route)]
+        writer.texts += 1
         try:
-            yield engine
+            yield writer
         finally:
-            engine.texts -= 1
+            writer.texts -= 1
             self._end_unneeded()
 
     def follow(self, target: Target) -> None:
@@ -109,21 +113,21 @@ class Fleet:
 
     async def check_health(self) -> None:
         """Raise if the champion does not decode; another engine that does not is given up, and the champion goes on."""
-        for engine in self.engines:
-            bundle_hash = engine.served.bundle_hash
+        for writer in self.writers:
+            bundle_hash = writer.served.bundle_hash
             try:
-                await engine.check_health()
+                await writer.engine.check_health()
             except Exception as error:
-                if self._engines.get(bundle_hash) is not engine:
+                if self._writers.get(bundle_hash) is not writer:
                     continue  # it has ended meanwhile, as it should
-                if engine is self.champion:
+                if writer is self.champion:
                     raise
                 self._give_up(bundle_hash, error)
 
     def reports(self) -> list[VersionReport]:
         """Every version that was ever here, and those that are to come."""
         states = dict.fromkeys(self._known, "gone")
-        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._engines, "leaving")
+        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._writers, "leaving")
         if self._loading is not None:
             states[self._loading.bundle_hash] = "loading"
         states |= {bundle_hash: role for role, bundle_hash in self._roles.items()}
@@ -136,7 +140,7 @@ class Fleet:
             if route.role == CHALLENGER:
                 raise ParameterError("no challenger is served here now; drop the header x-tidar-version")
             return self._roles[CHAMPION]
-        trial = self._engines[challenger].served.settings.challenger
+        trial = self._writers[challenger].served.settings.challenger
         return self._roles[role_of(route, challenger, trial.weight if trial is not None else 0.0)]
 
     async def _catch_up(self) -> None:
@@ -154,7 +158,7 @@ class Fleet:
 
     async def _loaded(self, served: Served | None, target: Target) -> bool:
         """Load what is not there, as soon as no engine is leaving; False if something else is wanted by then."""
-        if served is None or served.bundle_hash in self._engines:
+        if served is None or served.bundle_hash in self._writers:
             return True
         self._end_unneeded()
         while self._leaving():
@@ -164,15 +168,15 @@ class Fleet:
                 return False
         if served.bundle_hash not in self._problems:
             self._loading = served
-            made = await asyncio.to_thread(_made, served, self._totals(served))
+            made = await asyncio.to_thread(self._made, served, self._totals(served))
             self._loading = None
             self._keep(served, made)
         return self._target is target
 
-    def _keep(self, served: Served, made: Engine | Exception) -> None:
+    def _keep(self, served: Served, made: Writer | Exception) -> None:
         """Of a bundle that could not be loaded, remember why."""
-        if isinstance(made, Engine):
-            self._engines[served.bundle_hash] = made
+        if not isinstance(made, Exception):
+            self._writers[served.bundle_hash] = made
             return
         self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), time.monotonic())
         logger.warning("version %s of %s cannot be loaded: %s", served.label, served.bundle_uri, problem.message)
@@ -186,7 +190,7 @@ class Fleet:
     def _take(self, role: str, served: Served | None) -> None:
         """From now on the engine of `served` has the role; one that is not there leaves the champion as it is."""
         before = self._roles.get(role)
-        if served is not None and served.bundle_hash in self._engines:
+        if served is not None and served.bundle_hash in self._writers:
             self._roles[role] = served.bundle_hash
         elif role == CHALLENGER:
             self._roles.pop(role, None)
@@ -201,7 +205,7 @@ class Fleet:
         self._problems[bundle_hash] = problem = _Problem(_in_words(error), time.monotonic())
         logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
         self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
-        asyncio.get_running_loop().run_in_executor(None, _end, self._engines.pop(bundle_hash).loop)
+        asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
         self._left.set()
 
     def _wanted(self) -> set[str]:
@@ -212,15 +216,32 @@ class Fleet:
         return roles | {served.bundle_hash for served in coming if served is not None}
 
     def _leaving(self) -> list[str]:
-        return [bundle_hash for bundle_hash in self._engines if bundle_hash not in self._wanted()]
+        return [bundle_hash for bundle_hash in self._writers if bundle_hash not in self._wanted()]
 
     def _end_unneeded(self) -> None:
         """Give back the memory of engines that nobody needs and that write no text any more."""
         for bundle_hash in self._leaving():
-            if not self._engines[bundle_hash].texts:
-                loop = self._engines.pop(bundle_hash).loop
-                asyncio.get_running_loop().run_in_executor(None, _end, loop)
+            if not self._writers[bundle_hash].texts:
+                asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
                 self._left.set()
+
+    def _made(self, served: Served, totals: VersionTotals) -> Writer | Exception:
+        try:
+            tokenizer = load_tokenizer(served.bundle_uri)
+            lost = partial(self._lost, served.bundle_hash)
+            engine = EngineProcess(served, lost) if served.settings.own_process else Engine(served)
+            return Writer(served, engine, tokenizer, totals)
+        except Exception as error:  # out of memory, a damaged file: the old weights go on
+            traceback.clear_frames(error.__traceback__)  # what was made so far is given back
+            return error
+
+    def _lost(self, bundle_hash: str, problem: str) -> None:
+        """An engine's process has died. Without the champion's the replica is none: its end is seen at once, and what
+        it had not begun goes to others. Any other engine is given up when its health is looked at."""
+        if bundle_hash == self._roles.get(CHAMPION):
+            logger.critical("replica %s ends: %s", self._replica, problem)
+            logging.shutdown()
+            os._exit(1)
 
     def _report(self, bundle_hash: str, state: str) -> VersionReport:
         served, totals = self._known[bundle_hash]
@@ -236,17 +257,9 @@ class Fleet:
         )
 
 
-def _end(loop: BatchLoop) -> None:
-    loop.stop()
+def _end(writer: Writer) -> None:
+    writer.engine.stop()
     gc.collect()  # frames in which torch made the weights refer to each other, and to the engine
-
-
-def _made(served: Served, totals: VersionTotals) -> Engine | Exception:
-    try:
-        return Engine(served, totals)
-    except Exception as error:  # out of memory, a damaged file: the old weights go on
-        traceback.clear_frames(error.__traceback__)  # what was made so far is given back
-        return error
 
 
 def _in_words(error: Exception) -> str:

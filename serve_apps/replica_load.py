@@ -22,6 +22,8 @@ class Load:
     replica: str
     pid: int
     """Its process."""
+    decoder_pid: int
+    """That of its decoder."""
     rows: int
     """Sequences that it decodes together."""
     running: int
@@ -60,6 +62,7 @@ def load_of(batcher: Batcher, pace: Pace, replica: str) -> Load:
     return Load(
         replica=replica,
         pid=os.getpid(),
+        decoder_pid=os.getpid(),
         rows=decoder.rows,
         running=decoder.rows - decoder.free_rows,
         waiting=batcher.waiting,

@@ -81,6 +81,9 @@ class ServeSettings(BaseModel):
     max_waiting_tokens: Positive = 2**20
     """Tokens that may wait for a row of a replica: those of prompts, and those that are to be expected of texts, by how
     long texts are there; a request that brings more is answered 429."""
+    own_process: bool = True
+    """The decoder has a process of its own, so that it never waits for what its replica does for the clients; otherwise
+    it shares the replica's, which takes less memory."""
     threads: Positive | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 

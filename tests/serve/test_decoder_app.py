@@ -24,7 +24,7 @@ PROMPT = "def add(a, b):\n    return"
 
 @pytest.fixture
 def served(bundle):
-    settings = ServeSettings(model=bundle, rows=2)
+    settings = ServeSettings(model=bundle, rows=2, own_process=False)
     return Served(settings=settings, bundle_uri=bundle, bundle_hash=read_bundle_info(bundle).bundle_hash, block_len=4)
 
 
@@ -127,12 +127,12 @@ def test_its_settings_say_how_many_tokens_may_wait(served):
 def test_a_replica_whose_decoder_hangs_or_fails_is_not_healthy(served, monkeypatch):
     app = DecoderApp(with_settings(served, hang_seconds=0.1))
     going_on = threading.Event()
-    monkeypatch.setattr(app.fleet.champion.batcher.decoder, "prefill", lambda **_: going_on.wait() / 0)
+    monkeypatch.setattr(app.fleet.champion.engine.batcher.decoder, "prefill", lambda **_: going_on.wait() / 0)
     with pytest.raises(RuntimeError, match=r"no forward of the decoder has ended for 0\.1 s"):
         asyncio.run(app.check_health())
     going_on.set()
     app = DecoderApp(served)
-    monkeypatch.setattr(app.fleet.champion.batcher.decoder, "prefill", lambda **_: 1 / 0)
+    monkeypatch.setattr(app.fleet.champion.engine.batcher.decoder, "prefill", lambda **_: 1 / 0)
     with pytest.raises(TidarError, match="ZeroDivisionError"):
         asyncio.run(app.check_health())
 

@@ -31,7 +31,7 @@ def replica(bundle):
 
     def of(mode, block_len):
         if (mode, block_len) not in replicas:
-            settings = ServeSettings(model=bundle, rows=8, mode=mode, context_len=160)
+            settings = ServeSettings(model=bundle, rows=8, mode=mode, context_len=160, own_process=False)
             bundle_hash = read_bundle_info(bundle).bundle_hash
             served = Served(settings=settings, bundle_uri=bundle, bundle_hash=bundle_hash, block_len=block_len)
             replicas[mode, block_len] = DecoderApp(served)
@@ -267,20 +267,20 @@ def test_what_only_the_replica_can_see_is_refused_with_the_fields_name(replica, 
 def test_a_stop_string_frees_row_and_pages_before_the_next_forward(replica, mode):
     app = replica(*mode)
     text = text_of(replica, **VARIED)
-    decoder = app.fleet.champion.batcher.decoder
+    decoder = app.fleet.champion.engine.batcher.decoder
     forwards = []
-    advance = app.fleet.champion.batcher.advance
+    advance = app.fleet.champion.engine.batcher.advance
 
     def counted():
         steps = advance()
         forwards.append(decoder.running)
         return steps
 
-    app.fleet.champion.batcher.advance = counted
+    app.fleet.champion.engine.batcher.advance = counted
     try:
         (events,) = answers(app, [VARIED | {"max_tokens": 100, "stop": text[6:9]}])
     finally:
-        del app.fleet.champion.batcher.advance
+        del app.fleet.champion.engine.batcher.advance
     assert whole(events)[1] == "stop"
     load = asyncio.run(app.load())
     assert (load.running, load.waiting, load.pages_held) == (0, 0, 0)

@@ -25,7 +25,7 @@ SAMPLING = {"max_tokens": 60, "temperature": 3.0, "seed": 5}
 
 @pytest.fixture(scope="module")
 def old(bundle):
-    return look_up(ServeSettings(model=bundle, rows=2))[0]
+    return look_up(ServeSettings(model=bundle, rows=2, own_process=False))[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def damaged(served, tmp_path):
 def test_a_text_that_began_before_ends_on_the_old_weights_and_the_next_is_of_the_new(old, new, texts):
     async def swap():
         app = DecoderApp(old)
-        weights = weakref.ref(app.fleet.champion.batcher.decoder.model)
+        weights = weakref.ref(app.fleet.champion.engine.batcher.decoder.model)
         gc.collect()
         gc.freeze()  # as Serve does when a replica has started: what is in a cycle now stays for ever
         async with aclosing(app.generate(asked("long"))) as began:
@@ -102,21 +102,21 @@ def test_a_text_that_began_before_ends_on_the_old_weights_and_the_next_is_of_the
 def test_weights_that_come_back_before_they_have_left_are_not_loaded_again(old, new):
     async def there_and_back():
         app = DecoderApp(old)
-        engine = app.fleet.champion
+        writer = app.fleet.champion
         async with aclosing(app.generate(asked("long"))) as began:
             await anext(began)
             app.fleet.follow(Target(champion=new))
             await app.fleet.followed()
             app.fleet.follow(Target(champion=old))
             await app.fleet.followed()
-        assert app.fleet.champion is engine
+        assert app.fleet.champion is writer
         assert states(app) == {old.fingerprint: "champion", new.fingerprint: "gone"}
 
     asyncio.run(there_and_back())
 
 
 def test_no_third_engine_is_loaded_while_one_is_leaving(old, new, bundle, tmp_path):
-    third = look_up(ServeSettings(model=bundle, mode="autoregressive"))[0]
+    third = look_up(ServeSettings(model=bundle, mode="autoregressive", own_process=False))[0]
     third = dataclasses.replace(third, bundle_uri=damaged(old, tmp_path).bundle_uri, bundle_hash="third")
 
     async def in_turn():
@@ -145,13 +145,13 @@ def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_with
             await answer(app, role=CHALLENGER)
         app.fleet.follow(Target(champion=old, challenger=new))
         await app.fleet.followed()
-        challenger = app.fleet.engines[1]
+        challenger = app.fleet.writers[1]
         assert await answer(app, role=CHALLENGER) == (new.fingerprint, texts[new.fingerprint])
         assert await answer(app, role=CHAMPION) == (old.fingerprint, texts[old.fingerprint])
         split = [[(await answer(app, key=f"user {n}"))[0] for n in range(8)] for _ in range(2)]
         assert split[0] == split[1]
         assert set(split[0]) == {old.fingerprint, new.fingerprint}
-        assert (await app.load()).pages == 2 * challenger.batcher.decoder.pool.pages
+        assert (await app.load()).pages == 2 * challenger.engine.batcher.decoder.pool.pages
         app.fleet.follow(Target(champion=new))
         await app.fleet.followed()
         assert app.fleet.champion is challenger
@@ -184,11 +184,11 @@ def test_a_challenger_that_does_not_decode_is_given_up_and_the_champion_goes_on(
         app = DecoderApp(old)
         app.fleet.follow(Target(champion=old, challenger=new))
         await app.fleet.followed()
-        app.fleet.engines[1].loop.stop()
+        app.fleet.writers[1].engine.stop()
         await app.check_health()
         assert states(app) == {old.fingerprint: "champion", new.fingerprint: "failed"}
         assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
-        app.fleet.champion.loop.stop()
+        app.fleet.champion.engine.stop()
         with pytest.raises(RuntimeError):
             await app.check_health()
 

@@ -13,12 +13,12 @@ from serve_apps.pieces import Piece, Tally
 from serve_apps.replica_load import Load
 
 BUSY = Load(
-    replica="a", pid=1, rows=4, running=3, waiting=2, waiting_tokens=90, tokens_per_forward=6.5,
+    replica="a", pid=1, decoder_pid=1, rows=4, running=3, waiting=2, waiting_tokens=90, tokens_per_forward=6.5,
     forwards_per_second=50.0, pages_held=30, pages=40, shared_tokens=48, preemptions=1, mode="two-pass",
     expected_over_ar=1.5,
 )  # fmt: skip
 IDLE = Load(
-    replica="b", pid=2, rows=4, running=0, waiting=0, waiting_tokens=0, tokens_per_forward=0.0,
+    replica="b", pid=2, decoder_pid=2, rows=4, running=0, waiting=0, waiting_tokens=0, tokens_per_forward=0.0,
     forwards_per_second=0.0, pages_held=0, pages=40, shared_tokens=0, preemptions=0, mode="autoregressive",
     expected_over_ar=None,
 )  # fmt: skip

@@ -134,7 +134,8 @@ def text_of(answer):
     return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
 
 
-def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, said_by_the_oracle):
+@pytest.mark.parametrize("process", ["pid", "decoder_pid"])
+def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, said_by_the_oracle, process):
     streams = fill(service)
 
     async def kill_under_load():
@@ -142,7 +143,7 @@ def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, sai
             queued = [asyncio.create_task(ask(service, client, stream=n % 2 == 0)) for n in range(6)]
             await asyncio.to_thread(until, lambda: sum(load.waiting for load in loads()) >= 6)
             victim = max(await asyncio.to_thread(loads), key=lambda load: load.waiting)
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(getattr(victim, process), signal.SIGKILL)
             await asyncio.to_thread(until, lambda: sum(stream.broken for stream in streams) >= ROWS)
             ended = [stream for stream in streams if stream.broken]
             for stream in streams:
