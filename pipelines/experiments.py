@@ -1,6 +1,6 @@
 """Which choice of the recipe is worth what, at equal budget?
 
-    python -m pipelines.experiments infra/experiments/masking.yaml
+    python -m pipelines.experiments infra/experiments/masking.yaml [--shape quickstart-small]
 
 Every variant starts from the same bundle, or as an AR model of its own size trained on the same rows; reads the same
 rows in the same steps, and is measured on the same held-out text. Files with `token_slots` ask what a forward costs
@@ -29,7 +29,7 @@ from tidar_core.artifacts.settings_file import read_mapping
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.benchmark import compare_modes
 from tidar_core.config import SamplingConfig
-from tidar_core.errors import ShardError, TidarError
+from tidar_core.errors import ConfigError, ShardError, TidarError
 from tidar_core.model import TidarModel
 from tidar_core.packing import PackedRows
 from tidar_core.recipe import start_draft_link, start_mask_token
@@ -52,7 +52,8 @@ class ExperimentJob(Job):
     init_from: str | None = None
     """Bundle that every variant starts from which has no `shape`."""
     ar_steps: Annotated[int, Field(ge=0)] = 0
-    """AR train steps from random weights that come first where a variant has a `shape`, by the same schedule."""
+    """AR train steps from random weights that come first where a variant has a `shape`, its own or by `--shape`; by the
+    same schedule."""
     output: str
     train: dict[str, Any]
     """Keys of a train job that all variants share."""
@@ -86,9 +87,21 @@ class ExperimentJob(Job):
         own = {"shards": self.shards, "output": self.output, "seed": seed} | self.train | self.variants[variant]
         return TrainJob.model_validate(own if "shape" in own else own | {"init_from": self.init_from})
 
+    def on(self, shape: str) -> Self:
+        """The same question asked of another size: each variant an AR model of that shape first, all else alike."""
+        if taken := [name for name, keys in self.variants.items() if "shape" in keys]:
+            raise ConfigError(f"variant {taken[0]!r} has a shape of its own; run this file without --shape")
+        if not self.ar_steps:
+            raise ConfigError("--shape needs ar_steps, which this file does not have; add it, 200 for instance")
+        return type(self).model_validate(
+            self.model_dump()
+            | {"title": f"{self.title}, {shape}", "output": f"{self.output}-{shape}", "init_from": None}
+            | {"variants": {name: {"shape": shape} | keys for name, keys in self.variants.items()}}
+        )
+
     def run_name(self, variant: str, seed: int) -> str:
         """Of the file that keeps what was found; another one for every other setting, not for a new field of jobs."""
-        unsaid = {"ar_steps"} if self.ar_steps == 0 else set()
+        unsaid = set() if "shape" in self.variants[variant] else {"ar_steps"}
         settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads", *unsaid})
         settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
         return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
@@ -140,12 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment; its table on standard output, progress on standard error."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.experiments", description=__doc__.splitlines()[0])
     parser.add_argument("job", help="a file of infra/experiments")
+    parser.add_argument("--shape", help="start from random weights of this shape, trained as an AR model first")
+    asked = parser.parse_args(arguments)
     try:
-        path = parser.parse_args(arguments).job
-        if "token_slots" in read_mapping(path, "experiment", "infra/experiments/*.yaml"):
-            print(token_slots(read_job(TokenSlotsJob, path)))
-        else:
-            print(table(experiment(read_job(ExperimentJob, path))))
+        if "token_slots" in read_mapping(asked.job, "experiment", "infra/experiments/*.yaml"):
+            if asked.shape:
+                raise ConfigError("--shape is given, and token slots are those of a bundle; name it in the file")
+            print(token_slots(read_job(TokenSlotsJob, asked.job)))
+            return 0
+        job = read_job(ExperimentJob, asked.job)
+        print(table(experiment(job.on(asked.shape) if asked.shape else job)))
     except TidarError as error:
         print(error, file=sys.stderr)
         return 2

@@ -95,6 +95,23 @@ def test_sizes_are_trained_from_random_weights_as_ar_models_first(folder, capsys
     assert experiment(read_job(ExperimentJob, path))[0]["ar_loss"] > found[0]["ar_loss"]
 
 
+def test_any_question_can_be_asked_of_another_size_beside_the_first(folder, capsys):
+    path, shape = folder / "job.yaml", "quickstart-small"
+    assert main([str(path), "--shape", shape]) == 2
+    assert "--shape needs ar_steps" in capsys.readouterr().err
+    path.write_text(f"ar_steps: 2\n{path.read_text()}")
+    assert main([str(path), "--shape", shape]) == 0
+    found = json.loads((folder / f"out/tiny-{shape}/results.json").read_text())
+    vocab_len = ShardReader(str(folder / "shards")).manifest.vocab_len
+    weights = sum(p.numel() for p in TidarModel(named_shape(shape, vocab_len=vocab_len)).parameters())
+    assert [(run["variant"], run["weights"]) for run in found] == [("full", weights), ("random", weights)]
+    assert not (folder / "out/tiny").exists()
+    assert {run["weights"] for run in experiment(read_job(ExperimentJob, path))} != {weights}
+    path.write_text(path.read_text().replace("full: {}", "full: {shape: tiny}"))
+    assert main([str(path), "--shape", shape]) == 2
+    assert "variant 'full' has a shape of its own" in capsys.readouterr().err
+
+
 def test_token_slots_are_timed_and_leave_a_table_and_a_plot(folder, capsys):
     (folder / "slots.yaml").write_text(f"""
 title: Slots
