@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,13 @@ class DecoderApp:
         await self.fleet.check_health()
 
     async def _loads(self) -> list[Load]:
-        return [await writer.engine.load(self._name) for writer in self.fleet.writers]
+        """Of all engines, the champion's first; one beside it that is ending, or has died, counts for nothing."""
+        first, *others = self.fleet.writers
+        loads = [await first.engine.load(self._name)]
+        for writer in others:
+            with suppress(RuntimeError):
+                loads.append(await writer.engine.load(self._name))
+        return loads
 
     async def _told(self) -> Target:
         """By the watcher, or what the service was started with."""

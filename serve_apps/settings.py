@@ -83,7 +83,8 @@ class ServeSettings(BaseModel):
     long texts are there; a request that brings more is answered 429."""
     own_process: bool = True
     """The decoder has a process of its own, so that it never waits for what its replica does for the clients; otherwise
-    it shares the replica's, which takes less memory."""
+    it shares the replica's, which takes less memory. While weights change, and beside a challenger, a GPU has two such
+    processes: one that lets no two in (EXCLUSIVE_PROCESS) needs false."""
     threads: Positive | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 

@@ -38,7 +38,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def served(bundle):
-    return look_up(ServeSettings(model=bundle, rows=2, hang_seconds=0.6))[0]
+    return look_up(ServeSettings(model=bundle, rows=2))[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,12 @@ def test_what_cannot_be_loaded_is_said_here(served):
 
 
 def test_a_stopped_process_is_not_healthy_and_a_killed_one_ends_its_texts_and_its_replica(served, monkeypatch):
+    hasty = dataclasses.replace(served, settings=served.settings.model_copy(update={"hang_seconds": 0.6}))
     ended = threading.Event()
     monkeypatch.setattr("os._exit", lambda code: ended.set())
 
     async def die():
-        app = DecoderApp(served)
+        app = DecoderApp(hasty)
         pid = await decoder_pid(app)
         async with aclosing(app.generate(request(4000))) as pieces:
             await anext(pieces)
@@ -164,6 +165,7 @@ def test_a_challenger_whose_process_dies_is_given_up_and_the_champion_goes_on(se
         champion, challenger = [(await writer.engine.load("")).decoder_pid for writer in app.fleet.writers]
         os.kill(challenger, signal.SIGKILL)
         assert await asyncio.to_thread(ends, challenger)
+        assert (await app.load()).rows == served.settings.rows
         await app.check_health()
         states = {report.fingerprint: report.state for report in app.fleet.reports()}
         assert states == {served.fingerprint: "champion", new.fingerprint: "failed"}
