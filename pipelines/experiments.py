@@ -122,7 +122,7 @@ def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
             kept = runs / f"{job.run_name(variant, seed)}.json"
             if not kept.exists():
                 measured = _run(job, job.job(variant, seed), variant, rows, unseen)
-                kept.write_text(json.dumps({"variant": variant, "seed": seed, **measured}, indent=2) + "\n")
+                locations.write_json(str(kept), {"variant": variant, "seed": seed, **measured})
             found.append(json.loads(kept.read_text()) | {"variant": variant})
     (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (output / "table.md").write_text(table(found))
