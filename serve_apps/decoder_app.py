@@ -9,12 +9,10 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
-from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_apps.account import Account, accounted
 from serve_apps.asked import Chat, PromptRequest
 from serve_apps.fleet import Fleet
 from serve_apps.pieces import Failed, Piece
@@ -22,7 +20,6 @@ from serve_apps.replica_load import Load, together
 from serve_apps.scaling import stats
 from serve_apps.served import Served, Target, look_up
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
-from serve_apps.tracing import note
 from serve_apps.version_totals import VersionReport
 from tidar_core.errors import TidarError
 
@@ -83,8 +80,7 @@ class DecoderApp:
         """
         try:
             with self.fleet.writer(request.route) as writer:
-                tell = partial(_note, writer.served, request)
-                async with aclosing(accounted(writer.pieces(request), tell)) as pieces:
+                async with aclosing(writer.pieces(request)) as pieces:
                     async for piece in pieces:
                         yield piece
         except TidarError as error:
@@ -138,22 +134,6 @@ class DecoderApp:
         except Exception as error:
             logger.warning("replica %s does not hear what to serve, and begins with the old: %r", self._name, error)
             return Target(champion=self._served)
-
-
-def _note(served: Served, asked: PromptRequest, account: Account) -> None:
-    """What the span of a text says of it."""
-    tally, lap = account.tally, account.lap
-    note(
-        gen_ai__response__model=served.settings.shown_name,
-        gen_ai__usage__input_tokens=tally.prompt_tokens,
-        gen_ai__usage__output_tokens=tally.completion_tokens,
-        tidar__mode=served.settings.mode if asked.speculative else "autoregressive",
-        tidar__fingerprint=served.fingerprint,
-        tidar__outcome=account.outcome,
-        tidar__queue_seconds=None if lap is None else lap.queue,
-        tidar__prefill_seconds=None if lap is None else lap.prefill,
-        tidar__decode_seconds=None if lap is None else lap.decode,
-    )
 
 
 async def _awaited(response: Any) -> Any:

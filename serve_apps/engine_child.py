@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from serve_apps.engine import Engine
-from serve_apps.engine_process import DROP, LOG, STOP, End
+from serve_apps.engine_process import BEGUN, DROP, LOG, STOP, End
 
 __all__ = ["main"]
 
@@ -59,9 +59,9 @@ def main(descriptor: int) -> None:
     try:
         engine = Engine(connection.recv())
     except Exception as error:
-        outbox.send(_sendable(error))
+        outbox.send((BEGUN, _sendable(error)))
         return
-    outbox.send((engine.tokenizer_info, engine.tool_form))
+    outbox.send((BEGUN, (engine.tokenizer_info, engine.tool_form)))
     asyncio.run(_answer_all(engine, connection, outbox))
     os._exit(0)  # nothing is left to be tidied up
 

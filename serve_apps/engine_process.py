@@ -25,12 +25,12 @@ from serve_apps.replica_load import Load
 from serve_apps.served import Served
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 
-__all__ = ["DROP", "LOG", "STOP", "End", "EngineProcess"]
+__all__ = ["BEGUN", "DROP", "LOG", "STOP", "End", "EngineProcess"]
 
 DROP, STOP = "drop", "stop"
 """Said of a call that nobody waits for any more, and to the process."""
-LOG = -1
-"""In the place of a call's number: a record for this process' log."""
+LOG, BEGUN = -1, -2
+"""In the place of a call's number: a record for this process' log, and what the engine is or why there is none."""
 STOP_SECONDS = 10.0
 """How long a process that is told to end may take."""
 
@@ -154,13 +154,13 @@ class EngineProcess:
             return
         theirs.close()
         try:
-            self._hear(self._connection.recv())
             while True:
                 number, answer = self._connection.recv()
                 if number == LOG:
                     logging.getLogger(answer.name).handle(answer)
-                    continue
-                if (call := self._calls.get(number)) is not None:
+                elif number == BEGUN:
+                    self._hear(answer)
+                elif (call := self._calls.get(number)) is not None:
                     call.tell(answer)
         except (EOFError, OSError):
             self._end(self._process.wait())

@@ -7,15 +7,17 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from serve_apps.account import Account, accounted
 from serve_apps.asked import PromptRequest
 from serve_apps.engine import Engine
 from serve_apps.engine_process import EngineProcess
-from serve_apps.pieces import Piece
+from serve_apps.lap import Lap
+from serve_apps.pieces import Piece, Tally
 from serve_apps.served import Served
+from serve_apps.tracing import note
 from serve_apps.transcript import Transcript
 from serve_apps.version_totals import VersionTotals
 from tidar_core.artifacts.tokenizer import Tokenizer
+from tidar_core.errors import CapacityError, RequestError
 
 __all__ = ["Writer"]
 
@@ -32,17 +34,41 @@ class Writer:
         """Being written; whoever counts them knows when nobody needs this engine any more."""
         self._tokenizer = tokenizer
 
-    def pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
+    async def pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
         """Pieces of the completion that is asked for, an empty one first once it is admitted. Raises RequestError."""
+        began, outcome, tally, lap = time.monotonic(), "aborted", Tally(), None
+        try:
+            async with aclosing(self._pieces(asked, began)) as pieces:
+                async for piece in pieces:
+                    tally, lap = piece.tally, piece.lap
+                    outcome = "aborted" if piece.finish_reason is None else "texts"
+                    yield piece
+        except (RequestError, CapacityError):
+            outcome = "refused"
+            raise
+        except Exception:
+            outcome = "errors"
+            raise
+        finally:
+            self.totals.count(outcome, tally, time.monotonic() - began)
+            self.totals.plain_tokens += 0 if asked.speculative else tally.completion_tokens
+            self._note(asked, outcome, tally, lap)
 
-        def count(account: Account) -> None:
-            self.totals.count(account.outcome, account.tally, account.seconds)
-            self.totals.plain_tokens += 0 if asked.speculative else account.tally.completion_tokens
+    def _note(self, asked: PromptRequest, outcome: str, tally: Tally, lap: Lap | None) -> None:
+        """What the span of a text says of it."""
+        note(
+            gen_ai__response__model=self.served.settings.shown_name,
+            gen_ai__usage__input_tokens=tally.prompt_tokens,
+            gen_ai__usage__output_tokens=tally.completion_tokens,
+            tidar__mode=self.served.settings.mode if asked.speculative else "autoregressive",
+            tidar__fingerprint=self.served.fingerprint,
+            tidar__outcome=outcome,
+            tidar__queue_seconds=None if lap is None else lap.queue,
+            tidar__prefill_seconds=None if lap is None else lap.prefill,
+            tidar__decode_seconds=None if lap is None else lap.decode,
+        )
 
-        return accounted(self._pieces(asked), count)
-
-    async def _pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
-        began = time.monotonic()
+    async def _pieces(self, asked: PromptRequest, began: float) -> AsyncGenerator[Piece, None]:
         async with aclosing(self.engine.steps(asked)) as batches:
             admitted = await anext(batches)
             transcript = Transcript(self._tokenizer, asked, admitted.prompt, block_len=self.served.block_len)
@@ -57,5 +83,6 @@ class Writer:
                 transcript.add(batch.steps)
                 if transcript.finish_reason is not None:
                     yield transcript.take()._replace(lap=batch.lap)
-                elif asked.pieces and transcript.pending:
+                    return  # and waits for no word from elsewhere: who has the last piece may hang up at once
+                if asked.pieces and transcript.pending:
                     yield transcript.take()

@@ -35,6 +35,16 @@ print(engine._process.pid, flush=True)
 time.sleep(600)
 """
 
+CHATTER = """
+import logging, threading, time
+def say():
+    while not logging.getLogger().handlers:
+        time.sleep(0.001)
+    logging.getLogger("chatter").warning("loading %d", 7)
+threading.Thread(target=say, daemon=True).start()
+"""
+"""Said by a process as soon as its log has somewhere to go."""
+
 
 @pytest.fixture(scope="module")
 def served(bundle):
@@ -124,6 +134,15 @@ def test_a_text_that_nobody_waits_for_gives_its_row_back(app):
         return load
 
     assert asyncio.run(asyncio.wait_for(leave(), 30)).pages_held == 0
+
+
+def test_what_the_process_logs_is_heard_here_even_while_it_loads(served, tmp_path, monkeypatch, caplog):
+    (tmp_path / "sitecustomize.py").write_text(CHATTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    app = DecoderApp(served)
+    assert [record.name for record in caplog.records if record.getMessage() == "loading 7"] == ["chatter"]
+    assert asyncio.run(app.tokenizer_info()).model_dump()["chat_template"]
+    app.fleet.champion.engine.stop()
 
 
 def test_what_cannot_be_loaded_is_said_here(served):
