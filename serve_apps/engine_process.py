@@ -173,14 +173,14 @@ class EngineProcess:
         self._begun.set()
 
     def _end(self, code: int) -> None:
-        """The process has ended: so have its calls."""
+        """The process has ended: so have its calls. `lost` comes first, for it may end the replica before a text is
+        told an error that another replica would have spared it."""
         self._connection.close()
-        self._problem = f"the decoder's process has ended with {'signal' if code < 0 else 'exit code'} {abs(code)}"
+        problem = f"the decoder's process has ended with {'signal' if code < 0 else 'exit code'} {abs(code)}"
         if not self._begun.is_set():
-            self._hear(RuntimeError(self._problem))
-            return
-        end = End(RuntimeError(self._problem))
+            self._hear(RuntimeError(problem))
+        elif not self._stopping and not isinstance(self._first, Exception):
+            self._lost(problem)
+        self._problem = problem
         for call in list(self._calls.values()):
-            call.tell(end)
-        if not self._stopping and not isinstance(self._first, Exception):
-            self._lost(self._problem)
+            call.tell(End(RuntimeError(problem)))
