@@ -25,6 +25,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from serve_apps.access import Access
+from serve_apps.carried_body import CALLBACK
 from serve_apps.decoder_app import DecoderApp
 from serve_apps.http_app import HttpApp
 from serve_apps.limits import Limits
@@ -51,8 +52,9 @@ LEAN = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours holds an event loop up for long
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
-}
-"""They make each piece of text cheaper on its way. A cluster's nodes have the same in their manifests."""
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # each line is in Serve's own logs already
+} | CALLBACK
+"""They make each request and each piece of text cheaper on its way. A cluster's nodes have them in their manifests."""
 STERN = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 """A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
 

@@ -56,9 +56,12 @@ class _Caller:
     answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
     untold: list[DecodeStep] = field(default_factory=list)
     told_at: float = 0.0
+    heard: bool = False
+    """It knows that it was admitted."""
     written: int = 0
 
     def tell(self, answer: Answer) -> None:
+        self.heard = True
         with suppress(RuntimeError):  # its event loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
 
@@ -92,7 +95,8 @@ class BatchLoop:
         until: Callable[[DecodeStep], bool] | None = None,
         watch: Stopwatch | None = None,
     ) -> AsyncGenerator[list[DecodeStep], None]:
-        """Steps of `request` as they come; the first list is empty and says that it was admitted.
+        """Steps of `request` as they come. The first list says that it was admitted; it is told after the next forward,
+        and is empty if that has brought no tokens.
 
         Steps that come faster than they are taken arrive together. Closing the generator before its end, or cancelling
         who waits on it, frees the request's row before the next forward.
@@ -200,7 +204,6 @@ class BatchLoop:
         else:
             caller.watch.asked = time.monotonic()
             self._callers[caller.request.request_id] = caller
-            caller.tell(_News([]))
 
     def _check_tokens(self, request: Request) -> None:
         """Raise CapacityError if it would have to wait, and brings more than may."""
@@ -246,6 +249,8 @@ class BatchLoop:
         for caller in self._callers.values():
             if caller.untold and now - caller.told_at >= interval:
                 caller.tell_steps(now, last=False)
+            elif not caller.heard:
+                caller.tell(_News([]))
         self._failures = 0
         self._forwards += 1
 

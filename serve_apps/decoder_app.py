@@ -73,7 +73,7 @@ class DecoderApp:
         return self.fleet.reports()
 
     async def generate(self, request: PromptRequest) -> AsyncGenerator[Piece | Failed, None]:
-        """Pieces of the completion of `request`, an empty one first once it is admitted.
+        """Pieces of the completion of `request`, the first once it is admitted, if need be without text.
 
         Closing the generator, or cancelling who waits on it, frees the row. An error that this project raises on
         purpose is the last event, so that it crosses the process border as itself.

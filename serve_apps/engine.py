@@ -46,7 +46,7 @@ class Heard(NamedTuple):
     lap: Lap | None
     """Once it has tokens."""
     prompt: tuple[int, ...] = ()
-    """Its tokens, when it was admitted and has no steps."""
+    """Its tokens, the first time."""
 
 
 class Engine:
@@ -114,18 +114,16 @@ class Engine:
         return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special=False)
 
     async def steps(self, asked: PromptRequest) -> AsyncGenerator[Heard, None]:
-        """Decode steps of what is asked for, none of them first once it is admitted. Raises RequestError."""
+        """Decode steps of what is asked for, once it is admitted, and none at first if they are to come yet. Raises
+        RequestError."""
         wanted = await asyncio.to_thread(self._prompts.request, asked)
         watch, prompt = Stopwatch(), wanted.prompt
         async with aclosing(self.loop.steps(wanted, self._until(asked, wanted), watch)) as batches:
             async for steps in batches:
                 if steps and steps[-1].finish_reason == "stop":
                     self._prompts.check_grammar(asked, wanted)
-                if prompt:
-                    yield Heard([], None, prompt)
-                    prompt = ()
-                if steps:
-                    yield Heard(steps, watch.lap)
+                yield Heard(steps, watch.lap, prompt)
+                prompt = ()
 
     def stop(self) -> None:
         """End after the forward in flight; requests that still run fail."""

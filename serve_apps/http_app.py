@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from serve_apps import retry
 from serve_apps.access import Access
 from serve_apps.answers import Completion, ModelCard, ModelList
+from serve_apps.carried_body import Unloader
 from serve_apps.chat_answers import ChatChunk, ChatCompletion
 from serve_apps.chat_events import ChatReply
 from serve_apps.chat_schemas import ChatRequest
@@ -130,6 +131,7 @@ class HttpApp:
             api.add_middleware(CORSMiddleware, allow_origins=self._origins, allow_methods=["*"], allow_headers=["*"])
         api.add_middleware(Turnstile, doorway=self._doorway)
         api.add_middleware(RequestLog)
+        api.add_middleware(Unloader)
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
         api.add_exception_handler(Exception, _refuse)
@@ -298,34 +300,43 @@ class HttpApp:
         timed = self._limits.timed(heard, http.headers)
         first = await _until_admitted(timed, len(prompts))
         if asked.stream:
-            return StreamingResponse(self._events(reply, first, timed), media_type="text/event-stream")
+            return StreamingResponse(self._events(reply, len(prompts), first, timed), media_type="text/event-stream")
         async with aclosing(timed):
             whole = reply.body([*first, *[item async for item in timed]])
         self._counters.count_tokens(reply.tally)
         return JSONResponse(whole)
 
-    async def _events(self, reply: Reply, first: list[tuple[int, Piece]], pieces: Pieces) -> AsyncGenerator[str, None]:
-        """Server-sent events of a stream whose first pieces are there already."""
-        complete = False
+    async def _events(
+        self, reply: Reply, choices: int, first: list[tuple[int, Piece]], pieces: Pieces
+    ) -> AsyncGenerator[str, None]:
+        """Server-sent events of a stream of so many texts, whose first pieces are there already."""
+        unfinished, events, complete = choices, "", False
         try:
             async with aclosing(pieces):
-                for item in first:
-                    for chunk in reply.events(*item):
-                        yield chunk
-                async for item in pieces:
-                    for chunk in reply.events(*item):
-                        yield chunk
+                async for index, piece in _chained(first, pieces):
+                    events += "".join(reply.events(index, piece))
+                    unfinished -= piece.finish_reason is not None
+                    if events and unfinished:  # the last ones go with the end: each message costs on its way
+                        yield events
+                        events = ""
             complete = True
             if reply.options.include_usage:
-                yield reply.usage_event()
-            yield DONE
+                events += reply.usage_event()
+            yield events + DONE
         except Exception as error:
             logger.exception("a stream broke off")
-            yield error_event(problem_of(error))
+            yield events + error_event(problem_of(error))
         finally:
             self._counters.count_tokens(reply.tally)
             if not complete:
                 self._counters.count_break()
+
+
+async def _chained(first: list[tuple[int, Piece]], pieces: Pieces) -> Pieces:
+    for item in first:
+        yield item
+    async for item in pieces:
+        yield item
 
 
 async def _until_admitted(pieces: Pieces, prompts: int) -> list[tuple[int, Piece]]:

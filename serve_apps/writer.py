@@ -6,6 +6,7 @@ In the replica's process, whichever the engine is in: tokens become text here, a
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from serve_apps.asked import PromptRequest
 from serve_apps.engine import Engine
@@ -35,7 +36,8 @@ class Writer:
         self._tokenizer = tokenizer
 
     async def pieces(self, asked: PromptRequest) -> AsyncGenerator[Piece, None]:
-        """Pieces of the completion that is asked for, an empty one first once it is admitted. Raises RequestError."""
+        """Pieces of the completion that is asked for, the first once it is admitted, if need be without text. Raises
+        RequestError."""
         began, outcome, tally, lap = time.monotonic(), "aborted", Tally(), None
         try:
             async with aclosing(self._pieces(asked, began)) as pieces:
@@ -69,20 +71,21 @@ class Writer:
         )
 
     async def _pieces(self, asked: PromptRequest, began: float) -> AsyncGenerator[Piece, None]:
+        form = None if asked.tools is None else self.engine.tool_form
+        heading: dict[str, Any] = {"tool_form": form, "fingerprint": self.served.fingerprint}
+        begun = False
         async with aclosing(self.engine.steps(asked)) as batches:
-            admitted = await anext(batches)
-            transcript = Transcript(self._tokenizer, asked, admitted.prompt, block_len=self.served.block_len)
-            form = None if asked.tools is None else self.engine.tool_form
-            yield transcript.take()._replace(tool_form=form, fingerprint=self.served.fingerprint)
-            begun = False
             async for batch in batches:
+                if batch.prompt:
+                    transcript = Transcript(self._tokenizer, asked, batch.prompt, block_len=self.served.block_len)
                 if batch.steps and not begun:
                     begun = True
                     self.totals.count_first(time.monotonic() - began)
                 self.totals.forwards += len(batch.steps)
                 transcript.add(batch.steps)
                 if transcript.finish_reason is not None:
-                    yield transcript.take()._replace(lap=batch.lap)
+                    yield transcript.take()._replace(lap=batch.lap, **heading)
                     return  # and waits for no word from elsewhere: who has the last piece may hang up at once
-                if asked.pieces and transcript.pending:
-                    yield transcript.take()
+                if heading or (asked.pieces and transcript.pending):
+                    yield transcript.take()._replace(**heading)
+                    heading = {}

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from pydantic import ValidationError as FieldError
 
 from pipelines.jobs import EvaluateJob, PackJob, TrainJob, read_job
+from serve_apps import app
 from serve_apps.deployment import read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +258,14 @@ def test_every_tracking_uri_is_the_address_of_the_mlflow_service():
     allowed = next(word for word in container["command"] if word.startswith("--allowed-hosts="))
     assert f"{host}:{port}" in allowed.removeprefix("--allowed-hosts=").split(",")
     assert f"--port={port}" in container["command"]
+
+
+def test_the_nodes_of_the_service_have_the_environment_that_a_local_one_starts_ray_in():
+    cluster = only("rayservice.yaml")["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert environment.items() >= (app.LEAN | app.STERN).items()
 
 
 def test_our_metrics_are_read_from_the_head_s_proxy_alone():

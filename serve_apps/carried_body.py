@@ -1,0 +1,74 @@
+"""How does the body of a request come to the ingress?
+
+Serve's proxy sends an ingress the head of a request, and the ingress asks the proxy's actor for the body: a call that
+takes longer than all that is done with most bodies. So a body that is there at once goes along with the head: `Loader`
+puts it into the ASGI scope, in the proxy, and `Unloader` hands it out in the ingress. Other bodies go Serve's way.
+"""
+
+import asyncio
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = ["CALLBACK", "Loader", "Unloader", "of_proxies"]
+
+CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.of_proxies"}
+"""The environment in which Serve's proxies find `of_proxies`."""
+
+KEY = "tidar.body"
+MOST_BYTES = 2**20
+WAIT_SECONDS = 0.01
+"""What is not there by then goes Serve's way, where a request has its time limit."""
+
+
+def of_proxies() -> list[Middleware]:
+    """Serve's hook: what a proxy does with each request."""
+    return [Middleware(Loader)]
+
+
+class Loader:
+    """In the proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with its body if that is here and not large."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                first = await receive()
+        except TimeoutError:
+            await self._app(scope, receive, send)
+            return
+        if first["type"] == "http.request" and not first.get("more_body") and len(first.get("body", b"")) <= MOST_BYTES:
+            scope[KEY] = first.get("body", b"")
+            await self._app(scope, receive, send)
+        else:
+            await self._app(scope, _after(first, receive), send)
+
+
+class Unloader:
+    """In the ingress."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application, which reads its body as it would any other."""
+        body = scope.pop(KEY, None)
+        if body is not None:
+            receive = _after({"type": "http.request", "body": body, "more_body": False}, receive)
+        await self._app(scope, receive, send)
+
+
+def _after(first: Message, receive: Receive) -> Receive:
+    """`first`, and then what `receive` gives."""
+    waiting = [first]
+
+    async def next_message() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return next_message

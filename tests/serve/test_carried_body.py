@@ -1,0 +1,111 @@
+"""A body that is there goes along with its request; any other is asked for by the ingress, as Serve does."""
+
+import asyncio
+import pickle
+import socket
+import time
+
+import httpx
+import pytest
+import ray
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+
+from serve_apps import carried_body
+from serve_apps.carried_body import Loader, Unloader, of_proxies
+
+BODY = b'{"prompt": "x"}'
+END = {"type": "http.disconnect"}
+
+
+class Client:
+    """What uvicorn gives a proxy: messages, each after some seconds."""
+
+    def __init__(self, *messages):
+        self.asked, self._messages = 0, list(messages)
+
+    async def __call__(self):
+        self.asked += 1
+        seconds, message = self._messages[0]
+        await asyncio.sleep(seconds)
+        del self._messages[0]
+        return message
+
+
+def part(body, more=False, after=0.0):
+    return after, {"type": "http.request", "body": body, "more_body": more}
+
+
+def through(client, method="POST"):
+    """How often the client was asked for the body before the ingress began, and what the application read."""
+    asked, sent = [], []
+
+    async def application(scope, receive, send):
+        await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
+
+    async def to_ingress(scope, receive, send):
+        asked.append(client.asked)
+        await Unloader(application)(pickle.loads(pickle.dumps(scope)), receive, send)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(Loader(to_ingress)(scope, client, send))
+    return asked, b"".join(message.get("body", b"") for message in sent)
+
+
+@pytest.mark.parametrize("body", [BODY, b""])
+def test_a_body_that_is_there_goes_along(body):
+    client = Client(part(body), (0.0, END))
+    assert through(client) == ([1], body)
+    assert client.asked == 1, "the ingress asks the proxy for no body"
+
+
+def test_a_body_in_parts_goes_serves_way_from_its_first_part_on():
+    assert through(Client(part(BODY[:4], more=True), part(BODY[4:], after=0.05))) == ([1], BODY)
+
+
+def test_a_body_that_is_late_is_not_waited_for_in_the_proxy():
+    client = Client(part(BODY, after=30 * carried_body.WAIT_SECONDS))
+    assert through(client) == ([1], BODY)
+    assert client.asked == 2
+
+
+def test_a_large_body_goes_serves_way(monkeypatch):
+    monkeypatch.setattr(carried_body, "MOST_BYTES", len(BODY) - 1)
+    seen = []
+
+    async def to_ingress(scope, receive, send):
+        seen.append((carried_body.KEY in scope, (await receive())["body"]))
+
+    asyncio.run(Loader(to_ingress)({"type": "http", "method": "POST"}, Client(part(BODY)), None))
+    assert seen == [(False, BODY)]
+
+
+def test_a_request_that_brings_no_body_is_left_alone():
+    client, seen = Client((0.0, END)), []
+
+    async def to_ingress(scope, receive, send):
+        seen.append((scope, await receive(), client.asked))
+
+    asyncio.run(Loader(to_ingress)({"type": "http", "method": "GET"}, client, None))
+    assert seen == [({"type": "http", "method": "GET"}, END, 1)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_running_proxy_does_so_and_a_late_body_in_parts_is_read_all_the_same(service):
+    proxies = [one for one in ray.util.list_named_actors(all_namespaces=True) if "PROXY" in one["name"]]
+    options = [ray.get(ray.get_actor(**one)._get_http_options.remote()) for one in proxies]
+    assert [[m.cls for m in each.middlewares] for each in options] == [[m.cls for m in of_proxies()]]
+    body = b'{"model": "tiny-model", "prompt": "x", "max_tokens": 2}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    url = httpx.URL(service)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        for piece in (head.encode(), body[:9], body[9:]):
+            connection.sendall(piece)
+            time.sleep(3 * carried_body.WAIT_SECONDS)
+        said = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert said.startswith(b"HTTP/1.1 200"), said
+    assert b'"completion_tokens":2' in said
