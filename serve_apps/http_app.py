@@ -127,11 +127,11 @@ class HttpApp:
         add("/docs", self.docs, methods=["GET"], include_in_schema=False)
         shown = page()
         add("/", lambda: HTMLResponse(shown, headers=PAGE_HEADERS), methods=["GET"], include_in_schema=False)
+        api.add_middleware(Unloader)
         if self._origins:
             api.add_middleware(CORSMiddleware, allow_origins=self._origins, allow_methods=["*"], allow_headers=["*"])
         api.add_middleware(Turnstile, doorway=self._doorway)
         api.add_middleware(RequestLog)
-        api.add_middleware(Unloader)
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
         api.add_exception_handler(Exception, _refuse)

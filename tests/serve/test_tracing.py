@@ -16,6 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 
+from serve_apps.carried_body import Loader
 from serve_apps.deployment import serve_config
 from serve_apps.settings import ServeSettings
 from serve_apps.tracing import note, otlp, told_to_proxies, tracing_config
@@ -30,12 +31,16 @@ from serve_apps.settings import ServeSettings
 app.run(ServeSettings.model_validate_json(sys.argv[1]), blocking=False)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+[proxy] = [each for each in ray.util.list_named_actors(all_namespaces=True) if "PROXY" in each["name"]]
+options = ray.get(ray.get_actor(**proxy)._get_http_options.remote())
+print([each.cls.__name__ for each in options.middlewares], flush=True)
 try:
     sys.stdin.read()
 finally:
     app.shutdown()
 """
-"""In a process of its own, which starts its own Ray: proxies hear of tracing by the environment that Ray starts in."""
+"""In a process of its own, which starts its own Ray: proxies hear of tracing by the environment that Ray starts in, and
+of what they are to do with a request."""
 BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
 
 
@@ -83,6 +88,13 @@ def chain(folder, seconds=30, **attributes):
             return line
         assert time.monotonic() < deadline, sorted(span["name"] for span in told.values())
         time.sleep(0.05)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_proxy_of_a_service_that_starts_its_own_ray_sends_bodies_along(traced):
+    *_, service = traced
+    assert service.stdout.readline() == f"['{Loader.__name__}']\n"
 
 
 @pytest.mark.ray
