@@ -6,6 +6,7 @@ In the replica's process, whichever the engine is in: tokens become text here, a
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from serve_apps.asked import PromptRequest
@@ -14,6 +15,7 @@ from serve_apps.engine_process import EngineProcess
 from serve_apps.lap import Lap
 from serve_apps.pieces import Piece, Tally
 from serve_apps.served import Served
+from serve_apps.tool_forms import FORMS
 from serve_apps.tracing import note
 from serve_apps.transcript import Transcript
 from serve_apps.version_totals import VersionTotals
@@ -72,6 +74,8 @@ class Writer:
 
     async def _pieces(self, asked: PromptRequest, began: float) -> AsyncGenerator[Piece, None]:
         form = None if asked.tools is None else self.engine.tool_form
+        if form is not None and FORMS[form].opening:
+            asked = replace(asked, skip_special=False)  # what a call begins and ends with may be special tokens
         heading: dict[str, Any] = {"tool_form": form, "fingerprint": self.served.fingerprint}
         begun = False
         async with aclosing(self.engine.steps(asked)) as batches:
