@@ -18,7 +18,7 @@ CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.of_proxies
 KEY = "tidar.body"
 MOST_BYTES = 2**20
 WAIT_SECONDS = 0.01
-"""What is not there by then goes Serve's way, where a request has its time limit."""
+"""What is not there by then goes Serve's way."""
 
 
 def of_proxies() -> list[Middleware]:

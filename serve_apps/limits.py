@@ -25,14 +25,10 @@ class Limits:
     body_bytes: int
 
     async def body(self, headers: Mapping[str, str], stream: AsyncIterator[bytes]) -> bytes:
-        """The whole body. BodyTooLargeError as soon as it is known to be too long."""
+        """The whole body. BodyTooLargeError as soon as it is known to be too long, RequestTimeoutError if late."""
         stated = headers.get("content-length", "")
         self._check(int(stated) if stated.isdecimal() else 0)
-        parts: list[bytes] = []
-        async for part in stream:
-            parts.append(part)
-            self._check(sum(map(len, parts)))
-        return b"".join(parts)
+        return await self.in_time(self._joined(stream), headers)
 
     async def in_time(self, work: Awaitable[Item], headers: Mapping[str, str]) -> Item:
         """What `work` gives. RequestTimeoutError if that takes too long."""
@@ -56,6 +52,13 @@ class Limits:
                 except TimeoutError as error:
                     raise _timeout(seconds) from error
                 yield item
+
+    async def _joined(self, stream: AsyncIterator[bytes]) -> bytes:
+        parts: list[bytes] = []
+        async for part in stream:
+            parts.append(part)
+            self._check(sum(map(len, parts)))
+        return b"".join(parts)
 
     def _check(self, length: int) -> None:
         if length > self.body_bytes:

@@ -105,3 +105,15 @@ def test_a_late_body_in_parts_is_read_by_a_running_service(service):
         said = b"".join(iter(lambda: connection.recv(4096), b""))
     assert said.startswith(b"HTTP/1.1 200"), said
     assert b'"completion_tokens":2' in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [b"", b"{"])
+def test_a_body_that_never_comes_ends_with_408(service, begun):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nX-Request-Timeout-Seconds: 1\r\n\r\n"
+    url = httpx.URL(service)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(head + begun)
+        said = connection.recv(4096)
+    assert said.startswith(b"HTTP/1.1 408"), said

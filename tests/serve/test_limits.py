@@ -34,6 +34,15 @@ def test_a_body_that_says_that_it_is_too_long_is_not_read():
         asyncio.run(SHORT.body({"content-length": "11"}, never()))
 
 
+def test_a_body_that_does_not_come_is_not_waited_for_longer_than_a_request_may_take():
+    async def stalled():
+        yield b"1"
+        await asyncio.sleep(30)
+
+    with pytest.raises(RequestTimeoutError, match=r"0\.05 s"):
+        asyncio.run(SHORT.body({}, stalled()))
+
+
 class Slow:
     """Two items at once, then nothing for long."""
 
