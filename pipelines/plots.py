@@ -71,7 +71,8 @@ def bench_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
             right.plot(range(1, len(by_position) + 1), by_position, marker="o", label=name)
     right.set(xlabel="position in the block", ylabel="share that stood", ylim=(0, 1.05), title="Acceptance by position")
     right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    right.legend()
+    if right.lines:  # none where a block is one token
+        right.legend()
     return _png(figure)
 
 

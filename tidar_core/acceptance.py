@@ -174,7 +174,8 @@ class _Matrices:
             tested.append([[i <= most for i in range(K)] for most in drafts])
             beyond = K - walk.clean_len
             target.append([_mood(n, walk.clean_len) * J + late for n, late in enumerate(walk.after, 1)] + [0] * beyond)
-            idle.append([[mood * J + walk.after[0] if most == 0 else -1 for most in drafts] for mood in range(3)])
+            moods = range(3) if any(drafts) else (NONE,) * 3  # where nothing is ever tested, one mood is enough
+            idle.append([[mood * J + walk.after[0] if most == 0 else -1 for most in drafts] for mood in moods])
         self.tested_PJN = torch.tensor(tested, dtype=torch.double)
         """1 where draft i of a block that is so late is put to the test; draft 0 is d_1."""
         self.target_PNX = torch.nn.functional.one_hot(torch.tensor(target), 3 * J).double()

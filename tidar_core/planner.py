@@ -84,7 +84,8 @@ class AutoPlanner:
         self.ways = ways or many_ways(block_len)
         self.acceptance = Acceptance(block_len)
         """Of all requests so far."""
-        self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
+        first = StepPlan(block_len, (1,), block_len)
+        self.choice = Choice("single-pass", (first,), 0.0) if block_len > 1 else Choice("autoregressive", (StepPlan(1),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
         self._own: dict[str, _Own] = {}
         """Of each running request."""
@@ -191,8 +192,11 @@ class AutoPlanner:
         return self._reviews[crowd]
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
-        """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among."""
+        """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among; 0 where a block
+        is one token, which leaves nothing to draft."""
         K, batch = self.block_len, len(requests)
+        if K == 1:
+            return 0
         drafting = self.table.seconds(StepPlan(1, (1,), K).rows(K), batch, context, drafts=True)
         ar, verifying = (self.table.seconds(rows, batch, context) for rows in (1, K))
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_walk(K, K)], requests)[0]
@@ -204,7 +208,7 @@ class AutoPlanner:
             self._since_drafts = 0
             return StepPlan(self.block_len)
         self._since_drafts += 1
-        if self._since_drafts < every or self.block_len == 1:
+        if not every or self._since_drafts < every:
             return StepPlan(1)
         return StepPlan(1, (1,), self.block_len)
 

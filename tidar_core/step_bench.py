@@ -49,9 +49,11 @@ class StepCost:
 
 
 def step_plans(block_len: int) -> list[StepShape]:
-    """The steps of every mode: autoregressive first, dense single-pass last."""
+    """The steps of every mode: autoregressive first, dense single-pass last. A block of one token has the first alone."""
     K = block_len
-    some = sorted({1, 2, max(1, K // 4), max(1, K // 2)})
+    if K == 1:
+        return [StepShape("autoregressive", StepPlan(1))]
+    some = sorted({1, 2, max(1, K // 4), max(1, K // 2)} - {K})
     return [
         StepShape("autoregressive", StepPlan(1)),
         StepShape("two-pass: draft", StepPlan(1, (1,))),

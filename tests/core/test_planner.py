@@ -9,10 +9,11 @@ from tidar_core.acceptance import ALL, NONE, SOME, Acceptance, Chances, Walk, ex
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
-from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
+from tidar_core.latency import LatencyPoint, LatencyTable, decoding_latency, measure_latency
 from tidar_core.modes import StepPlan
-from tidar_core.planner import KNOWN, SURE, AutoPlanner
+from tidar_core.planner import KNOWN, SURE, AutoPlanner, planner_of
 from tidar_core.request import DecodeStep
+from tidar_core.step_bench import step_plans
 from tidar_core.step_graph import rounded
 from tidar_core.ways import few_ways, many_ways, timed_plans
 
@@ -318,6 +319,30 @@ def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost)
     batcher = Batcher(Decoder(model, DraftConfig(block_len=K), rows=3), planner)
     found = [tuple(c.token_ids) for c in complete(batcher, requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_auto_with_a_block_of_one_token_has_nothing_to_draft_or_probe(model, rows):
+    texts, decoder = prompts(5, 12, 3, 8), Decoder(model, DraftConfig(block_len=1), rows=rows)
+    planner = planner_of("auto", decoder, decoding_latency(decoder, context_len=16, repeats=1))
+    assert not planner.drafts_at_prefill
+    found = [tuple(c.token_ids) for c in complete(Batcher(decoder, planner), requests(texts, GREEDY))]
+    assert found == expected_texts(model, texts, GREEDY)
+    assert planner.facts()["plans"] == [{"verified": 1, "groups": [], "masks": 1}]
+
+
+@pytest.mark.parametrize("walk", [two_pass_walk(1, 1), two_pass_walk(1, K), Walk.of(StepPlan(K, (1,), 1), K)])
+def test_a_plan_that_puts_no_draft_to_the_test_gives_one_token(walk):
+    tested = Walk.of(StepPlan(4, (1,)), K)
+    alone = expected_tokens([tested], MOODS)
+    assert expected_tokens([walk, tested], MOODS) == pytest.approx([1.0, *alone])
+
+
+@pytest.mark.parametrize("block_len", [1, 2, 3, 8, 16])
+def test_the_steps_that_are_timed_exist_and_name_each_plan_once(block_len):
+    shapes = [shape.plan for shape in step_plans(block_len)]
+    assert len(set(shapes)) == len(shapes)
+    assert all(set(plan.groups) <= set(range(1, plan.clean_len + 1)) for plan in shapes)
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 3, 8, 16])
