@@ -84,8 +84,9 @@ class AutoPlanner:
         self.ways = ways or many_ways(block_len)
         self.acceptance = Acceptance(block_len)
         """Of all requests so far."""
-        first = StepPlan(block_len, (1,), block_len)
-        self.choice = Choice("single-pass", (first,), 0.0) if block_len > 1 else Choice("autoregressive", (StepPlan(1),), 0.0)
+        self.choice = Choice("autoregressive", (StepPlan(1),), 0.0)
+        if block_len > 1:
+            self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
         self._own: dict[str, _Own] = {}
         """Of each running request."""
@@ -192,8 +193,10 @@ class AutoPlanner:
         return self._reviews[crowd]
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
-        """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among; 0 where a block
-        is one token, which leaves nothing to draft."""
+        """Autoregressive steps that a drafted block, and what it is thought to bring, may be lost among.
+
+        0 where a block is one token: there is nothing to probe.
+        """
         K, batch = self.block_len, len(requests)
         if K == 1:
             return 0

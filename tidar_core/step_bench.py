@@ -49,7 +49,7 @@ class StepCost:
 
 
 def step_plans(block_len: int) -> list[StepShape]:
-    """The steps of every mode: autoregressive first, dense single-pass last. A block of one token has the first alone."""
+    """The steps of every mode: autoregressive first, dense single-pass last; the first alone where K is 1."""
     K = block_len
     if K == 1:
         return [StepShape("autoregressive", StepPlan(1))]
