@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from tidar_core.artifacts.loopback import exempt_loopback
 from tidar_core.errors import RequestError, TidarError, UserError
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ class Mode(StrEnum):
 
 def main() -> None:
     """Run the command line; wrong input ends in one line and exit code 2, never in a traceback."""
+    exempt_loopback()
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except TidarError as error:

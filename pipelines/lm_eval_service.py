@@ -6,7 +6,6 @@ tells of its decoding. Nothing but the service is asked for anything.
 
 import json
 import os
-import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pipelines.jobs import EvaluateJob
 from pipelines.lm_eval_model import Told
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import read_bundle_info
+from tidar_core.artifacts.loopback import exempt_loopback, open_url
 from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError
 
@@ -50,6 +50,7 @@ class ServiceModel(LocalCompletionsAPI):
         self.told: defaultdict[str | None, Told] = defaultdict(Told)
         """Texts by lm-eval's name of the task; what all of them cost under None."""
         folder = locations.local_copy(job.bundle)
+        exempt_loopback()  # lm-eval's client reads the environment
         super().__init__(
             model=self.card["id"],
             base_url=f"{self.service}/completions",
@@ -116,7 +117,7 @@ def _card(service: str, headers: dict[str, str], name: str | None) -> dict[str, 
         raise ConfigError(f"service is {service}; {remedy}")
     try:
         asked = urllib.request.Request(f"{service}/models", headers=headers)
-        with urllib.request.urlopen(asked, timeout=CARD_SECONDS) as answer:
+        with open_url(asked, timeout=CARD_SECONDS) as answer:
             cards = {card["id"]: card for card in json.load(answer)["data"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"service {service} does not say what it serves ({error}); {remedy}") from error

@@ -12,8 +12,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator
 
@@ -35,9 +33,10 @@ from serve_apps.settings import DRAIN_SECONDS, ServeSettings
 from serve_apps.tracing import told_to_proxies, tracing_config
 from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
+from tidar_core.artifacts.loopback import open_direct
 from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["APP_NAME", "build_app", "check_port", "run", "shutdown"]
+__all__ = ["APP_NAME", "address_of", "build_app", "check_port", "run", "shutdown"]
 
 APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
@@ -115,7 +114,7 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
     ended = False
     try:
         _start(settings, app)
-        print(f"{settings.shown_name} is served at http://{_address(settings)}/v1", file=sys.stderr)
+        print(f"{settings.shown_name} is served at http://{address_of(settings)}/v1", file=sys.stderr)
         if blocking:
             _wait_for_signal()
         ended = blocking
@@ -140,8 +139,14 @@ def check_port(settings: ServeSettings) -> None:
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"{_address(settings)} cannot be listened on: {error.strerror or error}; choose another host or port"
+            f"{address_of(settings)} cannot be listened on: {error.strerror or error}; choose another host or port"
         ) from error
+
+
+def address_of(settings: ServeSettings) -> str:
+    """Host and port at which this machine reaches the service."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
 def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
@@ -242,11 +247,11 @@ def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with urllib.request.urlopen(f"http://{_address(settings)}/ready", timeout=seconds):
+            with open_direct(f"http://{address_of(settings)}/ready", timeout=seconds):
                 return
-        except (OSError, urllib.error.URLError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise TidarError(f"{_address(settings)} does not answer after {seconds:.0f} s: {error}") from error
+                raise TidarError(f"{address_of(settings)} does not answer after {seconds:.0f} s: {error}") from error
             time.sleep(0.1)
 
 
@@ -271,11 +276,6 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         yield
-
-
-def _address(settings: ServeSettings) -> str:
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
 def _said_by_deployments() -> str:

@@ -150,7 +150,7 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
     runs: dict[int, tuple[list[Run], list[Run]]] = {concurrency: ([], []) for concurrency in asked.concurrency}
     app.run(settings, blocking=False)
     try:
-        url = f"http://{settings.host}:{settings.port}/v1/completions"
+        url = f"http://{app.address_of(settings)}/v1/completions"
         for repeat in range(-1, asked.repeats):  # the first warms both up
             for concurrency, (inside, outside) in runs.items():
                 texts = [prompts[i % len(prompts)] for i in range(concurrency * asked.texts)]

@@ -4,8 +4,9 @@ import json
 import urllib.request
 from collections.abc import Sequence
 
-from serve_apps.app import run
+from serve_apps.app import address_of, run
 from serve_apps.settings import ServeSettings
+from tidar_core.artifacts.loopback import open_direct
 
 __all__ = ["completions_over_http"]
 
@@ -24,9 +25,9 @@ def completions_over_http(settings: ServeSettings, prompts: Sequence[str], *, ma
 def _complete(settings: ServeSettings, prompt: str, max_tokens: int) -> str:
     body = {"model": settings.shown_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(
-        f"http://{settings.host}:{settings.port}/v1/completions",
+        f"http://{address_of(settings)}/v1/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+    with open_direct(request, timeout=TIMEOUT_SECONDS) as answer:
         return json.load(answer)["choices"][0]["text"]

@@ -18,6 +18,14 @@ CORPUS = {
 LINES = [f"document {n}: " + "lorem ipsum dolor " * (n % 7 + 1) for n in range(40)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def direct_loopback():
+    """The tests' own clients reach servers of the tests where the environment names a proxy."""
+    from tidar_core.artifacts.loopback import exempt_loopback
+
+    exempt_loopback()
+
+
 @pytest.fixture
 def text_corpus(tmp_path):
     """A folder with four text files and forty lines of JSON: 44 documents."""

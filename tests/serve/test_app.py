@@ -3,7 +3,9 @@
 import socket
 
 import pytest
+from proxies import answering, refusing_proxy
 
+from serve_apps import app, try_out
 from serve_apps.app import build_app, check_port, start_error
 from serve_apps.served import look_up
 from serve_apps.settings import ServeSettings
@@ -33,6 +35,22 @@ def test_a_taken_port_is_a_config_error_in_one_line_and_a_free_one_none():
 def test_an_address_of_another_machine_is_a_config_error():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.77:8000 cannot be listened on"):
         check_port(ServeSettings(model="m", host="192.0.2.77"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_own_port_is_never_asked_through_a_proxy(monkeypatch, host):
+    paths = []
+
+    def answer(path):
+        paths.append(path)
+        return {"choices": [{"text": "a"}]}
+
+    with answering(answer) as server, refusing_proxy(monkeypatch) as asked:
+        settings = ServeSettings(model="m", host=host, port=server.rsplit(":", 1)[1])
+        app._wait_until_ready(settings, seconds=1)
+        monkeypatch.setattr(try_out, "run", lambda settings, blocking: None)
+        assert try_out.completions_over_http(settings, ["x"], max_tokens=2) == ["a"]
+        assert (paths, asked) == (["/ready", "/v1/completions"], [])
 
 
 def test_a_replicas_own_error_comes_out_as_itself():
