@@ -17,6 +17,10 @@ __all__ = ["ChatFields", "ChatRequest", "Messages", "Tool"]
 MOST_TOOLS = 128
 """As OpenAI has it."""
 
+Choice = Literal["none", "auto", "required"]
+CacheControl = Annotated[Any, Field(exclude=True)]
+"""Accepted and dropped: common beginnings of prompts are found without it."""
+
 
 class Part(BaseModel):
     """What the parts of a tool have in common."""
@@ -33,6 +37,7 @@ class Function(Part):
     """JSON schema of its arguments."""
     strict: bool | None = None
     """Arguments keep to the schema; with tool_choice `required` or a named function they always do."""
+    cache_control: CacheControl = None
 
 
 class Tool(Part):
@@ -40,6 +45,7 @@ class Tool(Part):
 
     type: Literal["function"]
     function: Function
+    cache_control: CacheControl = None
 
 
 class FunctionName(Part):
@@ -54,6 +60,18 @@ class NamedChoice(Part):
     type: Literal["function"]
     function: FunctionName
 
+
+class TypedChoice(Part):
+    """A choice spelled as an object."""
+
+    type: Choice
+
+
+def _type_alone(value: Any) -> Any:
+    return value["type"] if isinstance(value, dict) and set(value) == {"type"} else value
+
+
+TYPE_ALONE = BeforeValidator(_type_alone, json_schema_input_type=Choice | TypedChoice | NamedChoice)
 
 Messages = Annotated[
     list[Message], BeforeValidator(without_nulls, json_schema_input_type=list[Message]), Field(min_length=1)
@@ -104,19 +122,10 @@ class ChatRequest(ChatFields, GenerationFields):
         "chat_template": (),
         "documents": ([],),
         "echo": (False,),
-        "function_call": ("none",),
+        "function_call": ("none", "auto"),
         "functions": ([],),
         "include_reasoning": (True,),
         "mm_processor_kwargs": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_cache_options": ({},),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "service_tier": ("auto", "default"),
-        "verbosity": ("medium",),
         "web_search_options": (),
     }
 
@@ -126,11 +135,9 @@ class ChatRequest(ChatFields, GenerationFields):
     """The same; OpenAI's newer name."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Annotated[Choice | NamedChoice, TYPE_ALONE] | None = None
     """By default `auto` where there are tools."""
     parallel_tool_calls: bool = True
-    safety_identifier: str | None = None
-    """As `user`: for the client's own books."""
 
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together."""

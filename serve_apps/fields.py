@@ -7,7 +7,7 @@ import secrets
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -45,10 +45,16 @@ class StreamOptions(BaseModel):
     """A last chunk without choices says what the request cost."""
     continuous_usage_stats: bool = False
     """Every chunk says what the request has cost so far."""
+    include_obfuscation: Literal[False] = False
+    """Chunks are not padded here."""
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _without_null(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _without_nothing(value: Any) -> Any:
@@ -66,13 +72,23 @@ class GenerationFields(Body):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "allowed_token_ids": ([],),
         "cache_salt": ("",),
+        "extra_body": ({},),
         "length_penalty": (1,),
-        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
         "priority": (0,),
+        "prompt_cache_options": ({}, {"mode": "implicit"}),
+        "prompt_cache_retention": ("in_memory", "24h"),
+        "reasoning": ({}, {"effort": "none"}, {"enabled": False}),
+        "reasoning_effort": ("none",),
         "return_tokens_as_token_ids": (False,),
+        "service_tier": ("auto", "default"),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
+        "thinking": ({"type": "disabled"},),
         "use_beam_search": (False,),
+        "verbosity": ("medium",),
     }
 
     model: str
@@ -106,15 +122,21 @@ class GenerationFields(Body):
     """False: written without drafts, one token per forward, which changes no text; where nobody else's text is drafted
     at the time, this is the plain autoregressive mode."""
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: Annotated[StreamOptions, BeforeValidator(_without_null)] = StreamOptions()
     request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """The answer's id is made of it."""
     user: str | None = None
     """Accepted for the client's own books; changes nothing."""
+    safety_identifier: str | None = None
+    """As `user`."""
+    prompt_cache_key: str | None = None
+    """As `user`: common beginnings of prompts are found without it."""
+    metadata: dict[str, Any] | None = None
+    """As `user`."""
 
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together."""
-        if "stream_options" in given and not self.stream:
+        if self.stream_options != StreamOptions() and not self.stream:
             raise ParameterError(
                 "stream_options is given and stream is false; set stream to true or drop it", "stream_options"
             )

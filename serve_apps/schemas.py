@@ -1,7 +1,7 @@
 """What may a client ask of /v1/completions?"""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -16,6 +16,12 @@ MOST_TOP_LOGPROBS = 5
 """As OpenAI's completions have it."""
 
 Text = str | list[str] | list[int] | list[list[int]]
+TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
+
+
+FALSE_IS_NONE = BeforeValidator(
+    lambda value: None if value is False else value, json_schema_input_type=TopLogprobs | Literal[False] | None
+)
 
 
 def _prompts(value: Any) -> list[str | tuple[int, ...]]:
@@ -51,7 +57,7 @@ class CompletionRequest(GenerationFields):
     best_of: int | None = None
     """Accepted where it equals n, so that there is nothing to choose from."""
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[TopLogprobs | None, FALSE_IS_NONE] = None
     add_special_tokens: bool = False
     """Prompts of text are read with the special tokens that the tokenizer puts around texts."""
     return_decoding: bool = False

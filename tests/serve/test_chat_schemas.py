@@ -134,6 +134,44 @@ def test_null_is_the_default_and_neutral_values_are_accepted(name):
         assert read(**{name: value}) == read()
 
 
+ASKS_FOR_NOTHING = [
+    {"stream_options": {}}, {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+    {"reasoning_effort": "none"}, {"prompt_cache_retention": "24h"}, {"store": False}, {"service_tier": "auto"},
+    {"modalities": ["text"]}, {"prediction": None}, {"logit_bias": None}, {"verbosity": "medium"},
+    {"parallel_tool_calls": True}, {"logprobs": False}, {"tools": []}, {"tool_choice": None}, {"functions": []},
+    {"function_call": "auto"}, {"audio": None}, {"web_search_options": None}, {"top_logprobs": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", ASKS_FOR_NOTHING, ids=str)
+def test_what_asks_for_nothing_is_taken(fields):
+    assert read(**fields) == read()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tool_choice": "auto"}, {"tool_choice": {"type": "auto"}}, {"tool_choice": {"type": "none"}},
+     {"parallel_tool_calls": False}, {"user": "u"}, {"safety_identifier": "s"}, {"prompt_cache_key": "k"},
+     {"metadata": {"a": "b"}}],
+    ids=str,
+)  # fmt: skip
+def test_what_can_change_no_text_is_taken(fields):
+    assert read(seed=1, **fields).prompts("r") == read(seed=1).prompts("r")
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_a_choice_of_tools_may_be_spelled_as_an_object(choice):
+    asked = [read(seed=1, tools=[TOOL], tool_choice=spelled) for spelled in (choice, {"type": choice})]
+    assert asked[0].prompts("r") == asked[1].prompts("r")
+    assert refusal(tools=[TOOL], tool_choice={"type": "perhaps"}) == ("tool_choice", None)
+
+
+def test_a_tool_may_carry_the_cache_marks_of_other_services_which_no_template_sees():
+    mark = {"cache_control": {"type": "ephemeral"}}
+    marked = TOOL | mark | {"function": TOOL["function"] | mark}
+    assert read(seed=1, tools=[marked]).prompts("r") == read(seed=1, tools=[TOOL]).prompts("r")
+
+
 def test_the_last_message_may_be_left_open():
     (prompt,) = read(continue_final_message=True, chat_template_kwargs={"enable_thinking": False}).prompts("r")
     assert (prompt.prompt.leave_open, prompt.prompt.add_generation_prompt) == (True, False)

@@ -190,6 +190,57 @@ def test_a_neutral_value_is_accepted(name, value):
     assert read(**{name: value}) == read()
 
 
+ASKS_FOR_NOTHING = [
+    {"stream_options": {}}, {"stream_options": {"include_usage": False}}, {"stream_options": {"include_usage": None}},
+    {"stream_options": {"include_obfuscation": False}}, {"prompt_cache_retention": "in_memory"},
+    {"prompt_cache_options": {"mode": "implicit"}}, {"reasoning_effort": "none"}, {"reasoning": {"effort": "none"}},
+    {"reasoning": {"enabled": False}}, {"thinking": {"type": "disabled"}}, {"store": False}, {"service_tier": "auto"},
+    {"service_tier": "default"}, {"verbosity": "medium"}, {"modalities": ["text"]}, {"extra_body": {}},
+    {"prediction": None}, {"logit_bias": None}, {"logit_bias": {}}, {"stop": []}, {"n": None},
+    {"a_field_of_tomorrow": None},
+]  # fmt: skip
+"""What the clients of OpenAI, LangChain, LiteLLM, Vercel, LibreChat, Open WebUI and others send unasked."""
+ITS_OWN_BOOKS = [
+    {"user": "u-1"}, {"safety_identifier": "s-1"}, {"prompt_cache_key": "k-1"},
+    {"metadata": {"trace": "a", "nested": {"b": [1]}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [*ASKS_FOR_NOTHING, {"logprobs": False}], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_asks_for_nothing_is_taken(fields, stream):
+    assert read(stream=stream, **fields) == read(stream=stream)
+
+
+@pytest.mark.parametrize("fields", ITS_OWN_BOOKS, ids=str)
+def test_what_is_for_the_clients_own_books_changes_no_text(fields):
+    assert read(seed=1, **fields).prompts("id") == read(seed=1).prompts("id")
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"store": True}, "store"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"thinking": {"type": "enabled"}}, "thinking"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
+        ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+        ({"extra_body": {"top_k": 1}}, "extra_body"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"metadata": "a"}, "metadata"),
+        ({"prompt_cache_key": 5}, "prompt_cache_key"),
+    ],
+    ids=str,
+)
+def test_what_asks_for_something_that_is_not_there_is_refused_by_name(fields, refused):
+    assert refusal(**fields)[0] == refused
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
