@@ -19,7 +19,7 @@ from pipelines.jobs import EvaluateJob
 from pipelines.report import REPORT, report_metrics, write_report
 from pipelines.scores import PARENT, SERVICE, scores, service_model, service_scores, task_rows, tasks_in_mode
 from pipelines.tasks import check_tasks
-from tidar_core.artifacts import locations, registry
+from tidar_core.artifacts import locations, registry, runs
 from tidar_core.artifacts.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
 from tidar_core.artifacts.hf_weights import load_model
 from tidar_core.artifacts.shards import ShardReader, verify_shards
@@ -67,24 +67,24 @@ def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
         return
     tracking_uri, info = job.tracking_uri, read_bundle_info(job.bundle)
     tags = {"station": "evaluate", "bundle": job.bundle, "bundle_hash": info.bundle_hash}
-    if trained := registry.find_run(tracking_uri, "train", info.bundle_hash):
-        tags |= {registry.PARENT_RUN: trained, "training_run": trained}
+    if trained := runs.find_run(tracking_uri, "train", info.bundle_hash):
+        tags |= {runs.PARENT_RUN: trained, "training_run": trained}
     settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}
     name = f"evaluate {locations.name_of(job.bundle)}"
-    run_id = registry.start_run(tracking_uri, job.experiment, name, settings, tags)
+    run_id = runs.start_run(tracking_uri, job.experiment, name, settings, tags)
 
     def keep(report: dict[str, Any]) -> None:
-        registry.log_metrics(tracking_uri, run_id, report_metrics(report), 0)
-        registry.log_data(tracking_uri, run_id, job.shards, report["shards"], "evaluation")
+        runs.log_metrics(tracking_uri, run_id, report_metrics(report), 0)
+        runs.log_data(tracking_uri, run_id, job.shards, report["shards"], "evaluation")
         for path in sorted(locations.local_copy(job.output).iterdir()):
-            registry.log_artifact(tracking_uri, run_id, str(path))
+            runs.log_artifact(tracking_uri, run_id, str(path))
 
     try:
         yield keep
     except BaseException as error:
-        registry.end_run(tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        runs.end_run(tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    registry.end_run(tracking_uri, run_id)
+    runs.end_run(tracking_uri, run_id)
 
 
 @ray.remote(max_retries=0)

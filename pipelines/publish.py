@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.gates import bars
 from pipelines.jobs import PublishJob
-from tidar_core.artifacts import locations, registry
+from tidar_core.artifacts import locations, registry, runs
 from tidar_core.artifacts.bundle import verify_bundle
 from tidar_core.errors import ConfigError, GateError
 
@@ -30,15 +30,15 @@ def publish(job: PublishJob) -> int:
     if missed := [bar.words for bar in held if not bar.met]:
         raise GateError(f"{job.bundle} is not published: {'; '.join(missed)}")
     tracking_uri = registry.absolute_tracking_uri(job.tracking_uri)
-    runs = {station: registry.find_run(tracking_uri, station, info.bundle_hash) for station in ("train", "evaluate")}
+    made = {station: runs.find_run(tracking_uri, station, info.bundle_hash) for station in ("train", "evaluate")}
     tags = {
         "bars": json.dumps([bar.words for bar in held]),
         "report": locations.absolute(job.report),
         "data_manifest": str(info.lineage.get("shards", "")),
         "evaluated_on": report["shards"],
-        "evaluation_run": runs["evaluate"] or "",
+        "evaluation_run": made["evaluate"] or "",
     }
-    version = registry.publish_version(tracking_uri, job.name, bundle, info, _summary(report), runs["train"], tags=tags)
+    version = registry.publish_version(tracking_uri, job.name, bundle, info, _summary(report), made["train"], tags=tags)
     registry.set_challenger(tracking_uri, job.name, version)
     return version
 

@@ -13,7 +13,7 @@ from pipelines.cluster import connect, original_error
 from pipelines.jobs import TrainJob
 from pipelines.train_start import absolute_job, check_start, finished_bundle
 from pipelines.train_worker import Surroundings, train_worker
-from tidar_core.artifacts import locations, registry
+from tidar_core.artifacts import locations, runs
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.errors import TidarError
@@ -39,12 +39,12 @@ def train(job: TrainJob) -> BundleInfo:
             _trainer(job, run_id, board).fit()
     except BaseException as error:
         if run_id is not None:
-            registry.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            runs.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         original = original_error(_of_worker(error))
         raise original from (error if original is not error else None)
     info = read_bundle_info(job.output)
     made = {"bundle": job.output, "bundle_hash": info.bundle_hash, **info.lineage}
-    registry.end_run(job.tracking_uri, run_id, tags=made)
+    runs.end_run(job.tracking_uri, run_id, tags=made)
     return info
 
 
@@ -75,16 +75,16 @@ def _on_worker(config: dict[str, Any]) -> None:
 
     def log(metrics: dict[str, float], step: int) -> None:
         pin(config["board"], step, {name: metrics[name] for name in SHOWN if name in metrics})
-        registry.log_metrics(tracking, run_id, metrics, step)
+        runs.log_metrics(tracking, run_id, metrics, step)
 
-    with registry.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
+    with runs.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
         train_worker(
             job,
             Surroundings(
                 rank=context.get_world_rank(),
                 world_size=context.get_world_size(),
                 log=log,
-                keep_text=lambda name, text: registry.log_text(tracking, run_id, name, text),
+                keep_text=lambda name, text: runs.log_text(tracking, run_id, name, text),
             ),
         )
 
@@ -95,10 +95,10 @@ def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
     if locations.exists(note):
         return locations.read_text(note)
     settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}
-    run_id = registry.start_run(
+    run_id = runs.start_run(
         job.tracking_uri, job.experiment, f"train {locations.name_of(job.output)}", settings, {"station": "train"}
     )
-    registry.log_data(job.tracking_uri, run_id, job.shards, manifest.identity, "training")
+    runs.log_data(job.tracking_uri, run_id, job.shards, manifest.identity, "training")
     locations.write_bytes(note, run_id.encode())
     return run_id
 

@@ -17,7 +17,9 @@ HOMES = {
     "ray.train": "pipelines/train.py",
     "deepspeed": "pipelines/train_engine.py",
     "matplotlib": "pipelines/plots.py",
-    "mlflow": " ".join(f"tidar_core/artifacts/{name}.py" for name in ("mlflow_client", "registry", "alias_order")),
+    "mlflow": " ".join(
+        f"tidar_core/artifacts/{name}.py" for name in ("mlflow_client", "registry", "promotions", "alias_order", "runs")
+    ),
     "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_service.py pipelines/lm_eval_tasks.py",
     "datasets": "pipelines/lm_eval_tasks.py",
     "transformers": "tidar_core/artifacts/tokenizer.py pipelines/rival.py",  # tokenizers; what we are compared with

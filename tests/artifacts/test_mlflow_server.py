@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tidar_core.artifacts import registry
+from tidar_core.artifacts import registry, runs
 from tidar_core.artifacts.bundle import BundleInfo
 from tidar_core.artifacts.mlflow_client import client_of
 from tidar_core.errors import RegistryError
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow]
 
 CHANGE = """
 import sys
-from tidar_core.artifacts import registry
+from tidar_core.artifacts import registry, runs
 uri, name, *changes = sys.argv[1:]
 registry.list_versions(uri, name)
 print("ready", flush=True)
@@ -99,13 +99,13 @@ def publish(uri, name, number, run_id=None):
 def test_a_server_keeps_runs_with_their_files_and_versions_with_their_runs(kind, request, tmp_path):
     server = request.getfixturevalue(kind)
     (tmp_path / "report.md").write_text("good")
-    trained = registry.start_run(server, "river", "train b", {"steps": 3}, {"station": "train"})
-    registry.log_metrics(server, trained, {"loss": 1.0}, 3)
-    registry.log_artifact(server, trained, str(tmp_path / "report.md"))
-    assert registry.find_run(server, "train", "hash-1") is None
-    registry.end_run(server, trained, tags={"bundle_hash": "hash-1"})
-    assert registry.find_run(server, "train", "hash-1") == trained
-    assert registry.find_run(server, "evaluate", "hash-1") is None
+    trained = runs.start_run(server, "river", "train b", {"steps": 3}, {"station": "train"})
+    runs.log_metrics(server, trained, {"loss": 1.0}, 3)
+    runs.log_artifact(server, trained, str(tmp_path / "report.md"))
+    assert runs.find_run(server, "train", "hash-1") is None
+    runs.end_run(server, trained, tags={"bundle_hash": "hash-1"})
+    assert runs.find_run(server, "train", "hash-1") == trained
+    assert runs.find_run(server, "evaluate", "hash-1") is None
     client = client_of(server)
     assert [entry.path for entry in client.list_artifacts(trained)] == ["report.md"]
     assert Path(client.download_artifacts(trained, "report.md", str(tmp_path / "kept"))).read_text() == "good"

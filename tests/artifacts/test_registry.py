@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from tidar_core.artifacts import registry
+from tidar_core.artifacts import registry, runs
 from tidar_core.artifacts.bundle import BundleInfo
 from tidar_core.artifacts.mlflow_client import client_of
 from tidar_core.errors import RegistryError
@@ -155,11 +155,11 @@ def test_a_version_that_does_not_exist_is_never_promoted(uri):
 def test_a_run_keeps_its_settings_metrics_and_files(uri, tmp_path, capfd):
     (tmp_path / "report.md").write_text("good")
     settings = {f"setting_{n}": n for n in range(120)}
-    run_id = registry.start_run(uri, "trial", "train x", settings, {"station": "train"})
-    registry.log_metrics(uri, run_id, {"loss": 2.0, "rate": 0.1}, 1)
-    registry.log_metrics(uri, run_id, {"loss": 1.0}, 2)
-    registry.log_artifact(uri, run_id, str(tmp_path / "report.md"))
-    registry.end_run(uri, run_id, "FINISHED")
+    run_id = runs.start_run(uri, "trial", "train x", settings, {"station": "train"})
+    runs.log_metrics(uri, run_id, {"loss": 2.0, "rate": 0.1}, 1)
+    runs.log_metrics(uri, run_id, {"loss": 1.0}, 2)
+    runs.log_artifact(uri, run_id, str(tmp_path / "report.md"))
+    runs.end_run(uri, run_id, "FINISHED")
     client = client_of(uri)
     run = client.get_run(run_id)
     assert (run.info.run_name, run.info.status, run.data.tags["station"]) == ("train x", "FINISHED", "train")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidar_core.artifacts import registry
+from tidar_core.artifacts import registry, runs
 from tidar_core.artifacts.bundle import load_bundle, read_bundle_info
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.attention import DenseAttention
@@ -86,8 +86,8 @@ def test_the_report_is_kept_by_mlflow_below_the_training_run(report, evaluate_jo
     from tidar_core.artifacts.mlflow_client import client_of
 
     uri = evaluate_job.tracking_uri
-    trained = registry.find_run(uri, "train", report["bundle_hash"])
-    run = client_of(uri).get_run(registry.find_run(uri, "evaluate", report["bundle_hash"]))
+    trained = runs.find_run(uri, "train", report["bundle_hash"])
+    run = client_of(uri).get_run(runs.find_run(uri, "evaluate", report["bundle_hash"]))
     assert trained is not None
     assert run.data.tags["training_run"] == run.data.tags["mlflow.parentRunId"] == trained
     assert run.data.metrics["ar_loss"] == report["ar_loss"]
@@ -117,8 +117,8 @@ def test_a_version_leads_to_its_runs_data_report_and_bars(publish_job, evaluate_
     bars = {"min_scores": {"continuations": 0.7}, "max_ar_loss_over_parent": 1.0, "max_score_drop": 1.0}
     version = publish(publish_job.model_copy(update={"tracking_uri": uri, "name": "lineage"} | bars))
     found = client_of(uri).get_model_version("lineage", str(version))
-    assert found.run_id == registry.find_run(uri, "train", info.bundle_hash) is not None
-    assert found.tags["evaluation_run"] == registry.find_run(uri, "evaluate", info.bundle_hash)
+    assert found.run_id == runs.find_run(uri, "train", info.bundle_hash) is not None
+    assert found.tags["evaluation_run"] == runs.find_run(uri, "evaluate", info.bundle_hash)
     assert (found.tags["data_manifest"], found.tags["evaluated_on"]) == (info.lineage["shards"], report["shards"])
     assert found.tags["report"] == evaluate_job.output
     assert "score of continuations is 0.7500, the bar 0.7" in json.loads(found.tags["bars"])

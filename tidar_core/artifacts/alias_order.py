@@ -20,8 +20,17 @@ ATTEMPTS = 20
 
 
 def numbered(client: "MlflowClient", name: str, tag: str) -> dict[int, int]:
-    """Version -> its number, of those that have that tag."""
-    return {int(known.version): int(known.tags[tag]) for known in versions(client, name) if tag in known.tags}
+    """Version -> its number, of those that have that tag. Raises RegistryError for a tag that is no number."""
+    found = {}
+    for known in versions(client, name):
+        if (given := known.tags.get(tag)) is not None:
+            if not given.isdecimal():
+                raise RegistryError(
+                    f"model {name} version {known.version} has tag {tag} {given[:80]!r}; it must be a whole number; "
+                    "set it back, or delete it in MLflow"
+                )
+            found[int(known.version)] = int(given)
+    return found
 
 
 def number(client: "MlflowClient", name: str, version: int, tag: str) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "numbers",
     "require_database",
     "require_model",
+    "require_name",
     "require_version",
     "versions",
 ]
@@ -90,6 +91,16 @@ def experiment_id(client: "MlflowClient", tracking_uri: str, experiment: str) ->
     return client.create_experiment(experiment, artifact_location=folder)
 
 
+def require_name(name: str) -> None:
+    """Refuse to register a model under a name that MLflow or `models:/NAME@ALIAS` could not find again."""
+    if not name.strip() or name != name.strip() or not name.isprintable() or any(mark in name for mark in "/:@"):
+        raise RegistryError(
+            f"name is {name!r}; a model's name has printable characters, no space at either end, and none of / : @; "
+            "give another"
+        )
+    _quoted(name)
+
+
 def require_model(client: "MlflowClient", tracking_uri: str, name: str) -> "RegisteredModel":
     """The registered model. Raises RegistryError with the names that there are."""
     if found := named(client, name):
@@ -100,7 +111,7 @@ def require_model(client: "MlflowClient", tracking_uri: str, name: str) -> "Regi
 
 def named(client: "MlflowClient", name: str) -> "RegisteredModel | None":
     """The registered model with its aliases, if there is one."""
-    models = client.search_registered_models(filter_string=f"name = '{name}'")
+    models = client.search_registered_models(filter_string=f"name = {_quoted(name)}")
     return client.get_registered_model(name) if models else None  # the search leaves aliases out on some servers
 
 
@@ -117,7 +128,7 @@ def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
     found: list[ModelVersion] = []
     token: str | None = ""
     while token is not None:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token or None)
+        page = client.search_model_versions(f"name = {_quoted(name)}", page_token=token or None)
         found += page
         token = page.token or None
     return sorted(found, key=lambda known: int(known.version))
@@ -126,6 +137,13 @@ def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
 def numbers(client: "MlflowClient", name: str) -> str:
     """The versions of a model, in words."""
     return ", ".join(str(known.version) for known in versions(client, name)) or "none"
+
+
+def _quoted(name: str) -> str:
+    """The name as MLflow's filters read it: they know two quotation marks, and no way to escape either."""
+    if "'" in name and '"' in name:
+        raise RegistryError(f"model {name!r} has both ' and \" in its name; MLflow finds no such name; give another")
+    return f'"{name}"' if "'" in name else f"'{name}'"
 
 
 @contextmanager

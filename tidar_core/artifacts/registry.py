@@ -1,35 +1,35 @@
-"""Which bundle is the champion, and how did its training go?
+"""Which bundle is the champion?
 
 A registry version points at a bundle by its URI and carries its hash, its gates and its lineage as tags. The alias
 `challenger` is the latest version that met its bars; `champion` is what serves. Each promotion is a number on the
-version itself, one above all others; the alias follows the highest, and a rollback takes the champion's number away. So
-a rollback needs nobody's memory, and of two promotions at once one is the champion and the other the one before it.
+version itself, one above all others (`promotions`); a rollback takes the champion's number away. So a rollback needs
+nobody's memory, and of two promotions at once one is the champion and the other the one before it.
 """
 
 import json
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.alias_order import follow, highest, number, numbered
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.figures import not_finite
 from tidar_core.artifacts.mlflow_client import (
     absolute_tracking_uri,
     client_of,
-    experiment_id,
     in_one_line,
     named,
     numbers,
     require_database,
     require_model,
+    require_name,
     require_version,
     versions,
 )
-from tidar_core.errors import BundleError, RegistryError
+from tidar_core.artifacts.promotions import CHAMPION, PROMOTION, promote_version, roll_back_from
+from tidar_core.errors import BundleError, GateError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,49 +38,31 @@ if TYPE_CHECKING:
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
-    "PARENT_RUN",
     "FoundBundle",
     "ListedVersion",
     "RegistryVersion",
     "absolute_tracking_uri",
     "aliases",
-    "end_run",
     "find_bundle",
-    "find_run",
     "list_versions",
-    "log_artifact",
-    "log_data",
-    "log_metrics",
-    "log_text",
     "promote",
     "publish_version",
     "resolve",
     "rollback",
     "set_challenger",
-    "start_run",
-    "system_metrics",
     "withdraw",
 ]
 
-CHAMPION = "champion"
 CHALLENGER = "challenger"
 
 MODEL_SCHEME = "models:/"
-PROMOTION = "promotion"
-"""Tag: the number of a promotion that holds, or is one of those to go back to."""
 WITHDRAWN = "withdrawn"
 """Tag: why a version has lost an alias."""
 TRIAL = "trial."
 """Before an alias, a tag: the number of the version's trial under that alias, one above all others."""
-PARENT_RUN = "mlflow.parentRunId"
-"""Tag: the run below which MLflow's pages show this one."""
 ON_DISK = "bundle://"
 """Before a path, where a server keeps it: it takes no plain paths, lest others read its own files."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-PARAMS_AT_ONCE = 100
-"""What one MLflow request takes."""
-DIGEST_LEN = 36
-"""Of a data set, as MLflow keeps it; the whole identity stands in its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,91 +100,6 @@ class FoundBundle:
     """In the registry; None for a bundle that was given by its location."""
 
 
-def start_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    """Begin a run and say its id; the experiment is made if it is new."""
-    from mlflow.entities import Param
-
-    with in_one_line(tracking_uri):
-        client = client_of(tracking_uri)
-        run = client.create_run(experiment_id(client, tracking_uri, experiment), tags=dict(tags), run_name=name)
-        given = [Param(key, str(value)) for key, value in params.items()]
-        for first in range(0, len(given), PARAMS_AT_ONCE):
-            client.log_batch(run.info.run_id, params=given[first : first + PARAMS_AT_ONCE])
-        return run.info.run_id
-
-
-def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Numbers of a run at a train step."""
-    from mlflow.entities import Metric
-
-    now = round(time.time() * 1000)
-    with in_one_line(tracking_uri):
-        client_of(tracking_uri).log_batch(run_id, [Metric(key, value, now, step) for key, value in metrics.items()])
-
-
-def log_artifact(tracking_uri: str, run_id: str, path: str) -> None:
-    """Keep a small local file, such as a report, with a run."""
-    with in_one_line(tracking_uri):
-        client_of(tracking_uri).log_artifact(run_id, path)
-
-
-def log_text(tracking_uri: str, run_id: str, name: str, text: str) -> None:
-    """Keep a page of text with a run, in a file of that name, folders included."""
-    with in_one_line(tracking_uri):
-        client_of(tracking_uri).log_text(run_id, text, name)
-
-
-def log_data(tracking_uri: str, run_id: str, uri: str, identity: str, context: str) -> None:
-    """Name the shards that a run read, by their manifest's identity, where MLflow links runs and data.
-
-    context  what for, such as `training`
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = json.dumps({"uri": locations.absolute(uri), "identity": identity})
-    data = Dataset(locations.name_of(uri), identity[:DIGEST_LEN], "tidar-shards", source)
-    with in_one_line(tracking_uri):
-        client_of(tracking_uri).log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
-
-
-@contextmanager
-def system_metrics(tracking_uri: str, run_id: str, machine: str, seconds: float) -> Iterator[None]:
-    """Measure this machine every so many seconds while the context is open: load, memory, disk, network, GPUs.
-
-    machine  name between `system/` and the metric's: runs have several machines
-    """
-    client_of(tracking_uri)
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(
-        run_id, sampling_interval=seconds, resume_logging=True, node_id=machine, tracking_uri=tracking_uri
-    )
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
-
-
-def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: Mapping[str, str] | None = None) -> None:
-    """Close a run: FINISHED, FAILED or KILLED; `tags` say what came of it."""
-    with in_one_line(tracking_uri):
-        client = client_of(tracking_uri)
-        for key, value in (tags or {}).items():
-            client.set_tag(run_id, key, value)
-        client.set_terminated(run_id, status)
-
-
-def find_run(tracking_uri: str, station: str, bundle_hash: str) -> str | None:
-    """The latest finished run of a station that is about a bundle."""
-    wanted = f"tags.station = '{station}' and tags.bundle_hash = '{bundle_hash}' and attributes.status = 'FINISHED'"
-    with in_one_line(tracking_uri):
-        client = client_of(tracking_uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found = client.search_runs(experiments, wanted, max_results=1)  # the latest first
-        return str(found[0].info.run_id) if found else None
-
-
 def publish_version(
     tracking_uri: str,
     name: str,
@@ -229,6 +126,7 @@ def publish_version(
     source = locations.absolute(bundle_uri)
     if locations.local_path(bundle_uri) is not None and tracking_uri.startswith("http"):
         source = ON_DISK + source
+    require_name(name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         if not named(client, name):
@@ -274,22 +172,25 @@ def withdraw(tracking_uri: str, name: str, alias: str, version: int, why: str) -
 
 
 def promote(tracking_uri: str, name: str, version: int) -> int:
-    """Make the version champion; says which is, another one if that was promoted at the same time."""
+    """Make the version champion and return the champion: another version where that was promoted at the same time.
+
+    Raises GateError for a version that was published with a figure that is not finite.
+    """
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         model = require_version(client, tracking_uri, name, version)
+        if wrong := not_finite(_gates(client.get_model_version(name, str(version)))):
+            raise GateError(
+                f"model {name} version {version} is not promoted: its gates say {', '.join(wrong)}; "
+                "train it again, evaluate and publish the new bundle"
+            )
         champion = model.aliases.get(CHAMPION)
-        if champion is not None and int(champion) == version:
-            return version
-        if champion is not None and int(champion) not in numbered(client, name, PROMOTION):  # made so by hand
-            client.set_model_version_tag(name, str(champion), PROMOTION, "0")
-        number(client, name, version, PROMOTION)
-        return _follow_promotions(client, name)
+        return promote_version(client, name, version, None if champion is None else int(champion))
 
 
 def rollback(tracking_uri: str, name: str) -> int:
-    """Make the version that the champion replaced champion again; says which."""
+    """Make the version that the champion replaced champion again, and return it."""
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
@@ -297,15 +198,13 @@ def rollback(tracking_uri: str, name: str) -> int:
         champion = model.aliases.get(CHAMPION)
         if champion is None:
             raise RegistryError(f"model {name} has no champion to roll back; promote one of {numbers(client, name)}")
-        promoted = numbered(client, name, PROMOTION)
-        if not promoted.keys() - {int(champion)}:
+        version = roll_back_from(client, name, int(champion))
+        if version is None:
             raise RegistryError(
                 f"model {name} version {champion} is its first champion; nothing to roll back to: "
                 f"promote another of {numbers(client, name)}"
             )
-        if int(champion) in promoted:  # else made so by hand
-            client.delete_model_version_tag(name, str(champion), PROMOTION)
-        return _follow_promotions(client, name)
+        return version
 
 
 def list_versions(tracking_uri: str, name: str | None = None) -> list[ListedVersion]:
@@ -356,13 +255,6 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
     return FoundBundle(locations.absolute(registered.bundle_uri), info, registered.version)
 
 
-def _follow_promotions(client: "MlflowClient", name: str) -> int:
-    """Put the alias where the highest promotion is; says where."""
-    version = follow(client, name, CHAMPION, lambda: highest(client, name, PROMOTION))
-    assert version is not None, "somebody has just been promoted, or stays so"
-    return version
-
-
 def _follow_trials(client: "MlflowClient", name: str, alias: str) -> None:
     """Put the alias where the last trial began, and nowhere if that version was withdrawn."""
 
@@ -385,6 +277,20 @@ def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> Liste
         status=", ".join(status),
         bundle=str(version.source).removeprefix(ON_DISK),
         bundle_hash=tags.get("bundle_hash", ""),
-        gates=json.loads(tags.get("gates", "{}")),
+        gates=_gates(version),
         run_id=version.run_id or None,
+    )
+
+
+def _gates(version: "ModelVersion") -> dict[str, Any]:
+    """What a version was measured to be when it was published."""
+    given = version.tags.get("gates", "{}")
+    try:
+        if isinstance(gates := json.loads(given), dict):
+            return gates
+    except ValueError:
+        pass
+    raise RegistryError(
+        f"model {version.name} version {version.version} has tag gates {given[:80]!r}; it must be a JSON object; "
+        "publish the bundle again, or delete the tag in MLflow"
     )
