@@ -40,11 +40,13 @@ class ChatReply(Reply):
     """The functions that may be called."""
     readers: dict[int, ToolCallReader | None] = field(default_factory=dict)
     """Of the choices that have begun; None where no calls are looked for."""
+    named: set[int] = field(default_factory=set)
+    """Choices whose role has been told."""
 
     def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
-        begins = index not in self.readers
         said = self._read(index, piece)
-        if begins:
+        if index not in self.named:
+            self.named.add(index)
             first = self._chunk(ChatChunkChoice(index=index, delta=Delta(role="assistant", content="")))
             if piece.prompt_token_ids is not None:
                 first["prompt_token_ids"] = list(piece.prompt_token_ids)
@@ -54,6 +56,7 @@ class ChatReply(Reply):
         logprobs = _logprobs([piece])
         if not deltas and piece.finish_reason is None and not piece.token_ids and not logprobs:
             return
+        self.told.add(index)
         *before, last = deltas or [Delta()]
         for delta in before:
             yield self._chunk(ChatChunkChoice(index=index, delta=delta))
@@ -99,6 +102,10 @@ class ChatReply(Reply):
             stop_reason=pieces[-1].stop_reason,
             token_ids=_ids(pieces),
         )
+
+    def _forget(self, index: int) -> None:
+        Reply._forget(self, index)
+        self.readers.pop(index, None)
 
     def _read(self, index: int, piece: Piece) -> Said:
         """What a piece says, once it is certain."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
 
 __all__ = [
+    "CLIENT_GONE",
     "ApiKeyError",
     "BodyTooLargeError",
     "ErrorBody",
@@ -31,6 +32,8 @@ __all__ = [
 
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 RETRY_AFTER_SECONDS = 1
+CLIENT_GONE = 499
+"""nginx's status of a request whose client hung up before its answer began."""
 ONCE = {"x-should-retry": "false"}
 """Tells OpenAI's clients not to pay for the same work again."""
 

@@ -36,6 +36,10 @@ class Reply(ABC):
     tallies: dict[int, Tally] = field(default_factory=dict)
     fingerprints: dict[int, str] = field(default_factory=dict)
     """Of the weights that write each choice."""
+    told: set[int] = field(default_factory=set)
+    """Choices of whose text an event has been made."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Of each choice: see `Piece.attempt`."""
 
     def events(self, index: int, piece: Piece) -> Iterator[str]:
         """Server-sent events for a piece of choice `index`; none if there is nothing in it to tell."""
@@ -80,7 +84,15 @@ class Reply(ABC):
     def _paid(self, index: int, tally: Tally) -> Tally:
         return tally if index % self.n == 0 else tally._replace(prompt_tokens=0, cached_tokens=0)
 
+    def _forget(self, index: int) -> None:
+        """What came of a choice is void: its replica has died, and another begins it again."""
+        self.tallies.pop(index, None)
+        self.fingerprints.pop(index, None)
+
     def _note(self, index: int, piece: Piece) -> None:
+        if piece.attempt > self.attempts.get(index, 0):
+            self.attempts[index] = piece.attempt
+            self._forget(index)
         self.tallies[index] = piece.tally
         if piece.fingerprint:
             self.fingerprints[index] = piece.fingerprint
@@ -104,6 +116,7 @@ class CompletionReply(Reply):
 
     def _chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.text or piece.finish_reason is not None:
+            self.told.add(index)
             yield Completion(**self._heading(index), choices=[_choice(index, [piece])]).model_dump(mode="json")
 
     def _last_chunk(self) -> Completion:

@@ -8,19 +8,18 @@ import asyncio
 import importlib.metadata
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
-from dataclasses import replace
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve_apps import retry
 from serve_apps.access import Access
@@ -30,18 +29,18 @@ from serve_apps.chat_answers import ChatChunk, ChatCompletion
 from serve_apps.chat_events import ChatReply
 from serve_apps.chat_schemas import ChatRequest
 from serve_apps.doorway import Doorway, Turnstile
-from serve_apps.errors import HttpError, ModelNotFoundError, problem_of
-from serve_apps.events import DONE, CompletionReply, Reply, error_event, interleave
+from serve_apps.errors import CLIENT_GONE, HttpError, ModelNotFoundError, problem_of
+from serve_apps.events import CompletionReply
+from serve_apps.generating import Generation
 from serve_apps.limits import Limits
 from serve_apps.metrics import Counters, gauges
 from serve_apps.openapi import DOCS_PAGE, described, errors
-from serve_apps.pieces import Failed, Piece
+from serve_apps.pieces import Failed
 from serve_apps.playground import PAGE_HEADERS, page
 from serve_apps.reading import read_request
 from serve_apps.replica_load import Load
 from serve_apps.request_log import RequestLog
 from serve_apps.schemas import CompletionRequest
-from serve_apps.split import route_of
 from serve_apps.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from serve_apps.version_metrics import version_metrics
 from tidar_core.errors import TidarError
@@ -63,16 +62,8 @@ GENERATING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
 READING = errors(400, 401, 404, 405, 408, 413, 429, 500, 503)
 PLAIN = errors(401, 405, 429, 500, 503)
 
-BY_GRPC: dict[str, Any] = {
-    "_by_reference": False,
-    "request_serialization": "pickle",
-    "response_serialization": "pickle",
-}
-"""Pieces of text do not go through Ray's object store, whatever the process prefers in which the handle was made."""
-
 logger = logging.getLogger("ray.serve")
 
-Pieces = AsyncGenerator[tuple[int, Piece], None]
 Item = TypeVar("Item")
 
 
@@ -99,6 +90,7 @@ class HttpApp:
         self._decoder, self._card, self._limits, self._watcher = decoder, card, limits, watcher
         self._access, self._origins = access, list(origins)
         self._counters = Counters(card.id, vllm_names=vllm_names)
+        self._generation = Generation(decoder, limits, self._counters)
         self._sleeps, self._doorway = sleeps, Doorway()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -134,6 +126,7 @@ class HttpApp:
         api.add_middleware(RequestLog)
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
+        api.add_exception_handler(ClientDisconnect, _leave)
         api.add_exception_handler(Exception, _refuse)
         document = get_openapi(title=api.title, version=api.version, description=__doc__, routes=api.routes)
         document = described(document, BODIES, STREAMS, model_name=self._card.id, keyed=bool(self._access.keys))
@@ -151,11 +144,11 @@ class HttpApp:
 
     async def completions(self, http: Request) -> Response:
         """Continue prompts."""
-        return await self._counted(self._complete(http))
+        return await self._counted(http, self._complete(http))
 
     async def chat(self, http: Request) -> Response:
         """Continue a conversation."""
-        return await self._counted(self._converse(http))
+        return await self._counted(http, self._converse(http))
 
     async def models(self) -> ModelList:
         """The models served here: one."""
@@ -259,10 +252,14 @@ class HttpApp:
         if name != self._card.id:
             raise ModelNotFoundError(f"model {name!r} is not served here; this service has {self._card.id!r}")
 
-    async def _counted(self, answering: Awaitable[Response]) -> Response:
+    async def _counted(self, http: Request, answering: Awaitable[Response]) -> Response:
         """The answer, or the refusal, of a request for text."""
         try:
             answer = await answering
+        except (ClientDisconnect, asyncio.CancelledError):  # a client that hangs up comes as either, as Serve has it
+            self._counters.count_answer(CLIENT_GONE)
+            self._counters.count_abandoned("body" if getattr(http.state, "reply", None) is None else "answer")
+            raise
         except TidarError as error:
             answer = _answer(error)
         except Exception as error:
@@ -278,7 +275,7 @@ class HttpApp:
             reply_id=f"cmpl-{asked.request_id or secrets.token_hex(12)}",
             card=self._card, n=asked.n, options=asked.stream_options,
         )  # fmt: skip
-        return await self._answered(http, reply, asked)
+        return await self._generation.answer(http, reply, asked)
 
     async def _converse(self, http: Request) -> Response:
         asked = read_request(await self._limits.body(http.headers, http.stream()), ChatRequest)
@@ -287,64 +284,7 @@ class HttpApp:
             reply_id=f"chatcmpl-{asked.request_id or secrets.token_hex(12)}",
             card=self._card, n=asked.n, options=asked.stream_options, tools=asked.tool_use(),
         )  # fmt: skip
-        return await self._answered(http, reply, asked)
-
-    async def _answered(self, http: Request, reply: Reply, asked: CompletionRequest | ChatRequest) -> Response:
-        http.state.reply = reply  # for the log
-        route = route_of(http.headers, asked.user, reply.reply_id)
-        name = f"{http.headers.get('x-request-id', '')}-{secrets.token_hex(4)}"  # a client may repeat its own
-        prompts = [replace(prompt, route=route) for prompt in asked.prompts(name)]
-        generate = self._decoder.options(stream=True, **BY_GRPC).generate.remote
-        pieces = interleave([retry.pieces(partial(generate, prompt)) for prompt in prompts])
-        heard = self._counters.timed(pieces, streamed=asked.stream)
-        timed = self._limits.timed(heard, http.headers)
-        first = await _until_admitted(timed, len(prompts))
-        if asked.stream:
-            return StreamingResponse(self._events(reply, len(prompts), first, timed), media_type="text/event-stream")
-        async with aclosing(timed):
-            whole = reply.body([*first, *[item async for item in timed]])
-        self._counters.count_tokens(reply.tally)
-        return JSONResponse(whole)
-
-    async def _events(
-        self, reply: Reply, choices: int, first: list[tuple[int, Piece]], pieces: Pieces
-    ) -> AsyncGenerator[str, None]:
-        """Server-sent events of a stream of so many texts, whose first pieces are there already."""
-        unfinished, events, complete = choices, "", False
-        try:
-            async with aclosing(pieces):
-                async for index, piece in _chained(first, pieces):
-                    events += "".join(reply.events(index, piece))
-                    unfinished -= piece.finish_reason is not None
-                    if events and unfinished:  # the last ones go with the end: each message costs on its way
-                        yield events
-                        events = ""
-            complete = True
-            if reply.options.include_usage:
-                events += reply.usage_event()
-            yield events + DONE
-        except Exception as error:
-            logger.exception("a stream broke off")
-            yield events + error_event(problem_of(error))
-        finally:
-            self._counters.count_tokens(reply.tally)
-            if not complete:
-                self._counters.count_break()
-
-
-async def _chained(first: list[tuple[int, Piece]], pieces: Pieces) -> Pieces:
-    for item in first:
-        yield item
-    async for item in pieces:
-        yield item
-
-
-async def _until_admitted(pieces: Pieces, prompts: int) -> list[tuple[int, Piece]]:
-    """Pieces up to the first one of the prompt that was admitted last; an error until then still has its status."""
-    first: list[tuple[int, Piece]] = []
-    while len({index for index, _ in first}) < prompts:
-        first.append(await anext(pieces))
-    return first
+        return await self._generation.answer(http, reply, asked)
 
 
 async def _awaited(response: Any) -> Any:
@@ -358,6 +298,11 @@ def _answer(error: BaseException) -> JSONResponse:
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:
     return _answer(error)
+
+
+async def _leave(_: Request, __: Exception) -> Response:
+    """Nobody reads it; the log has its status."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _refuse_route(http: Request, error: Exception) -> JSONResponse:

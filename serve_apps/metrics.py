@@ -7,7 +7,7 @@ our prefix.
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,7 +23,8 @@ SPEC_DECODE = "spec_decode_"
 """What vLLM's own tools look for."""
 TOTALS: dict[str, tuple[str, str | None]] = {
     "requests": ("Completion requests answered, by HTTP status; a stream counts as what it began with.", "status"),
-    "requests_ended_early": ("Streams that broke off: by an error, or because the client hung up.", None),
+    "requests_ended_early": ("Streams that an error broke off.", None),
+    "requests_abandoned": ("Requests whose client hung up: in its body, before the answer, in the stream.", "phase"),
     "request_success": ("Texts written to their end, by what ended them.", "finished_reason"),
     "prompt_tokens": ("Tokens read.", None),
     "generation_tokens": ("Tokens written.", None),
@@ -96,8 +97,12 @@ class Counters:
         self._count("requests", 1, str(status))
 
     def count_break(self) -> None:
-        """One stream ended before its text."""
+        """An error ended one stream before its text."""
         self._count("requests_ended_early", 1)
+
+    def count_abandoned(self, phase: Literal["body", "answer", "stream"]) -> None:
+        """The client of one request hung up."""
+        self._count("requests_abandoned", 1, phase)
 
     def count_tokens(self, tally: Tally) -> None:
         """What one request has cost."""
@@ -119,17 +124,17 @@ class Counters:
 
         streamed  the client hears each piece as it passes; else it hears all at the last one
         """
-        began, heard = time.monotonic(), dict[int, float]()
+        began, heard = time.monotonic(), dict[tuple[int, int], float]()
         async with aclosing(pieces):
             async for index, piece in pieces:
                 now = time.monotonic()
                 if piece.tally.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
-                    if index in heard:
-                        self._spread("inter_token_latency_seconds", now - heard[index])
+                    if (text := (index, piece.attempt)) in heard:
+                        self._spread("inter_token_latency_seconds", now - heard[text])
                     else:
                         written = 0.0 if piece.lap is None else piece.lap.decode  # all of it came at once
                         self._spread("time_to_first_token_seconds", now - began - written)
-                    heard[index] = now
+                    heard[text] = now
                 if piece.finish_reason is not None:
                     self._spread("e2e_request_latency_seconds", now - began)
                     self._count_text(piece)

@@ -95,6 +95,8 @@ class Piece(NamedTuple):
     """With the last piece."""
     fingerprint: str = ""
     """With the first piece: of the weights that write the text, and of how they are decoded."""
+    attempt: int = 0
+    """Replicas that had died before this one wrote the text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ One line when its answer has ended, however it ended: Serve's JSON encoding make
 which the client finds in X-Request-Id.
 """
 
+import asyncio
 import logging
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_apps.errors import CLIENT_GONE
 from serve_apps.tracing import note
 
 __all__ = ["RequestLog"]
@@ -41,7 +43,11 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, noted)
+        except asyncio.CancelledError:  # Serve's word for a client that has hung up
+            status = status or CLIENT_GONE
+            raise
         finally:
+            complete = complete and status != CLIENT_GONE
             facts = {
                 "method": scope["method"],
                 "path": scope["path"],
@@ -62,4 +68,4 @@ class RequestLog:
                     "prompt_tokens": reply.tally.prompt_tokens,
                     "completion_tokens": reply.tally.completion_tokens,
                 }
-            logger.info("answered", extra=facts)
+            logger.info("answered" if complete else "the client hung up", extra=facts)

@@ -1,7 +1,7 @@
 """What becomes of a text when its replica dies?
 
-As long as nobody has read any of it, another replica writes it, or the one that takes the dead one's place. A text of
-which something was told cannot be begun again: it ends with one error.
+As long as the client was sent nothing of it, another replica writes it, or the one that takes the dead one's place. A
+text of which something was sent cannot be begun again: it ends with one error.
 """
 
 import logging
@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from serve_apps.errors import ReplicaLostError
 from serve_apps.pieces import Failed, Piece
 
-__all__ = ["TRIES", "answer", "pieces"]
+__all__ = ["TRIES", "Text", "answer"]
 
 TRIES = 3
 """Replicas that may die of one request; it could be what kills them."""
@@ -25,28 +25,41 @@ What a replica itself raises never comes as either."""
 logger = logging.getLogger("ray.serve")
 
 
-async def pieces(ask: Callable[[], Any]) -> AsyncGenerator[Piece | Failed, None]:
-    """Pieces of one text, from whichever replica; closing this frees its row there.
+class Text:
+    """One text, from whichever replica writes it."""
 
-    ask  has Serve choose a replica; gives the stream of what it says
-    """
-    told = False
-    for left in reversed(range(TRIES)):
-        stream, finished = ask(), False
-        try:
-            async for piece in stream:
-                finished = isinstance(piece, Failed) or piece.finish_reason is not None
-                told = told or finished or bool(piece.text) or piece.tally.completion_tokens > 0
-                yield piece
-            return
-        except LOST as error:
-            if finished:
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        """ask  has Serve choose a replica; returns the stream of its pieces"""
+        self._ask = ask
+        self._attempt = 0
+        self.told = False
+        """The client was sent something of it. Whoever sends sets this."""
+
+    def counts(self, piece: Piece) -> bool:
+        """The replica that wrote `piece` still writes the text, or has ended it."""
+        return piece.attempt == self._attempt
+
+    async def pieces(self) -> AsyncGenerator[Piece | Failed, None]:
+        """Pieces of the text; closing this frees its row in the replica."""
+        for left in reversed(range(TRIES)):
+            stream, finished = self._ask(), False
+            try:
+                async for piece in stream:
+                    finished = isinstance(piece, Failed) or piece.finish_reason is not None
+                    yield piece if isinstance(piece, Failed) or not self._attempt else self._again(piece)
                 return
-            finished = True  # nobody is left to be told that it is not wanted
-            _give_up_or_go_on(error, told=told, left=left)
-        finally:
-            if not finished:
-                stream.cancel()
+            except LOST as error:
+                if finished:
+                    return
+                finished = True  # nobody is left to be told that it is not wanted
+                _give_up_or_go_on(error, told=self.told, left=left)
+                self._attempt += 1
+            finally:
+                if not finished:
+                    stream.cancel()
+
+    def _again(self, piece: Piece) -> Piece:
+        return piece._replace(attempt=self._attempt)
 
 
 async def answer(ask: Callable[[], Any]) -> Any:
@@ -62,7 +75,7 @@ async def answer(ask: Callable[[], Any]) -> Any:
 
 def _give_up_or_go_on(error: Exception, *, told: bool, left: int) -> None:
     if told:
-        raise ReplicaLostError("the replica that wrote this text has died; what was told of it is all") from error
+        raise ReplicaLostError("the replica that wrote this text has died; what was sent of it is all") from error
     if not left:
         raise ReplicaLostError(f"{TRIES} replicas have died with this request; it is not tried again") from error
-    logger.warning("a replica has died; a request of which nothing was told goes to another: %r", error)
+    logger.warning("a replica has died; a text of which nothing was sent goes to another: %r", error)

@@ -18,6 +18,7 @@ def exported():
     """Names after the prefix, a histogram's parts one by one."""
     counters = Counters("m")
     counters.count_answer(200)
+    counters.count_abandoned("body")
     counters.count_tokens(Tally(1, 2, (0, 1)))
     asyncio.run(pass_through(counters, [Piece("a", "stop", Tally(1, 2), lap=Lap(0.1, 0.1, 0.1))]))
     text = counters.exposition() + gauges("m", [Load(**{f.name: "x" if f.type is str else 1 for f in fields(Load)})])

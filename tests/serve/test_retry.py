@@ -1,4 +1,4 @@
-"""A text that nobody has read yet is begun again where its replica died; another ends with one error."""
+"""A text of which nothing was sent is begun again where its replica died; another ends with one error."""
 
 import asyncio
 
@@ -43,21 +43,40 @@ def ask(*replicas):
 
 
 async def collected(asking):
-    return [piece async for piece in retry.pieces(asking)]
+    return [piece async for piece in retry.Text(asking).pieces()]
+
+
+def again(attempt, *pieces):
+    return [piece._replace(attempt=attempt) for piece in pieces]
 
 
 @pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET])
-def test_a_text_of_which_nothing_was_told_is_written_elsewhere(death):
-    asking, _ = ask([death], [ADMITTED, death], [ADMITTED, SOME, LAST])
-    assert asyncio.run(collected(asking)) == [ADMITTED, ADMITTED, SOME, LAST]
+@pytest.mark.parametrize("heard", [(), (ADMITTED,), (ADMITTED, HELD_BACK), (SOME,)])
+def test_a_text_of_which_nothing_was_sent_is_written_elsewhere_whatever_its_replica_had_said(death, heard):
+    asking, streams = ask([death], [*heard, death], [ADMITTED, SOME, LAST])
+    assert asyncio.run(collected(asking)) == again(1, *heard) + again(2, ADMITTED, SOME, LAST)
+    assert not any(stream.cancelled for stream in streams)
+
+
+def test_what_a_dead_replica_wrote_counts_for_nothing_once_another_writes():
+    async def read():
+        text = retry.Text(ask([SOME, DEATH], [SOME, LAST])[0])
+        return [(piece.text, text.counts(piece), text.counts(SOME)) async for piece in text.pieces()]
+
+    assert asyncio.run(read()) == [("a", True, True), ("a", True, False), ("b", True, False)]
 
 
 @pytest.mark.parametrize("death", [DEATH, RESET])
-@pytest.mark.parametrize("told", [SOME, HELD_BACK])
-def test_a_text_that_was_begun_ends_with_one_error_which_no_client_repeats(told, death):
-    asking, streams = ask([ADMITTED, told, death], [LAST])
-    with pytest.raises(ReplicaLostError, match="what was told of it is all") as caught:
-        asyncio.run(collected(asking))
+def test_a_text_of_which_something_was_sent_ends_with_one_error_which_no_client_repeats(death):
+    asking, streams = ask([ADMITTED, SOME, death], [LAST])
+
+    async def send():
+        text = retry.Text(asking)
+        async for piece in text.pieces():
+            text.told = bool(piece.text)
+
+    with pytest.raises(ReplicaLostError, match="what was sent of it is all") as caught:
+        asyncio.run(send())
     problem = problem_of(caught.value)
     assert (problem.status, problem.type, problem.code) == (500, "server_error", "replica_lost")
     assert problem.headers == {"x-should-retry": "false"}
@@ -89,7 +108,7 @@ def test_who_leaves_in_the_middle_cancels_what_he_asked_for():
     asking, (stream,) = ask([ADMITTED, SOME, LAST])
 
     async def leave():
-        pieces = retry.pieces(asking)
+        pieces = retry.Text(asking).pieces()
         await anext(pieces)
         await pieces.aclose()
 
