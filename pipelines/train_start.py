@@ -6,7 +6,8 @@ from pipelines.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folde
 from pipelines.jobs import TrainJob
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
-from tidar_core.artifacts.hf_weights import config_from_hf, require_rows
+from tidar_core.artifacts.hf_config import read_config
+from tidar_core.artifacts.hf_weights import check_weights, require_rows
 from tidar_core.artifacts.made_by import MADE_BY
 from tidar_core.artifacts.shards import Manifest
 from tidar_core.artifacts.tokenizer import load_tokenizer
@@ -59,8 +60,10 @@ def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
         _check_fit(job, model_config(whole[-1].cursor), manifest)
         return whole[-1]
     if job.init_from is not None:
-        _check_weights(job, job.init_from, manifest)
+        _check_source(job, job.init_from, manifest)
     _check_fit(job, starting_config(job, manifest), manifest)
+    if job.init_from is not None:
+        check_weights(locations.local_copy(job.init_from))
     return None
 
 
@@ -97,7 +100,7 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
         config = named_shape(job.shape, vocab_len=manifest.vocab_len)
     else:
         assert job.init_from is not None
-        config = config_from_hf(locations.read_json(locations.join(job.init_from, "config.json")))
+        config = read_config(job.init_from)
     return config if job.link_rank is None else linked_config(config, job.link_rank)
 
 
@@ -115,7 +118,7 @@ def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
     require_equal_heads(job.sequence_parallel, model.heads)
 
 
-def _check_weights(job: TrainJob, folder: str, manifest: Manifest) -> None:
+def _check_source(job: TrainJob, folder: str, manifest: Manifest) -> None:
     if not locations.exists(locations.join(folder, "config.json")):
         raise ConfigError(f"init_from is {folder}; it has no config.json; give a model folder or a bundle")
     if locations.exists(locations.join(folder, BUNDLE_JSON)):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from serve_apps.answers import ModelCard
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts import locations, registry
-from tidar_core.artifacts.hf_weights import config_from_hf
+from tidar_core.artifacts import registry
+from tidar_core.artifacts.hf_config import read_config
 from tidar_core.errors import ConfigError
 
 __all__ = ["Served", "Target", "look_up"]
@@ -59,7 +59,7 @@ def look_up(settings: ServeSettings, model: str | None = None) -> tuple[Served, 
     model = model or settings.model
     found = registry.find_bundle(settings.tracking_uri, model)
     info = found.info
-    shape = config_from_hf(locations.read_json(locations.join(found.uri, "config.json")))
+    shape = read_config(found.uri)
     if settings.context_len is not None and settings.context_len > shape.context_len:
         raise ConfigError(
             f"context_len is {settings.context_len}; the context of {model} is {shape.context_len}; "

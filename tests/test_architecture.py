@@ -26,7 +26,7 @@ HOMES = {
     "tokenizers": "tidar_core/artifacts/tokenizer.py",
     "llguidance": "tidar_core/artifacts/grammar.py",
     "jinja2": "tidar_core/artifacts/chat_template.py",
-    "safetensors": "tidar_core/artifacts/hf_weights.py",
+    "safetensors": "tidar_core/artifacts/hf_weights.py tidar_core/artifacts/hf_files.py",
     "fsspec": "tidar_core/artifacts/locations.py",
     "s3fs": "tidar_core/artifacts/locations.py",
     "fastapi": "serve_apps/http_app.py",

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from tidar_core.artifacts import hf_weights
-from tidar_core.artifacts.hf_weights import config_from_hf, load_model, save_model, with_mask_token
+from tidar_core.artifacts.hf_config import config_from_hf
+from tidar_core.artifacts.hf_weights import load_model, save_model, with_mask_token
 from tidar_core.attention import DenseAttention
 from tidar_core.errors import WeightsError
 from tidar_core.layout import causal_layout
@@ -71,7 +72,7 @@ def test_logits_equal_those_of_transformers(theirs, tmp_path):
 def test_a_saved_folder_opens_in_transformers_with_equal_logits(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
-    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours", eos_id=0)
+    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours", end_ids=(0,))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -83,7 +84,7 @@ def test_a_draft_link_lies_beside_weights_that_others_open_as_before(theirs, tmp
     model = load_model(tmp_path / "theirs")
     start_draft_link(model, 5, seed=0)
     (tmp_path / "ours").mkdir()
-    save_model(model, tmp_path / "ours", eos_id=0)
+    save_model(model, tmp_path / "ours", end_ids=(0,))
     again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(told.values())
     assert again.config.model_type == theirs.config.model_type

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_folders import change_config, change_tensors, save_folder
 from tiny import save_tiny_bundle, save_tiny_shards
 
 from pipelines.checkpoints import CheckpointStore, Cursor
@@ -112,6 +113,15 @@ def test_a_run_of_other_shards_is_not_gone_on_with(stopped_run, tmp_path):
     other = save_tiny_shards(tmp_path / "shards", seed=1)
     with pytest.raises(ConfigError, match="trained on other shards"):
         dry_run(job(other, output=stopped_run.output))
+
+
+def test_weights_that_are_not_read_are_refused_before_anything_runs(shards, tmp_path):
+    change_tensors(save_folder(tmp_path, vocab_size=320), **{"score.weight": torch.ones(4)})
+    with pytest.raises(WeightsError, match=r"tensor score\.weight of the checkpoint is not part of the model"):
+        dry_run(job(shards, shape=None, init_from=str(tmp_path)))
+    change_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(WeightsError, match="'gptq'; this project reads float weights"):
+        dry_run(job(shards, shape=None, init_from=str(tmp_path)))
 
 
 def test_a_bundle_to_start_from_is_verified_before_anything_runs(shards, tmp_path):

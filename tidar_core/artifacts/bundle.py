@@ -84,7 +84,7 @@ def save_bundle(
     with locations.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
         folder = locations.local_path(staged) or elsewhere
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, folder, eos_id=tokenizer.eos_id)
+        save_model(model, folder, end_ids=(tokenizer.eos_id,))
         tokenizer.save(folder)
         write_made_by(str(folder), made_by)
         info: dict[str, Any] = {

@@ -1,35 +1,33 @@
 """What are our weights called in a Hugging Face model folder, and how is a mask token added to one?
 
 Reads and writes `config.json` and safetensors files alone, so that a folder opens unchanged in transformers, vLLM or
-SGLang; both ways of writing rotary parameters (transformers 4 and 5) are read.
+SGLang.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tidar_core.config import ModelConfig, RopeScaling
+from tidar_core.artifacts.hf_config import config_from_hf, config_to_hf, read_settings
+from tidar_core.artifacts.hf_files import WeightFiles, read_tensor, stored_in
+from tidar_core.artifacts.quantised import scaling_of
+from tidar_core.config import ModelConfig
 from tidar_core.errors import WeightsError
-from tidar_core.model import TidarModel
+from tidar_core.model import DraftLink, TidarModel
 from tidar_core.recipe import mask_embedding
 
-__all__ = ["config_from_hf", "config_to_hf", "load_model", "require_rows", "save_model", "with_mask_token"]
+__all__ = ["check_weights", "load_model", "require_rows", "save_model", "with_mask_token"]
 
 LINK = "tidar_link.tensors"
 """Weights of the draft link, in safetensors' format; under a name that no one else takes for a part of the model."""
-LINK_RANK = "tidar_link_rank"
-"""Our one entry in config.json, where there is a link."""
 FILE_BYTES = 5 * 10**9
 """Largest safetensors file written."""
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 _LAYER_NAMES = {
     "attention_norm": ("input_layernorm",),
@@ -57,31 +55,41 @@ def load_model(
     mask_id  the mask token's row, where the folder is one of ours
     """
     folder = Path(folder)
-    config = replace(config_from_hf(_read_json(folder / "config.json")), mask_id=mask_id)
-    with torch.device("meta"):
-        model = TidarModel(config)
-    read = _reader(folder)
-    state = {ours: torch.cat([read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
+    settings = read_settings(folder)
+    model = _empty_model(replace(config_from_hf(settings), mask_id=mask_id))
+    files = _weight_files(folder, settings, model)
+    state = {ours: torch.cat([files.read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
     if model.link is not None:
-        state |= {f"link.{name}": value.to(device, dtype) for name, value in _read_link(folder).items()}
-    for name, expected in model.state_dict().items():
-        if name in state and state[name].shape != expected.shape:
-            raise WeightsError(
-                f"{folder}: weight {name} has shape {list(state[name].shape)}; config.json asks for "
-                f"{list(expected.shape)}; use weights and config of one model"
-            )
+        state |= {f"link.{name}": value.to(device, dtype) for name, value in _read_link(folder, model.link).items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     return model.eval()
 
 
-def save_model(model: TidarModel, folder: str | Path, *, eos_id: int | None = None) -> None:
-    """Write config.json and model*.safetensors, in the model's dtype, into an existing folder."""
+def check_weights(folder: str | Path) -> ModelConfig:
+    """The config of the model in a Hugging Face folder that `load_model` will load, by the headers of its files.
+
+    Raises WeightsError where a tensor is missing, left over, quantised in a way that is not read, or does not fit.
+    """
+    settings = read_settings(folder)
+    config = config_from_hf(settings)
+    model = _empty_model(config)
+    _weight_files(Path(folder), settings, model)
+    if model.link is not None:
+        _read_link(Path(folder), model.link)
+    return config
+
+
+def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] = ()) -> None:
+    """Write config.json and model*.safetensors, in the model's dtype, into an existing folder.
+
+    end_ids  tokens that end a text
+    """
     folder = Path(folder)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     settings = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
-    if eos_id is not None:
-        settings["eos_token_id"] = eos_id
+    if end_ids:
+        settings["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
     files = list(_files(model))
     for number, tensors in enumerate(files, 1):
         save_file(tensors, folder / _file_name(number, len(files)), metadata={"format": "pt"})
@@ -138,113 +146,6 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
     return new.train(model.training)
 
 
-def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
-    """Our config from a config.json; WeightsError for architectures and features that are not run here."""
-    kind = settings.get("model_type")
-    if kind not in CLASSES:
-        raise WeightsError(f"model_type is {kind!r}; this project runs {', '.join(CLASSES)}")
-    sliding = "sliding_attention" in (settings.get("layer_types") or ())
-    if settings.get("use_sliding_window") or sliding:
-        raise WeightsError("the model uses sliding-window attention; this project runs full attention only")
-    if settings.get("hidden_act", "silu") != "silu":
-        raise WeightsError(f"hidden_act is {settings['hidden_act']!r}; this project runs silu")
-    heads, hidden_size = settings["num_attention_heads"], settings["hidden_size"]
-    bias = bool(settings.get("attention_bias", False))
-    return ModelConfig(
-        architecture=kind,
-        vocab_size=settings["vocab_size"],
-        hidden_size=hidden_size,
-        intermediate_size=settings["intermediate_size"],
-        layers=settings["num_hidden_layers"],
-        heads=heads,
-        kv_heads=settings.get("num_key_value_heads") or heads,
-        head_size=settings.get("head_dim") or hidden_size // heads,
-        context_len=settings["max_position_embeddings"],
-        rope_theta=float(_rope(settings).get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(settings),
-        norm_eps=settings.get("rms_norm_eps", 1e-6),
-        tied_head=bool(settings.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2" or bias,
-        output_bias=kind != "qwen2" and bias,
-        mlp_bias=kind == "llama" and bool(settings.get("mlp_bias", False)),
-        qk_norm=kind == "qwen3",
-        link_rank=settings.get(LINK_RANK, 0),
-    )
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read alike; the mask token is not in it."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind != "linear":
-            rope["original_max_position_embeddings"] = scaling.original_context_len
-        if scaling.kind == "llama3":
-            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        if scaling.kind == "yarn":
-            rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-            rope |= {"attention_factor": scaling.attention_factor}
-    settings = {
-        "architectures": [CLASSES[config.architecture]],
-        "model_type": config.architecture,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.context_len,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_head,
-        "hidden_act": "silu",
-        "bos_token_id": None,
-    }
-    if config.rope_scaling is not None:
-        settings["rope_scaling"] = rope
-    if config.architecture != "qwen2":
-        settings["attention_bias"] = config.qkv_bias
-    if config.architecture == "llama":
-        settings["mlp_bias"] = config.mlp_bias
-    if config.link_rank:
-        settings[LINK_RANK] = config.link_rank
-    return settings
-
-
-def _rope(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters, transformers 5's `rope_parameters` over 4's `rope_scaling` and `rope_theta`."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    return ({"rope_theta": settings["rope_theta"]} if "rope_theta" in settings else {}) | given
-
-
-def _rope_scaling(settings: dict[str, Any]) -> RopeScaling | None:
-    rope = _rope(settings)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise WeightsError(f"rope_type is {kind!r}; this project runs default, linear, llama3 and yarn")
-    if kind == "yarn" and (rope.get("mscale") or rope.get("truncate") is False):
-        raise WeightsError("yarn with mscale or truncate: false is not run here; remove them or choose another model")
-    factor = float(rope["factor"])
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = 0.1 * math.log(factor) + 1.0  # YaRN, section 3.4
-    return RopeScaling(
-        kind=kind,
-        factor=factor,
-        original_context_len=int(rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]),
-        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        attention_factor=float(attention_factor) if kind == "yarn" else 1.0,
-    )
-
-
 def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
     """Our name of each parameter that they know -> theirs."""
     for name, _ in model.named_parameters():
@@ -287,38 +188,26 @@ def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _reader(folder: Path) -> Callable[[str], Tensor]:
-    """A function that reads one of their tensors by name, from one file or many."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if not index.exists() and not single.exists():
-        raise WeightsError(f"{folder} has no model.safetensors; give a folder with safetensors weights")
-    places = _read_json(index)["weight_map"] if index.exists() else {}
-
-    def read(name: str) -> Tensor:
-        path = folder / places[name] if name in places else single
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: weight {name} cannot be read ({error}); fetch the folder again") from error
-
-    return read
+def _empty_model(config: ModelConfig) -> TidarModel:
+    """A model whose weights have shapes and no values."""
+    with torch.device("meta"):
+        return TidarModel(config)
 
 
-def _read_link(folder: Path) -> dict[str, Tensor]:
-    path = folder / LINK
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in ("before", "after")}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
+def _weight_files(folder: Path, settings: dict[str, Any], model: TidarModel) -> WeightFiles:
+    """The folder's files, held to the shapes of an empty model."""
+    parameters = dict(model.named_parameters())
+    wanted = {
+        name: part.shape
+        for ours, theirs in _names(model)
+        for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
+    }
+    return WeightFiles(folder, wanted, scaling_of(settings), tied=model.config.tied_head)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read; give the folder of a Hugging Face model") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON ({error}); fetch the folder again") from error
+def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
+    path, wanted = folder / LINK, {name: tuple(value.shape) for name, value in link.named_parameters()}
+    found = {name: stored.shape for name, stored in stored_in(path).items()}
+    if found != wanted:
+        raise WeightsError(f"{path} holds {found}; config.json asks for {wanted}; use weights and config of one model")
+    return {name: read_tensor(name, path) for name in wanted}
