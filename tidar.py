@@ -220,7 +220,7 @@ def generate(
     asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
              "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
     uri = _found(model, tracking_uri)
-    writing = OneText(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len)
+    writing = OneText(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len, report=_note)
     for text in writing.pieces():
         if not as_json:
             print(text, end="", flush=True)
@@ -265,12 +265,14 @@ def bench(
         return
     if len(batch) > 1 or context:
         raise RequestError("several --batch, or --context, time the steps of a --shape; give a MODEL one --batch")
-    bundle = _loaded(_found(str(model), tracking_uri), threads, dtype.value)
+    uri = _found(str(model), tracking_uri)
+    bundle = _loaded(uri, threads, dtype.value)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
-    tokens = _prompts(bundle, prompts, count, max_tokens)
+    tokens = measure.bench_prompts(bundle, prompts, count, max_tokens)
     facts = measure.compared_modes(
-        bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats
-    )
+        bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats,
+        uri=uri,
+    )  # fmt: skip
     if transformers:
         from pipelines.rival import generate_speed
 
@@ -308,30 +310,28 @@ def profile(
 
 @app.command()
 def serve(
-    model: Model,
-    port: int = 8000,
-    host: str = "127.0.0.1",
-    rows: Annotated[int, typer.Option(min=1, help="Sequences that a replica decodes together.")] = 8,
-    mode: Mode = Mode.auto,
-    threads: Threads = THREADS,
-    tracking_uri: Tracking = TRACKING,
+    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="YAML file of settings; other options override it.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 by default.")] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 by default.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Sequences that a replica decodes together; 8.")] = None,
+    context_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and completion together.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="auto by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores but one.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help=TRACKING)] = None,
 ) -> None:
     """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
     from serve_apps.app import run
-    from serve_apps.settings import ServeSettings
-    from tidar_core.artifacts import registry
+    from serve_apps.deployment import command_settings
 
     run(
-        ServeSettings(
-            model=model,
-            port=port,
-            host=host,
-            rows=rows,
-            mode=mode.value,
-            threads=threads,
-            tracking_uri=registry.absolute_tracking_uri(tracking_uri),
+        command_settings(
+            settings,
+            defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
+            given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
+                   "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
         )
-    )
+    )  # fmt: skip
 
 
 def _found(model: str, tracking_uri: str) -> str:
@@ -343,22 +343,9 @@ def _found(model: str, tracking_uri: str) -> str:
 
 def _loaded(uri: str, threads: int, dtype: str = "fp32") -> Any:
     """A bundle, verified; on the GPU where there is one."""
-    import torch
+    from pipelines.measure import loaded_bundle
 
-    from tidar_core.artifacts.bundle import DTYPES, load_bundle
-
-    torch.set_num_threads(threads)
-    return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _prompts(bundle: Any, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Token ids of prompts, their beginnings cut off where the context could not hold them and the completion."""
-    from tidar_core.artifacts.prompts import read_prompts
-
-    context_len = bundle.model.config.context_len
-    if max_tokens >= context_len:
-        raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
-    return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
+    return loaded_bundle(uri, threads, dtype)
 
 
 def _object(text: str, option: str) -> dict[str, Any]:

@@ -5,24 +5,47 @@ What `tidar bench` and `tidar profile` do once the model is there; progress on s
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.progress import job_progress, stderr
-from tidar_core.artifacts.bundle import DTYPES, Bundle
-from tidar_core.artifacts.latency_file import time_and_store
+from tidar_core.artifacts.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.latency_file import bundle_table, time_and_store
+from tidar_core.artifacts.prompts import read_prompts
 from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
-from tidar_core.latency import latency_shapes, measure_latency
+from tidar_core.errors import RequestError
+from tidar_core.latency import measure_latency
 from tidar_core.model import TidarModel
 from tidar_core.modes import MODES
 from tidar_core.planner import AUTO
 from tidar_core.shapes import named_shape
 from tidar_core.step_bench import StepCost, copy_bandwidth, random_model, step_costs, step_plans
+from tidar_core.step_timing import latency_shapes
 
-__all__ = ["compared_modes", "latency_curve", "shape_costs", "stored_latency"]
+__all__ = ["bench_prompts", "compared_modes", "latency_curve", "loaded_bundle", "shape_costs", "stored_latency"]
+
+
+def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
+    """A bundle, verified, on the GPU where there is one.
+
+    threads  of torch in this process, from now on
+    dtype    a key of DTYPES
+    """
+    torch.set_num_threads(threads)
+    return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bench_prompts(bundle: Bundle, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
+    """Token ids of prompts, their beginnings cut off where the context could not hold them and the completion."""
+    context_len = bundle.model.config.context_len
+    if max_tokens >= context_len:
+        raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
+    return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
 
 
 def compared_modes(
@@ -33,8 +56,12 @@ def compared_modes(
     block_len: int,
     batch: int,
     repeats: int,
+    uri: str,
 ) -> dict[str, Any]:
-    """Every mode on the same prompts in one run."""
+    """Every mode on the same prompts in one run.
+
+    uri  location of the bundle, beside which a latency table may be kept
+    """
     modes = (*MODES, AUTO)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
@@ -42,6 +69,7 @@ def compared_modes(
         results = compare_modes(
             model, prompts, sampling, block_len=block_len, batch=batch, repeats=repeats, modes=modes,
             context_len=max(map(len, prompts)) + sampling.max_tokens, on_prompt=lambda: show(next(done), {}),
+            table=partial(bundle_table, uri),
         )  # fmt: skip
     return {
         **_device(model),

@@ -22,6 +22,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from serve_apps import start_stage
 from serve_apps.access import Access
 from serve_apps.carried_body import CALLBACK
 from serve_apps.decoder_app import DecoderApp
@@ -41,6 +42,7 @@ __all__ = ["APP_NAME", "address_of", "build_app", "check_port", "run", "shutdown
 APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
 DRAIN_LOOK_SECONDS = 0.2
+STAGE_LOOK_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 2**20
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
@@ -220,10 +222,33 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
             tracing_config=tracing_config(settings),
         )
         try:
-            serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON", enable_access_log=False))
+            with _stages_printed():
+                serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON", enable_access_log=False))
         except RuntimeError as error:
             raise start_error(_said_by_deployments() or str(error)) from error
     _wait_until_ready(settings)
+
+
+@contextlib.contextmanager
+def _stages_printed() -> Iterator[None]:
+    """Print what the first replica does, to standard error, until it is ready."""
+    started = threading.Event()
+
+    def look() -> None:
+        shown = None
+        while not started.wait(STAGE_LOOK_SECONDS):
+            with contextlib.suppress(Exception):  # Ray may be ending
+                if (stage := start_stage.latest()) is not None and stage != shown:
+                    print(f"tidar: {stage}", file=sys.stderr, flush=True)
+                    shown = stage
+
+    looking = threading.Thread(target=look, name="start stages", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        started.set()
+        looking.join()
 
 
 def _start_ray() -> None:

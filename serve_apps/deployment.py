@@ -8,6 +8,7 @@ is built, so the config does not repeat it.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import yaml
 
 from serve_apps.settings import ServeSettings
 from serve_apps.tracing import tracing_config
+from tidar_core.artifacts.registry import absolute_tracking_uri
 from tidar_core.artifacts.settings_file import read_mapping
-from tidar_core.errors import TidarError
+from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["embedded", "main", "read_settings", "serve_config"]
+__all__ = ["command_settings", "embedded", "main", "read_settings", "serve_config"]
 
 BUILDER = "serve_apps.app:build_app"
 """Called on the cluster with the settings; looks the model up there."""
@@ -29,6 +31,20 @@ FIELD = "  serveConfigV2: |\n"
 def read_settings(path: str | Path) -> ServeSettings:
     """Settings in the YAML file at `path`. Raises ConfigError."""
     return ServeSettings.model_validate(read_mapping(path, "settings file", "infra/serve.settings.yaml"))
+
+
+def command_settings(path: Path | None, *, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> ServeSettings:
+    """Settings of a service on this machine. Raises ConfigError.
+
+    path      YAML file; its keys go before `defaults`
+    given     of the command line, which goes before both; None was not given
+    """
+    stated = {} if path is None else read_mapping(path, "settings file", "infra/serve.settings.yaml")
+    values = dict(defaults) | stated | {key: value for key, value in given.items() if value is not None}
+    if not values.get("model"):
+        raise ConfigError("no model is given; give one as argument, or a settings file with the key model")
+    settings = ServeSettings.model_validate(values)
+    return settings.model_copy(update={"tracking_uri": absolute_tracking_uri(settings.tracking_uri)})
 
 
 def serve_config(settings: ServeSettings) -> dict[str, Any]:

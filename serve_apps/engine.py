@@ -6,6 +6,7 @@ weights are another engine. A replica has it in a process of its own (`engine_pr
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -52,8 +53,11 @@ class Heard(NamedTuple):
 class Engine:
     """One bundle at work."""
 
-    def __init__(self, served: Served) -> None:
-        """Loads the weights and runs them once. Raises BundleError or ConfigError."""
+    def __init__(self, served: Served, report: Callable[[str], None] = lambda line: None) -> None:
+        """Loads the weights and runs them once. Raises BundleError or ConfigError.
+
+        report  takes one line at the start of each stage
+        """
         self.served = served
         settings = served.settings
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -61,6 +65,8 @@ class Engine:
             torch.set_num_threads(settings.threads)
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"num_gpus is {settings.num_gpus} and torch sees no GPU; set num_gpus to 0")
+        began = time.monotonic()
+        report(f"weights are loaded from {served.bundle_uri}")
         bundle = load_bundle(served.bundle_uri, dtype=DTYPES[settings.dtype], device=settings.device)
         if bundle.info.bundle_hash != served.bundle_hash:
             raise BundleError(
@@ -72,7 +78,9 @@ class Engine:
         decoder = Decoder(
             bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages
         )
-        planner = bundle_planner(settings.mode, served.bundle_uri, decoder)
+        planner = bundle_planner(
+            settings.mode, served.bundle_uri, decoder, budget=settings.timing_seconds, report=report
+        )
         self.batcher = Batcher(decoder, planner, max_waiting=settings.max_waiting)
         template = load_chat_template(served.bundle_uri, instead=settings.chat_template)
         self.tokenizer_info = _tokenizer_info(served.bundle_uri, template)
@@ -84,7 +92,9 @@ class Engine:
             context_len=decoder.context_len,
             tool_form=self.tool_form,
         )
+        report("a first text is decoded")
         _warm_up(self.batcher, self._tokenizer.eos_id)
+        report(f"ready to decode after {time.monotonic() - began:.1f} s")
         self.loop = BatchLoop(
             self.batcher,
             interval=settings.stream_interval_seconds,

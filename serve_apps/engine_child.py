@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from serve_apps.engine import Engine
-from serve_apps.engine_process import BEGUN, DROP, LOG, STOP, End
+from serve_apps.engine_process import BEGUN, DROP, LOG, STAGE, STOP, End
 
 __all__ = ["main"]
 
@@ -57,7 +57,7 @@ def main(descriptor: int) -> None:
     outbox = _Outbox(connection)
     logging.getLogger().addHandler(QueueHandler(outbox))  # type: ignore[arg-type]
     try:
-        engine = Engine(connection.recv())
+        engine = Engine(connection.recv(), report=lambda line: outbox.send((STAGE, line)))
     except Exception as error:
         outbox.send((BEGUN, _sendable(error)))
         return

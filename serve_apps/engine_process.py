@@ -25,12 +25,13 @@ from serve_apps.replica_load import Load
 from serve_apps.served import Served
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 
-__all__ = ["BEGUN", "DROP", "LOG", "STOP", "End", "EngineProcess"]
+__all__ = ["BEGUN", "DROP", "LOG", "STAGE", "STOP", "End", "EngineProcess"]
 
 DROP, STOP = "drop", "stop"
 """Said of a call that nobody waits for any more, and to the process."""
-LOG, BEGUN = -1, -2
-"""In the place of a call's number: a record for this process' log, and what the engine is or why there is none."""
+LOG, BEGUN, STAGE = -1, -2, -3
+"""In the place of a call's number: a record for this process' log, what the engine is or why there is none, and a line
+about the stage that the start has reached."""
 STOP_SECONDS = 10.0
 """How long a process that is told to end may take."""
 
@@ -55,12 +56,15 @@ class _Call:
 class EngineProcess:
     """An `Engine` elsewhere; what it has of it says the same."""
 
-    def __init__(self, served: Served, lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, served: Served, lost: Callable[[str], None], report: Callable[[str], None] = lambda line: None
+    ) -> None:
         """Starts the process, and raises what it meets while it loads.
 
-        lost  told the error, in a thread of its own, when the process ends without having been told to
+        lost    told the error, in a thread of its own, when the process ends without having been told to
+        report  takes one line at the start of each stage, in a thread of its own
         """
-        self.served, self._lost = served, lost
+        self.served, self._lost, self._report = served, lost, report
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
         self._sending = threading.Lock()
@@ -158,6 +162,8 @@ class EngineProcess:
                 number, answer = self._connection.recv()
                 if number == LOG:
                     logging.getLogger(answer.name).handle(answer)
+                elif number == STAGE:
+                    self._report(answer)
                 elif number == BEGUN:
                     self._hear(answer)
                 elif (call := self._calls.get(number)) is not None:

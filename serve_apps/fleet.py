@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from serve_apps import start_stage
 from serve_apps.engine import Engine
 from serve_apps.engine_process import EngineProcess
 from serve_apps.errors import ParameterError
@@ -229,11 +230,20 @@ class Fleet:
         try:
             tokenizer = load_tokenizer(served.bundle_uri)
             lost = partial(self._lost, served.bundle_hash)
-            engine = EngineProcess(served, lost) if served.settings.own_process else Engine(served)
+            if served.settings.own_process:
+                engine: EngineProcess | Engine = EngineProcess(served, lost, self._report_stage)
+            else:
+                engine = Engine(served, self._report_stage)
             return Writer(served, engine, tokenizer, totals)
         except Exception as error:  # out of memory, a damaged file: the old weights go on
             traceback.clear_frames(error.__traceback__)  # what was made so far is given back
             return error
+        finally:
+            start_stage.clear(self._replica)
+
+    def _report_stage(self, line: str) -> None:
+        logger.info("replica %s: %s", self._replica, line)
+        start_stage.publish(self._replica, line)
 
     def _lost(self, bundle_hash: str, problem: str) -> None:
         """An engine's process has died. Without the champion's the replica is none: its end is seen at once, and what

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serve_apps import retry
+from serve_apps import retry, start_stage
 from serve_apps.access import Access
 from serve_apps.answers import Completion, ModelCard, ModelList
 from serve_apps.carried_body import Unloader
@@ -196,7 +196,9 @@ class HttpApp:
             return JSONResponse({"status": "ready"})
         if self._sleeps:
             return JSONResponse({"status": "asleep"})
-        return _answer(HttpError(503, "no decoder replica is ready; ask again", {"Retry-After": "1"}))
+        stage = await asyncio.to_thread(start_stage.latest)
+        state = "no decoder replica is ready" if stage is None else f"a decoder replica starts: {stage}"
+        return _answer(HttpError(503, f"{state}; ask again", {"Retry-After": "1"}))
 
     async def drain(self) -> int:
         """Refuse requests from now on; says how many are still being answered."""

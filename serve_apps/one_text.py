@@ -5,7 +5,7 @@ In this process, by the same reading of fields, the same rules and the same tran
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -25,15 +25,26 @@ from tidar_core.decoder import Decoder
 
 __all__ = ["OneText"]
 
+TIMING_SECONDS = 5.0
+"""Longest that decode steps are timed for one text, where no latency table was kept."""
+
 
 class OneText:
     """The completion of one prompt."""
 
     def __init__(
-        self, bundle: Bundle, bundle_uri: str, fields: Mapping[str, Any], *, mode: str, block_len: int | None = None
+        self,
+        bundle: Bundle,
+        bundle_uri: str,
+        fields: Mapping[str, Any],
+        *,
+        mode: str,
+        block_len: int | None = None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """fields     of the body of POST /v1/completions; n is 1. Raises RequestError for those that are wrong
         block_len  K; by default what the bundle was trained with
+        report     takes a line about what is done before the first token
         """
         body = read_request(json.dumps({"model": bundle_uri, **fields}).encode(), CompletionRequest)
         if len(asked := body.prompts("text")) != 1:
@@ -48,7 +59,7 @@ class OneText:
         request = self._completion.request
         decoder.check(request)
         length = len(request.prompt) + request.sampling.max_tokens
-        self._planner = bundle_planner(mode, bundle_uri, decoder, length)
+        self._planner = bundle_planner(mode, bundle_uri, decoder, length, budget=TIMING_SECONDS, report=report)
         self._batcher = Batcher(decoder, self._planner)
         self._transcript = Transcript(bundle.tokenizer, self._asked, request.prompt, block_len=decoder.draft.block_len)
         self._answer: dict[str, Any] = {"text": "", "finish_reason": None, "stop_reason": None}

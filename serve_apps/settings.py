@@ -85,6 +85,9 @@ class ServeSettings(BaseModel):
     """The decoder has a process of its own, so that it never waits for what its replica does for the clients; otherwise
     it shares the replica's, which takes less memory. While weights change, and beside a challenger, a GPU has two such
     processes: one that lets no two in (EXCLUSIVE_PROCESS) needs false."""
+    timing_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """Longest that a replica times decode steps before its first request, where mode is `auto` and no latency table was
+    kept. What is not timed is predicted, and corrected by the steps that are served."""
     threads: Positive | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 

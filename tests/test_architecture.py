@@ -42,8 +42,8 @@ TRAINING = (
 )  # fmt: skip
 DECODING = (
     "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "decode_forward",
-    "step", "step_graph", "decoder", "ways", "latency", "acceptance", "planner", "batcher", "autoregressive",
-    "benchmark", "step_bench",
+    "step", "step_graph", "decoder", "ways", "timing", "latency", "served_latency", "step_timing", "acceptance",
+    "planner", "batcher", "autoregressive", "benchmark", "step_bench",
 )  # fmt: skip
 
 

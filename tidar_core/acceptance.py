@@ -33,7 +33,8 @@ LATE_CHANCES = (0.5, 0.7)
 MOOD_ODDS = (1.0, 1.5, 4.0)
 """Of a draft in each mood, over those in all, before any was seen."""
 OPEN = (1e-9, 1 - 1e-9)
-"""Chances are kept within, so that every walk comes back to a whole block and has one stationary law."""
+"""Chances are kept within, so that odds are finite, and every walk comes back to a whole block and has one stationary
+law."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,8 @@ def _matrices(walks: tuple[Walk, ...], block_len: int) -> _Matrices:
 
 
 def _odds(chance: float) -> float:
+    """Odds of a chance, finite and above 0 even where every draft, or none, was accepted for long."""
+    chance = min(max(chance, OPEN[0]), OPEN[1])
     return chance / (1.0 - chance)
 
 

@@ -16,10 +16,12 @@ from tidar_core.autoregressive import score
 from tidar_core.batcher import Batcher, Completion
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoder import Decoder
+from tidar_core.latency import LatencyTable
 from tidar_core.model import TidarModel
 from tidar_core.modes import MODES, Planner
-from tidar_core.planner import measured_planner
+from tidar_core.planner import AUTO, planner_of
 from tidar_core.request import Request
+from tidar_core.step_timing import decoding_latency
 
 __all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
 
@@ -87,6 +89,7 @@ def compare_modes(
     context_len: int | None = None,
     modes: Sequence[str] = MODES,
     on_prompt: Callable[[], None] = lambda: None,
+    table: Callable[[Decoder, int], LatencyTable] | None = None,
 ) -> dict[str, ModeResult]:
     """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one batch to warm up.
 
@@ -94,12 +97,16 @@ def compare_modes(
 
     modes      the first is what the others are compared with: the autoregressive one
     on_prompt  called after each finished prompt, `prompts_in_all` times
+    table      what `auto` plans with, for a decoder and the longest context; it is timed here by default
     """
     decoder = Decoder(
         model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len, share_prefixes=False
     )
     longest = max(map(len, prompts)) + sampling.max_tokens
-    planners = {mode: measured_planner(mode, decoder, longest) for mode in modes}
+    costs = None
+    if AUTO in modes:
+        costs = decoding_latency(decoder, context_len=longest) if table is None else table(decoder, longest)
+    planners = {mode: planner_of(mode, decoder, costs) for mode in modes}
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
     for planner in planners.values():
         _run(decoder, planner, prompts[:batch], sampling, on_prompt)

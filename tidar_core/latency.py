@@ -4,28 +4,23 @@ The free-token-slot curve: up to some number of rows a forward costs little more
 weights dominates; past the knee each row is paid for (TiDAR, section 2).
 """
 
-import statistics
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
 from tidar_core.decode_forward import DecodeForward
-from tidar_core.decoder import Decoder
 from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.pages import page_count
-from tidar_core.ways import few_ways, timed_plans
+from tidar_core.timing import median_seconds
 
-__all__ = ["Curve", "LatencyPoint", "LatencyTable", "decoding_latency", "latency_shapes", "measure_latency"]
+__all__ = ["Curve", "LatencyPoint", "LatencyTable", "measure_latency"]
 
 KNEE_COST = 1.25
 """Rows are free as long as a forward costs at most this many times what one row costs."""
-UNTIMED, TIMED = 2, 4
-"""Runs of one shape in a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +35,8 @@ class LatencyPoint:
     seconds: float
     drafts: bool = False
     """Masks are among the rows, and drafts are made of them, which costs a little more."""
+    timed: bool = True
+    """False for a prediction from other shapes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,10 @@ class LatencyTable:
                 lambda far: self._curves[near][far].get(drafts) or self._curves[near][far][False],
             ),
         )
+
+    def timed_curve(self, batch: int, context: int, drafts: bool) -> "Curve | None":
+        """The curve of exactly this shape; None where it was not timed."""
+        return self._curves.get(batch, {}).get(context, {}).get(drafts)
 
     def knee_rows(self, batch: int = 1) -> int:
         """The most measured rows that are still free, at the smallest context and at `batch` or the next larger."""
@@ -122,33 +123,6 @@ def _between(measured: Collection[int], value: int, at: Callable[[int], Curve]) 
     return at(low).towards(at(high), (value - low) / (high - low))
 
 
-def decoding_latency(
-    decoder: Decoder, *, context_len: int | None = None, repeats: int = 5, on_point: Callable[[], None] = lambda: None
-) -> LatencyTable:
-    """The table that a decoder plans with: whole decode steps, verification included, at the row counts of its modes.
-
-    context_len  longest context that is planned for; the decoder's own by default
-    on_point     called after each of `latency_shapes`
-    """
-    K, points = decoder.draft.block_len, []
-    plans = timed_plans(few_ways(K))
-    for batch, context in latency_shapes(decoder, context_len):
-        with decoder.rehearsal(batch, context) as step:
-            times = _median_seconds([partial(step, plan) for plan in plans], repeats)
-        for (rows, drafts), seconds in {(p.rows(K), bool(p.groups)): t for p, t in zip(plans, times)}.items():
-            points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds, drafts=drafts))
-        on_point()
-    return LatencyTable(tuple(points))
-
-
-def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tuple[int, int]]:
-    """Batches and contexts that `decoding_latency` times."""
-    longest = min(context_len or decoder.context_len, decoder.context_len)
-    batches = [count for count in (1, 4, 16, 64) if count < decoder.rows] + [decoder.rows]
-    contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
-    return [(batch, context) for batch in batches for context in contexts]
-
-
 @torch.inference_mode()
 def measure_latency(
     model: TidarModel,
@@ -188,24 +162,4 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
         hidden = read(page_table_BN, prefix_B, token_BR, (), 1, used_pages)
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
-    return _median_seconds([forward], repeats)[0]
-
-
-def _median_seconds(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Of `repeats` of each, in turns. Each is run a few times, as in a text, of which the first are not timed, so that
-    none pays for what its neighbour has left in the caches: that made the shortest steps seem a fifth longer. And each
-    time is taken relative to its turn, since what slows the machine slows all."""
-    turns: list[list[float]] = []
-    for _ in range(repeats):
-        times = []
-        for run in runs:
-            for index in range(UNTIMED + TIMED):
-                if index == UNTIMED:
-                    began = time.perf_counter()
-                run()
-            times.append((time.perf_counter() - began) / TIMED)
-        turns.append(times)
-    pace = statistics.median(sum(times) for times in turns)
-    return [
-        statistics.median(pace * taken / sum(times) for taken, times in zip(of_run, turns)) for of_run in zip(*turns)
-    ]
+    return median_seconds([forward], repeats)[0]

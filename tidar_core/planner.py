@@ -1,18 +1,21 @@
 """Which mode, with which rows, brings the most tokens per second right now?
 
-Cost comes from a measured latency table, gain from how often drafts stood so far (`acceptance`). Autoregression is
-always among what is weighed.
+Cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). Gain comes from
+how often drafts were accepted so far (`acceptance`). Autoregression is always among the candidates.
 """
 
+import time
 from collections.abc import Collection, KeysView, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tidar_core.acceptance import NONE, Acceptance, Chances, Walk, expected_tokens, mood_after, two_pass_walk
 from tidar_core.decoder import Decoder
-from tidar_core.latency import LatencyTable, decoding_latency
+from tidar_core.latency import LatencyTable
 from tidar_core.modes import FixedMode, Planner, StepPlan
 from tidar_core.request import DecodeStep
+from tidar_core.served_latency import ServedLatency
+from tidar_core.timing import Clock
 from tidar_core.ways import Way, few_ways, many_ways
 
 __all__ = [
@@ -21,7 +24,6 @@ __all__ = [
     "SURE",
     "AutoPlanner",
     "Choice",
-    "measured_planner",
     "planner_of",
 ]
 
@@ -44,6 +46,9 @@ PROBE_COST = 0.005
 drafted and verified as often as that allows."""
 SHORTEST_PROBE, LONGEST_PROBE = 32, 1024
 """Autoregressive steps from one such block to the next."""
+FIRST_COMPARISON, COMPARED_EVERY = 32, 256
+"""While drafts are made, one step in so many is autoregressive: its time is what drafting must beat. The gap doubles
+from the first to the second number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +74,22 @@ def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -
     return AutoPlanner(table, block_len, few_ways(block_len) if decoder.captures else None)
 
 
-def measured_planner(mode: str, decoder: Decoder, context_len: int | None = None) -> Planner:
-    """The planner of a mode for a decoder; `auto` times forwards on its device first, up to `context_len`."""
-    table = decoding_latency(decoder, context_len=context_len) if mode == AUTO else None
-    return planner_of(mode, decoder, table)
-
-
 class AutoPlanner:
     """Picks the choice that promises most; reviews it as acceptance is learned, keeps to it unless clearly beaten."""
 
-    def __init__(self, table: LatencyTable, block_len: int, ways: Sequence[Way] | None = None) -> None:
-        """ways  that are weighed, autoregression first; many by default"""
-        self.table, self.block_len = table, block_len
+    def __init__(
+        self,
+        table: LatencyTable,
+        block_len: int,
+        ways: Sequence[Way] | None = None,
+        *,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """ways   candidates, autoregression first; many by default
+        clock  seconds, ascending; read before and after each step
+        """
+        self.block_len, self._clock = block_len, clock
+        self.latency = ServedLatency(table)
         self.ways = ways or many_ways(block_len)
         self.acceptance = Acceptance(block_len)
         """Of all requests so far."""
@@ -92,6 +101,8 @@ class AutoPlanner:
         """Of each running request."""
         self._steps = self._since_drafts = 0
         self._reviews: dict[frozenset[str] | int, _Review] = {}
+        self._launched: _Launched | None = None
+        self._next_comparison = FIRST_COMPARISON
 
     @property
     def drafts_at_prefill(self) -> bool:
@@ -100,6 +111,11 @@ class AutoPlanner:
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The choice's plan; where nothing is pending to be verified, drafts are made first."""
+        plan = self._planned(pending, context)
+        self._launched = _Launched(plan, len(pending), context, self._clock())
+        return plan
+
+    def _planned(self, pending: Mapping[str, int], context: int) -> StepPlan:
         self._steps += 1
         if len(self._own) > 2 * len(pending):  # requests that were aborted never say that they finished
             self._own = {request: own for request, own in self._own.items() if request in pending}
@@ -108,12 +124,20 @@ class AutoPlanner:
         most = max(pending.values())
         if self.choice.mode == "autoregressive":
             return self._probe(most, review.probe_every)
+        if self._steps >= self._next_comparison:
+            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
+            return StepPlan(1)
         if most > 1:
             return self.choice.cycle[-1]
         return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
 
     def observe(self, steps: Sequence[DecodeStep]) -> None:
-        """Learn from the decode step that `next_plan` was asked for."""
+        """Learn from the decode step that `next_plan` planned: its time, and which drafts were accepted."""
+        if (launched := self._launched) is not None:
+            plan, seconds = launched.plan, self._clock() - launched.began
+            rows, drafts = plan.rows(self.block_len), bool(plan.groups)
+            self.latency.observe(rows, launched.batch, launched.context, drafts, seconds)
+            self._launched = None
         for step in steps:
             if step.verified > 1:
                 own = self._own.setdefault(step.request_id, _Own(Acceptance(self.block_len)))
@@ -146,7 +170,7 @@ class AutoPlanner:
         """All candidates with what they promise for a batch of these requests."""
         drafting = {way.cycle: self._walk(way) for way in self.ways if way.mode != "autoregressive"}
         accepted = dict(zip(drafting, self._tokens(list(drafting.values()), requests)))
-        curves = {drafts: self.table.curve(len(requests), context, drafts=drafts) for drafts in (False, True)}
+        curves = {drafts: self.latency.curve(len(requests), context, drafts=drafts) for drafts in (False, True)}
         choices = []
         for way in self.ways:
             # what draws up a block commits a token as well: all of an autoregressive step, the first of two passes
@@ -200,8 +224,8 @@ class AutoPlanner:
         K, batch = self.block_len, len(requests)
         if K == 1:
             return 0
-        drafting = self.table.seconds(StepPlan(1, (1,), K).rows(K), batch, context, drafts=True)
-        ar, verifying = (self.table.seconds(rows, batch, context) for rows in (1, K))
+        drafting = self.latency.seconds(StepPlan(1, (1,), K).rows(K), batch, context, drafts=True)
+        ar, verifying = (self.latency.seconds(rows, batch, context) for rows in (1, K))
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_walk(K, K)], requests)[0]
         return int(min(max(lost / PROBE_COST, SHORTEST_PROBE), LONGEST_PROBE))
 
@@ -214,6 +238,16 @@ class AutoPlanner:
         if not every or self._since_drafts < every:
             return StepPlan(1)
         return StepPlan(1, (1,), self.block_len)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """The step that was planned last."""
+
+    plan: StepPlan
+    batch: int
+    context: int
+    began: float
 
 
 @dataclass(slots=True)

@@ -9,12 +9,13 @@ from tidar_core.acceptance import ALL, NONE, SOME, Acceptance, Chances, Walk, ex
 from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
-from tidar_core.latency import LatencyPoint, LatencyTable, decoding_latency, measure_latency
+from tidar_core.latency import LatencyPoint, LatencyTable, measure_latency
 from tidar_core.modes import StepPlan
 from tidar_core.planner import KNOWN, SURE, AutoPlanner, planner_of
 from tidar_core.request import DecodeStep
 from tidar_core.step_bench import step_plans
 from tidar_core.step_graph import rounded
+from tidar_core.step_timing import decoding_latency
 from tidar_core.ways import few_ways, many_ways, timed_plans
 
 K = 4
@@ -53,6 +54,11 @@ def simulated_tokens(plan, moods, forwards=40_000, seed=0, whole_blocks=False):
         groups = [g for g in plan.groups if g <= n]
         late = 0 if whole_blocks else min(width, n - max(groups)) if groups else width
     return tokens / forwards
+
+
+def planner_with(table, block_len, *ways):
+    """A planner whose clock stands still, so that the table is the truth."""
+    return AutoPlanner(table, block_len, *ways, clock=lambda: 0.0)
 
 
 def table_of(seconds_of_rows, batch=1):
@@ -101,7 +107,7 @@ def test_what_a_batch_expects_is_the_mean_over_its_sequences():
 @pytest.mark.parametrize("chance", [[0, 0.05, 0.05, 0.05], [0, 0.6, 0.5, 0.4], [0, 0.95, 0.95, 0.95]])
 @pytest.mark.parametrize("row_cost", [0.0, 0.02, 0.1, 1.0])
 def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + row_cost * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + row_cost * rows), K)
     known(planner, chances(chance, 0.3 * chance[1]))
     moods = planner.acceptance.moods()
     planner.next_plan({"r": 1}, 10)
@@ -124,21 +130,21 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
 
 
 def test_hopeless_drafts_and_costly_rows_mean_autoregression():
-    planner = AutoPlanner(table_of(lambda rows: float(rows)), K)
+    planner = planner_with(table_of(lambda rows: float(rows)), K)
     known(planner, chances([0.0] * K, 0.0))
     assert planner.next_plan({"a": 1, "b": 1}, 10) == StepPlan(1)
     assert planner.choice.mode == "autoregressive"
 
 
 def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
-    planner = AutoPlanner(table_of(lambda rows: 1.0), K)
+    planner = planner_with(table_of(lambda rows: 1.0), K)
     known(planner, chances([0.9] * K, 0.9))
     planner.next_plan({"r": 4}, 10)
     assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.01 * rows), K)
     planner.acceptance.tried = [[60.0] * (K + 2) for _ in range(3)]
     plans = []
     pending = 1
@@ -203,6 +209,18 @@ def test_what_was_not_tried_for_long_is_unknown_again():
     assert acceptance.moods()[ALL].whole[2] > 0.9
 
 
+@pytest.mark.parametrize("block_len", [2, 4, 8, 16])
+@pytest.mark.parametrize("all_accepted", [True, False])
+def test_a_text_whose_drafts_are_always_or_never_accepted_can_be_planned_for_ever(block_len, all_accepted):
+    planner, pending = planner_with(table_of(lambda rows: 1.0), block_len), 1
+    for _ in range(3000):
+        plan = planner.next_plan({"r": pending}, 10)
+        n = min(plan.clean_len, pending) if all_accepted else 1
+        planner.observe([DecodeStep("r", (1,) * n, None, pending, n, plan.clean_len)])
+        pending = plan.masks(block_len) if plan.groups else 1
+    assert (planner.choice.mode == "autoregressive") == (not all_accepted)
+
+
 def test_latency_is_linear_between_measured_rows():
     table = LatencyTable(
         tuple(LatencyPoint(rows=r, batch=1, context=64, seconds=s) for r, s in ((1, 1.0), (8, 1.2), (16, 2.0)))
@@ -234,7 +252,7 @@ def test_steps_that_draft_have_a_curve_of_their_own():
 
 
 def test_drafting_must_promise_clearly_more_than_autoregression():
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     known(planner, chances([0.3] * K, 0.3))
     weighed = planner.weigh(["r"], 10)
     best = max(choice.tokens_per_second for choice in weighed) / weighed[0].tokens_per_second
@@ -243,7 +261,7 @@ def test_drafting_must_promise_clearly_more_than_autoregression():
 
 
 def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
-    planner = AutoPlanner(table_of(lambda rows: 1.0), K)
+    planner = planner_with(table_of(lambda rows: 1.0), K)
     weighed = []
     weigh = planner.weigh
     monkeypatch.setattr(
@@ -255,7 +273,7 @@ def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
 
 
 def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     known(planner, chances([0.5] * K, 0.5))
     for request, n in (("good", 4), ("bad", 1)):
         for _ in range(200):
@@ -272,7 +290,7 @@ def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
 
 
 def test_lone_requests_that_are_new_share_a_review(monkeypatch):
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     weighed = []
     weigh = planner.weigh
     monkeypatch.setattr(
@@ -290,7 +308,7 @@ def test_lone_requests_that_are_new_share_a_review(monkeypatch):
 
 
 def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
-    planner = AutoPlanner(table_of(lambda rows: 1.0), K)
+    planner = planner_with(table_of(lambda rows: 1.0), K)
     for turn in range(50):
         running = {f"{turn}-{i}": 4 for i in range(6)}
         planner.next_plan(running, 10)
@@ -315,7 +333,7 @@ def test_a_measured_table_covers_what_was_asked(model):
 @pytest.mark.parametrize("row_cost", [0.0, 0.05, 1.0])
 def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost):
     texts = prompts(5, 12, 3, 8)
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + row_cost * rows), K)
+    planner = planner_with(table_of(lambda rows: 1.0 + row_cost * rows), K)
     batcher = Batcher(Decoder(model, DraftConfig(block_len=K), rows=3), planner)
     found = [tuple(c.token_ids) for c in complete(batcher, requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
@@ -358,7 +376,7 @@ def test_every_way_can_be_taken_and_each_is_there_once(block_len):
 
 
 def test_where_steps_are_captured_only_few_ways_are_weighed_all_of_them_timed():
-    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.01 * rows), 16, few_ways(16))
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.01 * rows), 16, few_ways(16))
     assert [choice.cycle for choice in planner.weigh(["r"], 10)] == [way.cycle for way in few_ways(16)]
     assert len(timed_plans(few_ways(16))) < 20
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from serve_apps.deployment import command_settings
 from serve_apps.settings import ServeSettings
 from tidar_core.errors import ConfigError
 
@@ -65,3 +66,31 @@ def test_what_is_unknown_or_impossible_is_named_in_one_line(wrong, named):
         ServeSettings(**{"model": "m"} | wrong)
     assert str(caught.value).startswith(f"serve settings: {named}")
     assert "\n" not in str(caught.value)
+
+
+def test_options_go_before_the_settings_file_and_the_file_before_the_defaults(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: /data/one\nrows: 4\nmode: two-pass\ncontext_len: 512\n")
+    defaults = {"mode": "auto", "threads": 1, "tracking_uri": "sqlite:////x.db"}
+    given = {"model": None, "rows": 2, "context_len": None}
+    found = command_settings(file, defaults=defaults, given=given)
+    assert (found.model, found.rows, found.mode, found.context_len, found.threads) == (
+        "/data/one",
+        2,
+        "two-pass",
+        512,
+        1,
+    )
+    bare = command_settings(None, defaults=defaults, given=given | {"model": "/data/two", "context_len": 256})
+    assert (bare.model, bare.rows, bare.mode, bare.context_len) == ("/data/two", 2, "auto", 256)
+
+
+def test_a_service_without_a_model_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"^no model is given; give one as argument, or a settings file with the key"):
+        command_settings(None, defaults={}, given={"model": None})
+
+
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_a_budget_for_timing_is_more_than_nothing(seconds):
+    with pytest.raises(ConfigError, match=f"timing_seconds is {seconds}; "):
+        ServeSettings(model="m", timing_seconds=seconds)

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -26,6 +25,7 @@ from typing import IO, Any
 
 import fsspec
 
+from tidar_core.artifacts.cache import cache_folder
 from tidar_core.errors import UserError
 
 __all__ = [
@@ -247,15 +247,14 @@ def sha256(uri: str) -> str:
 def local_copy(uri: str, cache: str | Path | None = None) -> Path:
     """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version.
 
-    cache  where downloads lie; if not given, `tidar` below XDG_CACHE_HOME or ~/.cache
+    cache  where downloads lie; this machine's `cache_folder` by default
     """
     path = local_path(uri)
     if path is not None:
         return path
     files = list_files(uri)
     key = hashlib.sha256(canonical_json([uri, [(f.name, f.size, f.version) for f in files]]).encode()).hexdigest()
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tidar"
-    target = Path(cache).expanduser() / key[:32]
+    target = Path(cache or cache_folder()) / key[:32]
     if target.is_dir():
         return target
     staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
