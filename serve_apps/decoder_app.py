@@ -93,9 +93,12 @@ class DecoderApp:
         except TidarError as error:
             return Failed(error)
 
-    async def detokenize(self, tokens: list[int]) -> str:
+    async def detokenize(self, tokens: list[int]) -> str | Failed:
         """The text of tokens, special ones by their names."""
-        return await self.fleet.champion.engine.detokenize(tokens)
+        try:
+            return await self.fleet.champion.engine.detokenize(tokens)
+        except TidarError as error:
+            return Failed(error)
 
     async def tokenizer_info(self) -> TokenizerInfo:
         """What the tokenizer's configuration says."""

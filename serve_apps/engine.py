@@ -120,7 +120,8 @@ class Engine:
         )
 
     async def detokenize(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones by their names."""
+        """The text of tokens, special ones by their names. Raises RequestError."""
+        self._prompts.check_ids("tokens", tokens)
         return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special=False)
 
     async def steps(self, asked: PromptRequest) -> AsyncGenerator[Heard, None]:

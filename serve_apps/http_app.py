@@ -178,6 +178,8 @@ class HttpApp:
         self._check_model(asked.model or self._card.id)
         ask = partial(self._decoder.detokenize.remote, asked.tokens)
         text = await self._limits.in_time(retry.answer(ask), http.headers)
+        if isinstance(text, Failed):
+            raise text.error
         return JSONResponse(Detokenized(prompt=text).model_dump(mode="json"))
 
     async def tokenizer_info(self, http: Request) -> Response:

@@ -3,6 +3,7 @@
 In the decoder's replica, where the tokenizer and the chat template are, and off its event loop.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_apps.asked import Chat, PromptRequest
@@ -43,6 +44,7 @@ class PromptReader:
 
     def request(self, asked: PromptRequest) -> Request:
         """What is asked, in tokens. Raises RequestError."""
+        self.check_ids("stop_token_ids", asked.sampling.eos_ids)
         prompt = self.tokens(asked.prompt, framed=asked.framed)
         ends = [] if asked.ignore_eos else [self._tokenizer.eos_id]
         if isinstance(asked.prompt, Chat) and self._turn_end is not None and not asked.ignore_eos:
@@ -66,9 +68,16 @@ class PromptReader:
             constraint=constraint, speculative=asked.speculative,
         )  # fmt: skip
 
+    def check_ids(self, field: str, tokens: Sequence[int]) -> None:
+        """Raise ParameterError for the first of `tokens` that the model does not have."""
+        for token in tokens:
+            if not 0 <= token < self._vocab_size:
+                raise ParameterError(f"{field} names token {token}; ids are 0..{self._vocab_size - 1}; drop it", field)
+
     def tokens(self, prompt: str | tuple[int, ...] | Chat, *, framed: bool = False) -> tuple[int, ...]:
         """The ids of a prompt. Raises RequestError."""
         if isinstance(prompt, tuple):
+            self.check_ids("prompt", prompt)
             return prompt
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode_batch([prompt], framed=framed)[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_apps.access import Access
@@ -127,7 +128,8 @@ def counted_of(service):
 @pytest.mark.slow
 def test_a_running_service_counts_no_failure_and_writes_no_traceback(service):
     url, before = httpx.URL(service), counted_of(service)
-    logs = {path: path.stat().st_size for path in Path("/tmp/ray/session_latest/logs/serve").glob("*.log")}
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    logs = {path: path.stat().st_size for path in folder.glob("*.log")}
     whole = json.dumps({"model": "tiny-model", "prompt": "x", "max_tokens": 4000, "ignore_eos": True})
     streamed = json.dumps(json.loads(whole) | {"stream": True})
     for body, length in ((b"", 50), (b"{", 50), (whole.encode(), len(whole)), (streamed.encode(), len(streamed))):
@@ -145,9 +147,10 @@ def test_a_running_service_counts_no_failure_and_writes_no_traceback(service):
         ("requests_total", "499"): 3, ("requests_total", "200"): 1, ("requests_abandoned_total", "body"): 2,
         ("requests_abandoned_total", "answer"): 1, ("requests_abandoned_total", "stream"): 1,
     }  # fmt: skip
-    said = "".join(
-        path.read_text()[logs.get(path, 0) :] for path in Path("/tmp/ray/session_latest/logs/serve").glob("*.log")
-    )
+    said = ""
+    while said.count("the client hung up") < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        said = "".join(path.read_bytes()[logs.get(path, 0) :].decode() for path in folder.glob("*.log"))
+    assert said.count("the client hung up") == 6
     assert "Traceback" not in said
     assert '"ERROR"' not in said
-    assert said.count("the client hung up") == 6

@@ -106,10 +106,13 @@ def test_the_process_is_another_and_says_how_busy_it_is(app):
     asyncio.run(app.check_health())
 
 
-def test_prompts_are_read_and_tokens_named_as_in_one_process(app, tokenizer):
+def test_prompts_are_read_and_tokens_named_as_in_one_process(app, tokenizer, model):
     ids = tokenizer.encode(PROMPT)
     assert asyncio.run(app.tokenize(PROMPT, framed=False, spelled=False)).tokens == ids
     assert asyncio.run(app.detokenize(ids)) == PROMPT
+    refused = asyncio.run(app.detokenize([1, 10**6])).error
+    said = f"tokens names token 1000000; ids are 0..{model.config.vocab_size - 1}; drop it"
+    assert (refused.param, str(refused)) == ("tokens", said)
     assert asyncio.run(app.tokenizer_info()).model_dump()["chat_template"]
 
 

@@ -59,6 +59,22 @@ def test_a_conversation_ends_at_the_end_of_a_turn_or_of_the_text_and_a_prompt_at
     assert reader.request(asked(ignore_eos=True)).sampling.eos_ids == ()
 
 
+@pytest.mark.parametrize("token", [-1, 10**12, None])
+def test_an_id_outside_the_vocabulary_is_refused_by_its_field_with_the_bound(readers, token):
+    tokenizer, reader = readers["qwen2.5"]
+    last = tokenizer.vocab_len
+    token = last + 1 if token is None else token
+    for field, fields in (
+        ("stop_token_ids", {"sampling": SamplingConfig(max_tokens=9, eos_ids=(last, token))}),
+        ("logit_bias", {"sampling": SamplingConfig(max_tokens=9, logit_bias=((last, 1.0), (token, 1.0)))}),
+        ("prompt", {"prompt": (1, token)}),
+    ):
+        with pytest.raises(ParameterError, match=rf"token {token}\b.* ids are 0\.\.{last}\b") as caught:
+            reader.request(asked(**{"prompt": "a"} | fields))
+        assert caught.value.param == field
+    assert reader.request(asked(prompt="a", sampling=SamplingConfig(eos_ids=(last,)))).sampling.eos_ids[-1] == last
+
+
 def test_a_text_to_the_end_fills_the_context(readers):
     _, reader = readers["qwen2.5"]
     wanted = reader.request(asked(prompt="a b c", to_the_end=True))

@@ -271,8 +271,9 @@ def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", None),
         ({"prompt": ""}, openai.BadRequestError, None, None),
         ({"prompt": [1, 2, 303]}, openai.BadRequestError, None, None),  # the mask token
+        ({"extra_body": {"stop_token_ids": [999]}}, openai.BadRequestError, "stop_token_ids", None),
         ({"prompt": ["good", ""]}, openai.BadRequestError, None, None),
-        ({"prompt": [5, 10**20]}, openai.BadRequestError, None, None),
+        ({"prompt": [5, 10**20]}, openai.BadRequestError, "prompt", None),
     ],
 )
 def test_a_wrong_request_raises_openais_error(greedy, fields, error, param, code):
