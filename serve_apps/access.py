@@ -14,6 +14,8 @@ from serve_apps.errors import ApiKeyError, RateLimitError
 __all__ = ["Access"]
 
 BEARER = "bearer "
+BLANKS = " \t"
+"""Around a key. Bytes of UTF-8 look like other white space in a header, which is read as Latin-1."""
 ANYONE = ""
 """Who asks where no key is needed."""
 
@@ -46,7 +48,8 @@ class Access:
         """The hash of the key that a request carries."""
         if not authorization.lower().startswith(BEARER):
             raise ApiKeyError("no API key was given; send the header Authorization: Bearer KEY")
-        given = hashlib.sha256(authorization[len(BEARER) :].strip().encode()).hexdigest()
+        key = authorization[len(BEARER) :].strip(BLANKS).encode("latin-1")  # the bytes that the client sent
+        given = hashlib.sha256(key).hexdigest()
         if not sum(hmac.compare_digest(given, known) for known in self.keys):  # all are compared, so time tells nothing
             raise ApiKeyError("the API key is not known here; check it, or ask who runs this service for one")
         return given

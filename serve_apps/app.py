@@ -41,6 +41,9 @@ __all__ = ["APP_NAME", "address_of", "build_app", "check_port", "run", "shutdown
 
 APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
+UNBOUNDED = 10**6
+"""Requests in flight at an ingress. It counts itself what it has in hand, and answers 429; beyond a bound of Serve's,
+probes would wait as well."""
 DRAIN_LOOK_SECONDS = 0.2
 STAGE_LOOK_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -93,12 +96,15 @@ def build_app(settings: ServeSettings) -> serve.Application:
     )(DecoderApp)
     ingress = serve.deployment(
         name="http",
-        max_ongoing_requests=4 * most * settings.max_replicas,
+        max_ongoing_requests=UNBOUNDED,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(HttpApp)
-    limits = Limits(seconds=settings.request_seconds, body_bytes=settings.max_body_bytes)
+    limits = Limits(
+        seconds=settings.request_seconds, body_bytes=settings.max_body_bytes, body_seconds=settings.body_seconds,
+        bodies=settings.max_bodies, choices=most * settings.max_replicas, context_len=card.max_model_len,
+    )  # fmt: skip
     access = Access(keys=settings.api_keys, per_minute=settings.requests_per_minute)
     return ingress.bind(
         decoder.bind(served, watcher), card, limits, access, settings.cors_origins, watcher,

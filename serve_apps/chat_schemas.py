@@ -1,21 +1,21 @@
 """What may a client ask of /v1/chat/completions?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serve_apps.asked import Chat, PromptRequest, ToolUse
+from serve_apps.bounds import MESSAGES, TOOLS, VALUES, check_text_len
 from serve_apps.errors import ParameterError
 from serve_apps.fields import GenerationFields, shown
+from serve_apps.grammars import check_size
+from serve_apps.json_text import count_values
 from serve_apps.messages import Message, as_template_reads, without_nulls
 from serve_apps.reading import Body
 from tidar_core.config import MOST_LOGPROBS, SamplingConfig
 
 __all__ = ["ChatFields", "ChatRequest", "Messages", "Tool"]
-
-MOST_TOOLS = 128
-"""As OpenAI has it."""
 
 Choice = Literal["none", "auto", "required"]
 CacheControl = Annotated[Any, Field(exclude=True)]
@@ -73,8 +73,40 @@ def _type_alone(value: Any) -> Any:
 
 TYPE_ALONE = BeforeValidator(_type_alone, json_schema_input_type=Choice | TypedChoice | NamedChoice)
 
+
+def _few(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MESSAGES:
+        raise ParameterError(
+            f"messages holds {len(value)} messages; at most {MESSAGES} are read; send fewer", "messages"
+        )
+    left = VALUES
+    for text in _arguments(value):
+        left -= count_values(text, left, "messages")
+        if left < 0:
+            raise ParameterError(
+                f"arguments of calls in messages hold more than {VALUES} JSON values; send fewer", "messages"
+            )
+    return without_nulls(value)
+
+
+def _arguments(messages: Any) -> Iterator[str]:
+    """JSON texts within messages that nobody has looked at yet."""
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, dict):
+            continue
+        calls = message.get("tool_calls")
+        functions = [
+            call.get("function") for call in (calls if isinstance(calls, list) else []) if isinstance(call, dict)
+        ]
+        for function in [*functions, message.get("function_call")]:
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                yield function["arguments"]
+
+
 Messages = Annotated[
-    list[Message], BeforeValidator(without_nulls, json_schema_input_type=list[Message]), Field(min_length=1)
+    list[Message],
+    BeforeValidator(_few, json_schema_input_type=list[Message]),
+    Field(min_length=1, max_length=MESSAGES),
 ]
 
 
@@ -82,13 +114,17 @@ class ChatFields(Body):
     """What decides the prompt of a conversation."""
 
     messages: Messages
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, default_factory=list)]
+    tools: Annotated[list[Tool], Field(max_length=TOOLS, default_factory=list)]
     add_generation_prompt: bool = True
     """The prompt ends with what comes before an assistant's words."""
     continue_final_message: bool = False
     """The last message is to be continued instead."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Variables that the model's template reads."""
+
+    def check_context(self, context_len: int) -> None:
+        """Raise ParameterError if the messages have no chance to fit into the context."""
+        check_text_len(sum(len(message.content or "") for message in self.messages), context_len, "messages")
 
     def chat(self, *, show_tools: bool = True) -> Chat:
         """The conversation, for a replica. Raises ParameterError."""
@@ -211,6 +247,8 @@ class ChatRequest(ChatFields, GenerationFields):
             )
         if choice == "none":
             return None
+        if required or any(function.get("strict") for function in functions):
+            check_size([function.get("parameters") for function in functions], "tools")
         parallel = self.parallel_tool_calls and not isinstance(choice, NamedChoice)
         return ToolUse(functions=tuple(functions), required=required, parallel=parallel)
 

@@ -34,6 +34,9 @@ INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 RETRY_AFTER_SECONDS = 1
 CLIENT_GONE = 499
 """nginx's status of a request whose client hung up before its answer began."""
+MOST_CHARS = 2000
+"""Of a message: some quote what a client sent."""
+QUOTED_CHARS = 60
 ONCE = {"x-should-retry": "false"}
 """Tells OpenAI's clients not to pay for the same work again."""
 
@@ -120,7 +123,8 @@ class Problem:
 
     def body(self) -> dict[str, Any]:
         """The JSON body of the response; also the data of a server-sent event that ends a stream."""
-        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        message = self.message if len(self.message) <= MOST_CHARS else self.message[: MOST_CHARS - 3] + "..."
+        detail = ErrorDetail(message=message, type=self.type, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
 
 
@@ -183,5 +187,11 @@ def problem_of(error: BaseException) -> Problem:
 
 def shortened(value: Any) -> str:
     """A value of a request, as a message quotes it."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, str):
+        value = value[:QUOTED_CHARS]
+    text = ""
+    for part in json.JSONEncoder().iterencode(value):  # part by part: a value may be large
+        text += part[:QUOTED_CHARS]
+        if len(text) > QUOTED_CHARS:
+            return text[: QUOTED_CHARS - 3] + "..."
+    return text

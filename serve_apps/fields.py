@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from serve_apps import bounds
 from serve_apps.errors import ParameterError
 from serve_apps.grammars import AskedGrammar, Choices, ResponseFormat, Schema, StructuredOutputs, asked_grammar
 from serve_apps.reading import Body
@@ -21,13 +22,8 @@ __all__ = ["GenerationFields", "StreamOptions", "said_as", "shown"]
 
 SEED_BITS = 63
 LONGEST_VOCABULARY = 2**31 - 1
-MOST_CHOICES = 128
-"""As OpenAI has it."""
-MOST_STOP_STRINGS = 64
-"""OpenAI takes 4; each costs a little with every character that is written."""
-MOST_BAD_WORDS = 256
 
-Words = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(max_length=bounds.NAME_CHARS)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
@@ -62,8 +58,10 @@ def _without_nothing(value: Any) -> Any:
     return {k: v for k, v in value.items() if v is not None and v is not False} if isinstance(value, dict) else value
 
 
-StopWords = Annotated[list[Words], Field(max_length=MOST_STOP_STRINGS)]
-ONE_OR_MORE = BeforeValidator(_as_list, json_schema_input_type=Words | StopWords)
+StopWord = Annotated[str, Field(min_length=1, max_length=bounds.STOP_CHARS)]
+StopWords = Annotated[list[StopWord], Field(max_length=bounds.STOP_STRINGS)]
+ONE_OR_MORE = BeforeValidator(_as_list, json_schema_input_type=StopWord | StopWords)
+BadWord = Annotated[str, Field(min_length=1, max_length=bounds.BAD_WORD_CHARS)]
 
 
 class GenerationFields(Body):
@@ -91,9 +89,9 @@ class GenerationFields(Body):
         "verbosity": ("medium",),
     }
 
-    model: str
+    model: Name
     min_tokens: Annotated[int, shown(minimum=0)] = 0
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=bounds.CHOICES)] = 1
     seed: int | None = None
     temperature: Annotated[float, shown(minimum=0, maximum=100)] = 1.0
     top_p: Annotated[float, shown(exclusiveMinimum=0, maximum=1)] = 1.0
@@ -102,10 +100,10 @@ class GenerationFields(Body):
     repetition_penalty: Annotated[float, shown(exclusiveMinimum=0)] = 1.0
     presence_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
     frequency_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
-    logit_bias: Annotated[dict[TokenId, float], Field(default_factory=dict)]
-    bad_words: Annotated[list[Words], Field(max_length=MOST_BAD_WORDS, default_factory=list)]
+    logit_bias: Annotated[dict[TokenId, float], Field(max_length=bounds.LOGIT_BIASES, default_factory=dict)]
+    bad_words: Annotated[list[BadWord], Field(max_length=bounds.BAD_WORDS, default_factory=list)]
     stop: Annotated[StopWords, ONE_OR_MORE, Field(default_factory=list)]
-    stop_token_ids: Annotated[list[int], Field(default_factory=list)]
+    stop_token_ids: Annotated[list[int], Field(max_length=bounds.STOP_TOKEN_IDS, default_factory=list)]
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
@@ -125,14 +123,24 @@ class GenerationFields(Body):
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_null)] = StreamOptions()
     request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """The answer's id is made of it."""
-    user: str | None = None
+    user: Name | None = None
     """Accepted for the client's own books; changes nothing."""
-    safety_identifier: str | None = None
+    safety_identifier: Name | None = None
     """As `user`."""
-    prompt_cache_key: str | None = None
+    prompt_cache_key: Name | None = None
     """As `user`: common beginnings of prompts are found without it."""
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=bounds.METADATA_ENTRIES)] | None = None
     """As `user`."""
+
+    @property
+    def choices(self) -> int:
+        """Texts that are to be written."""
+        return self.n
+
+    @property
+    def copies(self) -> int:
+        """Times that each prompt is read."""
+        return self.n
 
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together."""

@@ -59,7 +59,7 @@ class Generation:
         texts = [retry.Text(partial(generate, prompt)) for prompt in prompts]
         pieces = interleave([text.pieces() for text in texts])
         heard = self.counters.timed(pieces, streamed=asked.stream)
-        timed = self.limits.timed(heard, http.headers)
+        timed = self.limits.timed(heard, http.headers, len(prompts))
         first = await _until_admitted(timed, len(prompts))
         if asked.stream:
             events = self._events(reply, texts, first, timed)

@@ -4,14 +4,16 @@ OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`
 is compiled where the tokenizer is (`tidar_core.artifacts.grammar`).
 """
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_apps.bounds import GRAMMAR_CHARS, GRAMMAR_CHOICES
 from serve_apps.errors import ParameterError
 
-__all__ = ["FIELDS", "AskedGrammar", "ResponseFormat", "StructuredOutputs", "asked_grammar"]
+__all__ = ["FIELDS", "AskedGrammar", "ResponseFormat", "StructuredOutputs", "asked_grammar", "check_size"]
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 GUIDED = {
@@ -23,7 +25,7 @@ GUIDED = {
 """Fields that hold the grammar itself, and its kind."""
 
 Schema = str | dict[str, Any]
-Choices = Annotated[list[str], Field(min_length=1)]
+Choices = Annotated[list[str], Field(min_length=1, max_length=GRAMMAR_CHOICES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,19 @@ def asked_grammar(
             f"{asked[0].param} and {asked[1].param} each ask for a grammar; a text keeps to one: drop the others",
             asked[1].param,
         )
-    return asked[0] if asked else None
+    if not asked:
+        return None
+    check_size(asked[0].content, asked[0].param)
+    return asked[0]
+
+
+def check_size(content: Any, param: str) -> None:
+    """Raise ParameterError for a grammar, or the JSON of one, that is too long to be compiled."""
+    length = len(content if isinstance(content, str) else json.dumps(content))
+    if length > GRAMMAR_CHARS:
+        raise ParameterError(
+            f"{param} has {length} characters; at most {GRAMMAR_CHARS} are compiled; simplify it", param
+        )
 
 
 def _of_structured_outputs(given: StructuredOutputs) -> list[AskedGrammar]:

@@ -29,7 +29,7 @@ from serve_apps.chat_answers import ChatChunk, ChatCompletion
 from serve_apps.chat_events import ChatReply
 from serve_apps.chat_schemas import ChatRequest
 from serve_apps.doorway import Doorway, Turnstile
-from serve_apps.errors import CLIENT_GONE, HttpError, ModelNotFoundError, problem_of
+from serve_apps.errors import CLIENT_GONE, QUOTED_CHARS, HttpError, ModelNotFoundError, problem_of
 from serve_apps.events import CompletionReply
 from serve_apps.generating import Generation
 from serve_apps.limits import Limits
@@ -37,7 +37,6 @@ from serve_apps.metrics import Counters, gauges
 from serve_apps.openapi import DOCS_PAGE, described, errors
 from serve_apps.pieces import Failed
 from serve_apps.playground import PAGE_HEADERS, page
-from serve_apps.reading import read_request
 from serve_apps.replica_load import Load
 from serve_apps.request_log import RequestLog
 from serve_apps.schemas import CompletionRequest
@@ -161,7 +160,7 @@ class HttpApp:
 
     async def tokenize(self, http: Request) -> Response:
         """The tokens of a prompt or of messages, as the completion routes read them."""
-        asked = read_request(await self._limits.body(http.headers, http.stream()), TokenizeRequest)
+        asked = await self._limits.read(http, TokenizeRequest)
         self._check_model(asked.model or self._card.id)
         ask = partial(
             self._decoder.tokenize.remote,
@@ -174,7 +173,7 @@ class HttpApp:
 
     async def detokenize(self, http: Request) -> Response:
         """The text of tokens, special ones by their names."""
-        asked = read_request(await self._limits.body(http.headers, http.stream()), DetokenizeRequest)
+        asked = await self._limits.read(http, DetokenizeRequest)
         self._check_model(asked.model or self._card.id)
         ask = partial(self._decoder.detokenize.remote, asked.tokens)
         text = await self._limits.in_time(retry.answer(ask), http.headers)
@@ -254,7 +253,9 @@ class HttpApp:
 
     def _check_model(self, name: str) -> None:
         if name != self._card.id:
-            raise ModelNotFoundError(f"model {name!r} is not served here; this service has {self._card.id!r}")
+            raise ModelNotFoundError(
+                f"model {name[:QUOTED_CHARS]!r} is not served here; this service has {self._card.id!r}"
+            )
 
     async def _counted(self, http: Request, answering: Awaitable[Response]) -> Response:
         """The answer, or the refusal, of a request for text."""
@@ -273,7 +274,7 @@ class HttpApp:
         return answer
 
     async def _complete(self, http: Request) -> Response:
-        asked = read_request(await self._limits.body(http.headers, http.stream()), CompletionRequest)
+        asked = await self._limits.read(http, CompletionRequest)
         self._check_model(asked.model)
         reply = CompletionReply(
             reply_id=f"cmpl-{asked.request_id or secrets.token_hex(12)}",
@@ -282,7 +283,7 @@ class HttpApp:
         return await self._generation.answer(http, reply, asked)
 
     async def _converse(self, http: Request) -> Response:
-        asked = read_request(await self._limits.body(http.headers, http.stream()), ChatRequest)
+        asked = await self._limits.read(http, ChatRequest)
         self._check_model(asked.model)
         reply = ChatReply(
             reply_id=f"chatcmpl-{asked.request_id or secrets.token_hex(12)}",

@@ -4,14 +4,15 @@ A field is honoured or refused, never passed over: one that is known but not hon
 asks for nothing. A refusal names the first field that is wrong.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve_apps.errors import ParameterError, shortened
+from serve_apps.bounds import VALUES
+from serve_apps.errors import QUOTED_CHARS, ParameterError, shortened
+from serve_apps.json_text import parse
 
 __all__ = ["Body", "null_is_nothing", "read_request"]
 
@@ -34,6 +35,19 @@ class Body(BaseModel):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""
 
+    @property
+    def choices(self) -> int:
+        """Texts that are to be written."""
+        return 1
+
+    @property
+    def copies(self) -> int:
+        """Times that each prompt is read."""
+        return 1
+
+    def check_context(self, context_len: int) -> None:
+        """Raise ParameterError if a prompt has no chance to fit into the context."""
+
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together.
 
@@ -45,14 +59,9 @@ Request = TypeVar("Request", bound=Body)
 
 
 def read_request(body: bytes, kind: type[Request]) -> Request:
-    """The request in a JSON body. Raises ParameterError, which names the first parameter that is wrong."""
-    try:
-        fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half a character, which no text holds
-    except UnicodeEncodeError as error:
-        raise ParameterError(f"the body spells half a character: {error}; send whole ones") from error
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(f"the body is not JSON: {error}; send one JSON object") from error
+    """The request in a JSON body. Raises ParameterError, which names the first parameter that is wrong, or
+    BodyTooLargeError."""
+    fields = parse(body, VALUES)
     if not isinstance(fields, dict):
         raise ParameterError(f"the body is a JSON {type(fields).__name__}; send one JSON object")
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -72,19 +81,14 @@ def _refuse_unsupported(name: str, value: Any, kind: type[Body]) -> None:
         return
     if name not in kind.NEUTRAL:
         raise ParameterError(
-            f"parameter {name!r} is not known here; known are {', '.join(kind.model_fields)}; drop it",
+            f"parameter {name[:QUOTED_CHARS]!r} is not known here; known are {', '.join(kind.model_fields)}; drop it",
             name,
             "unsupported_parameter",
         )
-    neutral = kind.NEUTRAL[name]
-    if value not in neutral or (isinstance(value, bool) and not _has_bool(neutral)):
+    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in kind.NEUTRAL[name]):
         raise ParameterError(
             f"{name} is {shortened(value)}; this server does not support it; drop it", name, "unsupported_parameter"
         )
-
-
-def _has_bool(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, bool) for value in values)
 
 
 def _parameter_error(error: Any, kind: Any) -> ParameterError:

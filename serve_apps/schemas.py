@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from serve_apps.asked import PromptRequest
+from serve_apps.bounds import PROMPTS, check_ids_len, check_text_len
 from serve_apps.errors import ParameterError, shortened
 from serve_apps.fields import GenerationFields, shown
 from tidar_core.config import SamplingConfig
@@ -29,6 +30,8 @@ def _prompts(value: Any) -> list[str | tuple[int, ...]]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
+        if len(value) > PROMPTS and not isinstance(value[0], int):
+            raise ParameterError(f"prompt holds {len(value)} texts; at most {PROMPTS} are read; send fewer", "prompt")
         if all(isinstance(item, str) for item in value):
             return value
         if _is_ids(value):
@@ -62,6 +65,17 @@ class CompletionRequest(GenerationFields):
     """Prompts of text are read with the special tokens that the tokenizer puts around texts."""
     return_decoding: bool = False
     """Each choice says of its tokens which forward brought them, and whether they were drafts that stood."""
+
+    @property
+    def choices(self) -> int:
+        """Texts that are to be written."""
+        return self.n * len(self.prompt)
+
+    def check_context(self, context_len: int) -> None:
+        """Raise ParameterError if a prompt has no chance to fit into the context."""
+        for prompt in self.prompt:
+            check = check_text_len if isinstance(prompt, str) else check_ids_len
+            check(len(prompt), context_len, "prompt")
 
     def check(self, given: set[str]) -> None:
         """Raise ParameterError if fields that are right alone do not go together."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from serve_apps import bounds
 from serve_apps.trial import Trial
 from tidar_core.errors import ConfigError
 
@@ -44,8 +45,13 @@ class ServeSettings(BaseModel):
     """Text that a stream gets sooner than this after its last piece is told with the next: each piece costs time that
     the decoder does not get. Beside other texts it waits twice as long; the first text and the end never wait. 0 tells
     each decode step."""
-    max_body_bytes: Positive = 8 * 2**20
+    max_body_bytes: Positive = bounds.BODY_BYTES
     """Longest body of a request; a longer one is answered 413."""
+    body_seconds: Annotated[float, Field(gt=0)] = bounds.BODY_SECONDS
+    """Longest that a body may take to arrive; then the request is answered 408."""
+    max_bodies: Positive = bounds.BODIES
+    """Bodies that an ingress waits for at the same time; one more is answered 429. A body that arrives together with
+    its head is not counted."""
     api_keys: tuple[Sha256, ...] = ()
     """SHA-256 in hex of each key that opens the service (`printf %s KEY | sha256sum`); with none, everyone may ask."""
     requests_per_minute: Positive | None = None

@@ -6,6 +6,7 @@ as soon as no stop string can begin in it, and no sooner.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 __all__ = ["StopStrings"]
 
@@ -56,10 +57,7 @@ class _Search:
         self.string = string
         self.matched = 0
         """Characters of the string, not all, that the text ends with now."""
-        self._borders = [0]
-        """At index i, the longest proper prefix of the string that its first i + 1 characters end with."""
-        for char in string[1:]:
-            self._borders.append(self._longest(self._borders[-1], char))
+        self._borders = _borders(string)
 
     def push(self, char: str) -> bool:
         """Whether the text ends with the string now."""
@@ -70,6 +68,22 @@ class _Search:
         return True
 
     def _longest(self, matched: int, char: str) -> int:
-        while matched and self.string[matched] != char:
-            matched = self._borders[matched - 1]
-        return matched + (self.string[matched] == char)
+        return _longest(self.string, self._borders, matched, char)
+
+
+@lru_cache(maxsize=1024)
+def _borders(string: str) -> list[int]:
+    """At index i, the longest proper prefix of the string that its first i + 1 characters end with.
+
+    Made once for all choices of a request, whose process would otherwise do nothing else for long.
+    """
+    borders = [0]
+    for char in string[1:]:
+        borders.append(_longest(string, borders, borders[-1], char))
+    return borders
+
+
+def _longest(string: str, borders: Sequence[int], matched: int, char: str) -> int:
+    while matched and string[matched] != char:
+        matched = borders[matched - 1]
+    return matched + (string[matched] == char)

@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_apps.asked import Chat
+from serve_apps.bounds import check_text_len
 from serve_apps.chat_schemas import ChatFields, Messages
 from serve_apps.errors import ParameterError
+from serve_apps.fields import Name
 from serve_apps.reading import Body
 
 __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized", "TokenizerInfo"]
@@ -23,7 +25,7 @@ class TokenizeRequest(ChatFields):
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"chat_template": (), "mm_processor_kwargs": ({},)}
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
     messages: Messages | None = None  # type: ignore[assignment]
     add_special_tokens: bool = False
@@ -44,6 +46,13 @@ class TokenizeRequest(ChatFields):
             )
         self.asked()
 
+    def check_context(self, context_len: int) -> None:
+        """Raise ParameterError if what is to be read is longer than any prompt."""
+        if self.prompt is not None:
+            check_text_len(len(self.prompt), context_len, "prompt")
+        else:
+            super().check_context(context_len)
+
     def asked(self) -> str | Chat:
         """What is to be read."""
         return self.chat() if self.prompt is None else self.prompt
@@ -61,7 +70,7 @@ class Tokenized(BaseModel):
 class DetokenizeRequest(Body):
     """The body of POST /detokenize."""
 
-    model: str | None = None
+    model: Name | None = None
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 

@@ -40,6 +40,15 @@ def test_each_key_opens_the_service(key):
     assert Access(keys=HASHES).admit({"authorization": f"bearer  {key} "}) is None
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "ключ", "à", "鍵\x85", "a b"])
+def test_a_key_in_letters_of_any_script_opens_the_service_and_its_neighbour_does_not(key):
+    """Headers are bytes: UTF-8 from the client, Latin-1 to whoever reads them."""
+    access = Access(keys=(hashlib.sha256(key.encode()).hexdigest(),))
+    assert access.admit(bearer(f" {key}\t".encode().decode("latin-1"))) is None
+    with pytest.raises(ApiKeyError):
+        access.admit(bearer((key + "é").encode().decode("latin-1")))
+
+
 @pytest.mark.parametrize(
     ("headers", "words"),
     [({}, "no API key"), ({"authorization": "Basic sk-first"}, "no API key"), (bearer("sk-third"), "not known"),
