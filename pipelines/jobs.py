@@ -68,9 +68,10 @@ class PackJob(Job):
     """Folder for the shards; local, file:// or s3://."""
     tokenizer: str | TrainBpe
     """Folder of a Hugging Face tokenizer, or how to train one."""
-    include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl", "*.parquet")
-    """File-name patterns read from a folder; each also matches with .gz or .zst appended. The part before a
-    compression suffix says the format: .jsonl and .parquet have one document a row, anything else one a file."""
+    include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl", "*.ndjson", "*.parquet")
+    """File-name patterns read from a folder; each also matches with .gz or .zst appended, and with suffixes in upper
+    case. The part before a compression suffix says the format: .jsonl, .ndjson and .parquet have one document a row,
+    anything else one a file. Links are followed."""
     exclude: tuple[str, ...] = ()
     """Patterns of file and folder names that are left out, with all that is below such a folder."""
     documents: Documents = "text"

@@ -32,7 +32,7 @@ from pipelines.mixture import arranged
 from pipelines.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shards, tokenize_unit
 from pipelines.progress import job_progress, stderr
 from pipelines.token_parts import Part
-from tidar_core.artifacts import locations, shards
+from tidar_core.artifacts import locations, output_folder, shards
 from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.artifacts.made_by import made_by, write_made_by
@@ -85,10 +85,10 @@ def pack(job: PackJob) -> Manifest:
     tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
     identity = _identity(job, listing, tokenizer)
     output = locations.absolute(job.output)
-    folder = WorkFolder(locations.work_folder(output, identity[:KEY_LEN]), job.unit_bytes)
+    folder = WorkFolder(output_folder.work_folder(output, identity[:KEY_LEN]), job.unit_bytes)
     done = _completed(output, identity)
     if not done:
-        locations.refuse_stranger(output, shards.MANIFEST)
+        output_folder.refuse_stranger(output, shards.MANIFEST)
         _remove_work(output, but=folder)
         connect()
         try:
@@ -97,7 +97,7 @@ def pack(job: PackJob) -> Manifest:
         except CorpusError:  # it must change, and then it is another job: nothing of this one serves again
             locations.remove(folder.uri)
             raise
-        locations.put_in_place(folder.shards, output, shards.MANIFEST)
+        output_folder.put_in_place(folder.shards, output, shards.MANIFEST)
     locations.remove(folder.uri)
     return done
 

@@ -11,7 +11,7 @@ from pipelines.jobs import EvaluateJob
 from pipelines.plots import acceptance_plot, quality_plot, speed_plot
 from pipelines.scores import PARENT
 from pipelines.tasks import PAPER_TASKS, TABLE_2, TABLE_3
-from tidar_core.artifacts import locations
+from tidar_core.artifacts import locations, output_folder
 from tidar_core.artifacts.made_by import made_by, write_made_by
 
 __all__ = ["REPORT", "markdown", "report_metrics", "write_report"]
@@ -33,7 +33,7 @@ def write_report(job: EvaluateJob, report: Mapping[str, Any]) -> None:
     }
     if drawn := [row for row in report["tasks"] if _drawn(row)]:
         pictures["quality.png"] = quality_plot(drawn)
-    with locations.staged_folder(job.output, REPORT) as folder:
+    with output_folder.staged_folder(job.output, REPORT) as folder:
         write_made_by(folder, made_by(job.model_dump(mode="json"), parents))
         for name, picture in pictures.items():
             locations.write_bytes(locations.join(folder, name), picture)

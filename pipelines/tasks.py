@@ -5,18 +5,20 @@ examples, filters and metrics are lm-eval's own; what it leaves to the hub or to
 disk, programs run in the sandbox. A task of one's own is an lm-eval YAML file, by its path.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.jobs import TaskJob
 from tidar_core.artifacts import locations
+from tidar_core.artifacts.compressed import damage_named, damaged, open_decompressed
+from tidar_core.artifacts.file_names import compression_of, format_of
+from tidar_core.artifacts.json_lines import is_blank, value_in
 from tidar_core.errors import ConfigError
 
 __all__ = ["PAPER_TASKS", "TABLE_2", "TABLE_3", "PaperTask", "check_tasks", "program", "read_rows"]
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,23 +107,20 @@ def _wrong(job: TaskJob, allow_code_execution: bool) -> Iterator[str]:
 
 
 def read_rows(uri: str) -> list[dict[str, Any]] | None:
-    """The rows of a JSONL (gz, zst) or Parquet file; None for a folder."""
-    if not uri.endswith(FILE_SUFFIXES):
+    """The rows of a JSON lines file, compressed (.gz, .zst) or not, or of a Parquet file; None for a folder."""
+    kind = format_of(uri)
+    if kind == ".parquet" and not compression_of(uri):
+        return _parquet_rows(uri)
+    if kind not in JSON_LINES:
         return None
-    if uri.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        with locations.open_random(uri) as file:
-            return pq.read_table(file).to_pylist()
     rows = []
-    with locations.open_decompressed(uri) as lines:
+    with damage_named(uri), open_decompressed(uri) as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ConfigError(f"{uri} line {number} is not JSON ({error}); give one JSON object a line") from error
+            if not is_blank(line):
+                try:
+                    rows.append(value_in(line))
+                except ValueError as fault:
+                    raise ConfigError(f"{uri} line {number} {fault}") from None
     if not rows:
         raise ConfigError(f"{uri} has no rows; give one JSON object a line")
     return rows
@@ -136,3 +135,14 @@ def program(doc: dict[str, Any], completion: str) -> str:
         return f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     before = [*doc.get("test_imports", ()), doc.get("test_setup_code") or ""]
     return "\n".join([*before, completion, *doc["test_list"]]) + "\n"
+
+
+def _parquet_rows(uri: str) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with damage_named(uri), locations.open_random(uri) as file:
+        try:
+            return pq.read_table(file).to_pylist()
+        except pa.ArrowException as error:
+            raise damaged(uri, error) from error

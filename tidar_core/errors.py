@@ -3,6 +3,7 @@
     TidarError                 anything this project raises on purpose
     ├── UserError              the user's input is wrong: exit code 2, HTTP 4xx
     │   ├── ConfigError        a configuration or job file
+    │   ├── StorageError       a disk or an object store that refuses: rights, room, a path
     │   ├── CorpusError        raw text: missing, empty, unreadable
     │   ├── TokenizerError     a tokenizer that cannot serve here
     │   ├── ShardError         packed shards: truncated, tampered with, of another layout
@@ -28,6 +29,7 @@ __all__ = [
     "RegistryError",
     "RequestError",
     "ShardError",
+    "StorageError",
     "TidarError",
     "TokenizerError",
     "UserError",
@@ -45,6 +47,10 @@ class UserError(TidarError):
 
 class ConfigError(UserError):
     """A configuration or job file that cannot be used."""
+
+
+class StorageError(UserError, OSError):
+    """A disk or an object store that refuses to read or write; in Python an OSError as well."""
 
 
 class CorpusError(UserError):

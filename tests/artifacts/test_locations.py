@@ -7,7 +7,8 @@ import hashlib
 import pytest
 import zstandard
 
-from tidar_core.artifacts import locations
+from tidar_core.artifacts import locations, output_folder
+from tidar_core.artifacts.compressed import open_decompressed
 from tidar_core.errors import UserError
 
 
@@ -53,7 +54,7 @@ def test_compression_is_read_by_suffix(root):
     packed = {"a.txt": text.encode(), "b.gz": gzip.compress(text.encode()), "c.zst": zstandard.compress(text.encode())}
     for name, content in packed.items():
         locations.write_bytes(locations.join(root, name), content)
-        with locations.open_decompressed(locations.join(root, name)) as stream:
+        with open_decompressed(locations.join(root, name)) as stream:
             assert stream.read().decode() == text
 
 
@@ -65,11 +66,11 @@ def test_the_hash_and_the_size_are_those_of_the_bytes(root):
 
 def test_a_staged_folder_appears_whole_and_replaces_an_older_one(root):
     target = locations.join(root, "out")
-    with locations.staged_folder(target, "done.json") as staged:
+    with output_folder.staged_folder(target, "done.json") as staged:
         fill(staged, "x/old.txt", "done.json")
         assert not locations.exists(target)
     assert names(root) == ["out/done.json", "out/x/old.txt"]
-    with locations.staged_folder(target, "done.json") as staged:
+    with output_folder.staged_folder(target, "done.json") as staged:
         fill(staged, "new.txt", "done.json")
     assert names(target) == ["done.json", "new.txt"]
 
@@ -77,7 +78,7 @@ def test_a_staged_folder_appears_whole_and_replaces_an_older_one(root):
 def test_nothing_half_written_is_left_when_an_exception_passes(root):
     target = locations.join(root, "out")
     fill(target, "done.json", "old.txt")
-    with pytest.raises(ZeroDivisionError), locations.staged_folder(target, "done.json") as staged:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), output_folder.staged_folder(target, "done.json") as staged:  # noqa: PT012
         fill(staged, "new.txt")
         raise ZeroDivisionError
     files = locations._filesystem(root).find(locations._path(root))
@@ -97,15 +98,15 @@ def test_a_file_whose_writer_fails_never_appears_and_an_older_one_stays(root):
 
 def test_a_folder_half_replaced_on_an_object_store_may_be_replaced_again(s3_bucket):
     target = f"{s3_bucket}/out"
-    fill(target, locations.REPLACING, "new-1.txt")  # the marker of the old one is gone, that of the new not there yet
+    fill(target, output_folder.REPLACING, "new-1.txt")  # neither marker is there
     fill(f"{s3_bucket}/.work/shards", "new-1.txt", "new-2.txt", "done.json")
-    locations.put_in_place(f"{s3_bucket}/.work/shards", target, "done.json")
+    output_folder.put_in_place(f"{s3_bucket}/.work/shards", target, "done.json")
     assert sorted(locations.names_in(target)) == ["done.json", "new-1.txt", "new-2.txt"]
 
 
 def test_what_a_killed_writer_left_is_not_put_in_place(tmp_path):
     fill(str(tmp_path / "staged"), "done.json", "a/b.txt", "a/.b.txt.0123abcd")
-    locations.put_in_place(str(tmp_path / "staged"), str(tmp_path / "out"), "done.json")
+    output_folder.put_in_place(str(tmp_path / "staged"), str(tmp_path / "out"), "done.json")
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["a", "b.txt", "done.json"]
 
 
@@ -120,7 +121,7 @@ def test_a_folder_of_someone_else_is_never_replaced(root):
     target = locations.join(root, "home")
     fill(target, "thesis.txt")
     with pytest.raises(UserError, match=r"home exists and holds no done\.json"):  # noqa: SIM117
-        with locations.staged_folder(target, "done.json"):
+        with output_folder.staged_folder(target, "done.json"):
             pytest.fail("work must not start")
     assert names(target) == ["thesis.txt"]
 

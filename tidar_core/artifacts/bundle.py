@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tidar_core.artifacts import locations
+from tidar_core.artifacts import locations, output_folder
 from tidar_core.artifacts.hf_weights import load_model, save_model
 from tidar_core.artifacts.made_by import write_made_by
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ def save_bundle(
 ) -> BundleInfo:
     """Put a whole bundle at `uri`, in place of an older one if one is there."""
     _refuse_textual_mask(uri, mask_id, tokenizer)
-    with locations.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
+    with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
         folder = locations.local_path(staged) or elsewhere
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, folder, end_ids=(tokenizer.eos_id,))

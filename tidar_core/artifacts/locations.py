@@ -1,40 +1,45 @@
 """Where do things lie, and how are they read and written there?
 
 A location is a URI: a local path, file:// or s3://. Object stores take their credentials and endpoint from the usual
-environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, ...).
-
-A folder of this project is complete when its marker file is there (manifest.json, tidar.json): it is written under
-another name and put in place at the end, the marker last, so that a reader never takes a half-written one.
+environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, ...). A file://
+URI is percent-encoded, as RFC 8089 has it; a path and an s3:// URI are taken letter by letter.
 """
 
-import fnmatch
-import gzip
+import errno
 import hashlib
 import io
 import json
+import os
+import re
 import secrets
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 import fsspec
+from fsspec.utils import glob_translate
 
 from tidar_core.artifacts.cache import cache_folder
-from tidar_core.errors import UserError
+from tidar_core.artifacts.file_names import is_hidden, is_left_out, matches
+from tidar_core.artifacts.local_files import files_of_folder, files_of_glob
+from tidar_core.errors import StorageError, UserError
 
 __all__ = [
-    "COMPRESSION_SUFFIXES",
     "FileEntry",
     "absolute",
-    "broken_compression",
     "canonical_json",
+    "copy_files",
+    "create_bytes",
     "exists",
+    "followed",
+    "in_one_line",
+    "is_glob",
     "join",
     "list_files",
     "local_copy",
@@ -42,29 +47,25 @@ __all__ = [
     "local_path",
     "name_of",
     "names_in",
-    "open_decompressed",
     "open_random",
     "open_read",
     "open_write",
-    "put_in_place",
     "read_bytes",
     "read_json",
     "read_text",
-    "refuse_stranger",
     "remove",
     "sha256",
     "size",
-    "staged_folder",
     "upload_folder",
-    "work_folder",
     "write_bytes",
     "write_json",
 ]
 
-COMPRESSION_SUFFIXES = (".gz", ".zst")
 SCHEMES = ("s3",)
 CHUNK_BYTES = 2**22
-REPLACING = ".replacing"  # in a folder on an object store while its files are exchanged: who was killed may go on
+GLOB_SIGNS = "*?["
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ class FileEntry:
 
 def local_path(uri: str) -> Path | None:
     """The path of a local location; None on an object store."""
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
+    if uri.startswith("file:/"):
+        return Path(unquote(_path_of_file_uri(uri), errors="surrogateescape"))
     return None if "://" in uri else Path(uri).expanduser()
 
 
@@ -92,14 +93,25 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if path is None else str(path.absolute())
 
 
+def followed(uri: str) -> str:
+    """The absolute location that links on this disk lead to, whether something lies there or not."""
+    path = local_path(uri)
+    return absolute(uri) if path is None else os.path.realpath(path)
+
+
 def join(uri: str, *parts: str) -> str:
     """The location of `parts` below `uri`."""
-    return "/".join((uri.rstrip("/"), *parts))
+    return "/".join((_plain(uri).rstrip("/"), *parts))
 
 
 def name_of(uri: str) -> str:
     """The last part of a location."""
-    return uri.rstrip("/").rsplit("/", 1)[-1]
+    return _plain(uri).rstrip("/").rsplit("/", 1)[-1]
+
+
+def is_glob(uri: str) -> bool:
+    """Whether the location is a pattern. A file whose name has such signs is no pattern."""
+    return any(sign in _path(uri) for sign in GLOB_SIGNS) and not exists(uri)
 
 
 def canonical_json(value: Any) -> str:
@@ -108,79 +120,56 @@ def canonical_json(value: Any) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or a folder that is not empty lies at `uri`."""
-    with _in_one_line(uri):
-        return bool(_filesystem(uri).exists(_path(uri)))
+    """Whether a file or a folder lies at `uri`; an object store has no empty folders."""
+    with in_one_line(uri):
+        path = local_path(uri)
+        return bool(_filesystem(uri).exists(_path(uri))) if path is None else path.exists()
 
 
 def names_in(uri: str) -> list[str]:
     """What lies directly in the folder at `uri`, hidden or not; nothing where there is none."""
-    with _in_one_line(uri):
+    with in_one_line(uri):
         return [name_of(path) for path in _filesystem(uri).ls(_path(uri), detail=False)] if exists(uri) else []
 
 
 def size(uri: str) -> int:
     """Bytes of the file at `uri`."""
-    with _in_one_line(uri):
+    with in_one_line(uri):
         return int(_filesystem(uri).size(_path(uri)))
 
 
-def list_files(uri: str, patterns: Sequence[str] = ("*",)) -> list[FileEntry]:
+def list_files(uri: str, patterns: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[FileEntry]:
     """The files at `uri`, in the order of their names; empty when nothing is there.
 
     A folder is searched recursively for names that match one of `patterns`, also with .gz or .zst appended; names and
-    folders that begin with a dot are passed over. A file, or what a glob matches, is taken as it is.
+    folders that begin with a dot are passed over. A file, or what a glob matches, is taken as it is. A link is the
+    file or folder that it leads to. Raises UserError where a link leads nowhere.
+
+    exclude  patterns of file and folder names that are left out, with all that is below such a folder
     """
-    files, path = _filesystem(uri), _path(uri).rstrip("/")
-    with _in_one_line(uri):
-        is_glob = any(sign in path for sign in "*?[") and not files.exists(path)
-        found = files.glob(path, detail=True) if is_glob else files.find(path, detail=True)
-    root = path.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0] if is_glob else path
-    entries = []
-    for full, info in found.items():
-        if info["type"] != "file":
-            continue
-        name = full.removeprefix(root).lstrip("/") or name_of(full)
-        whole = is_glob or full == path
-        if whole or (_matches(name_of(full), patterns) and not any(part.startswith(".") for part in name.split("/"))):
-            entries.append(FileEntry(_uri(uri, full), name, int(info["size"]), _version(info)))
-    return sorted(entries, key=lambda entry: entry.name)
+    with in_one_line(uri):
+        found = _remote_files(uri, patterns) if local_path(uri) is None else _local_files(uri, patterns, exclude)
+    kept = [entry for entry in found if not any(is_left_out(part, exclude) for part in entry.name.split("/"))]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def open_read(uri: str) -> IO[bytes]:
     """The file at `uri` from its beginning, as it lies there."""
-    with _in_one_line(uri):
+    with in_one_line(uri):
         stream = _filesystem(uri).open(_path(uri), "rb")
     return stream if local_path(uri) else io.BufferedReader(stream, 2**18)
 
 
 def open_random(uri: str) -> IO[bytes]:
     """The file at `uri` for reads in any order: nothing is fetched that was not asked for."""
-    with _in_one_line(uri):
+    with in_one_line(uri):
         return _filesystem(uri).open(_path(uri), "rb", cache_type="none")
-
-
-def open_decompressed(uri: str) -> IO[bytes]:
-    """The file at `uri` from its beginning, decompressed if its name ends in .gz or .zst."""
-    raw = open_read(uri)
-    if uri.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if uri.endswith(".zst"):
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
-
-
-def broken_compression() -> tuple[type[Exception], ...]:
-    """What reading a damaged compressed file raises."""
-    return (gzip.BadGzipFile, EOFError, zlib.error, *_raised_by("zstandard", "ZstdError"))
 
 
 @contextmanager
 def open_write(uri: str) -> Iterator[IO[bytes]]:
     """A new file at `uri`, folders included. It appears when closed, whole; if an exception passes, not at all."""
-    with _in_one_line(uri):
+    with in_one_line(uri):
         if path := local_path(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -203,7 +192,7 @@ def open_write(uri: str) -> Iterator[IO[bytes]]:
 
 def read_bytes(uri: str) -> bytes:
     """All of the file at `uri`."""
-    with _in_one_line(uri), open_read(uri) as file:
+    with in_one_line(uri), open_read(uri) as file:
         return file.read()
 
 
@@ -223,6 +212,24 @@ def write_bytes(uri: str, content: bytes) -> None:
         file.write(content)
 
 
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Put `content` into a new file at `uri`; false, and nothing is done, where a file lies.
+
+    Of two callers at once one succeeds, except on an object store without conditional writes.
+    """
+    try:
+        if path := local_path(uri):
+            with path.open("xb") as sink:
+                sink.write(content)
+        else:
+            _filesystem(uri).pipe_file(_path(uri), content, mode="create")
+    except OSError:
+        if exists(uri):
+            return False
+        write_bytes(uri, content)
+    return True
+
+
 def write_json(uri: str, value: Any) -> None:
     """Put `value` into the file at `uri`, for readers human and other."""
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -231,14 +238,14 @@ def write_json(uri: str, value: Any) -> None:
 def remove(uri: str) -> None:
     """Remove the file or the whole folder at `uri`, if there is one."""
     if exists(uri):
-        with _in_one_line(uri):
+        with in_one_line(uri):
             _filesystem(uri).rm(_path(uri), recursive=True)
 
 
 def sha256(uri: str) -> str:
     """Hash of the bytes of the file at `uri`, in hexadecimal."""
     digest = hashlib.sha256()
-    with _in_one_line(uri), open_read(uri) as file:
+    with in_one_line(uri), open_read(uri) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -261,8 +268,7 @@ def local_copy(uri: str, cache: str | Path | None = None) -> Path:
     try:
         for file in files:
             copy = staged / file.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with _in_one_line(uri), open_read(file.uri) as source, copy.open("wb") as sink:
+            with in_one_line(uri), open_read(file.uri) as source, open_write(str(copy)) as sink:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
         with suppress(OSError):  # another process was first
             staged.rename(target)
@@ -278,45 +284,10 @@ def local_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def work_folder(uri: str, key: str) -> str:
-    """A folder beside `uri`, hidden, that every process that can reach `uri` can write in."""
-    uri = absolute(uri)
-    return join(uri.rpartition("/")[0], f".{name_of(uri)}.{key}")
-
-
-@contextmanager
-def staged_folder(uri: str, marker: str) -> Iterator[str]:
-    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes."""
-    refuse_stranger(uri, marker)
-    staged = work_folder(uri, secrets.token_hex(4))
-    try:
-        yield staged
-        put_in_place(staged, uri, marker)
-    finally:
-        remove(staged)
-
-
-def refuse_stranger(uri: str, marker: str) -> None:
-    """Raise UserError if something lies at `uri` that is neither empty nor has the file `marker`."""
-    if not exists(uri) or exists(join(uri, marker)) or exists(join(uri, REPLACING)):
-        return
-    path = local_path(uri)
-    if path is None or not path.is_dir() or any(path.iterdir()):
-        raise UserError(
-            f"{uri} exists and holds no {marker}, so it was not made by this command; "
-            "remove it or give another output folder"
-        )
-
-
-def put_in_place(staged: str, uri: str, marker: str) -> None:
-    """Let the folder `staged` become `uri`, in the place of what lies there. `marker` says that a folder is whole."""
-    uri = absolute(uri)
-    assert exists(join(staged, marker)), f"{marker} was not written"
-    refuse_stranger(uri, marker)
-    if local_path(uri) is None:
-        _replace_remote(staged, uri, marker)
-    else:
-        _replace_local(Path(staged), Path(uri))
+def copy_files(sources: Sequence[str], targets: Sequence[str]) -> None:
+    """Copy files within one object store."""
+    with in_one_line(targets[0]):
+        _filesystem(targets[0]).copy([_path(uri) for uri in sources], [_path(uri) for uri in targets])
 
 
 def upload_folder(folder: Path, uri: str) -> None:
@@ -326,31 +297,79 @@ def upload_folder(folder: Path, uri: str) -> None:
             shutil.copyfileobj(source, sink, CHUNK_BYTES)
 
 
-def _replace_local(staged: Path, target: Path) -> None:
-    for path in staged.rglob(".*"):  # what a writer that was killed left
-        path.unlink()
-    if not target.exists():
-        staged.rename(target)
-        return
-    old = staged.with_name(f"{staged.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    staged.rename(target)
-    shutil.rmtree(old)
+@contextmanager
+def in_one_line(uri: str) -> Iterator[None]:
+    """Raise StorageError, in one line, for whatever an object store or a file system refuses."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except _refusals() as error:
+        if local_path(uri) is None or not isinstance(error, OSError):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            advice = "check the credentials, the endpoint and rights"
+            raise StorageError(f"{uri} cannot be reached: {reason}; {advice}") from error
+        if error.errno is None:  # a library's own error of a file's content, which is damaged
+            raise
+        raise StorageError(f"{uri} cannot be read or written: {_refusal(error, uri)}") from error
 
 
-def _replace_remote(staged: str, target: str, marker: str) -> None:
-    """Object stores have no rename: the old marker goes first and the new one comes last; REPLACING lies between."""
-    write_json(join(target, REPLACING), {"by": staged})
-    remove(join(target, marker))
-    for entry in list_files(target):
-        remove(entry.uri)
-    names = [entry.name for entry in list_files(staged) if entry.name != marker]
-    files = _filesystem(target)
-    with _in_one_line(target):
-        files.copy(*([_path(join(folder, name)) for name in names] for folder in (staged, target)))
-        files.copy(_path(join(staged, marker)), _path(join(target, marker)))
-    remove(join(target, REPLACING))
+def _refusal(error: OSError, uri: str) -> str:
+    """What a file system refused, and what to do."""
+    where = f" ({error.filename})" if error.filename not in (None, _path(uri)) else ""
+    reason = f"{os.strerror(error.errno or 0)}{where}"
+    if error.errno in NO_ROOM:
+        return f"{reason}; make room there, or give another place"
+    if error.errno in NO_RIGHTS:
+        return f"{reason}; check its rights, or give another place"
+    return f"{reason}; check the path"
+
+
+def _path_of_file_uri(uri: str) -> str:
+    """The path of a file: URI, still percent-encoded."""
+    path = uri.removeprefix("file:")
+    if not path.startswith("//"):
+        return path
+    host, _, path = path.removeprefix("//").partition("/")
+    if host not in ("", "localhost"):
+        raise UserError(f"{uri} names the machine {host!r}; give file:///PATH with the whole path, or a local path")
+    return f"/{path}"
+
+
+def _plain(uri: str) -> str:
+    """The location without percent-encoding."""
+    return str(local_path(uri)) if uri.startswith("file:/") else uri
+
+
+def _remote_files(uri: str, patterns: Sequence[str]) -> Iterator[FileEntry]:
+    files, path = _filesystem(uri), _path(uri).rstrip("/")
+    pattern = is_glob(uri)
+    root = _above_signs(path) if pattern else path
+    for full, info in (files.glob(path, detail=True) if pattern else files.find(path, detail=True)).items():
+        if info["type"] == "file":
+            name = full.removeprefix(root).lstrip("/") or name_of(full)
+            if pattern or full == path or (not is_hidden(name) and matches(name_of(full), patterns)):
+                yield FileEntry(f"{uri.partition('://')[0]}://{full}", name, int(info["size"]), _version(info))
+
+
+def _local_files(uri: str, patterns: Sequence[str], exclude: Sequence[str]) -> Iterator[FileEntry]:
+    path = _path(uri).rstrip("/") or "/"
+    if is_glob(uri):
+        root = _above_signs(path) or "/"
+        levels = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
+        found = files_of_glob(root, re.compile(glob_translate(path)), levels, exclude)
+    elif os.path.isfile(path):
+        root, found = os.path.dirname(path), iter([(os.path.basename(path), os.stat(path))])
+    else:
+        root, found = path, files_of_folder(path, patterns, exclude)
+    for name, known in found:
+        version = str(round(known.st_mtime * 1e9))
+        yield FileEntry(os.path.join(root, name), name, known.st_size, version)
+
+
+def _above_signs(path: str) -> str:
+    """The folder that holds everything that a pattern can match."""
+    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
 
 
 def _filesystem(uri: str) -> Any:
@@ -367,33 +386,11 @@ def _path(uri: str) -> str:
     return uri.partition("://")[2] if path is None else str(path.absolute())
 
 
-def _uri(like: str, path: str) -> str:
-    return path if local_path(like) is not None else f"{like.partition('://')[0]}://{path}"
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    plain = next((name.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)), name)
-    return any(fnmatch.fnmatchcase(form, pattern) for pattern in patterns for form in (name, plain))
-
-
 def _version(info: dict[str, Any]) -> str:
-    return str(info.get("ETag", "")).strip('"') or str(round(info["mtime"] * 1e9))
+    return str(info["ETag"]).strip('"')
 
 
-@contextmanager
-def _in_one_line(uri: str) -> Iterator[None]:
-    """Say what an object store or file system refused, in one line."""
-    refusal: type[OSError] = PermissionError if local_path(uri) else OSError
-    try:
-        yield
-    except (refusal, *_raised_by("botocore.exceptions", "BotoCoreError")) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{uri} cannot be reached: {reason}; check the credentials, the endpoint and rights") from error
-
-
-def _raised_by(module: str, name: str) -> tuple[type[Exception], ...]:
-    """An exception of a library, or nothing while that library is not loaded: then it cannot have raised.
-
-    So a machine that reads local files alone needs neither an object store's client nor every decompressor.
-    """
-    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+def _refusals() -> tuple[type[Exception], ...]:
+    """What is raised by this disk, and by an object store's client where that was loaded."""
+    client = sys.modules.get("botocore.exceptions")
+    return (OSError,) if client is None else (OSError, client.BotoCoreError)

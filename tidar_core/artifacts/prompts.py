@@ -1,13 +1,14 @@
 """Which prompts does a benchmark file hold?
 
-One JSON object a line, gzipped or not, in the shapes that public sets have: `prompt` (HumanEval), `question` (GSM8K),
-`turns` (Spec-Bench, of which the first is taken), `text`.
+One JSON object a line, compressed (.gz, .zst) or not, in the shapes that public sets have: `prompt` (HumanEval),
+`question` (GSM8K), `turns` (Spec-Bench, of which the first is taken), `text`.
 """
 
-import json
 from pathlib import Path
 
 from tidar_core.artifacts import locations
+from tidar_core.artifacts.compressed import damage_named, open_decompressed
+from tidar_core.artifacts.json_lines import is_blank, value_in
 from tidar_core.errors import CorpusError
 
 __all__ = ["CODE_PROMPTS", "read_prompts"]
@@ -34,11 +35,11 @@ def read_prompts(path: str | Path | None, count: int) -> list[str]:
     if not locations.exists(str(path)):
         raise CorpusError(f"prompts file {path} does not exist; give a JSONL file")
     prompts: list[str] = []
-    with locations.open_decompressed(str(path)) as lines:
+    with damage_named(str(path)), open_decompressed(str(path)) as lines:
         for number, line in enumerate(lines, 1):
             if len(prompts) == count:
                 break
-            if line.strip():
+            if not is_blank(line):
                 prompts.append(_prompt(line, f"{path} line {number}"))
     if not prompts:
         raise CorpusError(f"prompts file {path} is empty; give one JSON object a line")
@@ -47,9 +48,9 @@ def read_prompts(path: str | Path | None, count: int) -> list[str]:
 
 def _prompt(line: bytes, where: str) -> str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(f"{where} is not JSON ({error}); give one JSON object a line") from error
+        value = value_in(line)
+    except ValueError as fault:
+        raise CorpusError(f"{where} {fault}") from None
     found = next((value[field] for field in FIELDS if isinstance(value, dict) and value.get(field)), None)
     text = found[0] if isinstance(found, list) else found
     if not isinstance(text, str):

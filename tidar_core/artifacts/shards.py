@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.artifacts import locations
-from tidar_core.errors import ShardError
+from tidar_core.errors import ShardError, StorageError
 from tidar_core.layout import PADDING
 from tidar_core.packing import PackedRows, row_count
 
@@ -249,6 +249,8 @@ class ShardReader:
             entry = self._shards[shard]
             try:
                 table = self._file(shard).read_row_group(group, columns=list(self._columns))
+            except StorageError:
+                raise
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(self.uri, entry, error) from error
             self._groups[key] = PackedRows(*(self._tensor(table.column(name)) for name in self._columns))
@@ -272,6 +274,8 @@ class ShardReader:
     def _open(self, entry: ShardEntry) -> pq.ParquetFile:
         try:
             file = pq.ParquetFile(locations.open_random(locations.join(self.uri, entry.file)))
+        except StorageError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(self.uri, entry, error) from error
         where, rows = locations.join(self.uri, entry.file), file.metadata.num_rows
