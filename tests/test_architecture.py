@@ -41,9 +41,9 @@ TRAINING = (
     "flops", "single_device",
 )  # fmt: skip
 DECODING = (
-    "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "decode_forward",
-    "step", "step_graph", "decoder", "ways", "timing", "latency", "served_latency", "step_timing", "acceptance",
-    "planner", "batcher", "autoregressive", "benchmark", "step_bench",
+    "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "plan_tensors",
+    "decode_forward", "step", "step_graph", "decoder_size", "decoder", "ways", "timing", "latency", "served_latency",
+    "step_timing", "acceptance", "planner", "batcher", "autoregressive", "benchmark", "step_bench",
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tidar_core.modes import StepPlan
+from tidar_core.plan_tensors import blocks_after
 from tidar_core.request import DecodeStep
-from tidar_core.step import blocks_after
 
 __all__ = ["ALL", "NONE", "SOME", "Acceptance", "Chances", "Walk", "expected_tokens", "mood_after", "two_pass_walk"]
 

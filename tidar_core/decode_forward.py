@@ -8,7 +8,6 @@ Shape letters: B sequences, C clean rows, R rows, N pages of a sequence, H query
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_core.config import ModelConfig
-from tidar_core.kernels import kernels_for
+from tidar_core.kernels import Kernels, kernels_for
 from tidar_core.kv_cache import KVCache
-from tidar_core.layout import decode_rows
 from tidar_core.model import TidarModel
-from tidar_core.visibility import dense_visibility
+from tidar_core.plan_tensors import RowPattern
 
 __all__ = ["DecodeForward"]
 
@@ -29,12 +27,14 @@ class DecodeForward:
     """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module, and the
     rotation of every position. The weights are final."""
 
-    def __init__(self, model: TidarModel, cache: KVCache, *, positions: int) -> None:
-        """positions  that a row may have: 0 up to it"""
+    def __init__(self, model: TidarModel, cache: KVCache, *, positions: int, kernels: Kernels | None = None) -> None:
+        """positions  that a row may have: 0 up to it
+        kernels    those of the cache's device by default
+        """
         self.model, self.cache = model, cache
         position_1L = torch.arange(positions, device=cache.pages.device)[None]
         self._cos_LD, self._sin_LD = (half[0, :, 0] for half in model.rotation(position_1L, cache.pages.dtype))
-        self._kernels = kernels_for(cache.pages.device)
+        self._kernels = kernels or kernels_for(cache.pages.device)
         self._layers = [_LayerWeights.of(layer, model.config) for layer in model.layers]
 
     def __call__(
@@ -42,11 +42,10 @@ class DecodeForward:
         page_table_BN: Tensor,
         prefix_len_B: Tensor,
         clean_BC: Tensor,
-        groups: tuple[int, ...],
-        width: int,
+        pattern: RowPattern,
         used_pages: int,
     ) -> Tensor:
-        """Hidden states [B, R, E] of the rows of `decode_layout`: clean ones, then `width` masks for each group.
+        """Hidden states [B, R, E] of the rows of the pattern: the clean ones, then the masks.
 
         Every row sees all of its sequence's prefix, since no horizon lies before the prefix's end; among the rows of
         the forward, who sees whom is the same for all sequences. Keys and values of the clean rows are in the cache
@@ -58,12 +57,11 @@ class DecodeForward:
         """
         config, kernels, page_len = self.model.config, self._kernels, self.cache.page_len
         clean_len = clean_BC.shape[1]
-        position_BR = prefix_len_B[:, None] + decode_rows(clean_len, groups, width, clean_BC.device).position
-        own_RR = _own_visibility(clean_len, groups, width, clean_BC.device)
-        gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, own_RR, page_len)
+        position_BR = prefix_len_B[:, None] + pattern.position_R
+        gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, pattern.visible_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
         slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
-        x = F.embedding(_with_masks(clean_BC, len(groups) * width, config.mask_id), self.model.embedding.weight)
+        x = F.embedding(_with_masks(clean_BC, pattern.masks, config.mask_id), self.model.embedding.weight)
         cos, sin = F.embedding(position_BR, self._cos_LD), F.embedding(position_BR, self._sin_LD)
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):
@@ -112,13 +110,6 @@ class _LayerWeights:
             down=mlp.down.weight,
             down_bias=mlp.down.bias,
         )
-
-
-@lru_cache(maxsize=256)
-def _own_visibility(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> Tensor:
-    """The rule among the rows of one forward [R, R]."""
-    rows = decode_rows(clean_len, groups, block_len, device)
-    return dense_visibility(rows, rows)
 
 
 def _with_masks(clean_BC: Tensor, masks: int, mask_id: int | None) -> Tensor:

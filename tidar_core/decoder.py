@@ -20,19 +20,21 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.errors import CapacityError, ConfigError, RequestError
+from tidar_core.decoder_size import DecoderSize
+from tidar_core.errors import CapacityError, RequestError
 from tidar_core.kv_cache import KVCache
 from tidar_core.logprobs import token_logprobs
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
 from tidar_core.pages import Holding, PagePool, page_count
+from tidar_core.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.request import DecodeStep, Request, check_request
 from tidar_core.row_state import RowState
 from tidar_core.rules import Rules
 from tidar_core.sampling import SamplingTensors
 from tidar_core.sequence import Sequence
-from tidar_core.step import NextBlock, Outcome, Stepper, blocks_after
-from tidar_core.step_graph import StepGraphs
+from tidar_core.step import Outcome, Stepper
+from tidar_core.step_graph import CudaRecorder, StepGraphs
 
 __all__ = ["PREFILL_TOKENS", "Decoder"]
 
@@ -62,34 +64,19 @@ class Decoder:
         page_len        tokens of a page
         share_prefixes  read the beginning that two prompts have in common once
         """
-        if draft.block_len > 1 and model.config.mask_id is None:
-            raise ConfigError(
-                f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
-                "or decode with block_len 1"
-            )
+        size = DecoderSize.of(model.config, draft, rows=rows, context_len=context_len, pages=pages, page_len=page_len)
         self.model, self.draft, self.rows, self.share_prefixes = model, draft, rows, share_prefixes
-        self.context_len = context_len or model.config.context_len
-        if max(self.context_len, draft.block_len) > model.config.context_len:
-            raise ConfigError(
-                f"a context of {self.context_len} and a block of {draft.block_len} were asked for; the model was built "
-                f"for {model.config.context_len} positions; ask for no more"
-            )
+        self.context_len = size.context_len
         weight = model.embedding.weight
         self.device = weight.device
-        max_pages = page_count(self.context_len + draft.block_len, page_len)
-        self.pool = PagePool(pages or rows * max_pages, page_len)
-        if self.pool.pages < max_pages:
-            raise ConfigError(
-                f"the cache has {self.pool.pages} pages of {page_len} tokens; one context of {self.context_len} and a "
-                f"block of {draft.block_len} take {max_pages}; give it as many or shorten the context"
-            )
-        self.cache = KVCache(
-            model.config, pages=self.pool.pages, page_len=page_len, dtype=weight.dtype, device=self.device
-        )
+        self.pool = PagePool(size.pages, page_len)
+        self.cache = KVCache(model.config, pages=size.pages, page_len=page_len, dtype=weight.dtype, device=self.device)
         vocab = model.config.vocab_size if draft.kind == "sampled" else None
-        self._state = RowState(rows, draft.block_len, max_pages, proposal_vocab=vocab, device=self.device)
+        self._state = RowState(rows, draft.block_len, size.max_pages, proposal_vocab=vocab, device=self.device)
         self._stepper = Stepper(model, draft, self.cache, self._state)
-        self._graphs = StepGraphs(self._stepper) if self.device.type == "cuda" else None
+        self._graphs: StepGraphs | None = None
+        if self.device.type == "cuda":
+            self._graphs = StepGraphs(self._stepper, CudaRecorder(self.device))
         self._running: list[Sequence] = []
         self._arriving: deque[Sequence] = deque()
         self._arrivals = 0
@@ -190,14 +177,15 @@ class Decoder:
         batch, used_pages = len(self._running), page_count(self.context, self.pool.page_len)
         ruled = [row for row, sequence in enumerate(self._running) if sequence.rules is not None]
         outcome = self._launch(batch, plan, used_pages, self._adjusting(ruled, plan) if ruled else None)
-        block_after = blocks_after(plan, self.draft.block_len)
+        blocks, logits = blocks_after(plan, self.draft.block_len), outcome.ar_logits
         steps = []
         for row, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
             sequence = self._running[row]
-            steps.append(self._step(sequence, tokens[:n], n, plan.clean_len, outcome.ar_logits[row]))
-            sequence.pending, sequence.late = block_after[n].pending, block_after[n].late
+            steps.append(self._step(sequence, tokens[:n], n, plan.clean_len, None if logits is None else logits[row]))
+            sequence.pending, sequence.late = blocks[n].pending, blocks[n].late
             if sequence.rules is not None and steps[row].finish_reason is None:
-                self._draft_within_rules(row, outcome.hidden[row], block_after[n])
+                assert outcome.hidden is not None, "rules are never captured"
+                self._draft_within_rules(row, outcome.hidden[row], blocks[n])
         return self._finish_steps(steps)
 
     def abort(self, request_id: str) -> bool:
@@ -247,8 +235,9 @@ class Decoder:
         self, batch: int, plan: StepPlan, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
     ) -> Outcome:
         if self._graphs is None or adjust is not None:
-            return self._stepper.step(batch, plan, used_pages, adjust)
-        return self._graphs.step(batch, plan, used_pages)
+            return self._stepper.step(batch, self._stepper.tensors_of(plan), used_pages, adjust)
+        scored = any(sequence.request.sampling.logprobs is not None for sequence in self._running)
+        return self._graphs.step(batch, plan, used_pages, scored=scored)
 
     def _hold(self, sequence: Sequence) -> bool:
         """Pages for all that is to be read and the first step after; shared ones where the cache has the beginning."""
@@ -301,7 +290,7 @@ class Decoder:
         if sequence.rules is not None:
             logits = sequence.rules.adjust(logits[0])[None]
         first = int(self._stepper.begin(rows, hidden, plan, logits, sampling))
-        block = blocks_after(plan, self.draft.block_len)[C]
+        block = block_after(plan, self.draft.block_len, C)
         sequence.pending, sequence.late = block.pending, block.late
         step = self._step(sequence, [first], 0, 0, ar_logits[0])
         if sequence.rules is not None and step.finish_reason is None:
@@ -360,13 +349,14 @@ class Decoder:
                 row = 0
 
     def _step(
-        self, sequence: Sequence, tokens: list[int], accepted: int, verified: int, ar_logits_RV: Tensor
+        self, sequence: Sequence, tokens: list[int], accepted: int, verified: int, ar_logits_RV: Tensor | None
     ) -> DecodeStep:
         """Give a sequence its new tokens, and publish the pages that they fill."""
         step = sequence.add(tokens, accepted, verified)
         self.pool.commit(sequence.holding, sequence.tokens, min(sequence.read, len(sequence.tokens)))
         top = sequence.request.sampling.logprobs
         if top is not None:
+            assert ar_logits_RV is not None, "a step is scored where a request asks for log-probabilities"
             step = replace(step, logprobs=tuple(token_logprobs(ar_logits_RV, step.token_ids, top)))
         if sequence.prompt_logprobs:
             step = replace(step, prompt_logprobs=tuple(sequence.prompt_logprobs))

@@ -15,6 +15,7 @@ from tidar_core.decode_forward import DecodeForward
 from tidar_core.kv_cache import KVCache
 from tidar_core.model import TidarModel
 from tidar_core.pages import page_count
+from tidar_core.plan_tensors import RowPattern
 from tidar_core.timing import median_seconds
 
 __all__ = ["Curve", "LatencyPoint", "LatencyTable", "measure_latency"]
@@ -156,10 +157,11 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
     read = DecodeForward(model, cache, positions=context + rows)
+    pattern = RowPattern.of(rows, (), 1, weight.device)
 
     def forward() -> None:
         used_pages = page_count(context, page_len)
-        hidden = read(page_table_BN, prefix_B, token_BR, (), 1, used_pages)
+        hidden = read(page_table_BN, prefix_B, token_BR, pattern, used_pages)
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
     return median_seconds([forward], repeats)[0]

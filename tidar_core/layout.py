@@ -8,7 +8,6 @@ G groups, K block length.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -96,7 +95,6 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
     )
 
 
-@cache
 def decode_rows(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> TokenLayout:
     """`decode_layout` behind an empty prefix, of one sequence [R]."""
     clean_C = torch.arange(clean_len, device=device)

@@ -18,6 +18,7 @@ from tidar_core.errors import CapacityError, ConfigError, RequestError
 from tidar_core.kv_cache import KVCache
 from tidar_core.layout import causal_layout, decode_layout, training_layout
 from tidar_core.modes import StepPlan
+from tidar_core.plan_tensors import RowPattern
 from tidar_core.request import Request
 from tidar_core.shapes import named_shape
 
@@ -110,7 +111,8 @@ def group_hidden(model, prompt, drafts, block_len):
     with torch.no_grad():
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
-            hidden = DecodeForward(model, cache, positions=40)(table, prefix, rows, groups, block_len, -(-start // 4))
+            pattern = RowPattern.of(rows.shape[1], groups, block_len, rows.device)
+            hidden = DecodeForward(model, cache, positions=40)(table, prefix, rows, pattern, -(-start // 4))
     return hidden[0]
 
 

@@ -41,6 +41,6 @@ def test_a_gpu_decodes_the_autoregressive_text_in_fp32(model, mode, sampling, ki
 def test_a_step_is_captured_once_for_each_shape(model):
     decoder = Decoder(model, DraftConfig(block_len=4), rows=4, context_len=64)
     complete(Batcher(decoder, FixedMode("single-pass", 4)), requests(prompts(5, 12, 3, 8), GREEDY))
-    shapes = len(decoder._graphs._captured)
+    shapes = decoder._graphs.captured
     complete(Batcher(decoder, FixedMode("single-pass", 4)), requests(prompts(6, 11, 4, 7, seed=2), GREEDY))
-    assert len(decoder._graphs._captured) == shapes <= 3 * 3
+    assert decoder._graphs.captured == shapes <= 3 * 3

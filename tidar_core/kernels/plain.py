@@ -6,7 +6,7 @@ Shape letters: B sequences, R rows of a forward (the C clean ones first), H quer
 P pages, N pages in a sequence's table, T tokens those pages hold, W features.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -141,10 +141,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     of `F.rms_norm`, which is put together from more operations."""
     size = x.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    root_mean_square = torch.hypot(norm, _scalar((size * eps) ** 0.5, x.device)).mul_(size**-0.5)
+    root_mean_square = torch.hypot(norm, _scalar((size * eps) ** 0.5)).mul_(size**-0.5)
     return (x / root_mean_square).mul_(weight).to(x.dtype)
 
 
-@lru_cache(maxsize=64)
-def _scalar(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)
+@cache
+def _scalar(value: float) -> Tensor:
+    """On the CPU: a launch on another device takes it by value, so that a captured graph keeps no address of it."""
+    return torch.tensor(value)
