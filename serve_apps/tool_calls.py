@@ -7,12 +7,19 @@ these as they come, so that all the pieces join to what the model wrote.
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from serve_apps.tool_forms import ToolForm
+from serve_apps.tool_forms import FORMS, ToolForm
 
 __all__ = ["CallPiece", "Said", "ToolCallReader"]
+
+NOTHING = "{}"
+"""Arguments of a call that has none."""
+HEAD_KEYS = frozenset({"name", "type"})
+ARGUMENT_KEYS = tuple(form.arguments for form in FORMS.values())
+"""Models mix the forms up; whichever key a call has, its arguments are not lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +137,28 @@ class ToolCallReader:
             self._start(name)
 
     def _read_whole(self) -> None:
-        """An object that did not begin as calls do may be one all the same, in another order."""
-        try:
-            call = json.loads(self._object.text)
-            name, arguments = call["name"], call[self._form.arguments]
-        except (ValueError, KeyError, RecursionError):
-            name, arguments = None, None
-        if not isinstance(name, str) or name not in self._names:
+        """An object that did not begin as calls do may be a call all the same: in another order, or without arguments."""
+        call = _object(self._object.text)
+        name, arguments = call.get("name"), self._arguments(call)
+        if not isinstance(name, str) or name not in self._names or arguments is None:
             self._give_up(self._object.text)
             return
         self._start(name)
-        self._tell(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+        self._tell(arguments)
         self._state = self._after_call
+
+    def _arguments(self, call: Mapping[str, Any]) -> str | None:
+        """The arguments of a call as JSON text, `{}` where the call has none; None: the object is no call.
+
+        Marks say that an object is a call; without marks an object with other keys is an answer.
+        """
+        key = next((key for key in ARGUMENT_KEYS if key in call), None)
+        if key is None:
+            return NOTHING if self._form.opening or call.keys() <= HEAD_KEYS else None
+        arguments = call[key]
+        if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+            return NOTHING
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
     def _after_call(self) -> bool:
         """The rest of a call, and what comes between it and the next."""
@@ -237,3 +254,12 @@ def _text(written: str) -> str | None:
         return json.loads(written)
     except ValueError:
         return None
+
+
+def _object(written: str) -> Mapping[str, Any]:
+    """The JSON object in a text; empty where the text holds none."""
+    try:
+        found = json.loads(written)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ from serve_apps.tool_forms import FORMS
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": [1, {"b": "}\\"{</tool_call>"}], "é": "x"}}\n</tool_call>'
 ARGUMENTS = '{"a": [1, {"b": "}\\"{</tool_call>"}], "é": "x"}'
 SECOND = '<tool_call>{"name":"now","arguments":{}}</tool_call>'
+NOW = '<tool_call>\n{"name": "now"}\n</tool_call>'
 LLAMA = '{"name": "add", "parameters": {"a": 1}}'
 
 
@@ -34,6 +35,15 @@ def read(form, text, size, *, parallel=True, names=("add", "now")):
         ("hermes", f"{SECOND} and so", " and so", [("now", "{}")]),
         ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', "", [("add", '{"a": 1}')]),
         ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", '{"a": 1}')]),
+        ("hermes", f'Now. {NOW}', "Now.", [("now", "{}")]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", [("now", "{}")]),
+        ("hermes", '<tool_call>{"arguments": null, "name": "now"}</tool_call>', "", [("now", "{}")]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": ""}</tool_call>', "", [("now", "{}")]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": "null"}</tool_call>', "", [("now", "{}")]),
+        ("hermes", '<tool_call>{"name": "add", "parameters": {"a": null}}</tool_call>', "", [("add", '{"a": null}')]),
+        ("hermes", f"{NOW}\n{NOW}{HERMES}", "", [("now", "{}"), ("now", "{}"), ("add", ARGUMENTS)]),
+        ("hermes", '<tool_call>{"name": "other"}</tool_call>', '<tool_call>{"name": "other"}</tool_call>', []),
+        ("hermes", '<tool_call>{"name": "now"', '<tool_call>{"name": "now"', []),
         ("hermes", '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>',
          '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>', []),
         ("hermes", "a <tool_call>\nnot JSON", "a <tool_call>\nnot JSON", []),
@@ -42,6 +52,11 @@ def read(form, text, size, *, parallel=True, names=("add", "now")):
         ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "cut', "", [("add", '{"a": "cut')]),
         ("llama3", LLAMA, "", [("add", '{"a": 1}')]),
         ("llama3", f'\n{LLAMA}; {{"name": "now", "parameters": {{}}}}', "", [("add", '{"a": 1}'), ("now", "{}")]),
+        ("llama3", '{"name": "now"}', "", [("now", "{}")]),
+        ("llama3", '{"type": "function", "name": "now"}', "", [("now", "{}")]),
+        ("llama3", f'{{"name": "now", "parameters": null}}; {LLAMA}', "", [("now", "{}"), ("add", '{"a": 1}')]),
+        ("llama3", '{"name": "add", "arguments": {"a": null}}', "", [("add", '{"a": null}')]),
+        ("llama3", '{"name": "add", "answer": 5}', '{"name": "add", "answer": 5}', []),
         ("llama3", "Hello {", "Hello {", []),
         ("llama3", '{"name": "Bob", "parameters": {}}', '{"name": "Bob", "parameters": {}}', []),
         ("llama3", '{"answer": {"a": 1}} yes', '{"answer": {"a": 1}} yes', []),
