@@ -1,27 +1,34 @@
-"""What does a conversation teach: which text is it, and which of that text is the assistant's?
+"""What does a conversation teach: which texts is it, and which of them does the assistant write?
 
 A row has `messages`, a list of {"role", "content", ...} with perhaps `tools` beside it, or `prompt` (a text, or
-messages) and `response`. The chat template of the tokenizer makes one text of it. A turn of the assistant begins where
-the template's generation prompt ends, for there it begins when the model is asked, and ends with all that the template
-puts after it: so the token that ends a turn is learned as well. Everything else is read and not learned.
+messages) and `response`. The service's own reader reads them (`tidar_core.artifacts.conversation`), and the chat
+template of the tokenizer makes text of them. A turn of the assistant begins where the template's generation prompt
+ends, as in the service, and ends with all that the template puts after it: so the token that ends a turn is learned as
+well. Everything else is read and not learned.
+
+Some templates write a turn differently once others follow: Qwen3's leaves out the thoughts of earlier turns. Each
+answer is learned after the history as the service would show it at that turn. Where the document so far does not begin
+that history, it ends, and another document begins with the whole history, read and not learned.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from tidar_core.artifacts.chat_template import ChatTemplate
-from tidar_core.artifacts.chat_tokens import SpecialNames
+from tidar_core.artifacts.chat_tokens import SpecialNames, require_calls_shown
+from tidar_core.artifacts.conversation import read_messages, read_tools
 from tidar_core.artifacts.tokenizer import Tokenizer
 from tidar_core.errors import CorpusError, RequestError
 
-__all__ = ["CONVERSATION_FIELDS", "Segment", "conversation_of", "encode_conversation"]
+__all__ = ["CONVERSATION_FIELDS", "READER_VERSION", "Segment", "conversation_of", "encode_conversation"]
 
-CONVERSATION_FIELDS = ("messages", "tools", "prompt", "response")
+CONVERSATION_FIELDS = ("messages", "tools", "functions", "prompt", "response")
+READER_VERSION = 2
+"""Part of a job's identity: shards of another reading are not taken for this one's."""
 ASSISTANT = "assistant"
 DAY = datetime(2024, 7, 26)
 """The day that Llama's own template names where it cannot ask for one."""
@@ -33,62 +40,98 @@ class Segment:
 
     ids: list[int]
     trained: bool
-    """Whether the assistant says it."""
+    """Whether the assistant writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A piece of the rendered text."""
+
+    text: str
+    trained: bool
 
 
 def conversation_of(values: Mapping[str, Any]) -> str:
     """The conversation in a row, as JSON; the same for both forms. Raises ValueError with what is at fault."""
-    messages, tools = values.get("messages"), values.get("tools")
-    if messages is None:
-        prompt, response = values.get("prompt"), values.get("response")
-        if not isinstance(response, str) or not isinstance(prompt, str | list):
-            raise ValueError("has no conversation; it needs messages, or prompt and response")
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*asked, {"role": ASSISTANT, "content": response}]
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise ValueError("has messages that are no list of objects with a role and a content; mend it")
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise ValueError("has no message of the assistant's, so nothing to learn; remove it")
+    try:
+        messages = read_messages(_messages(values))
+        tools = read_tools(values.get("functions") if values.get("tools") is None else values["tools"])
+    except RequestError as error:
+        raise ValueError(f"holds no conversation that can be read: {error}") from error
+    said = [message for message in messages if message["role"] == ASSISTANT]
+    if not said:
+        raise ValueError("has no message of the assistant's, so nothing to learn")
     if messages[0]["role"] == ASSISTANT:
-        raise ValueError("begins with the assistant's words; put what it answers before them")
-    stated = [{key: value for key, value in sorted(message.items()) if value is not None} for message in messages]
-    conversation = {"messages": stated} | ({"tools": tools} if tools else {})
-    return json.dumps(conversation, ensure_ascii=False)  # a template shows the keys of tools and calls in their order
+        raise ValueError("begins with the assistant's words, and nothing that they answer")
+    if not all("content" in message or "tool_calls" in message for message in said):
+        raise ValueError("has a message of the assistant's without content and without calls")
+    conversation = {"messages": [dict(sorted(message.items())) for message in messages]}
+    try:
+        return json.dumps(conversation | ({"tools": tools} if tools else {}), ensure_ascii=False)
+    except TypeError as error:  # Parquet has dates and bytes
+        raise ValueError(f"holds a value that JSON does not have ({error}); make it text") from error
 
 
-def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: Tokenizer) -> list[Segment]:
-    """The tokens of a conversation, cut where the assistant begins and ends to speak. Raises CorpusError.
+def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: Tokenizer) -> list[list[Segment]]:
+    """The documents of a conversation, each cut where the assistant begins and ends to write. Raises CorpusError.
 
     What the template calls a special token is one; what somebody wrote never is.
     """
     given = json.loads(conversation)
     names = SpecialNames(tokenizer.special_ids, given)
-    messages, tools = names.hidden(given["messages"]), names.hidden(given.get("tools"))
+    messages, tools = read_messages(given["messages"]), given.get("tools")
     try:
-        render = partial(template.render, tools=tools, strftime_now=_same_day)
-        whole = render(messages)
-        cuts = [0]
-        for place, message in enumerate(messages):
-            if message["role"] == ASSISTANT:
-                asked = render(messages[:place], add_generation_prompt=True)
-                answered = render(messages[: place + 1])
-                if not (whole.startswith(answered) and answered.startswith(asked) and len(asked) >= cuts[-1]):
-                    raise RequestError(
-                        f"the chat template writes the first {place + 1} messages differently when more follow, or the "
-                        "answer not behind its prompt, so what the assistant said cannot be told; cut the conversation "
-                        "there, or change the template"
-                    )
-                cuts += [len(asked), len(answered)]
+        require_calls_shown(template, messages, tools)
+        render = partial(template.render, tools=names.hidden(tools), strftime_now=_same_day)
+        documents = _documents([names.hidden(message) for message in messages], render)
     except RequestError as error:
-        raise CorpusError(f"the conversation that begins {conversation[:80]!r}: {error}") from error
-    texts = [whole[begin:end] for begin, end in pairwise([*cuts, len(whole)])]
-    return [Segment(names.encode(text, tokenizer), place % 2 == 1) for place, text in enumerate(texts) if text]
+        raise CorpusError(str(error)) from error
+    return [[Segment(names.encode(turn.text, tokenizer), turn.trained) for turn in turns] for turns in documents]
+
+
+def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
+    """The messages of a row as they were written."""
+    messages = values.get("messages")
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError:
+            messages = ()
+    if messages is not None:
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("has messages that are no list of objects with a role and a content")
+        return messages
+    prompt, response = values.get("prompt"), values.get("response")
+    if not isinstance(response, str) or not isinstance(prompt, str | list):
+        raise ValueError("has no conversation; it needs messages, or prompt and response")
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*asked, {"role": ASSISTANT, "content": response}]
+
+
+def _documents(messages: Sequence[Mapping[str, Any]], render: Any) -> list[list[_Turn]]:
+    """The texts of a conversation: one where the template only ever adds to what it wrote, else as many as needed."""
+    documents: list[list[_Turn]] = []
+    written = ""
+    for place, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        asked, answered = render(messages[:place], add_generation_prompt=True), render(messages[: place + 1])
+        if not answered.startswith(asked):
+            raise RequestError(
+                f"messages.{place} is an answer that the chat template does not write behind its own generation "
+                "prompt, so it is not known what the model would have to write"
+            )
+        if not documents or not asked.startswith(written):
+            documents.append([])
+            written = ""
+        documents[-1] += [_Turn(asked[len(written) :], trained=False), _Turn(answered[len(asked) :], trained=True)]
+        written = answered
+    whole = render(messages)
+    if whole.startswith(written):
+        documents[-1].append(_Turn(whole[len(written) :], trained=False))
+    return [[turn for turn in turns if turn.text] for turns in documents]
 
 
 def _same_day(form: str) -> str:
     """For templates that tell the date: shards do not depend on the day on which they are packed."""
     return DAY.strftime(form)
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1

@@ -5,15 +5,18 @@ one document; JSON lines (.jsonl, .ndjson) and Parquet hold one in each row: a t
 Documents of no characters are passed over.
 
 Text is UTF-8 and is never repaired. A text file that is not UTF-8 is no document: it is passed over and said so. A
-damaged file, a line that is not JSON, a row without its text or a document without end stops the job by name.
+damaged file, a line that is not JSON, a row without its text or a document without end stops the job by name. A row
+that is no conversation that can be learned is left out and reported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 from pipelines.conversations import CONVERSATION_FIELDS, conversation_of
 from pipelines.jobs import Source
+from pipelines.left_out import LeftOut
 from pipelines.parquet_rows import conversation_rows, text_rows
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.compressed import damage_named, open_decompressed
@@ -22,7 +25,7 @@ from tidar_core.artifacts.json_lines import is_blank, value_in
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.errors import CorpusError
 
-__all__ = ["Piece", "documents", "first_texts", "list_corpus", "work_units"]
+__all__ = ["Document", "Piece", "documents", "first_texts", "list_corpus", "located_documents", "work_units"]
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -42,6 +45,15 @@ class Piece:
     start: int
     stop: int
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, or the JSON that `pipelines.conversations` makes of a conversation."""
+
+    text: str
+    place: Callable[[], str]
+    """Where it lies; found when it is needed, for lines are not counted."""
 
 
 def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()) -> list[FileEntry]:
@@ -75,19 +87,26 @@ def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]
 
 
 def documents(piece: Piece, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
-    """The texts of a piece in order, none empty. `pass_over` is told of each file that is no text.
+    """The texts of `located_documents`."""
+    return (document.text for document in located_documents(piece, source, pass_over, LeftOut()))
 
-    A conversation is given as the JSON that `pipelines.conversations` makes of it.
+
+def located_documents(
+    piece: Piece, source: Source, pass_over: Callable[[str], object], left_out: LeftOut
+) -> Iterator[Document]:
+    """The documents of a piece in order, none empty. `pass_over` is told of each file that is no text.
+
+    left_out  counts the rows that are no conversation
     """
     kind = format_of(piece.uri)
     with damage_named(piece.uri):
         if kind in JSON_LINES:
-            texts = _json_lines(piece, source)
+            found = _json_lines(piece, source, left_out)
         elif kind == PARQUET:
-            texts = _parquet_rows(piece.uri, source)
+            found = _parquet_rows(piece.uri, source, left_out)
         else:
-            texts = _whole_file(piece.uri, source, pass_over)
-        yield from (text for text in texts if text)
+            found = _whole_file(piece.uri, source, pass_over)
+        yield from (document for document in found if document is not None and document.text)
 
 
 def first_texts(
@@ -120,19 +139,19 @@ def _pieces(file: FileEntry, unit_bytes: int) -> list[Piece]:
     return [Piece(file.uri, start, min(start + unit_bytes, file.size), whole=False) for start in starts]
 
 
-def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
+def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) -> Iterator[Document]:
     if source.documents == "conversations":
         raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet: leave it out by include")
     with open_decompressed(uri) as stream:
         content = stream.read(LONGEST_DOCUMENT + 1)
     _require_end(len(content), uri)
     try:
-        yield content.decode("utf-8").removeprefix("\ufeff")
+        yield Document(content.decode("utf-8").removeprefix("\ufeff"), lambda: uri)
     except UnicodeDecodeError:
         pass_over(uri)
 
 
-def _json_lines(piece: Piece, source: Source) -> Iterator[str]:
+def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
     with open_decompressed(piece.uri) as stream:
         position = 0
         if piece.start:  # the line that the byte before us is in belongs to the piece before us
@@ -143,19 +162,32 @@ def _json_lines(piece: Piece, source: Source) -> Iterator[str]:
             if not line:
                 return
             if not is_blank(line):
+                place = partial(_line_place, piece.uri, position)
                 try:
-                    text = _document_of(value_in(line), source)
+                    values = value_in(line)
                 except ValueError as fault:
-                    raise CorpusError(f"line {_line_number(piece.uri, position)} of {piece.uri} {fault}") from None
-                yield text
+                    raise CorpusError(f"{place()} {fault}") from None
+                yield _row(values, source, place, left_out)
             position += len(line)
 
 
 def _line(stream: IO[bytes], uri: str, position: int) -> bytes:
     line = stream.readline(LONGEST_DOCUMENT + 1)
     if len(line) > LONGEST_DOCUMENT:
-        _require_end(len(line), f"line {_line_number(uri, position)} of {uri}")
+        _require_end(len(line), _line_place(uri, position))
     return line
+
+
+def _row(values: Any, source: Source, place: Callable[[], str], left_out: LeftOut) -> Document | None:
+    """The document of a row; None for a row that is left out."""
+    try:
+        text = _document_of(values, source)
+    except ValueError as fault:
+        if source.documents == "conversations":
+            left_out.add(place, fault)
+            return None
+        raise CorpusError(f"{place()} {fault}") from None
+    return Document(text, place)
 
 
 def _document_of(values: Any, source: Source) -> str:
@@ -191,28 +223,25 @@ def _kind(value: Any) -> str:
     return "null" if value is None else KINDS[type(value)]
 
 
-def _line_number(uri: str, position: int) -> int:
+def _line_place(uri: str, position: int) -> str:
     """Counted only when a line is at fault: lines before that byte of the decompressed file, and this one."""
     number = 1
     with open_decompressed(uri) as stream:
         while position > 0 and (chunk := stream.read(min(position, locations.CHUNK_BYTES))):
             number += chunk.count(b"\n")
             position -= len(chunk)
-    return number
+    return f"line {number} of {uri}"
 
 
-def _parquet_rows(uri: str, source: Source) -> Iterator[str]:
+def _parquet_rows(uri: str, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
     if source.documents == "conversations":
         rows = conversation_rows(uri, CONVERSATION_FIELDS)
     else:
         rows = text_rows(uri, str(source.text_field))
     for row, values in enumerate(rows, 1):
-        try:
-            text = _document_of(values, source)
-        except ValueError as fault:
-            raise CorpusError(f"row {row} of {uri} {fault}") from None
-        _require_end(len(text), f"row {row} of {uri}")
-        yield text
+        document = _row(values, source, f"row {row} of {uri}".__str__, left_out)
+        _require_end(len(document.text) if document else 0, f"row {row} of {uri}")
+        yield document
 
 
 def _require_end(size: int, where: str) -> None:

@@ -77,7 +77,8 @@ class PackJob(Job):
     documents: Documents = "text"
     """`text`: each has one text, in a file of its own or under `text_field`, and every token is trained.
     `conversations`: rows of JSON lines or Parquet with `messages` (and perhaps `tools`), or with `prompt` and
-    `response`; the tokenizer's chat template makes text of them, and only the assistant's tokens are trained."""
+    `response`; the tokenizer's chat template makes text of them, and only the assistant's tokens are trained. Rows
+    that cannot be used are left out, counted in the manifest, and the first are named."""
     text_field: str = "text"
     """Key or column that holds the text."""
     dedup: bool = False

@@ -27,7 +27,9 @@ import ray.data
 
 from pipelines import corpus, duplicates, pack_tasks
 from pipelines.cluster import connect, known_tasks, original_error
+from pipelines.conversations import READER_VERSION
 from pipelines.jobs import PackJob, Source, TrainBpe
+from pipelines.left_out import LeftOut
 from pipelines.mixture import arranged
 from pipelines.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shards, tokenize_unit
 from pipelines.progress import job_progress, stderr
@@ -72,6 +74,10 @@ class _Tokenized:
     def passed_over(self, source: int) -> list[str]:
         return [uri for unit in self.units if unit["source"] == source for uri in unit["passed_over"]]
 
+    def left_out(self, source: int) -> LeftOut:
+        units = [LeftOut(**unit["left_out"]) for unit in self.units if unit["source"] == source]
+        return LeftOut(sum(unit.rows for unit in units), [name for unit in units for name in unit.named])
+
     def duplicates(self, source: int) -> int:
         return sum(unit["duplicates"] for unit in self.units if unit["source"] == source)
 
@@ -114,7 +120,7 @@ def _packed(job: PackJob, listing: Listing, given: Tokenizer | None, identity: s
     ]
     tokenized = _tokenize(job, units, _find_repeats(job, units, folder) if job.dedup else 0, folder)
     splits = arranged(tokenized.parts, job.sources)
-    _require_tokens(job, splits)
+    _require_tokens(job, tokenized, splits)
     sources = tuple(_counts(place, source, tokenized, splits) for place, source in enumerate(job.sources))
     manifest = Manifest(
         row_len=job.row_len,
@@ -165,6 +171,9 @@ def _tokenize(job: PackJob, units: list[Unit], buckets: int, folder: WorkFolder)
     if passed_over:
         told = f"passed over {len(passed_over)} files that are not UTF-8 text; the first is {passed_over[0]}"
         stderr.print(told, soft_wrap=True)
+    for place, source in enumerate(job.sources):
+        if rows := tokenized.left_out(place).rows:
+            stderr.print(f"left out {rows} rows of {source.path}: {tokenized.left_out(place)}", soft_wrap=True)
     return tokenized
 
 
@@ -200,6 +209,7 @@ def _counts(place: int, source: Source, tokenized: _Tokenized, splits: Splits) -
         tokens={name: sum(part.tokens for part in parts) for name, parts in own.items()},
         duplicates=tokenized.duplicates(place),
         passed_over=len(tokenized.passed_over(place)),
+        left_out=tokenized.left_out(place).rows,
     )
 
 
@@ -272,6 +282,7 @@ def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> st
                 "put chat_template.jinja into its folder"
             )
         decides["chat_template"] = template.sources
+        decides["conversations"] = READER_VERSION
     sources = [source.model_dump(exclude={"path"}) for source in job.sources]
     return _hash([shards.FORMAT_VERSION, decides, sources, _listing_hash(listing)])
 
@@ -288,7 +299,13 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(locations.canonical_json(value).encode()).hexdigest()
 
 
-def _require_tokens(job: PackJob, splits: Splits) -> None:
+def _require_tokens(job: PackJob, tokenized: _Tokenized, splits: Splits) -> None:
+    for place, source in enumerate(job.sources):
+        left_out = tokenized.left_out(place)
+        if left_out.rows and not any(part.source == place for part in tokenized.parts):
+            raise CorpusError(
+                f"no row of corpus {source.path} can be used: {left_out}; check documents, the rows and the template"
+            )
     paths = ", ".join(source.path for source in job.sources)
     if not any(splits.values()):
         raise CorpusError(f"corpus {paths} holds only empty documents; check corpus, weights and text_field")

@@ -9,21 +9,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines import corpus, duplicates
-from pipelines.conversations import encode_conversation
+from pipelines.conversations import Segment, encode_conversation
 from pipelines.jobs import Source, TrainBpe
+from pipelines.left_out import LeftOut
 from pipelines.mixture import STREAMS, digest_of, split_of, streams_of
 from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import locations, shards
 from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tidar_core.errors import CorpusError
 from tidar_core.packing import cut_rows, overlapping_spans
 
 __all__ = [
@@ -175,7 +177,9 @@ def leave_digests(unit: Unit, sources: tuple[Source, ...], folder: WorkFolder) -
     """Read a unit for the digests of its documents alone."""
 
     def work() -> dict[str, Any]:
-        digests = [digest_of(text) for text in _texts(unit, sources[unit.source], lambda uri: None)]
+        source = sources[unit.source]
+        texts = (text for piece in unit.pieces for text in corpus.documents(piece, source, lambda uri: None))
+        digests = [digest_of(text) for text in texts]
         duplicates.write_digests(folder.digests(unit.ordinal), digests)
         return {"documents": len(digests), "bytes": unit.bytes}
 
@@ -233,28 +237,40 @@ class _UnitTokenizer:
         source = self._how.sources[unit.source]
         writers = {name: PartWriter(self._how.folder.units, unit.source, name, unit.ordinal) for name in STREAMS}
         passed_over: list[str] = []
+        left_out = LeftOut()
         repeats = duplicates.read_repeats(self._repeats, unit.ordinal)
-        encoded = self._encoded_conversations if source.documents == "conversations" else self._encoded
-        for batch in _in_batches(self._taken(_texts(unit, source, passed_over.append), repeats, source.weight)):
-            for document, (_, streams) in zip(encoded([text for text, _ in batch]), batch):
-                for stream in streams:
-                    writers[stream].add(document.ids, document.trained)
+        found = (
+            document
+            for piece in unit.pieces
+            for document in corpus.located_documents(piece, source, passed_over.append, left_out)
+        )
+        for batch in _in_batches(self._taken(found, repeats, source.weight)):
+            documents = [document for document, _ in batch]
+            conversations = source.documents == "conversations"
+            encoded = self._encoded_conversations(documents, left_out) if conversations else self._encoded(documents)
+            for tokenized, (_, streams) in zip(encoded, batch):
+                for tokens, stream in product(tokenized, streams):
+                    writers[stream].add(tokens.ids, tokens.trained)
         return {
             "source": unit.source,
             "bytes": unit.bytes,
             "duplicates": len(repeats),
             "passed_over": passed_over,
+            "left_out": asdict(left_out),
             "parts": [asdict(part) for writer in writers.values() for part in writer.close()],
         }
 
-    def _taken(self, texts: Iterable[str], repeats: set[int], weight: float) -> Iterator[tuple[str, list[str]]]:
+    def _taken(
+        self, found: Iterable[corpus.Document], repeats: set[int], weight: float
+    ) -> Iterator[tuple[corpus.Document, list[str]]]:
         """The documents that are to be tokenized, with the streams that each belongs to."""
-        for ordinal, text in enumerate(texts):
-            if ordinal not in repeats and (streams := streams_of(digest_of(text), self._how.held_out, weight)):
-                yield text, streams
+        for ordinal, document in enumerate(found):
+            if ordinal not in repeats and (streams := streams_of(digest_of(document.text), self._how.held_out, weight)):
+                yield document, streams
 
-    def _encoded(self, texts: list[str]) -> Iterator[_Tokens]:
+    def _encoded(self, documents: list[corpus.Document]) -> Iterator[list[_Tokens]]:
         """The tokens of each text, the end-of-text token behind them; all are ones to learn to say."""
+        texts = [document.text for document in documents]
         short = iter(self._tokenizer.encode_batch([text for text in texts if len(text) <= BATCH_CHARACTERS]))
         for text in texts:
             if len(text) <= BATCH_CHARACTERS:
@@ -262,23 +278,32 @@ class _UnitTokenizer:
             else:
                 pieces = [np.asarray(self._tokenizer.encode(piece), dtype=np.int32) for piece in _in_pieces(text)]
                 ids = np.concatenate([*pieces, np.asarray([self._tokenizer.eos_id], dtype=np.int32)])
-            yield _Tokens(ids, np.ones(len(ids), dtype=bool) if self._how.flags else None)
+            yield [_Tokens(ids, np.ones(len(ids), dtype=bool) if self._how.flags else None)]
 
-    def _encoded_conversations(self, texts: list[str]) -> Iterator[_Tokens]:
-        """The tokens of each conversation, those of the assistant marked.
+    def _encoded_conversations(self, documents: list[corpus.Document], left_out: LeftOut) -> Iterator[list[_Tokens]]:
+        """The documents that each conversation becomes; none of one that the template does not take."""
+        assert self._template is not None, "conversations need a chat template"
+        for document in documents:
+            try:
+                encoded = encode_conversation(document.text, self._template, self._tokenizer)
+            except CorpusError as fault:
+                left_out.add(document.place, f"does not fit the chat template: {fault}")
+                encoded = []
+            yield [self._conversation_tokens(segments) for segments in encoded]
+
+    def _conversation_tokens(self, segments: list[Segment]) -> _Tokens:
+        """The tokens of one document, those of the assistant marked.
 
         The end-of-text token behind them is the assistant's if it has the last word, unless it said one already.
         """
-        assert self._template is not None, "conversations need a chat template"
-        for text in texts:
-            ids: list[int] = []
-            trained: list[bool] = []
-            closing = False
-            for segment in encode_conversation(text, self._template, self._tokenizer):
-                ids += segment.ids
-                trained += [segment.trained] * len(segment.ids)
-                closing = segment.trained and self._tokenizer.eos_id not in segment.ids
-            yield _Tokens(np.asarray([*ids, self._tokenizer.eos_id], dtype=np.int32), np.asarray([*trained, closing]))
+        ids: list[int] = []
+        trained: list[bool] = []
+        closing = False
+        for segment in segments:
+            ids += segment.ids
+            trained += [segment.trained] * len(segment.ids)
+            closing = segment.trained and self._tokenizer.eos_id not in segment.ids
+        return _Tokens(np.asarray([*ids, self._tokenizer.eos_id], dtype=np.int32), np.asarray([*trained, closing]))
 
 
 def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
@@ -302,10 +327,6 @@ def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
     return marked(locations.join(folder.marks, f"{plan.file}.json"), work)
 
 
-def _texts(unit: Unit, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
-    return (text for piece in unit.pieces for text in corpus.documents(piece, source, pass_over))
-
-
 def _in_pieces(text: str) -> Iterator[str]:
     """A long text in pieces, each cut behind a line's end and before a letter, where byte-level tokenizers begin a word
     anyway; only where a whole piece has no such place is a word cut."""
@@ -319,12 +340,14 @@ def _in_pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _in_batches(texts: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
-    batch: list[tuple[str, list[str]]] = []
+def _in_batches(
+    taken: Iterable[tuple[corpus.Document, list[str]]],
+) -> Iterator[list[tuple[corpus.Document, list[str]]]]:
+    batch: list[tuple[corpus.Document, list[str]]] = []
     characters = 0
-    for text, streams in texts:
-        batch.append((text, streams))
-        characters += len(text)
+    for document, streams in taken:
+        batch.append((document, streams))
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

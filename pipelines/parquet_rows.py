@@ -8,6 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.parquet_values import written_rows
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.compressed import damaged, open_decompressed
 from tidar_core.artifacts.file_names import compression_of
@@ -55,7 +56,7 @@ def _rows(uri: str, fields: Sequence[str], require: Any) -> Iterator[dict[str, A
                     )
             require(file.schema_arrow, found)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=found):
-                yield from batch.to_pylist()
+                yield from written_rows(batch)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(uri, error) from error
     except OSError as error:

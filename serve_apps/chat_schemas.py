@@ -11,15 +11,13 @@ from serve_apps.errors import ParameterError
 from serve_apps.fields import GenerationFields, shown
 from serve_apps.grammars import check_size
 from serve_apps.json_text import count_values
-from serve_apps.messages import Message, as_template_reads, without_nulls
+from serve_apps.messages import CacheControl, Message, as_template_reads, without_nulls
 from serve_apps.reading import Body
 from tidar_core.config import MOST_LOGPROBS, SamplingConfig
 
 __all__ = ["ChatFields", "ChatRequest", "Messages", "Tool"]
 
 Choice = Literal["none", "auto", "required"]
-CacheControl = Annotated[Any, Field(exclude=True)]
-"""Accepted and dropped: common beginnings of prompts are found without it."""
 
 
 class Part(BaseModel):

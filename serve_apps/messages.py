@@ -1,24 +1,34 @@
-"""What may a message of a conversation say, and what does a chat template read of it?
+"""What may a message of a conversation say?
 
-Text alone; parts of a text are joined by line breaks, as in vLLM.
+Text alone. What a chat template is shown of it: `tidar_core.artifacts.conversation`.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from serve_apps.errors import ParameterError, shortened
+from serve_apps.errors import ParameterError
+from serve_apps.fields import said_as
 from serve_apps.reading import null_is_nothing
+from tidar_core.artifacts.conversation import joined_text, read_messages
+from tidar_core.errors import RequestError
 
-__all__ = ["Message", "as_template_reads", "without_nulls"]
+__all__ = ["CacheControl", "Message", "as_template_reads", "without_nulls"]
+
+
+TEXT_TYPES = ("text", "refusal")
+
+CacheControl = Annotated[Any, Field(exclude=True)]
+"""Accepted and dropped: common beginnings of prompts are found without it."""
 
 
 class Part(BaseModel):
     """What the messages' parts have in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing)
+
+    cache_control: CacheControl = None
 
 
 class TextPart(Part):
@@ -28,32 +38,32 @@ class TextPart(Part):
     text: str
 
 
+class RefusalPart(Part):
+    """A piece of a message in which an assistant refused."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 def _joined(content: Any) -> Any:
     if not isinstance(content, list):
         return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ParameterError(
-                f"messages hold the part {shortened(part)}; this model reads parts of type 'text' alone",
-                "messages",
-                "unsupported_value",
-            )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ParameterError(
-                f"messages hold the part {shortened(part)}; it must have a type and a text", "messages"
-            )
-    return "\n".join(part["text"] for part in content)
+    try:
+        return joined_text(content)
+    except RequestError as error:
+        known = all(isinstance(part, dict) and part.get("type") in TEXT_TYPES for part in content)
+        raise ParameterError(str(error), "messages", None if known else "unsupported_value") from error
 
 
-Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart | RefusalPart])]
 
 
 class FunctionCalled(Part):
     """What an assistant called, and with what."""
 
     name: str
-    arguments: str
-    """A JSON object, as text."""
+    arguments: str | dict[str, Any] | None = None
+    """A JSON object, or its text; of a call without arguments nothing."""
 
 
 class ToolCalled(Part):
@@ -89,9 +99,14 @@ class AssistantMessage(Part):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    thinking: str | None = None
     refusal: str | None = None
+    """The assistant's words where the content has none."""
     tool_calls: list[ToolCalled] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] = []
+    function_call: FunctionCalled | None = None
+    """A single call, in OpenAI's older form."""
+    annotations: list[Any] = []
+    """Notes on the words, as other services send them; they change nothing."""
     name: str | None = None
 
 
@@ -104,7 +119,18 @@ class ToolMessage(Part):
     name: str | None = None
 
 
-KINDS = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+class FunctionMessage(Part):
+    """What a call gave, in OpenAI's older form."""
+
+    role: Literal["function"]
+    content: Content
+    name: str
+
+
+KINDS = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "function",
+}  # fmt: skip
 
 
 def _kind(message: Any) -> str | None:
@@ -116,7 +142,8 @@ Message = Annotated[
     Annotated[SystemMessage, Tag("<system>")]
     | Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
-    | Annotated[ToolMessage, Tag("<tool>")],
+    | Annotated[ToolMessage, Tag("<tool>")]
+    | Annotated[FunctionMessage, Tag("<function>")],
     Discriminator(
         _kind,
         custom_error_type="role",
@@ -126,32 +153,14 @@ Message = Annotated[
 
 
 def without_nulls(value: Any) -> Any:
-    """Messages as clients send back what they were told: a null is as good as nothing."""
+    """Messages as clients send back what they were told: a null is as good as nothing, but in arguments."""
     if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+        given = {name: item for name, item in value.items() if item is not None}
+        return {name: item if name == "arguments" else without_nulls(item) for name, item in given.items()}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def as_template_reads(messages: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Messages for a chat template, which wants the arguments of calls as objects. ParameterError if they are none."""
-    read = []
-    for place, message in enumerate(messages):
-        fields = message.model_dump(exclude_none=True, exclude={"annotations", "refusal"})
-        for called in fields.get("tool_calls", []):
-            called.pop("index", None)
-            called["function"]["arguments"] = _arguments(called["function"]["arguments"], place)
-        read.append(fields)
-    return tuple(read)
-
-
-def _arguments(written: str, place: int) -> dict[str, Any]:
-    try:
-        arguments = json.loads(written or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ParameterError(
-            f"arguments of a call in messages.{place} are {shortened(written)}; they must be a JSON object as text",
-            f"messages.{place}.tool_calls",
-        )
-    return arguments
+def as_template_reads(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
+    """Messages for a chat template. ParameterError for what is well formed and no conversation."""
+    with said_as():
+        return tuple(read_messages([message.model_dump(exclude_none=True) for message in messages]))

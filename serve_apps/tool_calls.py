@@ -137,7 +137,7 @@ class ToolCallReader:
             self._start(name)
 
     def _read_whole(self) -> None:
-        """An object that did not begin as calls do may be a call all the same: in another order, or without arguments."""
+        """An object that did not begin as calls do may be a call: in another order, or without arguments."""
         call = _object(self._object.text)
         name, arguments = call.get("name"), self._arguments(call)
         if not isinstance(name, str) or name not in self._names or arguments is None:

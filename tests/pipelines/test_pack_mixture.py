@@ -108,15 +108,48 @@ def test_conversations_without_a_chat_template_are_refused_before_any_work(token
         pack(job(path, tmp_path / "out", tokenizer_folder, documents="conversations"))
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+THOUGHT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+UNUSABLE = [
+    {"messages": [{"role": "assistant", "content": "x"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]},
+    {"text": "x"},
+    {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
+]
+
+
 @pytest.mark.ray
-def test_a_conversation_whose_answer_the_template_hides_stops_the_job_by_name(ray_cluster, tmp_path):
-    chat_tokenizer("qwen3").save(tmp_path / "tokenizer")
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"},
+def test_rows_that_cannot_be_used_are_left_out_counted_and_named_and_end_no_job(ray_cluster, tmp_path, capsys):
+    chat_tokenizer("qwen3").save(tmp_path / "tokenizer")  # its template shows no calls, and no earlier thoughts
+    rows = [*UNUSABLE[:2], {"messages": THOUGHT}, *UNUSABLE[2:], *CHAT]
+    path = write_lines(tmp_path / "chat.jsonl", rows)
+    settings = {"held_out": 0.0, "documents": "conversations", "dedup": True}
+
+    def packed(output, **changes):
+        return pack(job(path, tmp_path / output, str(tmp_path / "tokenizer"), **settings | changes))
+
+    manifest = packed("out")
+    assert manifest.sources[0].left_out == len(UNUSABLE)
+    assert documents_of(str(tmp_path / "out"), "train")[:2] == [
+        "user\na\nassistant\n<think>\nhm\n</think>\n\nb\n",
+        "user\na\nassistant\nb\nuser\nc\nassistant\nd\n",
     ]
-    path = write_lines(tmp_path / "chat.jsonl", [{"messages": turns}])
-    with pytest.raises(CorpusError, match=r"writes the first 2 messages differently when more follow.*cut the conv"):
+    assert manifest.splits["train"].documents == 2 + len(CHAT)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"left out 4 rows of {path}: line 1 of {path} begins with the assistant's words" in told
+    assert f"line 4 of {path} has no conversation" in told
+    assert packed("again", unit_bytes=100) == manifest
+    assert shard_bytes(tmp_path / "again") == shard_bytes(tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_a_corpus_of_which_no_row_can_be_used_ends_the_job_by_its_first_rows(ray_cluster, tmp_path):
+    chat_tokenizer("qwen3").save(tmp_path / "tokenizer")
+    path = write_lines(tmp_path / "chat.jsonl", UNUSABLE[:2])
+    with pytest.raises(CorpusError, match=r"no row of corpus .* can be used: line 1 of .* assistant's words.*; line 2"):
         pack(job(path, tmp_path / "out", str(tmp_path / "tokenizer"), documents="conversations"))

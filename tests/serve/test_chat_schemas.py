@@ -75,6 +75,12 @@ def test_messages_reach_the_template_as_it_reads_them():
         ({"role": "user", "content": 5}, ("messages.0.content", None)),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ("messages", "unsupported_value")),
         ({"role": "user", "content": [{"type": "text"}]}, ("messages", None)),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "mood": "b"}]}, ("messages", None)),
+        ({"role": "assistant", "function_call": {"arguments": "{}"}}, ("messages.0.function_call.name", None)),
+        ({"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [CALL]},
+         ("messages.0.function_call", None)),
+        ({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "[1]"}}]},
+         ("messages.0.tool_calls", None)),
         ({"role": "user", "content": "a", "mood": "b"}, ("messages.0.mood", "unsupported_parameter")),
         ({"role": "assistant", "audio": {"id": "x"}}, ("messages.0.audio", "unsupported_parameter")),
         ({"role": "tool", "content": "a"}, ("messages.0.tool_call_id", None)),
@@ -84,6 +90,59 @@ def test_messages_reach_the_template_as_it_reads_them():
 )  # fmt: skip
 def test_a_wrong_message_is_refused_by_its_place(message, refused):
     assert refusal(messages=[message]) == refused
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+HI = {"role": "assistant", "content": "hi"}
+SAID = {"role": "assistant", "content": ""}
+CALLED = {"type": "function", "function": {"name": "now", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("echoed", "shown"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": "a"} | MARK]}, {"role": "user", "content": "a"}),
+        ({"role": "system", "content": "a"} | MARK, {"role": "system", "content": "a"}),
+        (HI | {"annotations": [{"type": "url_citation", "url_citation": {"url": "u"}}]}, HI),
+        (HI | {"refusal": None, "audio": None, "function_call": None, "tool_calls": None, "reasoning": None}, HI),
+        (HI | {"tool_calls": []}, HI),
+        (HI | {"thinking": "hm"}, HI | {"thinking": "hm"}),
+        ({"role": "assistant", "content": None}, {"role": "assistant"}),
+        ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+         {"role": "assistant", "content": "no"}),
+        (SAID | {"function_call": {"name": "now", "arguments": ""}}, SAID | {"tool_calls": [CALLED]}),
+        ({"role": "function", "name": "now", "content": "9"}, {"role": "tool", "content": "9", "name": "now"}),
+        (SAID | {"tool_calls": [CALL | MARK]},
+         SAID | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": {"a": 1}}}]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_clients_send_back_and_asks_for_nothing_is_taken(echoed, shown):
+    (prompt,) = read(messages=[echoed]).prompts("r")
+    assert prompt.prompt.messages == (shown,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("", {}),
+        ("null", {}),
+        (None, {}),
+        ({}, {}),
+        ("{}", {}),
+        ('{"a": null}', {"a": None}),
+        ({"a": None}, {"a": None}),
+    ],
+    ids=str,
+)
+def test_a_call_without_arguments_has_an_empty_object_and_a_null_inside_them_stays(arguments, shown):
+    call = {"id": "c", "function": {"name": "now", "arguments": arguments}}
+    (prompt,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).prompts("r")
+    assert prompt.prompt.messages[0]["tool_calls"][0]["function"] == {"name": "now", "arguments": shown}
+    del call["function"]["arguments"]
+    (prompt,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).prompts("r")
+    assert prompt.prompt.messages[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_tools_reach_the_template_and_the_reader_of_calls():

@@ -7,6 +7,7 @@ jinja2's home.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tidar_core.artifacts import locations
+from tidar_core.artifacts.template_habits import DEVELOPER, Habits, habits_of
 from tidar_core.errors import RequestError, TokenizerError
 
 __all__ = ["ChatTemplate", "load_chat_template"]
@@ -33,6 +35,9 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 """Tokens that a template may name."""
 OPEN_END = "\ufdd0open end\ufdd0"
 """Stands where a text that is to be continued ends now; no text holds such characters."""
+
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template raises over messages that it does not take."""
 
 Message = Mapping[str, Any]
 
@@ -81,6 +86,7 @@ class ChatTemplate:
             raise TokenizerError(f"the chat template cannot be read: {error} (line {error.lineno}); mend it") from error
         if DEFAULT not in self.sources:
             raise TokenizerError(f"the chat templates are {', '.join(self.sources)}; name one of them {DEFAULT!r}")
+        self._habits = {name: habits_of(partial(self._probe, name), source) for name, source in self.sources.items()}
 
     def render(
         self,
@@ -98,19 +104,13 @@ class ChatTemplate:
         """
         if not messages:
             raise RequestError("messages is empty; it needs at least one")
-        name = WITH_TOOLS if tools is not None and WITH_TOOLS in self._compiled else DEFAULT
-        given = {"documents": None} | self.special_tokens | variables
-        try:
-            return self._compiled[name].render(
-                given | {
-                    "messages": [_as_read(message) for message in messages],
-                    "tools": None if tools is None else [dict(tool) for tool in tools],
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            said = " ".join(str(error).split())[:300]
-            raise RequestError(f"messages do not fit this model's chat template: {said}; change them") from error
+        name = self._name(tools)
+        read = [_as_read(message, self._habits[name]) for message in messages]
+        return self._rendered(name, read, tools, variables | {"add_generation_prompt": add_generation_prompt})
+
+    def hides_calls(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        """Whether the template for these tools writes nothing of the calls in a message."""
+        return self._habits[self._name(tools)].hides_calls
 
     def render_open(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
@@ -129,10 +129,39 @@ class ChatTemplate:
         """Whether any of the templates holds `text`."""
         return any(text in source for source in self.sources.values())
 
+    def _name(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return WITH_TOOLS if tools is not None and WITH_TOOLS in self._compiled else DEFAULT
 
-def _as_read(message: Message) -> dict[str, Any]:
-    """Without what is None, which templates take for text, and thoughts under each of the names that templates know."""
+    def _probe(self, name: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return self._rendered(name, messages, tools, {"add_generation_prompt": False})
+
+    def _rendered(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        given: dict[str, Any] = {"documents": None, **self.special_tokens, **variables}
+        offered = None if tools is None else [dict(tool) for tool in tools]
+        try:
+            return self._compiled[name].render(given | {"messages": messages, "tools": offered})
+        except FAILURES as error:
+            said = " ".join(str(error).split())[:300]
+            raise RequestError(f"messages do not fit this model's chat template: {said}; change them") from error
+
+
+def _as_read(message: Message, habits: Habits) -> dict[str, Any]:
+    """A message in the form that the template knows.
+
+    A field that is None would be text to a template, so it is left out. Thoughts stand under each of the names that
+    templates know.
+    """
     given = {name: value for name, value in message.items() if value is not None}
+    if given.get("role") == DEVELOPER and not habits.developer:
+        given["role"] = "system"
+    if given.get("role") == "assistant" and "content" not in given:
+        given |= habits.no_words if given.get("tool_calls") else {"content": ""}
     thought = next((given[name] for name in REASONING_FIELDS if name in given), None)
     return given if thought is None else {"thinking": thought} | given | {"reasoning_content": thought}
 

@@ -12,7 +12,7 @@ from tidar_core.artifacts.chat_template import ChatTemplate, Message
 from tidar_core.artifacts.tokenizer import Tokenizer
 from tidar_core.errors import RequestError
 
-__all__ = ["SpecialNames", "encode_chat", "turn_end_id"]
+__all__ = ["SpecialNames", "encode_chat", "require_calls_shown", "turn_end_id"]
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Characters that mean nothing (Supplementary Private Use Area A)."""
@@ -33,6 +33,7 @@ def encode_chat(
     leave_open  end within the last message, which is to be continued
     variables   whatever else this template reads
     """
+    require_calls_shown(template, messages, tools)
     names = SpecialNames(tokenizer.special_ids, [messages, tools, variables])
     given = [names.hidden(message) for message in messages]
     offered = None if tools is None else [names.hidden(tool) for tool in tools]
@@ -45,6 +46,14 @@ def encode_chat(
     except TypeError as error:  # a variable with the name of an argument
         raise RequestError(f"chat_template_kwargs cannot be used: {error}; name others") from error
     return names.encode(text, tokenizer)
+
+
+def require_calls_shown(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Raise RequestError if messages have calls and the template would leave them out."""
+    if template.hides_calls(tools) and any(message.get("tool_calls") for message in messages):
+        raise RequestError("messages hold calls of functions, and this model's chat template shows none; drop them")
 
 
 def turn_end_id(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:

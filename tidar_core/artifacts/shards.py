@@ -96,6 +96,8 @@ class SourceCounts:
     """Documents left out, because a document before them has the same text."""
     passed_over: int
     """Files left out, because they are not UTF-8 text."""
+    left_out: int = 0
+    """Rows left out, because they are no conversation that can be learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
