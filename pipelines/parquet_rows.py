@@ -1,7 +1,7 @@
 """Which rows does a Parquet file hold, in the columns that are asked for?"""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -31,20 +31,25 @@ def text_rows(uri: str, field: str) -> Iterator[dict[str, Any]]:
             named = ", ".join(_described(column) for column in schema)
             raise CorpusError(f"{uri} has no text column {field!r}; set text_field to one of {named}")
 
-    return _rows(uri, (field,), require)
+    return _rows(uri, (field,), require, pa.RecordBatch.to_pylist)
 
 
 def conversation_rows(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of the file at `uri`, with those of the columns `fields` that it has."""
+    """The rows of the file at `uri`, with those of the columns `fields` that it has.
+
+    Nulls that stand for missing keys are dropped.
+    """
 
     def require(schema: pa.Schema, found: Sequence[str]) -> None:
         if not found:
             raise CorpusError(f"{uri} has no column of a conversation; it needs messages, or prompt and response")
 
-    return _rows(uri, fields, require)
+    return _rows(uri, fields, require, written_rows)
 
 
-def _rows(uri: str, fields: Sequence[str], require: Any) -> Iterator[dict[str, Any]]:
+def _rows(
+    uri: str, fields: Sequence[str], require: Any, rows_of: Callable[[pa.RecordBatch], list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
     try:
         with _seekable(uri) as stream:
             file = pq.ParquetFile(stream, buffer_size=READ_BYTES)
@@ -56,7 +61,7 @@ def _rows(uri: str, fields: Sequence[str], require: Any) -> Iterator[dict[str, A
                     )
             require(file.schema_arrow, found)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=found):
-                yield from written_rows(batch)
+                yield from rows_of(batch)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(uri, error) from error
     except OSError as error:

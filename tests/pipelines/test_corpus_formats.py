@@ -9,6 +9,7 @@ import pytest
 
 from pipelines import corpus, parquet_rows
 from pipelines.jobs import PackJob, Source
+from pipelines.left_out import LeftOut
 from pipelines.tasks import read_rows
 from tidar_core.artifacts.prompts import read_prompts
 from tidar_core.errors import ConfigError, CorpusError
@@ -115,9 +116,13 @@ def test_a_row_without_its_text_is_refused_with_what_is_there(tmp_path, value, s
 
 def test_a_line_that_is_no_object_is_no_conversation(tmp_path):
     (tmp_path / "a.jsonl").write_text("[3]\n")
-    assert refused(tmp_path / "a.jsonl", documents="conversations") == (
-        "line 1 of a.jsonl has no conversation, it is a list; each line must be one object"
-    )
+    left_out = LeftOut()
+    source = Source(path="", documents="conversations", text_field="text")
+    piece = corpus.Piece(str(tmp_path / "a.jsonl"), 0, 4, whole=True)
+    assert list(corpus.located_documents(piece, source, pytest.fail, left_out)) == []
+    assert left_out.named == [
+        f"line 1 of {tmp_path}/a.jsonl has no conversation, it is a list; each line must be one object"
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.ndjson", "A.NDJSON", "a.JsonL", "a.ndjson.gz", "A.JSONL.GZ"])
