@@ -9,6 +9,7 @@ pieces by rank: any number of workers at any ZeRO stage reads them.
 """
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,12 +159,13 @@ class CheckpointStore:
             self._writing = None
 
     def prune(self) -> None:
-        """Remove the whole checkpoints that are to stay no longer. One worker's business."""
+        """Remove the whole checkpoints that are to stay no longer. One worker's business.
+
+        It is done before the next checkpoint is written, not after: by then train steps have shown that the newest is
+        healthy.
+        """
         whole = whole_checkpoints(self.uri)
-        by_loss = sorted(
-            (checkpoint for checkpoint in whole if checkpoint.cursor.validation_loss is not None),
-            key=lambda checkpoint: checkpoint.cursor.validation_loss,  # type: ignore[arg-type, return-value]
-        )
+        by_loss = sorted((checkpoint for checkpoint in whole if math.isfinite(_loss(checkpoint))), key=_loss)
         stay = {checkpoint.uri for checkpoint in whole[-self.keep_last :] + by_loss[: self.keep_best]}
         for checkpoint in whole:
             if checkpoint.uri not in stay:
@@ -172,6 +174,8 @@ class CheckpointStore:
                 locations.remove(checkpoint.uri)
 
     def _write(self, tensors: Tensors, cursor: Cursor, part: int, parts: int) -> None:
+        if part == 0:
+            self.prune()
         file = f"part-{part:05d}-of-{parts:05d}.pt"
         folder = locations.join(self.uri, f"{STEP}{cursor.step:08d}")
         with locations.open_write(locations.join(folder, file)) as sink:
@@ -181,8 +185,6 @@ class CheckpointStore:
             file=file, bytes=hashing.bytes, sha256=hashing.sha256.hexdigest(), names=tuple(tensors), cursor=cursor
         )
         locations.write_json(locations.join(folder, _note_name(file)), asdict(note))
-        if part == 0:
-            self.prune()
 
 
 class _Hashing:
@@ -225,6 +227,12 @@ def _whole(uri: str, files: Mapping[str, FileEntry]) -> Checkpoint | None:
 def _notes(uris: Sequence[str]) -> list[Note]:
     values = [locations.read_json(uri) for uri in uris]
     return [Note(**(value | {"names": tuple(value["names"]), "cursor": Cursor(**value["cursor"])})) for value in values]
+
+
+def _loss(checkpoint: Checkpoint) -> float:
+    """The validation loss; nan where there is none."""
+    loss = checkpoint.cursor.validation_loss
+    return math.nan if loss is None else loss
 
 
 def _note_name(file: str) -> str:

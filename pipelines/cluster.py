@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayTaskError
 
+from tidar_core.artifacts.cluster_address import given_cluster
 from tidar_core.errors import TidarError
 
 __all__ = ["connect", "disconnect", "known_tasks", "original_error"]
@@ -27,15 +28,15 @@ QUIET = {
 def connect(cpus: int | None = None) -> None:
     """Connect to the cluster at RAY_ADDRESS, or start a local one of `cpus` (default: all) if that is not set.
 
-    Does nothing when this process is connected already.
+    Does nothing when this process is connected already. Raises ConfigError for an address that does not answer.
     """
     if ray.is_initialized():
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings(), _core_unheard():
+    with given_cluster() as address, warnings.catch_warnings(), _core_unheard():
         warnings.simplefilter("ignore")  # Ray's own deprecations, none of which a user of ours can act on
-        if os.environ.get("RAY_ADDRESS"):
+        if address is not None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(

@@ -21,13 +21,15 @@ from pipelines.scores import PARENT, SERVICE, scores, service_model, service_sco
 from pipelines.tasks import check_tasks
 from tidar_core.artifacts import locations, registry, runs
 from tidar_core.artifacts.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
+from tidar_core.artifacts.figures import not_finite
+from tidar_core.artifacts.finite import require_finite
 from tidar_core.artifacts.hf_weights import load_model
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.autoregressive import generate_autoregressive
 from tidar_core.benchmark import compare_modes, prompts_in_all
 from tidar_core.config import SamplingConfig
-from tidar_core.errors import ConfigError, ShardError
+from tidar_core.errors import BundleError, ConfigError, ShardError
 from tidar_core.layout import PADDING
 from tidar_core.losses import LossSums
 from tidar_core.modes import MODES
@@ -159,7 +161,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
     if bundle.tokenizer.fingerprint != reader.manifest.tokenizer:
         raise ConfigError(f"{job.shards} were made with another tokenizer than {job.bundle} has; pack with its own")
     block_len = bundle.info.block_len
-    losses = _losses(bundle, reader, job.loss_rows, advance)
+    losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance)
     prompts = _prompts(reader, job.prompts, job.prompt_len)
     sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
     plain = []
@@ -177,6 +179,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         on_prompt=advance,
     )
     single_pass = modes["single-pass"]
+    verified = block_len == 1 or sum(single_pass.acceptance_histogram) > 0  # else every text ended with its first token
     equal = sum(len({text, *others}) == 1 for text, *others in zip(plain, *(mode.texts for mode in modes.values())))
     return {
         "bundle": job.bundle,
@@ -187,10 +190,10 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         "prompts": len(prompts),
         "prompts_equal": equal,
         "greedy_equal": equal == len(prompts),
-        "tokens_per_forward": single_pass.tokens_per_forward,
-        "tokens_per_round": single_pass.tokens_per_round,
+        "tokens_per_forward": single_pass.tokens_per_forward if verified else None,
+        "tokens_per_round": single_pass.tokens_per_round if verified else None,
         "acceptance_histogram": single_pass.acceptance_histogram,
-        "acceptance_by_position": single_pass.acceptance_by_position,
+        "acceptance_by_position": single_pass.acceptance_by_position if verified else None,
         "speed_over_ar": single_pass.over_ar,
         "batch": job.batch,
         "threads": torch.get_num_threads(),
@@ -217,6 +220,7 @@ def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else bundle.tokenizer
         info = BundleInfo(block_len=1, mask_id=0, objective="ar", lineage={}, files={}, bundle_hash=uri)
         parent = Bundle(load_model(folder, device=device), tokenizer, info)
+        require_finite(parent.model, uri)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ConfigError(f"parent {uri} has another tokenizer than the bundle; give the checkpoint that it came from")
     return parent
@@ -234,7 +238,7 @@ def _measured_parent(
 
     texts  what the bundle said to the prompts
     """
-    losses = _losses(parent, reader, job.loss_rows, advance, dual=False)
+    losses = _finite_losses(str(job.parent), parent, reader, job.loss_rows, advance, dual=False)
     own = compare_modes(
         parent.model,
         _prompts(reader, job.prompts, job.prompt_len),
@@ -257,9 +261,25 @@ def _measured_parent(
     }
 
 
+def _finite_losses(
+    uri: str, bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True
+) -> dict[str, Any]:
+    """The losses of the bundle at `uri`. Raises BundleError where one is not finite: its texts would mean nothing."""
+    found = _losses(bundle, reader, rows, advance, dual=dual)
+    if wrong := not_finite(found):
+        raise BundleError(
+            f"{uri} has no finite loss on held-out rows of {reader.uri} ({', '.join(wrong)}); its training diverged: "
+            "train it again with a lower learning_rate"
+        )
+    return found
+
+
 @torch.inference_mode()
 def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True) -> dict[str, Any]:
-    """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block."""
+    """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block.
+
+    None stands for a mean over nothing, which was not measured.
+    """
     block_len = bundle.info.block_len
     objective = Objective(bundle.model, dual=dual, block_len=block_len)
     device = bundle.model.embedding.weight.device
@@ -281,13 +301,17 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
     def total(name: str) -> torch.Tensor:
         return torch.stack([getattr(part, name) for part in parts]).sum(0)
 
-    accuracy_K = total("draft_hits_K") / total("draft_count_K").clamp(min=1)
+    hits_K, counts_K = total("draft_hits_K").tolist(), total("draft_count_K").tolist()
     return {
         "held_out_rows": rows,
-        "ar_loss": float(total("ar_sum") / total("ar_count").clamp(min=1)),
-        "diffusion_loss": float(total("diffusion_sum") / total("diffusion_count").clamp(min=1)),
-        "draft_accuracy": accuracy_K.tolist(),
+        "ar_loss": _mean(total("ar_sum"), total("ar_count")),
+        "diffusion_loss": _mean(total("diffusion_sum"), total("diffusion_count")),
+        "draft_accuracy": [hits / count if count else None for hits, count in zip(hits_K, counts_K)],
     }
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor) -> float | None:
+    return float(total / count) if count else None
 
 
 def _prompts(reader: ShardReader, count: int, prompt_len: int) -> list[tuple[int, ...]]:

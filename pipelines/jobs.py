@@ -23,9 +23,9 @@ Documents = Literal["text", "conversations"]
 
 
 class Job(BaseModel):
-    """What all job files share: frozen, unknown keys forbidden."""
+    """What all job files share: frozen, unknown keys and numbers that are not finite forbidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainBpe(Job):
@@ -113,8 +113,8 @@ NOT_OF_THE_RUN = {
     "sequence_parallel",
     "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer", "activation_checkpointing",
     "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every", "validation_rows", "sample_every",
-    "sample_prompts", "sample_tokens", "max_failures", "log_every", "system_metrics_every", "peak_flops",
-    "tracking_uri", "experiment",
+    "sample_prompts", "sample_tokens", "max_failures", "max_skipped_updates", "log_every", "system_metrics_every",
+    "peak_flops", "tracking_uri", "experiment",
 }  # fmt: skip
 """Fields of a train job that may differ between the parts of a run; `steps` moves the schedule's end."""
 
@@ -161,7 +161,7 @@ class TrainJob(Job):
     warmup: Fraction = 0.01
     """Share of the steps spent on linear warm-up, before the cosine."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
@@ -193,6 +193,8 @@ class TrainJob(Job):
     sample_tokens: Positive = 64
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures survived before the job gives up."""
+    max_skipped_updates: Positive = 10
+    """Train steps in a row without a finite loss and gradient, whose updates are skipped, before the run stops."""
     log_every: Positive = 10
     system_metrics_every: Annotated[float, Field(ge=0)] = 10
     """Seconds between measurements of each machine's load, memory, disk and GPUs. 0: none."""

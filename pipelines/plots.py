@@ -1,6 +1,7 @@
 """What do people want to see of a report? The only home of matplotlib."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,15 +15,22 @@ from matplotlib.ticker import MaxNLocator
 __all__ = ["acceptance_plot", "bench_plot", "experiment_plot", "latency_plot", "quality_plot", "speed_plot"]
 
 
-def acceptance_plot(histogram: Sequence[int], by_position: Sequence[float], draft_accuracy: Sequence[float]) -> bytes:
-    """PNG: how many drafts stood at once, and how likely each position of the block was to stand."""
+def acceptance_plot(
+    histogram: Sequence[int], by_position: Sequence[float] | None, draft_accuracy: Sequence[float | None]
+) -> bytes:
+    """PNG: how many drafts stood at once, and how likely each position of the block was to stand.
+
+    What was not measured, None, is not drawn.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = range(1, len(histogram) + 1)
     left.bar(lengths, [100 * count / max(1, sum(histogram)) for count in histogram])
     left.set(xlabel="tokens that a verification kept", ylabel="share of verifications, per cent",
              title="Accepted length", ylim=(0, None))  # fmt: skip
-    right.plot(lengths, [100 * share for share in by_position], marker="o", label="kept when decoding")
-    right.plot(lengths, [100 * share for share in draft_accuracy], marker="s", label="likeliest = held-out token")
+    if by_position is not None:
+        right.plot(lengths, [100 * share for share in by_position], marker="o", label="kept when decoding")
+    accuracy = [math.nan if share is None else 100 * share for share in draft_accuracy]
+    right.plot(lengths, accuracy, marker="s", label="likeliest = held-out token")
     right.set(xlabel="position in the block", ylabel="drafts, per cent", ylim=(0, 105), title="Acceptance by position")
     right.legend()
     for axes in (left, right):

@@ -11,9 +11,14 @@ from pipelines.gates import bars
 from pipelines.jobs import PublishJob
 from tidar_core.artifacts import locations, registry, runs
 from tidar_core.artifacts.bundle import verify_bundle
+from tidar_core.artifacts.figures import not_finite
 from tidar_core.errors import ConfigError, GateError
 
 __all__ = ["publish"]
+
+
+NAMED = 12
+"""Figures that are not finite, of a report that is refused, at most."""
 
 
 def publish(job: PublishJob) -> int:
@@ -25,6 +30,11 @@ def publish(job: PublishJob) -> int:
         raise GateError(
             f"{job.report} is about bundle {report['bundle_hash'][:12]}, {job.bundle} is {info.bundle_hash[:12]}; "
             "evaluate this bundle first"
+        )
+    if wrong := not_finite(report):
+        raise GateError(
+            f"{job.bundle} is not published: {job.report} has {len(wrong)} figures that are not finite: "
+            f"{', '.join(wrong[:NAMED])}; train it again and evaluate the new bundle"
         )
     held = bars(job, report)
     if missed := [bar.words for bar in held if not bar.met]:
@@ -46,7 +56,7 @@ def publish(job: PublishJob) -> int:
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
     """What a list of versions tells of a report."""
     names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
-    summary = {name: report[name] for name in names}
+    summary = {name: report.get(name) for name in names}
     if parent := report.get("parent"):
         summary["ar_loss_of_parent"] = parent["ar_loss"]
     for row in report.get("tasks", ()):
@@ -60,6 +70,9 @@ def _read_report(uri: str) -> dict[str, Any]:
     if not locations.exists(path):
         raise ConfigError(f"report {path} does not exist; run evaluate first")
     try:
-        return json.loads(locations.read_text(path))
+        report = json.loads(locations.read_text(path))
     except ValueError as error:
         raise ConfigError(f"report {path} is not JSON; run evaluate again") from error
+    if not isinstance(report, dict) or not {"bundle_hash", "shards"} <= report.keys():
+        raise ConfigError(f"report {path} names no bundle_hash and shards; give a report that evaluate has written")
+    return report

@@ -67,9 +67,9 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a report under names of their own, as a tracking server keeps them."""
     names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "tokens_per_round", "speed_over_ar", "prompts_equal")
-    metrics = {name: float(report[name]) for name in names}
+    metrics = {name: float(report[name]) for name in names if report[name] is not None}
     metrics |= {f"tokens_per_second/{name}": mode["tokens_per_second"] for name, mode in report["modes"].items()}
-    if report["parent"]:
+    if report["parent"] and report["parent"]["ar_loss"] is not None:
         metrics["parent/ar_loss"] = report["parent"]["ar_loss"]
     for row in report["tasks"]:
         for name, figures in {**row["modes"], PARENT: row["parent"]}.items():
@@ -97,16 +97,16 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
     yield row(
         f"AR loss (nats per token, {report['held_out_rows']} rows)",
-        f"{report['ar_loss']:.4f}",
-        f"{parent['ar_loss']:.4f}" if parent else "",
+        _number(report["ar_loss"], 4),
+        _number(parent["ar_loss"], 4) if parent else "",
     )
-    yield row("diffusion loss (nats per token)", f"{report['diffusion_loss']:.4f}")
+    yield row("diffusion loss (nats per token)", _number(report["diffusion_loss"], 4))
     yield row(
         "greedy texts equal to the plain AR loop",
         f"{report['prompts_equal']} of {report['prompts']} prompts",
         f"says the same on {parent['prompts_equal']}" if parent else "",
     )
-    yield row("tokens per forward (greedy, single-pass)", f"{report['tokens_per_forward']:.2f}", "1.00")
+    yield row("tokens per forward (greedy, single-pass)", _number(report["tokens_per_forward"], 2), "1.00")
     speed = f"speed over the AR mode ({report['batch']} at a time, {report['threads']} threads)"
     ar = report["modes"]["autoregressive"]["tokens_per_second"]
     yield row(speed, f"{report['speed_over_ar']:.2f}", f"{parent['tokens_per_second'] / ar:.2f}" if parent else "")
@@ -182,6 +182,10 @@ def _cell(figures: Mapping[str, Any] | None, *, of_parent: bool) -> str:
         return NOT_RUN
     per_forward = figures["tokens_per_forward"]
     return f"{100 * figures['score']:.2f}" + (f" ({per_forward:.2f})" if per_forward and not of_parent else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
 
 
 def _drawn(row: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from pipelines.train_worker import Surroundings, train_worker
 from tidar_core.artifacts import locations, runs
 from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
-from tidar_core.errors import TidarError
+from tidar_core.errors import DivergedError, TidarError
 
 __all__ = ["train"]
 
@@ -36,7 +36,9 @@ def train(job: TrainJob) -> BundleInfo:
         ray.get(ray.remote(verify_shards).remote(job.shards))
         run_id = _mlflow_run(job, manifest)
         with watched_board(f"train {job.objective}", total=job.steps, unit="steps") as board:
-            _trainer(job, run_id, board).fit()
+            outcome = _trainer(job, run_id, board).fit().return_value  # type: ignore[attr-defined]
+        if outcome is not None:
+            raise outcome
     except BaseException as error:
         if run_id is not None:
             runs.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -52,7 +54,7 @@ def _trainer(job: TrainJob, run_id: str, board: Any) -> TorchTrainer:
     parent, name = run_folder(job.output).rsplit("/", 1)
     resources = {"CPU": float(job.cpus_per_worker), "GPU": float(job.gpus_per_worker)}
     return TorchTrainer(
-        _on_worker,
+        _on_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers, use_gpu=job.gpus_per_worker > 0, resources_per_worker=resources
@@ -66,27 +68,35 @@ def _trainer(job: TrainJob, run_id: str, board: Any) -> TorchTrainer:
     )
 
 
-def _on_worker(config: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker, and again in its successor when one of them fails."""
+def _on_worker(config: dict[str, Any]) -> DivergedError | None:
+    """Runs in each Ray Train worker, and again in its successor when one of them fails.
+
+    Returns why the run diverged: it would do so again, so it is no failure to be retried.
+    """
     job = TrainJob.model_validate(config["job"])
     tracking, run_id = job.tracking_uri, config["run_id"]
     context = ray.train.get_context()
     machine = f"node_{context.get_node_rank()}" if job.system_metrics_every and not context.get_local_rank() else None
 
     def log(metrics: dict[str, float], step: int) -> None:
-        pin(config["board"], step, {name: metrics[name] for name in SHOWN if name in metrics})
+        shown = {name: metrics[name] for name in SHOWN if name in metrics}
+        if metrics.get("skipped_updates"):
+            shown["skipped_updates"] = metrics["skipped_updates"]
+        pin(config["board"], step, shown)
         runs.log_metrics(tracking, run_id, metrics, step)
 
+    around = Surroundings(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        log=log,
+        keep_text=lambda name, text: runs.log_text(tracking, run_id, name, text),
+    )
     with runs.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
-        train_worker(
-            job,
-            Surroundings(
-                rank=context.get_world_rank(),
-                world_size=context.get_world_size(),
-                log=log,
-                keep_text=lambda name, text: runs.log_text(tracking, run_id, name, text),
-            ),
-        )
+        try:
+            train_worker(job, around)
+        except DivergedError as error:
+            return error
+    return None
 
 
 def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:

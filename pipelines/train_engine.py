@@ -4,6 +4,7 @@ Its configuration is derived from the job; nothing is said twice. What a run goe
 by name, in fp32, each worker with its share of them; so it does not depend on the number of workers or the ZeRO stage.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -67,7 +68,13 @@ class TrainEngine:
         each multiplied back.
         """
         self._engine.backward(share * (self.world_size * self._engine.gradient_accumulation_steps()))
+        ends = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()  # updates at the end of the accumulation only
+        if ends and not self.applied and self.job.offload_optimizer == "cpu" and self.job.zero_stage < 3:
+            gathered = (
+                self._optimizer.averaged_gradients
+            )  # DeepSpeed 0.19 keeps these, and adds the next step's to them
+            self._optimizer.averaged_gradients = dict.fromkeys(gathered)
 
     def set_learning_rate(self, value: float) -> None:
         """For the next update."""
@@ -87,19 +94,28 @@ class TrainEngine:
         return found.item()
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping."""
+        """Global gradient norm of the last train step, before clipping; nan if its update was skipped."""
+        if not self.applied:
+            return math.nan
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
     @property
+    def applied(self) -> bool:
+        """Whether the last train step updated the weights: DeepSpeed skips a gradient that is not finite."""
+        return self._engine.was_step_applied()
+
+    @property
     def updates(self) -> int:
         """Updates that the optimizer made."""
-        return int(next(iter(self._optimizer.optimizer.state.values()))["step"])
+        return int(next((state["step"] for state in self._optimizer.optimizer.state.values()), 0))
 
     def share_of_state(self) -> dict[str, dict[str, Tensor]]:
         """This worker's share of weights and moments, whole tensors on the CPU; every worker must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not self._optimizer.optimizer.state:  # every update so far was skipped
+            self._begin_moments(0)
         self._link_moments()
         sizes = {name: _shape(p).numel() for name, p in self._parameters()}
         owner = _owners(sizes, self.world_size)

@@ -34,13 +34,16 @@ class LossTotals:
         self.parts += torch.cat([scalars.detach(), sums.draft_hits_K.double(), sums.draft_count_K.double()])
 
     def means(self, engine: TrainEngine) -> dict[str, float]:
-        """Losses in nats a token, and how often drafts were right, over all workers; every worker must call."""
+        """Losses in nats a token, and how often drafts were right, over all workers; every worker must call.
+
+        A mean over no labels was not measured, and is left out.
+        """
         ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = engine.total(self.parts).tolist()
-        means = {"ar_loss": ar_sum / max(1.0, ar_count)}
-        if engine.job.objective == "dual":
-            means["diffusion_loss"] = diffusion_sum / (diffusion_count or 1.0)
-            hits, counts = drafts[: self.block_len], drafts[self.block_len :]
-            means |= {f"draft_accuracy_{i:02d}": hit / max(1.0, n) for i, (hit, n) in enumerate(zip(hits, counts))}
+        hits, counts = drafts[: self.block_len], drafts[self.block_len :]
+        means = {"ar_loss": ar_sum / ar_count} if ar_count else {}
+        if diffusion_count:
+            means["diffusion_loss"] = diffusion_sum / diffusion_count
+            means |= {f"draft_accuracy_{i:02d}": hit / n for i, (hit, n) in enumerate(zip(hits, counts)) if n}
         return means
 
 
@@ -73,7 +76,7 @@ class Window:
         yield
         self.paused += time.perf_counter() - began
 
-    def close(self, step: int, rate: float) -> dict[str, float]:
+    def close(self, step: int, rate: float, skipped: int) -> dict[str, float]:
         """Metrics of the window over all workers, after `step` steps; begins the next one. Every worker must call."""
         metrics = self.losses.means(self.engine)  # waits for the device
         now = time.perf_counter()
@@ -81,6 +84,7 @@ class Window:
         metrics |= {
             "learning_rate": rate,
             "grad_norm": self.engine.grad_norm(),
+            "skipped_updates": skipped,
             "tokens_per_second": self.clean_tokens * self.engine.world_size / seconds,
             "flops_per_second": train_flops(self.model, self.tokens, int(self.pairs)) / seconds,
             "memory_gib": self.engine.largest(_peak_memory(self.engine.device)) / GIB,

@@ -4,6 +4,7 @@ Rows -> objective -> engine, step after step, from wherever the newest checkpoin
 knows no Ray: what it needs of its surroundings is handed in. torch.distributed is up.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.checkpoints import Checkpoint, CheckpointStore, Cursor, find_checkpoint, read_part
+from pipelines.divergence import Health
 from pipelines.jobs import TrainJob
 from pipelines.samples import check_prompts, continued
 from pipelines.train_engine import TrainEngine, from_rank_0, learning_rate
@@ -103,24 +105,30 @@ class _Worker:
                 checkpoint.cursor.updates,
             )
             self.done = checkpoint.cursor.step
+        updates = checkpoint.cursor.updates if checkpoint is not None else 0
+        self.health = Health(job, skipped=self.done - updates, finite_step=self.done, logs=around.rank == 0)
 
     def run(self) -> None:
         """From the first step that is not done to the bundle."""
         job, window = self.job, Window(self.engine, self.job, self.config, first_step=self.done)
         for step in range(self.done + 1, job.steps + 1):
-            self._train_step(step - 1, window)
+            loss = self._train_step(step - 1, window)
+            self.health.observe(step, applied=self.engine.applied, loss=loss)
             last = step == job.steps
-            if last or step % job.log_every == 0:
-                self._log(window.close(step, learning_rate(job, step - 1)), step)
-            saves = last or step % job.checkpoint_every == 0
+            if last or self.health.lost or step % job.log_every == 0:
+                self._log(window.close(step, learning_rate(job, step - 1), self.health.skipped), step)
+            saves = (last or step % job.checkpoint_every == 0) and self.health.may_save(step)
+            if self.health.lost or (last and not saves):
+                self.store.wait()
+                raise self.health.too_many(step)
             with window.pause():
-                loss = None
+                validation_loss = None
                 if job.validate_every and (saves or step % job.validate_every == 0):
-                    loss = self._validate(step)
+                    validation_loss = self._validate(step)
                 if job.sample_every and (last or step % job.sample_every == 0):
                     self._sample(step)
                 if saves:
-                    self._save(step, loss)
+                    self._save(step, validation_loss)
         self.store.wait()
         dist.barrier()
         trained = self.engine.gathered_model()
@@ -135,7 +143,8 @@ class _Worker:
             return own
         return find_checkpoint(self.job.resume_from)
 
-    def _train_step(self, step: int, window: Window) -> None:
+    def _train_step(self, step: int, window: Window) -> float:
+        """Forward, backward and update; the loss summed over the labels of all workers."""
         job, share = self.job, self.job.rows_per_step // self.row_groups
         rows = rows_of_step(step, rows_per_step=job.rows_per_step, rows=len(self.reader), seed=job.seed)
         seeds = seeds_of_step(step, rows_per_step=job.rows_per_step, seed=job.seed)
@@ -146,10 +155,13 @@ class _Worker:
         counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
         ar_count, diffusion_count = self.engine.total(counts)
         self.engine.set_learning_rate(learning_rate(job, step))
+        loss = torch.zeros((), device=self.engine.device)
         for batch in batches:
             sums = self.engine.forward(batch)
             self.engine.backward(dual_mode_loss(sums, job.alpha, ar_count, diffusion_count))
             window.add(sums, batch)
+            loss = loss + sums.ar_sum.detach() + sums.diffusion_sum.detach()
+        return self.engine.total(loss).item()
 
     def _batch(
         self, objective: Objective, reader: ShardReader, rows: list[int], seeds: list[int] | None = None
@@ -160,8 +172,11 @@ class _Worker:
         return objective.batch(tokens, documents, trained_BS, seed_B=seeds)
 
     @torch.no_grad()
-    def _validate(self, step: int) -> float:
-        """Both losses on held-out rows; the weighted one. Workers take groups of rows in turn."""
+    def _validate(self, step: int) -> float | None:
+        """Both losses on held-out rows; the weighted one, None where no row has a label. Workers take groups in turn.
+
+        Raises DivergedError for a loss that is not finite.
+        """
         rows = list(range(min(self.job.validation_rows, len(self.held_out))))
         groups = [rows[i : i + self.job.rows_per_forward] for i in range(0, len(rows), self.job.rows_per_forward)]
         totals = LossTotals(self.job.block_len, self.engine.device)
@@ -170,11 +185,15 @@ class _Worker:
             sums = self.engine.forward(self._batch(self.plain, self.held_out, groups[min(mine, len(groups) - 1)]))
             if mine < len(groups):  # else this forward was for company: a ZeRO 3 worker needs all others in it
                 totals.add(sums)
-        means = {f"validation_{name}": value for name, value in totals.means(self.engine).items()}
-        loss = means["validation_ar_loss"]
-        if self.job.objective == "dual":
-            loss = (self.job.alpha * loss + means["validation_diffusion_loss"]) / (1 + self.job.alpha)
-        self._log(means | {"validation_loss": loss}, step)
+        means = totals.means(self.engine)
+        loss = means.get("ar_loss")
+        if loss is not None and "diffusion_loss" in means:
+            loss = (self.job.alpha * loss + means["diffusion_loss"]) / (1 + self.job.alpha)
+        logged = {f"validation_{name}": value for name, value in means.items()}
+        self._log(logged if loss is None else logged | {"validation_loss": loss}, step)
+        if loss is not None and not math.isfinite(loss):
+            self.store.wait()
+            raise self.health.diverged(step, f"the validation loss is {loss}")
         return loss
 
     def _sample(self, step: int) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,11 +21,13 @@ PRELOADED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pip
 """All that a worker loads, late or early."""
 
 
-def start_workers(world_size, jobs, logs, *, dies_in_forward=None):
+def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None):
     """The processes of one group.
 
     logs             folder that each job's metrics go to, by the name of its output
     dies_in_forward  the last worker is killed by SIGKILL in the middle of its forward of this ordinal
+    spoiled          by the name of a job's output: what the last worker makes nan, `loss` or `gradient`, and in which
+                     forwards of the job, as a first and a last ordinal
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -33,7 +36,7 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None):
     Path(logs).mkdir(parents=True, exist_ok=True)
     values = [job.model_dump(mode="json") for job in jobs]
     processes = [
-        context.Process(target=_work, args=(rank, world_size, port, values, str(logs), dies_in_forward))
+        context.Process(target=_work, args=(rank, world_size, port, values, str(logs), dies_in_forward, spoiled or {}))
         for rank in range(world_size)
     ]
     with patch.dict(os.environ, SOONER):
@@ -42,9 +45,9 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None):
     return processes
 
 
-def train_on(world_size, jobs, logs):
+def train_on(world_size, jobs, logs, spoiled=None):
     """Run the jobs to their ends on so many workers."""
-    assert exit_codes(start_workers(world_size, jobs, logs)) == [0] * world_size
+    assert exit_codes(start_workers(world_size, jobs, logs, spoiled=spoiled)) == [0] * world_size
 
 
 def exit_codes(processes):
@@ -61,6 +64,13 @@ def logged(logs, job):
     """All that was logged of a job, as (train step, metrics), in order."""
     path = Path(logs) / (Path(job.output).name + ".jsonl")
     return [(entry["step"], entry["metrics"]) for entry in map(json.loads, path.read_text().splitlines())]
+
+
+def end_of(logs, job, workers):
+    """Why a run diverged, as each of its workers says it; an empty list for a run that did not."""
+    path = Path(logs) / Path(job.output).name
+    found = [path.with_suffix(f".error-{rank}") for rank in range(workers)]
+    return [file.read_text() for file in found if file.exists()]
 
 
 def curve(logs, job, metric="ar_loss"):
@@ -83,7 +93,31 @@ def _die_in_forward(ordinal):
     register_module_forward_hook(hook)
 
 
-def _work(rank, world_size, port, jobs, logs, dies_in_forward):
+@contextmanager
+def _spoiling(kind, first, last):
+    """Make the output of the first layer nan, or its gradient, in forwards `first` to `last`."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    from tidar_core.model import SelfAttention
+
+    count = itertools.count(1)
+
+    def hook(module, _, output):
+        if not isinstance(module, SelfAttention) or module.index or not first <= next(count) <= last:
+            return None
+        if kind == "gradient" and torch.is_grad_enabled():
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        return output if kind == "gradient" else output * float("nan")
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _work(rank, world_size, port, jobs, logs, dies_in_forward, spoiled):
     warnings.simplefilter("ignore")
     if dies_in_forward is not None and rank == world_size - 1:
         _die_in_forward(dies_in_forward)
@@ -91,6 +125,7 @@ def _work(rank, world_size, port, jobs, logs, dies_in_forward):
 
     from pipelines.jobs import TrainJob
     from pipelines.train_worker import Surroundings, train_worker
+    from tidar_core.errors import DivergedError
 
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size),
@@ -108,5 +143,10 @@ def _work(rank, world_size, port, jobs, logs, dies_in_forward):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text(text)
 
-        train_worker(job, Surroundings(rank=rank, world_size=world_size, log=log, keep_text=keep_text))
+        bad = spoiled.get(path.name) if rank == world_size - 1 else None
+        try:
+            with _spoiling(*bad) if bad else nullcontext():
+                train_worker(job, Surroundings(rank=rank, world_size=world_size, log=log, keep_text=keep_text))
+        except DivergedError as error:
+            path.with_suffix(f".error-{rank}").write_text(str(error))
     dist.destroy_process_group()

@@ -9,6 +9,7 @@
     │   ├── ShardError         packed shards: truncated, tampered with, of another layout
     │   ├── WeightsError       a model folder whose weights do not fit
     │   ├── BundleError        a bundle: missing, changed, incomplete
+    │   ├── DivergedError      a training run whose losses or gradients are not finite
     │   ├── RegistryError      a registry name, version or alias
     │   ├── GateError          a report that misses its bars
     │   └── RequestError       one generation request
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "CorpusError",
+    "DivergedError",
     "GateError",
     "RegistryError",
     "RequestError",
@@ -71,6 +73,10 @@ class WeightsError(UserError):
 
 class BundleError(UserError):
     """A bundle that is missing, changed or incomplete."""
+
+
+class DivergedError(UserError):
+    """A training run whose losses or gradients are not finite."""
 
 
 class RegistryError(UserError):

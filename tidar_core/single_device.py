@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidar_core.attention import Attention
 from tidar_core.dual_mode import TrainBatch
-from tidar_core.errors import ConfigError
+from tidar_core.errors import ConfigError, DivergedError
 from tidar_core.flops import train_flops, visible_pairs
 from tidar_core.layout import TokenLayout
 from tidar_core.losses import LossSums, dual_mode_loss, label_counts
@@ -61,6 +61,8 @@ class Phase:
     """One of the two; with seconds, the schedule follows the share of them that has passed."""
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
+    max_skipped_updates: int = 10
+    """Train steps in a row without a finite loss and gradient, whose updates are skipped, before the phase ends."""
     report_every: int = 10
 
     def __post_init__(self) -> None:
@@ -95,6 +97,8 @@ class Progress:
     learning_rate: float
     grad_norm: float
     """Of the last step, before clipping."""
+    skipped_updates: int
+    """Train steps of the phase whose update was skipped, because their gradient was not finite."""
     tokens_per_second: float
     """Clean tokens; the doubled row's mask half is not counted."""
     flops_per_second: float
@@ -125,7 +129,11 @@ class Trainer:
         self._masters = _Masters(model, self._optimisation)
 
     def train(self, phase: Phase, rows: PackedRows, report: Callable[[Progress], None]) -> Progress:
-        """Train through `phase` on `rows`, which lie where they fit best; the last report is given back."""
+        """Train through `phase` on `rows`, which lie where they fit best; the last report is given back.
+
+        An update is skipped where the gradient is not finite, as DeepSpeed does. Raises DivergedError, at a report,
+        after `max_skipped_updates` in a row.
+        """
         objective = self._objective(phase.dual, phase.recipe)
         window = _Window(self, phase, rows)
         in_flight: deque[torch.cuda.Event] = deque()
@@ -136,6 +144,7 @@ class Trainer:
             for sums in self._gradients(objective, batches):
                 window.add(sums)
             norm = self._masters.update(rate)
+            window.count_skipped(norm)
             step += 1
             self._keep_pace(in_flight)
             if step % phase.report_every == 0 or step == phase.steps:
@@ -240,11 +249,16 @@ class _Masters:
 
     @torch.no_grad()
     def update(self, rate: float) -> Tensor:
-        """One update with the gathered gradients; their norm before clipping."""
+        """One update with the gathered gradients, skipped if they are not finite; their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        finite = norm.isfinite()
+        if norm.is_cuda:  # a fused AdamW reads this flag on the device, so nothing waits for it
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         if self.copied:
             for weight, master in zip(self.weights, self.masters):
                 weight.copy_(master)
@@ -269,6 +283,8 @@ class _Window:
         tokens = round(self.row_len * (1 + share))
         self.flops_of_step = phase.rows_per_step * train_flops(trainer.model.config, tokens, pairs)
         self.steps = 0
+        self.skipped, self.in_a_row, self.longest = (torch.zeros((), device=self.device) for _ in range(3))
+        self.loss = torch.zeros((), device=self.device)
         self._open()
 
     def _open(self) -> None:
@@ -277,10 +293,24 @@ class _Window:
 
     def add(self, sums: LossSums) -> None:
         self.parts += _flat(sums)
+        self.loss = self.loss + sums.ar_sum.detach() + sums.diffusion_sum.detach()
+
+    def count_skipped(self, norm: Tensor) -> None:
+        """Count a train step whose gradient has this norm. Never waits for the device."""
+        self.skipped = self.skipped + ~norm.isfinite()
+        self.in_a_row = (self.in_a_row + 1) * ~(norm.isfinite() & self.loss.isfinite())
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self.loss = torch.zeros_like(self.loss)
 
     def close(self, steps: int, rate: float, norm: Tensor, phase_began: float) -> Progress:
-        """The report of the window; begins the next one. Waits for the device."""
+        """The report of the window; begins the next one. Waits for the device. Raises DivergedError."""
         losses = _means(self.parts.tolist(), self.block_len)
+        if self.longest >= self.phase.max_skipped_updates:
+            raise DivergedError(
+                f"training diverged before train step {steps}: {int(self.longest)} steps in a row had no finite loss "
+                f"or gradient (max_skipped_updates is {self.phase.max_skipped_updates}); train again with a learning "
+                f"rate below {self.phase.schedule.peak:g}"
+            )
         now = time.perf_counter()
         per_second = (steps - self.steps) / (now - self.began)
         seconds = now - phase_began
@@ -295,6 +325,7 @@ class _Window:
             eta_seconds=seconds * (1 - share) / share,
             learning_rate=rate,
             grad_norm=float(norm),
+            skipped_updates=int(self.skipped),
             tokens_per_second=per_second * tokens_of_step,
             flops_per_second=per_second * self.flops_of_step,
             losses=losses,

@@ -1,6 +1,7 @@
 """Versions, aliases, promotion and rollback, on a SQLite registry."""
 
 import json
+import math
 
 import pytest
 from mlflow import MlflowClient
@@ -167,6 +168,15 @@ def test_a_run_keeps_its_settings_metrics_and_files(uri, tmp_path, capfd):
     assert [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
     assert [entry.path for entry in client.list_artifacts(run_id)] == ["report.md"]
     assert capfd.readouterr().out == ""
+
+
+def test_a_run_keeps_metrics_that_are_not_finite(uri):
+    run_id = runs.start_run(uri, "trial", "train y", {}, {})
+    runs.log_metrics(uri, run_id, {"loss": math.nan, "norm": math.inf, "skipped_updates": 3}, 1)
+    found = client_of(uri).get_run(run_id).data.metrics
+    assert math.isnan(found["loss"])
+    assert found["norm"] >= 1e308  # MLflow's databases keep the largest number instead
+    assert found["skipped_updates"] == 3
 
 
 def test_a_relative_database_is_made_absolute_and_an_unknown_scheme_refused(tmp_path, monkeypatch):

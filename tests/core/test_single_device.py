@@ -1,12 +1,13 @@
 """Training with torch alone: the same loss as the jobs', two phases, and what is reported of them."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from oracles import documents_row
 
-from tidar_core.errors import ConfigError
+from tidar_core.errors import ConfigError, DivergedError
 from tidar_core.losses import dual_mode_loss, label_counts
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
@@ -113,3 +114,50 @@ def test_warming_up_changes_nothing(model):
     Trainer(own, block_len=4).warm_up(phase(steps=1, dual=True), ROWS)
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     assert all(p.grad is None for p in own.parameters())
+
+
+def spoil_gradients(model, *backwards):
+    """Make the first layer's gradient nan in backward passes of these ordinals."""
+    count = itertools.count(1)
+
+    def spoil(gradient):
+        return gradient * math.nan if next(count) in backwards else gradient
+
+    model.layers[0].mlp.down.weight.register_hook(spoil)
+
+
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(model, dtype, device):
+    own, seen = fresh(model, dtype).to(device), []
+    spoil_gradients(own, 2, 3)  # of two forwards a step: the first or the second alone spoils it
+    trainer = Trainer(own, block_len=4)
+
+    def look(progress):
+        weights = [p.detach().clone() for p in own.parameters()]
+        updates = {int(state["step"]) for state in trainer._masters.optimizer.state.values()}
+        seen.append((progress.skipped_updates, math.isfinite(progress.grad_norm), updates, weights))
+
+    trainer.train(phase(steps=4, rows_per_forward=2, report_every=1), ROWS, look)
+    assert [entry[:3] for entry in seen[2:]] == [(2, True, {1}), (2, True, {2})]
+    assert [entry[:2] for entry in seen[:2]] == [(1, False), (2, False)]
+    for before, after, changed in zip(seen[0][3], seen[1][3], seen[3][3]):
+        assert torch.equal(before, after)
+        assert not torch.equal(after, changed)
+    assert all(torch.isfinite(p).all() for p in own.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_phase_that_diverges_ends_with_its_limit_and_finite_weights(model, dtype):
+    own = fresh(model, dtype)
+    wild = Schedule(peak=1e20, minimum=1e20, warmup=0.0)
+    with pytest.raises(
+        DivergedError, match=r"5 steps in a row had no finite loss or gradient .*learning rate below 1e"
+    ):
+        Trainer(own, block_len=4).train(
+            phase(steps=99, schedule=wild, report_every=6, max_skipped_updates=5), ROWS, lambda _: None
+        )
+    assert all(torch.isfinite(p).all() for p in own.parameters())

@@ -1,5 +1,6 @@
 """Checkpoints at rest: only whole ones are picked, the right ones stay, writing does not hold training up."""
 
+import math
 import multiprocessing
 import signal
 import time
@@ -86,6 +87,24 @@ def test_the_last_two_and_the_best_one_stay(store):
         store.prune()
     assert steps(store) == [2, 4, 5]
     assert len(locations.list_files(store.uri)) == 3 * 4
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, loss):
+    store = CheckpointStore(str(tmp_path), keep_last=1, keep_best=1)
+    for step, found in ((1, 3.0), (2, loss), (3, 2.0), (4, loss), (5, 2.5)):
+        save(store, step, loss=found)
+    store.prune()
+    assert steps(store) == [3, 5]
+
+
+def test_older_checkpoints_stay_until_the_next_is_written(tmp_path):
+    store = CheckpointStore(str(tmp_path), keep_last=1, keep_best=0)
+    kept = []
+    for step in (1, 2, 3):
+        save(store, step)
+        kept.append(steps(store))
+    assert kept == [[1], [1, 2], [2, 3]]
 
 
 def test_training_goes_on_while_a_part_is_written(store):

@@ -1,5 +1,7 @@
 """Bars are met, missed or not measured; a release is refused with all that it misses."""
 
+import copy
+
 import pytest
 
 from pipelines.gates import bars
@@ -78,6 +80,55 @@ def test_unequal_texts_are_a_missed_bar():
 def test_a_loss_that_is_no_number_meets_no_bar():
     lost = REPORT | {"ar_loss": float("nan")}
     assert len(missed(lost, max_ar_loss=9.0, max_ar_loss_over_parent=9.0)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None])
+@pytest.mark.parametrize(
+    ("figure", "wanted"),
+    [
+        ("ar_loss", {"max_ar_loss": 9.0}),
+        ("ar_loss", {"max_ar_loss_over_parent": 9.0}),
+        ("diffusion_loss", {"max_diffusion_loss": 9.0}),
+        ("tokens_per_forward", {"min_tokens_per_forward": 1.0}),
+        ("parent", {"max_ar_loss_over_parent": 9.0}),
+        ("score", {"min_scores": {"gsm8k": 0.1}}),
+        ("score", {"max_score_drop": 0.9}),
+        ("tokens_per_forward of a task", {"min_task_tokens_per_forward": {"gsm8k": 1.0}}),
+    ],
+)
+def test_no_bar_is_met_by_a_figure_that_is_not_finite_or_was_not_measured(figure, wanted, value):
+    report = copy.deepcopy(REPORT)
+    if figure == "parent":
+        report["parent"]["ar_loss"] = value
+    elif figure in ("score", "tokens_per_forward of a task"):
+        if value is None:
+            report["tasks"] = []
+        else:
+            for mode in report["tasks"][0]["modes"].values():
+                mode[figure.split()[0]] = value
+    else:
+        report[figure] = value
+    (words,) = missed(report, **wanted)
+    assert ("was not measured" in words) is (value is None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_mode_that_is_not_finite_meets_no_bar_beside_others_that_are(value):
+    report = copy.deepcopy(REPORT)
+    report["tasks"][0]["modes"]["autoregressive"] = {"score": value, "tokens_per_forward": value}
+    wanted = {"min_scores": {"gsm8k": 0.1}, "min_task_tokens_per_forward": {"gsm8k": 1.0}, "max_score_drop": 0.9}
+    assert len(missed(report, **wanted)) == 3
+
+
+def test_a_diffusion_loss_over_no_labels_and_equality_on_no_prompts_were_not_measured():
+    assert missed(REPORT | {"diffusion_loss": 0.0}, max_diffusion_loss=1.0) == [
+        "diffusion_loss was not measured, the bar is 1.0: pack more held-out rows"
+    ]
+    assert missed(REPORT | {"prompts": 0, "prompts_equal": 0}) == ["greedy texts equal the AR mode's on 0 of 0 prompts"]
+
+
+def test_a_report_without_a_figure_misses_the_bars_about_it():
+    assert len(missed({}, max_ar_loss=9.0, max_ar_loss_over_parent=9.0, max_score_drop=1.0)) == 5
 
 
 def test_bars_about_a_parent_that_was_not_measured_are_missed():

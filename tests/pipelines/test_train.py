@@ -158,13 +158,15 @@ def wait_until_some_steps_after_a_checkpoint(job, driver, logged=0) -> None:
         time.sleep(0.01)
 
 
-def train_command(job, path) -> subprocess.Popen:
+def train_command(job, path, **options) -> subprocess.Popen:
     """`tidar train` of this job as a process of its own, on this cluster."""
     import ray
 
     path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    return subprocess.Popen([sys.executable, str(ROOT / "tidar.py"), "train", str(path)], env=os.environ | address)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tidar.py"), "train", str(path)], env=os.environ | address, **options
+    )
 
 
 def leave_half_a_checkpoint(job) -> str:
@@ -254,6 +256,25 @@ def test_the_newest_checkpoints_stay_and_the_one_of_lowest_validation_loss(broke
     best = min(losses, key=losses.get)
     assert set(whole) == {50, 60, best}
     assert whole == {step: losses[step] for step in whole}
+
+
+def test_a_run_that_diverges_is_one_line_exits_2_and_is_not_retried(train_job, tmp_path):
+    from mlflow import MlflowClient
+
+    job = train_job(
+        "wild", objective="dual", precision="bf16", workers=1, learning_rate=1e20, min_learning_rate=0, warmup=0,
+        steps=24, log_every=2, checkpoint_every=4, validate_every=4, max_skipped_updates=3,
+    )  # fmt: skip
+    with train_command(job, tmp_path / "job.yaml", stderr=subprocess.PIPE, text=True) as driver:
+        said = driver.communicate()[1]
+    assert driver.returncode == 2
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"tidar: training of {job.output} diverged at train step 4: 3 steps in a row had no finite")
+    assert not locations.exists(job.output)
+    assert curve(job, "skipped_updates") == [(2, 1), (4, 3)]  # each step once
+    run_id = locations.read_text(job.output + ".run/mlflow_run_id")
+    assert MlflowClient(job.tracking_uri).get_run(run_id).info.status == "FAILED"
 
 
 def test_missing_shards_are_named_before_a_worker_starts(train_job, tmp_path):

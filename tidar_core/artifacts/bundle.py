@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tidar_core.artifacts import locations, output_folder
+from tidar_core.artifacts.finite import require_finite
 from tidar_core.artifacts.hf_weights import load_model, save_model
 from tidar_core.artifacts.made_by import write_made_by
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
@@ -79,8 +80,9 @@ def save_bundle(
     lineage: Mapping[str, Any],
     made_by: Mapping[str, Any],
 ) -> BundleInfo:
-    """Put a whole bundle at `uri`, in place of an older one if one is there."""
+    """Put a whole bundle at `uri`, in place of an older one if one is there. Refuses a model that is not finite."""
     _refuse_textual_mask(uri, mask_id, tokenizer)
+    require_finite(model, uri)
     with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
         folder = locations.local_path(staged) or elsewhere
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,13 +142,17 @@ def load_bundle(
 ) -> Bundle:
     """The bundle at `uri`, on `device`. From an object store it is downloaded first, once.
 
+    Raises BundleError for a model whose weights or logits are not finite.
+
     verify  hold every file to its hash before any is loaded
     """
     folder = locations.local_copy(str(uri))
     info = verify_bundle(folder) if verify else read_bundle_info(folder)
     tokenizer = load_tokenizer(folder)
     _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
-    return Bundle(load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id), tokenizer, info)
+    model = load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id)
+    require_finite(model, str(uri))
+    return Bundle(model, tokenizer, info)
 
 
 def _bundle_hash(values: Mapping[str, Any]) -> str:

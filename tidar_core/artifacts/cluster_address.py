@@ -1,0 +1,50 @@
+"""The check of a Ray cluster's address before Ray is given it.
+
+Does anything answer at RAY_ADDRESS?
+
+Ray tries an address for minutes and ends in a traceback, or ends the process.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tidar_core.errors import ConfigError
+
+__all__ = ["given_cluster"]
+
+VARIABLE = "RAY_ADDRESS"
+CLIENT_SCHEME = "ray://"
+SECONDS = 10.0
+"""For a connection to the head node."""
+ADVICE = f"start the cluster, correct {VARIABLE}, or unset it for a cluster on this machine"
+
+
+@contextmanager
+def given_cluster() -> Iterator[str | None]:
+    """The address in RAY_ADDRESS, None where it is not set; connect to it while the context is open.
+
+    Raises ConfigError, in one line, where nothing answers or Ray refuses the address.
+    """
+    address = os.environ.get(VARIABLE)
+    if not address:
+        yield None
+        return
+    _require_answer(address)
+    try:
+        yield address
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{VARIABLE} is {address}; Ray refused it ({reason}); {ADVICE}") from error
+
+
+def _require_answer(address: str) -> None:
+    host, _, port = address.removeprefix(CLIENT_SCHEME).partition("/")[0].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, or nothing that Ray knows: it says so at once
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{VARIABLE} is {address}; nothing answers there ({error}); {ADVICE}") from error
