@@ -34,6 +34,7 @@ from serve_apps.settings import DRAIN_SECONDS, ServeSettings
 from serve_apps.tracing import told_to_proxies, tracing_config
 from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
+from tidar_core.artifacts.cluster_address import given_cluster
 from tidar_core.artifacts.loopback import open_direct
 from tidar_core.errors import ConfigError, TidarError
 
@@ -258,12 +259,13 @@ def _stages_printed() -> Iterator[None]:
 
 
 def _start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start one on this machine."""
+    """Connect to the cluster at RAY_ADDRESS, or start one on this machine. Raises ConfigError for a wrong address."""
     for name, value in (QUIET | LEAN | STERN).items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
+    with given_cluster() as address:
+        if address is not None:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            return
     ray.init(
         address="local",  # never a cluster that happens to run here
         include_dashboard=False,
