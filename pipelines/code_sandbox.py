@@ -36,13 +36,44 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 DRIVER = """
-import os, sys
-token = sys.argv.pop()
-exec(compile(sys.stdin.read(), "program.py", "exec"), {"__name__": "__main__"})
-sys.stdout.flush()
-os.write(1, b"\\n" + token.encode() + b" passed")
+def keep(secret, verdict):
+    import ctypes, os
+    c = ctypes.CDLL(None)
+    c.strdup.restype, c.strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    c.on_exit.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    os.dup2(verdict, 0)
+    os.close(verdict)
+    if c.on_exit(ctypes.cast(c.dprintf, ctypes.c_void_p), c.strdup(secret)):
+        raise OSError("on_exit")
+def main():
+    import sys
+    secret, source = sys.stdin.buffer.readline().strip(), sys.stdin.buffer.read()
+    keep(secret, int(sys.argv.pop()))
+    del secret, sys
+    try:
+        exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+    except:
+        try:
+            import sys
+            sys.excepthook(*sys.exc_info())
+        finally:
+            leave = "os._exit"
+            leave(1)
+import os
+bound = tuple(os._exit if value == "os._exit" else value for value in main.__code__.co_consts)
+main.__code__ = main.__code__.replace(co_consts=bound)
+del bound, os
+main()
 """
-"""A program has passed when its last statement is behind it: one that exits before its tests has not."""
+"""A program has passed when its last statement is behind it: a program that exits before its tests has not.
+
+The verdict is a secret that the C library writes when the process ends with status 0: `on_exit` calls `dprintf` with
+the status, which is the file descriptor of a pipe, and the secret. Once the program begins, no Python object holds the
+secret. Whatever the program raises, `SystemExit` included, ends in `os._exit(1)`, which calls no handler. That function
+is a constant of the driver's code, so that no name which the program binds anew takes its place. What is left to a
+program that knows all this: native code, such as `ctypes`, and trace functions.
+"""
+VERDICT_BYTES = 4096
 TOLD_BYTES = 400
 """Of what a failed program said last."""
 
@@ -59,6 +90,8 @@ class Limits:
     """Of one file, and of what is printed."""
     folder_bytes: int = 2**26
     """Of all files together; they lie in memory."""
+    files: int = 4096
+    """Files and folders together."""
     processes: int = 8
     """Threads counted."""
     open_files: int = 64
@@ -80,7 +113,7 @@ def isolation() -> str:
         return "Landlock and a filter of system calls, no namespaces, our user without privileges, resource limits"
     kinds = "mount, pid, network, ipc and uts" if os.getuid() == 0 else "user, mount, pid, network, ipc and uts"
     user = "a user of its own" if os.getuid() == 0 else "our user without privileges"
-    return f"{kinds} namespaces, read-only root, {user}, resource limits"
+    return f"{kinds} namespaces, read-only root, a filter of system calls, {user}, resource limits"
 
 
 def run_program(source: str, limits: Limits | None = None, *, readable: Sequence[str] = ()) -> Outcome:
@@ -110,12 +143,13 @@ def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="tidar-jail-") as root, tempfile.TemporaryFile() as output:
         settings = {
-            "token": token,
+            "token": token,  # of a refusal, which the program never sees
             "fence": fence,
             "root": root,
             "uid": FIRST_UID + secrets.randbelow(UIDS),
             "readable": [*dict.fromkeys([sys.prefix, sys.base_prefix, *readable])],
             "folder_bytes": limits.folder_bytes,
+            "files": limits.files,
             "environment": ENVIRONMENT,
             "limits": {
                 "RLIMIT_AS": limits.memory_bytes,
@@ -127,24 +161,40 @@ def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -
             },
         }
         jail = [sys.executable, "-I", "-S", str(Path(__file__).with_name("jail.py")), json.dumps(settings)]
-        program = [sys.executable, "-I", "-B", "-c", DRIVER, token]
+        verdict, end = os.pipe()
+        os.set_blocking(verdict, False)
+        program = [sys.executable, "-I", "-B", "-c", DRIVER, str(end)]
         process = subprocess.Popen(
-            [*jail, *program], stdin=subprocess.PIPE, stdout=output, stderr=output, env={}, start_new_session=True
-        )
+            [*jail, *program], stdin=subprocess.PIPE, stdout=output, stderr=output, env={}, pass_fds=[end],
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(end)
+        secret = secrets.token_hex(16).encode()
         try:
-            process.communicate(source.encode(), timeout=limits.seconds)
+            process.communicate(secret + b"\n" + source.encode(), timeout=limits.seconds)
+            said = _last_words(output).replace(secret.decode(), "")  # status 1 is a file descriptor, too
+            return _outcome(process.returncode, said, token, _passed(verdict, secret))
         except subprocess.TimeoutExpired:
             return Outcome(False, f"timed out after {limits.seconds:g} s")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # all that is in there dies with it
                 process.wait()
-        return _outcome(process.returncode, _last_words(output), token)
+            os.close(verdict)
 
 
-def _outcome(code: int, said: str, token: str) -> Outcome:
+def _passed(verdict: int, secret: bytes) -> bool:
+    """Whether the pipe holds the secret and nothing else, once for each process that came to its end."""
+    try:
+        written = os.read(verdict, VERDICT_BYTES)
+    except BlockingIOError:  # a process of the program is still there, and wrote nothing
+        return False
+    return bool(written) and not written.replace(secret, b"")
+
+
+def _outcome(code: int, said: str, token: str, passed: bool) -> Outcome:
     words, _, verdict = said.rpartition(token)
-    if code == 0 and verdict == " passed":
+    if code == 0 and passed:
         return Outcome(True, "passed")
     if code == REFUSED and verdict.startswith(" refused"):
         return Outcome(False, verdict.strip())

@@ -6,10 +6,14 @@ Own mount, pid, network, ipc and host-name namespaces (as root), and a user name
 an empty tmpfs with the interpreter and the system's libraries bound into it, all of it read-only but a small /tmp;
 there is no /proc, no network interface, no host process. When this process dies, everything in the sandbox dies.
 
+A filter of system calls keeps the program from what the namespaces would allow it: further namespaces and mounts,
+memory that no limit counts (System V segments, memory files, message queues), keys, tracing, and sockets of kinds that
+a network namespace does not separate.
+
 Where namespaces are not allowed, settings that say `fence` build a lower wall of what every user may ask for: Landlock
-(the same folders are readable, one small folder is writable) and a filter of system calls (no socket, no process but
-this one, no signal to another, no way to change a file's owner, mode or times). Weaker than the first: the program can
-see that other files exist, and its files are limited one by one.
+(the same folders are readable, one small folder is writable) and a stricter filter (no socket, no process but this one,
+no signal to another, no way to change a file's owner, mode or times). Weaker than the first: the program can see that
+other files exist, and its folder is looked at a few times a second instead of being limited by the kernel.
 
 The standard library alone: nothing of the project can be imported from in here.
 """
@@ -23,6 +27,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +58,45 @@ CLONE_THREAD = 0x10000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the tables below, and the kernel's name."""
 DENIED = {
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "io_uring_setup": (425, 425),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    "io_uring_setup": (425, 425), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186), "msgctl": (71, 187),
+    "semget": (64, 190), "semctl": (66, 191), "mq_open": (240, 180), "mq_unlink": (241, 181),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+}  # fmt: skip
+"""System calls that every program is refused: on x86-64, on ARM."""
+SOCKET = (41, 198)
+FENCED = {
+    "socket": SOCKET, "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
     "fork": (57, None), "vfork": (58, None), "setsid": (112, 157), "setpgid": (109, 154), "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "pidfd_send_signal": (424, 424), "setpriority": (141, 140), "ioprio_set": (251, 30),
     "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
-    "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
-    "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    "sched_setattr": (314, 274),
     "truncate": (76, 45), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
     "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
     "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
     "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186),
-    "msgctl": (71, 187), "semget": (64, 190), "semctl": (66, 191), "mq_open": (240, 180), "mq_unlink": (241, 181),
+    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
 }  # fmt: skip
-"""System calls that the fence refuses: on x86-64, on ARM."""
+"""System calls that the fence refuses besides."""
+SOCKET_FAMILIES = (1, 2, 10)
+"""Families of sockets in a network namespace of its own: Unix, IPv4, IPv6. Others, such as the host's VSOCK, are not
+separated by it."""
+CLONE_NEW = 0x7E020000
+"""Flags of `clone` that ask for a namespace."""
 CLONE, CLONE3, PRCTL = (56, 220), (435, 435), (157, 167)
 KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
 SYS_LANDLOCK = 444
 """landlock_create_ruleset; add_rule and restrict_self follow it."""
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 """How many rights over files Landlock knows since each of its versions."""
+LOOK_SECONDS = 0.02
+"""How often the folder of a fenced program is looked at."""
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -99,6 +118,7 @@ def main(settings: dict[str, Any], command: list[str]) -> int:
     if not program:
         _limit(settings["limits"])
         _become(uid)
+        _filter_calls(os.getpid(), fence=False)
         os.execve(command[0], command, settings["environment"])
     while (ended := os.wait())[0] != program:
         pass
@@ -120,9 +140,31 @@ def _fenced(settings: dict[str, Any], command: list[str]) -> int:
         _call("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         os.chdir(folder)
         _landlock(folder, [*SYSTEM_FOLDERS, *settings["readable"]])
-        _filter_calls(os.getpid())
+        _filter_calls(os.getpid(), fence=True)
         os.execve(command[0], command, settings["environment"] | {"HOME": folder, "TMPDIR": folder})
-    return _code(os.waitpid(program, 0)[1])
+    while (ended := os.waitpid(program, os.WNOHANG))[0] != program:
+        if (excess := _excess(folder, settings["folder_bytes"], settings["files"])) is not None:
+            os.kill(program, signal.SIGKILL)
+            os.waitpid(program, 0)
+            os.write(2, f"killed: {excess}\n".encode())
+            return 128 + signal.SIGKILL
+        time.sleep(LOOK_SECONDS)
+    return _code(ended[1])
+
+
+def _excess(folder: str, most_bytes: int, most_files: int) -> str | None:
+    """What the files of a program take beyond their limits; None while they keep to them."""
+    files = total = 0
+    for path, folders, names in os.walk(folder):
+        files += len(folders) + len(names)
+        if files > most_files:
+            return f"more than {most_files} files in its folder"
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
+            except OSError:  # removed meanwhile
+                continue
+    return f"more than {most_bytes} bytes in its folder" if total > most_bytes else None
 
 
 def _landlock(folder: str, readable: list[str]) -> None:
@@ -146,35 +188,54 @@ def _landlock(folder: str, readable: list[str]) -> None:
     os.close(rules)
 
 
-def _filter_calls(own_pid: int) -> None:
-    """Refuse the calls above from now on: of those that name a process, all that do not name this one."""
+def _filter_calls(own_pid: int, *, fence: bool) -> None:
+    """Refuse the calls above from now on. The fence refuses further calls that name a process other than this one."""
     column, architecture = MACHINES[platform.machine()]
     refuse, allow = (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.EPERM), (BPF_RETURN, 0, 0, SECCOMP_ALLOW)
     lines = [(BPF_LOAD, 0, 0, ARCHITECTURE), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, SECCOMP_KILL),
              (BPF_LOAD, 0, 0, NUMBER)]  # fmt: skip
     if platform.machine() == "x86_64":
         lines += [(BPF_AT_LEAST, 0, 1, X32), refuse]  # the same calls under other numbers
-    for numbers in DENIED.values():
+    for numbers in (DENIED | (FENCED if fence else {})).values():
         if (number := numbers[column]) is not None:
             lines += [(BPF_EQUAL, 0, 1, number), refuse]
-    lines += [
-        (BPF_EQUAL, 0, 1, CLONE3[column]),
-        (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.ENOSYS),
-    ]  # then clone is tried
+    # clone3 hides its flags from a filter; without it, clone is tried
+    lines += [(BPF_EQUAL, 0, 1, CLONE3[column]), (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.ENOSYS)]
+    lines += _fence_lines(column, own_pid, refuse, allow) if fence else _namespace_lines(column, refuse, allow)
+    code = b"".join(struct.pack("=HBBI", *line) for line in [*lines, allow])
+    kept = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(lines) + 1, ctypes.addressof(kept))
+    _call("seccomp", libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
+
+
+Line = tuple[int, int, int, int]
+"""Of a filter: operation, lines to skip if it holds, if it does not, operand."""
+
+
+def _fence_lines(column: int, own_pid: int, refuse: Line, allow: Line) -> list[Line]:
+    """Threads are made, no processes; signals and limits are for this process alone."""
+    lines: list[Line] = []
     for numbers, test, value in (
         (CLONE, BPF_SET, CLONE_THREAD),
         (KILL, BPF_EQUAL, own_pid),
         (TGKILL, BPF_EQUAL, own_pid),
     ):
         lines += [(BPF_EQUAL, 0, 4, numbers[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (test, 1, 0, value), refuse, allow]
-    lines += [(BPF_EQUAL, 0, 5, PRLIMIT[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 2, 0, 0),
-              (BPF_EQUAL, 1, 0, own_pid), refuse, allow,
-              (BPF_EQUAL, 0, 3, PRCTL[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 0, 1, PR_SET_PDEATHSIG),
-              refuse, allow]  # fmt: skip
-    code = b"".join(struct.pack("=HBBI", *line) for line in lines)
-    kept = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(lines), ctypes.addressof(kept))
-    _call("seccomp", libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
+    return [
+        *lines, (BPF_EQUAL, 0, 5, PRLIMIT[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 2, 0, 0),
+        (BPF_EQUAL, 1, 0, own_pid), refuse, allow,
+        (BPF_EQUAL, 0, 3, PRCTL[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_EQUAL, 0, 1, PR_SET_PDEATHSIG),
+        refuse,
+    ]  # fmt: skip
+
+
+def _namespace_lines(column: int, refuse: Line, allow: Line) -> list[Line]:
+    """Processes are made without further namespaces, and sockets of few families."""
+    families = [(BPF_EQUAL, len(SOCKET_FAMILIES) - index, 0, family) for index, family in enumerate(SOCKET_FAMILIES)]
+    return [
+        (BPF_EQUAL, 0, 4, CLONE[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_SET, 0, 1, CLONE_NEW), refuse, allow,
+        (BPF_EQUAL, 0, len(families) + 3, SOCKET[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), *families, refuse, allow,
+    ]  # fmt: skip
 
 
 def _unshare(uid: int) -> int:
@@ -195,9 +256,10 @@ def _enter_new_root(settings: dict[str, Any]) -> None:
     """A root of our own: what is bound into it is read-only, /tmp is small, and the old root is gone."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = settings["root"]
-    _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=1k,mode=755")
     os.mkdir(f"{root}/tmp")
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['folder_bytes']},mode=1777")
+    sizes = f"size={settings['folder_bytes']},nr_inodes={settings['files']},mode=1777"
+    _mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, sizes)
     for folder in (*SYSTEM_FOLDERS, *settings["readable"]):
         target = root + folder
         if os.path.islink(folder):  # /bin -> usr/bin

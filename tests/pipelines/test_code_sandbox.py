@@ -1,6 +1,7 @@
 """What a program can do in the sandbox, and what it tries in vain."""
 
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.code_sandbox import FIRST_UID, UIDS, Limits, isolation, run_program
+from pipelines.jail import CLONE, CLONE3, DENIED, MACHINES
 from tidar_core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +54,64 @@ def test_a_program_passes_when_its_last_assertion_is_behind_it():
     assert (failed.passed, failed.reason) == (False, "ended with exit code 1: AssertionError: f is 3")
 
 
-@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
-def test_a_program_that_leaves_before_its_assertions_has_not_passed(leave):
-    assert run_program(f"{leave}\nassert 1 == 2").reason == "ended with exit code 0"
+@pytest.mark.parametrize(
+    ("leave", "reason"),
+    [
+        ("import sys; sys.exit(0)", "ended with exit code 1: SystemExit: 0"),
+        ("import os; os._exit(0)", "ended with exit code 0"),
+        ("raise SystemExit", "ended with exit code 1: SystemExit"),
+        ("import os; os.execv('/bin/true', ['true'])", "ended with exit code 0"),
+    ],
+)
+def test_a_program_that_leaves_before_its_assertions_has_not_passed(leave, reason):
+    assert run_program(f"{leave}\nassert 1 == 2").reason == reason
+
+
+FORGERIES = {
+    "frames": """
+import gc, os, re, sys
+seen, frame = [], sys._getframe()
+while frame:
+    seen += [frame.f_locals, frame.f_globals, frame.f_code.co_consts]
+    frame = frame.f_back
+text = repr(seen) + repr(sys.argv) + repr(sys.orig_argv) + repr(os.environ) + repr(gc.get_objects())
+secrets = set(re.findall("(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", text))
+for fd in range(64):
+    for secret in ["", *secrets]:
+        for words in (secret, secret + " passed", "passed"):
+            try:
+                os.write(fd, b"\\n" + words.encode())
+                os.write(fd, words.encode())
+            except OSError:
+                pass
+os._exit(0)
+""",
+    "standard input": """
+import os, sys
+os.write(0, (sys.stdin.read() + str(os.read(0, 99))).encode())
+os._exit(0)
+""",
+    "names": """
+import builtins, os, sys
+class Leave(BaseException):
+    pass
+builtins.SystemExit = builtins.RuntimeError = builtins.BaseException = Leave
+os._exit = lambda code: None
+sys.excepthook = lambda *_: sys.exit(0)
+builtins.__import__ = lambda *_: sys.exit(0)
+sys.exit(0)
+""",
+    "two processes": "import os\nif os.fork():\n    os.wait()\n    os._exit(0)\nraise SystemExit(0)",
+}
+
+
+@pytest.mark.parametrize("way", FORGERIES)
+def test_a_program_cannot_reach_the_verdict(way):
+    assert not run_program(f"{FORGERIES[way]}\nassert 1 == 2").passed
+
+
+def test_a_program_whose_children_come_to_their_ends_too_passes():
+    assert run_program("import os\nif os.fork():\n    os.wait()\nassert 1 == 1").passed
 
 
 def test_a_crash_and_broken_source_are_failures_with_a_reason():
@@ -133,7 +190,63 @@ def test_a_full_folder_and_endless_words_stop_at_their_limits():
     filled = run_program("for n in range(100):\n    open(f'/tmp/{n}', 'wb').write(bytes(2**17))", small)
     assert "No space left on device" in filled.reason
     assert "File too large" in run_program("open('/tmp/a', 'wb').write(bytes(2**19))", small).reason
-    assert run_program("while True: print('x' * 4096)", small).reason.startswith("ended with exit code 120: xxx")
+    assert run_program("while True: print('x' * 4096)", small).reason.startswith("ended with exit code 1: xxx")
+
+
+def test_more_files_than_the_limit_are_refused():
+    few = Limits(files=100)
+    made = "made = 0\nwhile made < 200:\n    open(f'/tmp/{made}', 'w').close()\n    made += 1"
+    assert run_program(made, few).reason.startswith("ended with exit code 1: OSError: [Errno 28] No space left")
+    links = "import os\nfor n in range(200):\n    os.symlink('/', f'/tmp/{n}')"
+    assert "No space left on device" in run_program(links, few).reason
+    assert run_program("import os\nfor n in range(50):\n    os.mkdir(f'/tmp/{n}')", few).passed
+
+
+REFUSED_CALLS = {
+    "shared memory that no limit counts": ("shmget", 0, 2**20, 0o1600),
+    "a file in memory": ("memfd_create", b"held", 0),
+    "a user namespace": ("unshare", 0x10000000),
+    "a mount namespace": ("unshare", 0x20000),
+    "a mount": ("mount", b"none", b"/tmp", b"tmpfs", 0, None),
+    "a message queue": ("mq_open", b"/held", 0o102, 0o600, None),
+    "a key": ("add_key", b"user", b"held", b"x", 1, -3),
+    "a trace": ("ptrace", 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_CALLS)
+def test_what_no_limit_and_no_namespace_holds_is_refused_by_the_filter_of_system_calls(what):
+    name, *arguments = REFUSED_CALLS[what]
+    number = DENIED[name][MACHINES[platform.machine()][0]]
+    source = f"""
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+found = libc.syscall({number}, *{arguments!r})
+assert (found, ctypes.get_errno()) == (-1, errno.EPERM), (found, ctypes.get_errno())
+"""
+    assert run_program(source).reason == "passed"
+
+
+def test_a_child_in_namespaces_of_its_own_is_not_made_and_a_plain_child_is():
+    column = MACHINES[platform.machine()][0]
+    cloned = """
+import ctypes, errno, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+for flags in (0x10000000, 0x20000, 0x40000000):
+    assert libc.syscall({clone}, flags | signal.SIGCHLD, 0, 0, 0, 0) == -1
+    assert ctypes.get_errno() == errno.EPERM
+assert libc.syscall({clone3}, None, 0) == -1
+if not (child := os.fork()):
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+"""
+    assert run_program(cloned.format(clone=CLONE[column], clone3=CLONE3[column])).reason == "passed"
+
+
+@pytest.mark.parametrize("family", ["AF_VSOCK", "AF_NETLINK", "AF_PACKET", "AF_ALG"])
+def test_sockets_of_the_host_s_own_kinds_are_refused(family):
+    assert "Operation not permitted" in run_program(f"import socket; socket.socket(socket.{family})").reason
+    assert run_program("import asyncio\nasyncio.run(asyncio.sleep(0))").reason == "passed"
 
 
 def test_no_socket_reaches_anyone():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import jail
-from pipelines.jail import DENIED, MACHINES, SYS_LANDLOCK
+from pipelines.jail import DENIED, FENCED, MACHINES, SYS_LANDLOCK
 
 ROOT = Path(__file__).parents[2]
 HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
@@ -92,6 +92,16 @@ LAST_WILL = "import ctypes; assert ctypes.CDLL(None).prctl(1, 0) == -1"
 """To outlive its parent a program would have to be told of its death no more."""
 
 
+ENDLESS = """
+n = 0
+while True:
+    with open(str(n), "wb") as file:
+        file.write(bytes({size}))
+    n += 1
+"""
+MEMORY_FILE = "import ctypes; assert ctypes.CDLL(None).memfd_create(b'held', 0) >= 0"
+
+
 def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_limits():
     honest = [
         "import math, tempfile\nwith tempfile.TemporaryFile() as file:\n    file.write(b'a')\nopen('b', 'w').close()",
@@ -104,6 +114,10 @@ def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_
         "while True: pass": "timed out after 2 s",
         "open('a', 'wb').write(bytes(2**25))": "ended with exit code 1: OSError: [Errno 27] File too large",
         "import os; os.abort()": "killed by signal 6",
+        "import sys; sys.exit(0)": "ended with exit code 1: SystemExit: 0",
+        MEMORY_FILE: "ended with exit code 1: AssertionError",
+        ENDLESS.format(size=0): "killed by signal 9: killed: more than 4096 files in its folder",
+        ENDLESS.format(size=2**23): "killed by signal 9: killed: more than 67108864 bytes in its folder",
         "assert 1 == 2, 'no'": "ended with exit code 1: AssertionError: no",
     }
     _, *reasons = where_forbidden([DENIED["unshare"]], [*honest, *greedy])
@@ -126,7 +140,7 @@ def test_the_numbers_of_system_calls_are_the_kernel_s_on_each_machine(machine):
     others = {"clone": jail.CLONE, "clone3": jail.CLONE3, "prctl": jail.PRCTL, "kill": jail.KILL,
               "tgkill": jail.TGKILL, "prlimit64": jail.PRLIMIT, "landlock_create_ruleset": (SYS_LANDLOCK,) * 2,
               "pivot_root": tuple(jail.SYS_PIVOT_ROOT[machine] for machine in HEADERS)}  # fmt: skip
-    ours = {name: numbers[MACHINES[machine][0]] for name, numbers in (DENIED | others).items()}
+    ours = {name: numbers[MACHINES[machine][0]] for name, numbers in (DENIED | FENCED | others).items()}
     newer = {"fchmodat2", "setxattrat", "removexattrat"}  # than the oldest headers that we build with
     for name, number in ours.items():
         assert kernel.get(name) == number or (name in newer and name not in kernel), name
