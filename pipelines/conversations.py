@@ -86,7 +86,13 @@ def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: To
         documents = _documents([names.hidden(message) for message in messages], render)
     except RequestError as error:
         raise CorpusError(str(error)) from error
-    return [[Segment(names.encode(turn.text, tokenizer), turn.trained) for turn in turns] for turns in documents]
+    return [_segments(turns, names, tokenizer) for turns in documents]
+
+
+def _segments(turns: Sequence[_Turn], names: SpecialNames, tokenizer: Tokenizer) -> list[Segment]:
+    """The tokens of one document; those of each turn are as the whole text has them."""
+    before = ["", *(turn.text for turn in turns)]
+    return [Segment(names.encode(turn.text, tokenizer, before=text), turn.trained) for turn, text in zip(turns, before)]
 
 
 def _messages(values: Mapping[str, Any]) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from tidar_core.artifacts.bundle import DTYPES, Bundle, load_bundle
-from tidar_core.artifacts.tokenizer import TextStream
+from tidar_core.artifacts.detokenizer import TextStream
 from tidar_core.autoregressive import score
 from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -25,6 +25,7 @@ from tidar_core.decoder import Decoder
 from tidar_core.errors import ConfigError
 from tidar_core.modes import FixedMode
 from tidar_core.request import DecodeStep, Request
+from tidar_core.stop_strings import StopStrings, stop_tokens
 
 __all__ = ["LmEvalModel", "Told"]
 
@@ -134,12 +135,13 @@ class LmEvalModel(TemplateLM):
                 "a prompt as well; lower it"
             )
         drawn = {key: wishes[key] for key in SAMPLED if key in wishes} if wishes.get("do_sample") else {}
-        sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(self.eot_token_id,), **drawn)
-        prompt = tuple(self.tok_encode(context))[max_tokens - self.max_length :] or (self.eot_token_id,)
         until = wishes.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        ends = dict.fromkeys([self.eot_token_id, *stop_tokens(stops, self.bundle.tokenizer.special_ids)])
+        sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=tuple(ends), **drawn)
+        prompt = tuple(self.tok_encode(context))[max_tokens - self.max_length :] or (self.eot_token_id,)
         return _Text(Request(request_id=request_id, prompt=prompt, sampling=sampling),
-                     self.bundle.tokenizer.stream(), stops)  # fmt: skip
+                     self.bundle.tokenizer.stream(after=prompt), StopStrings(stops))  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -148,7 +150,7 @@ class _Text:
 
     request: Request
     stream: TextStream
-    stops: list[str]
+    stops: StopStrings
     said: str = ""
     tokens: int = 0
     forwards: int = 0
@@ -162,19 +164,20 @@ class _Text:
             self.accepted[step.accepted] += 1
         for token in step.token_ids:
             self.tokens += 1
-            if token not in self.request.sampling.eos_ids and self._say(self.stream.push(token)):
+            if token not in self.request.sampling.eos_ids:
+                self._say(self.stream.push(token))
+            if self.ended:
                 return True
         if step.finish_reason is not None:
             self._say(self.stream.flush())
+            self.said += self.stops.flush()
             self.ended = True
         return self.ended
 
-    def _say(self, piece: str) -> bool:
-        """Whether a stop string is complete now; the text ends before the first of them."""
-        self.said += piece
-        if ends := [place for stop in self.stops if (place := self.said.find(stop)) >= 0]:
-            self.said, self.ended = self.said[: min(ends)], True
-        return self.ended
+    def _say(self, piece: str) -> None:
+        """Add text up to the first stop string that is complete, which ends it."""
+        self.said += self.stops.push(piece)
+        self.ended = self.stops.found is not None
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from pipelines.jobs import EvaluateJob
 from pipelines.lm_eval_model import Told
-from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.artifacts.loopback import exempt_loopback, open_url
 from tidar_core.artifacts.tokenizer import load_tokenizer
@@ -49,19 +48,38 @@ class ServiceModel(LocalCompletionsAPI):
         self.block_len = 1 if self.card["mode"] == "autoregressive" else int(self.card["block_len"])
         self.told: defaultdict[str | None, Told] = defaultdict(Told)
         """Texts by lm-eval's name of the task; what all of them cost under None."""
-        folder = locations.local_copy(job.bundle)
         exempt_loopback()  # lm-eval's client reads the environment
         super().__init__(
             model=self.card["id"],
             base_url=f"{self.service}/completions",
             header=headers,
-            tokenizer=str(folder),
-            tokenizer_backend="huggingface",
-            custom_prefix_token_id=load_tokenizer(folder).eos_id,
+            tokenizer_backend=None,  # lm-eval's own would open the folder by the class that it names
             num_concurrent=job.task_batch,
             max_length=min(job.task_context, int(self.card["max_model_len"])),
             timeout=ANSWER_SECONDS,
         )
+        self.tokenizer, self.tokenized_requests = load_tokenizer(job.bundle), True
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token before a text that has no context."""
+        return int(self.tokenizer.eos_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The same."""
+        return int(self.tokenizer.eos_id)
+
+    @property
+    def eos_string(self) -> str:
+        """The name of the end-of-text token, which lm-eval adds to the stop strings."""
+        return str(self.tokenizer.decode([self.tokenizer.eos_id], skip_special=False))
+
+    def tok_encode(self, string: str | list[str], left_truncate_len: int | None = None, **_: Any) -> Any:
+        """Token ids of a text, or of each of several; nothing added, the last `left_truncate_len` of each."""
+        if isinstance(string, str):
+            return self.tokenizer.encode(string)[-(left_truncate_len or 0) :]
+        return [ids[-(left_truncate_len or 0) :] for ids in self.tokenizer.encode_batch(string)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to the first of its stop strings."""

@@ -24,6 +24,7 @@ from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import locations, shards
 from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.locations import FileEntry
+from tidar_core.artifacts.long_texts import encode_long
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tidar_core.errors import CorpusError
 from tidar_core.packing import cut_rows, overlapping_spans
@@ -276,7 +277,8 @@ class _UnitTokenizer:
             if len(text) <= BATCH_CHARACTERS:
                 ids = np.asarray([*next(short), self._tokenizer.eos_id], dtype=np.int32)
             else:
-                pieces = [np.asarray(self._tokenizer.encode(piece), dtype=np.int32) for piece in _in_pieces(text)]
+                encoded = encode_long(self._tokenizer, text, BATCH_CHARACTERS)
+                pieces = [np.asarray(piece, dtype=np.int32) for piece in encoded]
                 ids = np.concatenate([*pieces, np.asarray([self._tokenizer.eos_id], dtype=np.int32)])
             yield [_Tokens(ids, np.ones(len(ids), dtype=bool) if self._how.flags else None)]
 
@@ -325,19 +327,6 @@ def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
         return asdict(shards.write_shard(locations.join(folder.shards, plan.file), rows))
 
     return marked(locations.join(folder.marks, f"{plan.file}.json"), work)
-
-
-def _in_pieces(text: str) -> Iterator[str]:
-    """A long text in pieces, each cut behind a line's end and before a letter, where byte-level tokenizers begin a word
-    anyway; only where a whole piece has no such place is a word cut."""
-    begin = 0
-    while len(text) - begin > BATCH_CHARACTERS:
-        end = begin + BATCH_CHARACTERS
-        lines = (at for at in range(end, begin, -1) if text[at - 1] == "\n" and text[at].isalpha())
-        end = next(lines, end)
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
 
 
 def _in_batches(

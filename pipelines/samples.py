@@ -60,6 +60,6 @@ def continued(
     completions = complete(Batcher(decoder, planner), requests)
     return Samples(
         prompts,
-        [tokenizer.decode(completion.token_ids) for completion in completions],
+        [tokenizer.continued(completion.request.prompt, completion.token_ids) for completion in completions],
         sum(len(completion.token_ids) for completion in completions) / sum(c.forwards for c in completions),
     )

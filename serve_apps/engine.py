@@ -7,7 +7,7 @@ weights are another engine. A replica has it in a process of its own (`engine_pr
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import NamedTuple
@@ -116,8 +116,11 @@ class Engine:
             count=len(tokens),
             max_model_len=self.batcher.decoder.context_len,
             tokens=list(tokens),
-            token_strs=[self._tokenizer.spell(token) for token in tokens] if spelled else None,
+            token_strs=await asyncio.to_thread(self._spelled, tokens) if spelled else None,
         )
+
+    def _spelled(self, tokens: Sequence[int]) -> list[str]:
+        return [self._tokenizer.spell(token) for token in tokens]
 
     async def detokenize(self, tokens: list[int]) -> str:
         """The text of tokens, special ones by their names. Raises RequestError."""

@@ -229,6 +229,7 @@ class Fleet:
     def _made(self, served: Served, totals: VersionTotals) -> Writer | Exception:
         try:
             tokenizer = load_tokenizer(served.bundle_uri)
+            tokenizer.spell(tokenizer.eos_id)  # all names are made now, and not while texts are sent
             lost = partial(self._lost, served.bundle_hash)
             if served.settings.own_process:
                 engine: EngineProcess | Engine = EngineProcess(served, lost, self._report_stage)

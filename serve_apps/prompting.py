@@ -18,6 +18,7 @@ from tidar_core.artifacts.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.grammar import GrammarConstraint, compile_constraint
 from tidar_core.artifacts.tokenizer import Tokenizer
 from tidar_core.request import Request
+from tidar_core.stop_strings import stop_tokens
 
 __all__ = ["PromptReader"]
 
@@ -49,10 +50,11 @@ class PromptReader:
         ends = [] if asked.ignore_eos else [self._tokenizer.eos_id]
         if isinstance(asked.prompt, Chat) and self._turn_end is not None and not asked.ignore_eos:
             ends.append(self._turn_end)
+        named = stop_tokens(asked.stop, self._tokenizer.special_ids)
         sampling = replace(
             asked.sampling,
-            eos_ids=tuple(dict.fromkeys([*ends, *asked.sampling.eos_ids])),
-            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode),
+            eos_ids=tuple(dict.fromkeys([*ends, *asked.sampling.eos_ids, *named])),
+            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode_behind),
         )
         if asked.to_the_end:
             sampling = replace(sampling, max_tokens=max(self._context_len - len(prompt), sampling.max_tokens))

@@ -4,7 +4,8 @@ Only final tokens become text, and a character only when all its bytes have come
 string, wherever the steps that brought it begin and end: tokens after the one that completes it do not count.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, Self
 
 from serve_apps.answers import FinishReason, PromptScores
@@ -12,7 +13,7 @@ from serve_apps.asked import Chat, PromptRequest
 from serve_apps.origins import Decoding, Origin, origins
 from serve_apps.pieces import Piece, Tally
 from serve_apps.scores import ChatScoreSheet, ScoreSheet, prompt_scores
-from serve_apps.stop_strings import StopStrings
+from tidar_core.stop_strings import StopStrings, stop_tokens
 
 if TYPE_CHECKING:
     from tidar_core.request import DecodeStep, TokenLogprob
@@ -21,7 +22,7 @@ __all__ = ["Transcript"]
 
 
 class TextStream(Protocol):
-    """An incremental detokenizer: see `tidar_core.artifacts.tokenizer.TextStream`."""
+    """An incremental detokenizer: see `tidar_core.artifacts.detokenizer.TextStream`."""
 
     def push(self, token_id: int) -> str:
         """The text that is certain now."""
@@ -35,8 +36,15 @@ class Tokenizer(Protocol):
 
     eos_id: int
 
-    def stream(self, *, skip_special: bool = True) -> TextStream:
-        """A decoder for ids that come one by one."""
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Special tokens by their names."""
+
+    def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for ids that come one by one, behind the text of the ids `after`."""
+
+    def places(self, text: str, *, framed: bool = False) -> list[int]:
+        """Where the text of each token of `text` begins in it."""
 
     def spell(self, token_id: int) -> str:
         """The name of a token."""
@@ -51,7 +59,10 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer, request: PromptRequest, prompt: Sequence[int], *, block_len: int) -> None:
         """prompt  the tokens of the request's prompt"""
         self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
-        self._stream = tokenizer.stream(skip_special=request.skip_special)
+        self._echoes_ids = request.echo and not isinstance(request.prompt, str)
+        before = () if self._echoes_ids else prompt  # an echo of ids and what follows are one text
+        self._stream = tokenizer.stream(skip_special=request.skip_special, after=before)
+        self._stop_tokens = stop_tokens(request.stop, tokenizer.special_ids)
         self._stops = StopStrings(request.stop, include=request.include_stop)
         self._sheet: ScoreSheet | None = None
         if request.logprobs is not None and isinstance(request.prompt, Chat):
@@ -108,6 +119,7 @@ class Transcript:
         if not self._begun:
             self._begin(step.prompt_logprobs)
         if self._request.prompt_alone:
+            self._text += self._stream.flush() if self._echoes_ids else ""
             self.finish_reason = "length"
             return
         if step.verified > 1:
@@ -116,10 +128,10 @@ class Transcript:
         self._forwards += 1
         ways = origins(step) if self._request.decoding else []
         for place, token in enumerate(step.token_ids):
-            spoken = self._request.include_stop or not (ending and place == len(step.token_ids) - 1)
+            last = ending and place == len(step.token_ids) - 1
             if ways:
                 self._note(ways[place])
-            self._say(token, step.logprobs[place] if step.logprobs else None, spoken=spoken)
+            self._say(token, step.logprobs[place] if step.logprobs else None, ending=last)
             if self._stops.found is not None:
                 return
         if step.finish_reason is not None:
@@ -132,16 +144,25 @@ class Transcript:
             self._prompt_scores = prompt_scores(scored, self._request.prompt_logprobs, self._tokenizer.spell)
         if not self._request.echo:
             return
-        stream, length = self._tokenizer.stream(skip_special=self._request.skip_special), 0
-        for place, token in enumerate(self._prompt):
-            piece = stream.push(token)
-            if self._sheet is not None:
-                self._sheet.add(token, scored[place - 1] if place else None, length, length + len(piece))
-            self._text, length = self._text + piece, length + len(piece)
-        self._text += stream.flush()
-        if isinstance(self._request.prompt, str):
-            self._text = self._request.prompt  # as it was written, whatever a tokenizer makes of it
+        begins = self._echo()
+        if self._sheet is not None:
+            for place, token in enumerate(self._prompt):
+                self._sheet.add(token, scored[place - 1] if place else None, begins[place], begins[place + 1])
         self._heard_len = len(self._text)
+
+    def _echo(self) -> list[int]:
+        """Begin the text with the prompt. Returns where the text of each token of it begins, and where the last ends.
+
+        A prompt of text is as it was written, whatever a tokenizer makes of it.
+        """
+        written = self._request.prompt
+        stream = self._stream if self._echoes_ids else self._tokenizer.stream(skip_special=self._request.skip_special)
+        pieces = [stream.push(token) for token in self._prompt]
+        self._text = "".join(pieces)
+        if isinstance(written, str) and self._text != written:
+            self._text = written
+            return [*self._tokenizer.places(written, framed=self._request.framed), len(written)]
+        return list(accumulate(map(len, pieces), initial=0))
 
     def _note(self, origin: Origin) -> None:
         """How the token that is said next came to be."""
@@ -149,10 +170,15 @@ class Transcript:
         self._decoding.origin.append(origin)
         self._decoding.text_offset.append(self._heard_len)
 
-    def _say(self, token: int, scored: "TokenLogprob | None", *, spoken: bool) -> None:
+    def _say(self, token: int, scored: "TokenLogprob | None", *, ending: bool) -> None:
         self._completion_tokens += 1
         self._new_ids.append(token)
-        piece = self._stream.push(token) if spoken else ""
+        if ending and token in self._stop_tokens:  # its name is a stop string, and completes it
+            piece = self._stream.flush() + self._stop_tokens[token]
+        elif ending and not self._request.include_stop:
+            piece = ""
+        else:
+            piece = self._stream.push(token)
         if self._sheet is not None:
             self._sheet.add(token, scored, self._heard_len, self._heard_len + len(piece))
         self._hold_to_stops(piece)

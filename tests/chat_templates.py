@@ -1,7 +1,5 @@
 """Chat templates in the manner of well-known families, in a small form of our own; and tokenizers that carry them."""
 
-from transformers import PreTrainedTokenizerFast
-
 from tidar_core.artifacts.tokenizer import Tokenizer, train_bpe
 
 QWEN2_5 = """\
@@ -203,23 +201,13 @@ TURN_END = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|
 def tokenizer_with(template, *, special=("<|im_start|>", "<|im_end|>")):
     """A small tokenizer with these special tokens and this chat template."""
     plain = train_bpe(("def f(x):\n    return x\n" * 20,), 300)
-    loaded = PreTrainedTokenizerFast(
-        tokenizer_object=plain._fast,
-        eos_token="<|endoftext|>",
-        additional_special_tokens=list(special),
-        chat_template=template,
-    )
-    return Tokenizer(loaded)
+    plain._fast.add_special_tokens(list(special))
+    return Tokenizer(plain._fast, {"eos_token": "<|endoftext|>"}, {"default": template})
 
 
 def chat_tokenizer(family, *, vocab_size=300, trained_on=("def f(x):\n    return x\n" * 20,)):
     """A small tokenizer with a family's special tokens and chat template; texts end with <|endoftext|>."""
     plain = train_bpe(trained_on, vocab_size)
-    loaded = PreTrainedTokenizerFast(
-        tokenizer_object=plain._fast,
-        eos_token="<|endoftext|>",
-        bos_token="<|begin_of_text|>" if family == "llama3" else None,
-        additional_special_tokens=SPECIAL[family],
-        chat_template=FAMILIES[family],
-    )
-    return Tokenizer(loaded)
+    plain._fast.add_special_tokens(SPECIAL[family])
+    bos = {"bos_token": "<|begin_of_text|>"} if family == "llama3" else {}
+    return Tokenizer(plain._fast, {"eos_token": "<|endoftext|>", **bos}, {"default": FAMILIES[family]})

@@ -22,8 +22,8 @@ HOMES = {
     ),
     "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_service.py pipelines/lm_eval_tasks.py",
     "datasets": "pipelines/lm_eval_tasks.py",
-    "transformers": "tidar_core/artifacts/tokenizer.py pipelines/rival.py",  # tokenizers; what we are compared with
-    "tokenizers": "tidar_core/artifacts/tokenizer.py",
+    "transformers": "pipelines/rival.py",  # what we are compared with
+    "tokenizers": "tidar_core/artifacts/tokenizer.py tidar_core/artifacts/detokenizer.py",
     "llguidance": "tidar_core/artifacts/grammar.py",
     "jinja2": "tidar_core/artifacts/chat_template.py",
     "safetensors": "tidar_core/artifacts/hf_weights.py tidar_core/artifacts/hf_files.py",
@@ -43,7 +43,7 @@ TRAINING = (
 DECODING = (
     "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "plan_tensors",
     "decode_forward", "step", "step_graph", "decoder_size", "decoder", "ways", "timing", "latency", "served_latency",
-    "step_timing", "acceptance", "planner", "batcher", "autoregressive", "benchmark", "step_bench",
+    "step_timing", "acceptance", "planner", "batcher", "autoregressive", "stop_strings", "benchmark", "step_bench",
 )  # fmt: skip
 
 

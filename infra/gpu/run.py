@@ -261,7 +261,8 @@ def _sample_texts(arguments: argparse.Namespace, setting: Setting, model: TidarM
         token_BL = torch.cat([token_BL, plain.head(hidden[:, -1:]).argmax(-1)], 1)
         documents = torch.cat([documents, documents[:, -1:]], 1)
     parts = [
-        f"--- prompt\n{tokenizer.decode(ids[:begun])}\n--- continuation\n{tokenizer.decode(ids[begun:])}\n"
+        f"--- prompt\n{tokenizer.decode(ids[:begun])}\n"
+        f"--- continuation\n{tokenizer.continued(ids[:begun], ids[begun:])}\n"
         for ids in token_BL.tolist()
     ]
     (arguments.report / "samples.txt").write_text("\n".join(parts))

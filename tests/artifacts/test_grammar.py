@@ -8,7 +8,6 @@ import pytest
 import torch
 from llguidance import LLMatcher, LLParserLimits
 from tiny import wide_model
-from transformers import PreTrainedTokenizerFast
 
 from tidar_core.artifacts.grammar import Grammar, compile_constraint
 from tidar_core.artifacts.tokenizer import Tokenizer, train_bpe
@@ -126,9 +125,9 @@ def test_asking_beyond_the_end_of_a_text_leaves_the_state_unchanged(tokenizer, s
 
 
 def test_every_end_of_the_request_that_is_no_text_may_end_a_text():
-    fast = PreTrainedTokenizerFast(tokenizer_object=train_bpe(["ab"], 257)._fast, eos_token="<|endoftext|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|other|>", "<|im_end|>"]})
-    tokenizer = Tokenizer(fast)
+    fast = train_bpe(["ab"], 257)._fast
+    fast.add_special_tokens(["<|other|>", "<|im_end|>"])
+    tokenizer = Tokenizer(fast, {"eos_token": "<|endoftext|>"})
     other, im_end, newline = 257, 258, tokenizer.encode("\n")[0]
     grammar = compile_constraint("regex", "(.|\n)", tokenizer)
     constraint = grammar.constraint(320, (im_end, newline, tokenizer.eos_id, 999))

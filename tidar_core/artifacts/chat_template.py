@@ -23,7 +23,15 @@ from tidar_core.artifacts import locations
 from tidar_core.artifacts.template_habits import DEVELOPER, Habits, habits_of
 from tidar_core.errors import RequestError, TokenizerError
 
-__all__ = ["ChatTemplate", "load_chat_template"]
+__all__ = [
+    "TEMPLATE_FILE",
+    "TEMPLATE_FOLDER",
+    "ChatTemplate",
+    "content_of",
+    "load_chat_template",
+    "template_sources",
+    "tokenizer_config",
+]
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -51,22 +59,37 @@ def load_chat_template(folder: str | Path, *, instead: str | None = None) -> "Ch
     instead  location of a Jinja file that takes the place of all these
     """
     where = locations.local_copy(str(folder))
-    config = _json(where / "tokenizer_config.json")
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        given = {entry["name"]: entry["template"] for entry in given}
-    sources = {DEFAULT: given} if isinstance(given, str) else dict(given or {})
-    sources |= {file.stem: file.read_text(encoding="utf-8") for file in (where / TEMPLATE_FOLDER).glob("*.jinja")}
-    if (where / TEMPLATE_FILE).is_file():
-        sources[DEFAULT] = (where / TEMPLATE_FILE).read_text(encoding="utf-8")
+    sources = template_sources(where)
     if instead is not None:
         with locations.open_read(instead) as file:
             sources = {DEFAULT: file.read().decode()}
     if not sources:
         return None
-    named = _json(where / "special_tokens_map.json") | config
-    tokens = {name: _content(named[name]) for name in SPECIAL if named.get(name) is not None}
+    named = tokenizer_config(where)
+    tokens = {name: content_of(named[name]) for name in SPECIAL if named.get(name) is not None}
     return ChatTemplate(sources, tokens)
+
+
+def template_sources(folder: Path) -> dict[str, str]:
+    """The chat templates in a Hugging Face folder by name, as they are written there."""
+    given = tokenizer_config(folder).get("chat_template")
+    if isinstance(given, list):
+        given = {entry["name"]: entry["template"] for entry in given}
+    sources = {DEFAULT: given} if isinstance(given, str) else dict(given or {})
+    sources |= {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
+    if (folder / TEMPLATE_FILE).is_file():
+        sources[DEFAULT] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    return sources
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Settings of the tokenizer in a Hugging Face folder; empty where no file has any."""
+    return _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+
+
+def content_of(token: Any) -> str:
+    """A token as files name it: its text, or an object that holds it."""
+    return token if isinstance(token, str) else token["content"]
 
 
 class ChatTemplate:
@@ -237,8 +260,3 @@ def _tojson(
 
 def _json(path: Path) -> dict[str, Any]:
     return locations.read_json(str(path)) if path.is_file() else {}
-
-
-def _content(token: Any) -> str:
-    """A token as files name it: its text, or an object that holds it."""
-    return token if isinstance(token, str) else token["content"]

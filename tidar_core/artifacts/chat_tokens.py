@@ -89,19 +89,22 @@ class SpecialNames:
             return [self.hidden(item) for item in value]
         return value
 
-    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        """Ids of a rendered text: the names in it are the template's own, and tokens."""
-        if not self._used:
+    def encode(self, text: str, tokenizer: Tokenizer, *, before: str = "") -> list[int]:
+        """Ids of a rendered text: the names in it are the template's own, and tokens.
+
+        before  the rendered text that stands before it, where it is a part; no token reaches over that border
+        """
+        if not self._used and not before:
             return tokenizer.encode_spoken(text)
-        assert self._names is not None
         ids: list[int] = []
         plain_from = 0
-        for name in [*self._names.finditer(text), None]:
-            plain = text[plain_from : name.start() if name else len(text)]
-            ids += tokenizer.encode("".join(self._name_of.get(sign, sign) for sign in plain))
+        for name in [*(self._names.finditer(text) if self._names else ()), None]:
+            plain_to = name.start() if name else len(text)
+            plain = "".join(self._name_of.get(sign, sign) for sign in text[plain_from:plain_to])
+            ids += tokenizer.encode_part(plain, before=before, after=name[0] if name else "")
             if name is not None:
                 ids.append(tokenizer.special_ids[name[0]])
-                plain_from = name.end()
+                before, plain_from = name[0], name.end()
         return ids
 
     def _hide(self, name: re.Match[str]) -> str:

@@ -5,10 +5,15 @@ depends on the text alone: not on the tokens it came in, nor on how many of them
 as soon as no stop string can begin in it, and no sooner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-__all__ = ["StopStrings"]
+__all__ = ["StopStrings", "stop_tokens"]
+
+
+def stop_tokens(strings: Sequence[str], special_ids: Mapping[str, int]) -> dict[int, str]:
+    """Special tokens whose names are stop strings: the tokens end a text too, for most texts do not show such names."""
+    return {special_ids[string]: string for string in strings if string in special_ids}
 
 
 class StopStrings:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_apps.stop_strings import StopStrings
+from tidar_core.stop_strings import StopStrings
 
 LETTERS = st.text(alphabet="ab🎉", min_size=1, max_size=12)
 
