@@ -265,19 +265,17 @@ class BatchLoop:
         self.pace.count(tokens, seconds)
 
     def _end_affected(self, error: Exception) -> None:
-        """Fail every request that had begun; those that wait go on, in their order."""
-        decoder = self._batcher.decoder
-        begun = {*decoder.running, *decoder.arriving[:1]}
-        waiting = []
-        for request_id, caller in self._callers.items():
-            if self._batcher.abort(request_id) and request_id not in begun:
-                waiting.append(caller)
-            else:
-                caller.tell(TidarError(f"the decoder failed on this request's batch: {type(error).__name__}"))
-        self._callers = {}
-        for caller in waiting:
-            self._batcher.submit(caller.request)
-            self._callers[caller.request.request_id] = caller
+        """Fail every request that held a row or pages; the others go on where they were, a preempted text included."""
+        batcher = self._batcher
+        left = batcher.drop_begun()
+        if left.issuperset(self._callers):  # it was no forward that failed: the same would fail again
+            for request_id in batcher.decoder.arriving or tuple(left):
+                batcher.abort(request_id)
+                left.discard(request_id)
+        failed = [caller for request_id, caller in self._callers.items() if request_id not in left]
+        self._callers = {request_id: caller for request_id, caller in self._callers.items() if request_id in left}
+        for caller in failed:
+            caller.tell(TidarError(f"the decoder failed on this request's batch: {type(error).__name__}"))
 
     def _end_all(self) -> None:
         """Nobody waits for a thread that has ended."""

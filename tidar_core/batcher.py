@@ -64,6 +64,13 @@ class Batcher:
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
         return len(self._waiting) < before or self.decoder.abort(request_id)
 
+    def drop_begun(self) -> set[str]:
+        """Drop the requests that hold a row or pages, as after a forward that failed; ids of those that go on."""
+        self.decoder.drop_begun()
+        left = {*self.decoder.arriving, *(request.request_id for request in self._waiting)}
+        self._plain &= left
+        return left
+
     def advance(self) -> list[DecodeStep]:
         """One forward for all that run, then a chunk of the prompts of those who join."""
         steps: list[DecodeStep] = []

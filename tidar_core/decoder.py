@@ -30,7 +30,7 @@ from tidar_core.pages import Holding, PagePool, page_count
 from tidar_core.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.request import DecodeStep, Request, check_request
 from tidar_core.row_state import RowState
-from tidar_core.rules import Rules
+from tidar_core.rules import Rules, adjusting
 from tidar_core.sampling import SamplingTensors
 from tidar_core.sequence import Sequence
 from tidar_core.step import Outcome, Stepper
@@ -175,8 +175,9 @@ class Decoder:
         if any(sequence.request.sampling.beta < 1 for sequence in self._running):
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
         batch, used_pages = len(self._running), page_count(self.context, self.pool.page_len)
-        ruled = [row for row, sequence in enumerate(self._running) if sequence.rules is not None]
-        outcome = self._launch(batch, plan, used_pages, self._adjusting(ruled, plan) if ruled else None)
+        ruled = {row: sequence.rules for row, sequence in enumerate(self._running) if sequence.rules is not None}
+        adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len]) if ruled else None
+        outcome = self._launch(batch, plan, used_pages, adjust)
         blocks, logits = blocks_after(plan, self.draft.block_len), outcome.ar_logits
         steps = []
         for row, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
@@ -199,6 +200,16 @@ class Decoder:
             return False
         self._release(self.running.index(request_id))
         return True
+
+    def drop_begun(self) -> None:
+        """Drop the requests that hold a row or pages, as after a forward that failed.
+
+        A request that holds neither goes on where it is, be it new or preempted: its tokens and rules are the host's,
+        and the forwards of others do not touch them.
+        """
+        reading = [sequence.request.request_id for sequence in self._arriving if sequence.holding.pages]
+        for request_id in (*self.running, *reading):
+            self.abort(request_id)
 
     def redraft(self, request_id: str, tokens: list[int]) -> None:
         """Replace the pending drafts d_2..d_K of a request, as if the model had proposed them outright.
@@ -250,7 +261,8 @@ class Decoder:
             return False
         sequence.read = sequence.holding.full * self.pool.page_len
         self.shared_tokens += sequence.read
-        sequence.cached = sequence.cached if sequence.emitted else sequence.read
+        if sequence.cached is None:  # later, what it has read itself is among it
+            sequence.cached = sequence.read
         return True
 
     def _read(self, sequence: Sequence, plan: StepPlan) -> Tensor:
@@ -297,20 +309,6 @@ class Decoder:
             self._draft_within_rules(row, hidden[0], block)
         return step
 
-    def _adjusting(self, ruled: list[int], plan: StepPlan) -> Callable[[Tensor], Tensor]:
-        """What the rules of the running requests make of the target logits [B, C, V]."""
-        drafts = self._state.draft[: len(self._running), 1 : plan.clean_len].tolist()
-
-        def adjust(logits_BCV: Tensor) -> Tensor:
-            logits_BCV = logits_BCV.clone()  # those of the AR mode stay what log-probabilities are taken from
-            for row in ruled:
-                rules = self._running[row].rules
-                assert rules is not None
-                logits_BCV[row] = rules.adjust(logits_BCV[row], drafts[row])
-            return logits_BCV
-
-        return adjust
-
     def _draft_within_rules(self, row: int, hidden_RE: Tensor, block: NextBlock) -> None:
         """Draft anew what the rules of a request allow, from the masks that drafted its block."""
         sequence = self._running[row]
@@ -339,8 +337,8 @@ class Decoder:
                 if len(sequence.holding.pages) > held:
                     self._state.give_pages(row, held, sequence.holding.pages[held:])
                 row += 1
-            elif self._arriving and self._arriving[0].holding.pages:
-                self._drop_pages(self._arriving[0])
+            elif reading := [arriving for arriving in self._arriving if arriving.holding.pages]:
+                self._drop_pages(reading[0])
             else:
                 youngest = max(self._running, key=lambda running: running.arrival)
                 self._release(self._running.index(youngest))

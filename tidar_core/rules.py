@@ -18,7 +18,7 @@ falls is never read. So adjusting many rows at once equals adjusting one token a
 Shape letters: C clean rows (`modes`), R mask rows, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import RequestError
 
-__all__ = ["Constraint", "Rules", "check"]
+__all__ = ["Constraint", "Rules", "adjusting", "check"]
 
 
 class Constraint(Protocol):
@@ -191,6 +191,23 @@ class Rules:
             logits_CV = torch.where(said_CV | self._prompted_V, repeated_CV, logits_CV)
         logits_CV = logits_CV - self._sampling.frequency_penalty * count_CV
         return logits_CV - self._sampling.presence_penalty * said_CV
+
+
+def adjusting(ruled: Mapping[int, Rules], drafts_BC: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that gives the target logits [B, C, V] of a batch anew, those of some of its rows adjusted.
+
+    ruled      rules by row
+    drafts_BC  the drafts that the step reads behind each d_1
+    """
+    drafts = drafts_BC.tolist()
+
+    def adjust(logits_BCV: Tensor) -> Tensor:
+        logits_BCV = logits_BCV.clone()  # those of the AR mode stay what log-probabilities are taken from
+        for row, rules in ruled.items():
+            logits_BCV[row] = rules.adjust(logits_BCV[row], drafts[row])
+        return logits_BCV
+
+    return adjust
 
 
 def _penalises(sampling: SamplingConfig) -> bool:

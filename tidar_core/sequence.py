@@ -28,8 +28,8 @@ class Sequence:
     late: int = 0
     """Which mask of its block predicted d_1's place."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    cached: int = 0
-    """Tokens of the prompt that were not read, for they were in the cache already."""
+    cached: int | None = None
+    """Tokens of the prompt that were in the cache already when it was first to be read; None before."""
 
     @property
     def emitted(self) -> int:
@@ -53,7 +53,7 @@ class Sequence:
             self.rules.commit(tokens)
         ended = "length" if self.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
-        late, cached = (self.late, 0) if verified else (0, self.cached)
+        late, cached = (self.late, 0) if verified else (0, self.cached or 0)
         return DecodeStep(
             self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late=late, cached=cached
         )

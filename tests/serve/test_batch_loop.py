@@ -222,13 +222,13 @@ def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_firs
     watch = Stopwatch()
 
     async def lists():
-        return [steps async for steps in hour.steps(request("a", max_tokens=40), watch=watch) if steps]
+        return [steps async for steps in hour.steps(request("a", max_tokens=400), watch=watch) if steps]
 
     first, rest = asyncio.run(lists())
     hour.stop()
     assert len(first[0].token_ids) == 1
     told = tuple(token for step in [*first, *rest] for token in step.token_ids)
-    assert told == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=40).sampling)
+    assert told == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=400).sampling)
     assert rest[-1].finish_reason == "length"
     lap = watch.lap
     assert lap is not None
