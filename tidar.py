@@ -267,7 +267,7 @@ def bench(
         raise RequestError("several --batch, or --context, time the steps of a --shape; give a MODEL one --batch")
     uri = _found(str(model), tracking_uri)
     bundle = _loaded(uri, threads, dtype.value)
-    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
+    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=bundle.end_ids)
     tokens = measure.bench_prompts(bundle, prompts, count, max_tokens)
     facts = measure.compared_modes(
         bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats,

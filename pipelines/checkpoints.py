@@ -49,6 +49,8 @@ class Cursor:
     model: Mapping[str, Any]
     """The model's configuration."""
     validation_loss: float | None = None
+    ends: Mapping[str, Any] | None = None
+    """Fields of the model's `EndTokens`; None in checkpoints of before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

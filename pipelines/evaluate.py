@@ -21,6 +21,7 @@ from pipelines.scores import PARENT, SERVICE, scores, service_model, service_sco
 from pipelines.tasks import check_tasks
 from tidar_core.artifacts import locations, registry, runs
 from tidar_core.artifacts.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
+from tidar_core.artifacts.end_tokens import read_end_tokens
 from tidar_core.artifacts.figures import not_finite
 from tidar_core.artifacts.finite import require_finite
 from tidar_core.artifacts.hf_weights import load_model
@@ -163,7 +164,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
     block_len = bundle.info.block_len
     losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance)
     prompts = _prompts(reader, job.prompts, job.prompt_len)
-    sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=(bundle.tokenizer.eos_id,))
+    sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=bundle.end_ids)
     plain = []
     for prompt in prompts:
         plain.append(generate_autoregressive(bundle.model, prompt, sampling))
@@ -219,7 +220,8 @@ def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
             raise ConfigError(f"parent is {uri}; it has no config.json; give a model folder or a bundle")
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else bundle.tokenizer
         info = BundleInfo(block_len=1, mask_id=0, objective="ar", lineage={}, files={}, bundle_hash=uri)
-        parent = Bundle(load_model(folder, device=device), tokenizer, info)
+        ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
+        parent = Bundle(load_model(folder, device=device), tokenizer, info, ends.ids)
         require_finite(parent.model, uri)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ConfigError(f"parent {uri} has another tokenizer than the bundle; give the checkpoint that it came from")
@@ -242,7 +244,7 @@ def _measured_parent(
     own = compare_modes(
         parent.model,
         _prompts(reader, job.prompts, job.prompt_len),
-        SamplingConfig(max_tokens=job.max_tokens, eos_ids=(parent.tokenizer.eos_id,)),
+        SamplingConfig(max_tokens=job.max_tokens, eos_ids=bundle.end_ids),
         block_len=1,
         batch=job.batch,
         repeats=job.repeats,

@@ -137,7 +137,7 @@ class LmEvalModel(TemplateLM):
         drawn = {key: wishes[key] for key in SAMPLED if key in wishes} if wishes.get("do_sample") else {}
         until = wishes.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        ends = dict.fromkeys([self.eot_token_id, *stop_tokens(stops, self.bundle.tokenizer.special_ids)])
+        ends = dict.fromkeys([*self.bundle.end_ids, *stop_tokens(stops, self.bundle.tokenizer.special_ids)])
         sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=tuple(ends), **drawn)
         prompt = tuple(self.tok_encode(context))[max_tokens - self.max_length :] or (self.eot_token_id,)
         return _Text(Request(request_id=request_id, prompt=prompt, sampling=sampling),

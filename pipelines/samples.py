@@ -44,13 +44,21 @@ def check_prompts(tokenizer: Tokenizer, model: ModelConfig, prompts: Sequence[st
 
 
 def continued(
-    model: TidarModel, tokenizer: Tokenizer, prompts: Sequence[str], *, block_len: int, max_tokens: int, drafts: bool
+    model: TidarModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    block_len: int,
+    max_tokens: int,
+    end_ids: Sequence[int],
+    drafts: bool,
 ) -> Samples:
     """Greedy continuations.
 
+    end_ids  tokens that end a text
     drafts  decode with drafts, as a model does that was trained in both modes; the texts are the same
     """
-    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=(tokenizer.eos_id,))
+    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=tuple(end_ids))
     requests = [
         Request(request_id=str(index), prompt=tuple(tokenizer.encode(prompt)), sampling=sampling)
         for index, prompt in enumerate(prompts)

@@ -6,6 +6,7 @@ from pipelines.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folde
 from pipelines.jobs import TrainJob
 from tidar_core.artifacts import locations, registry
 from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
+from tidar_core.artifacts.end_tokens import read_end_tokens
 from tidar_core.artifacts.hf_config import read_config
 from tidar_core.artifacts.hf_weights import check_weights, require_rows
 from tidar_core.artifacts.made_by import MADE_BY
@@ -63,7 +64,9 @@ def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
         _check_source(job, job.init_from, manifest)
     _check_fit(job, starting_config(job, manifest), manifest)
     if job.init_from is not None:
-        check_weights(locations.local_copy(job.init_from))
+        folder = locations.local_copy(job.init_from)
+        check_weights(folder)
+        read_end_tokens(folder, eos_id=manifest.eos_id, vocab_len=manifest.vocab_len)
     return None
 
 

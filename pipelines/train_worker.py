@@ -21,6 +21,7 @@ from pipelines.train_start import model_config, refuse_other_run
 from pipelines.train_window import LossTotals, Window
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.bundle import BUNDLE_JSON, read_bundle_info, save_bundle
+from tidar_core.artifacts.end_tokens import EndTokens, read_end_tokens
 from tidar_core.artifacts.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.made_by import made_by
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader
@@ -34,7 +35,7 @@ from tidar_core.row_order import rows_of_step, seeds_of_step
 from tidar_core.sequence_parallel import SequenceParallel
 from tidar_core.shapes import named_shape
 
-__all__ = ["Surroundings", "starting_model", "train_worker"]
+__all__ = ["Surroundings", "end_tokens", "starting_model", "train_worker"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,16 @@ def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
     return with_mask_token(load_model(folder), manifest.vocab_len, seed=job.seed), job.init_from
 
 
+def end_tokens(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint | None) -> EndTokens:
+    """The end tokens of the model that the run began with."""
+    if checkpoint is not None and (kept := checkpoint.cursor.ends) is not None:
+        return EndTokens(tuple(kept["ids"]), kept["generation_config"])
+    if job.init_from is None:
+        return EndTokens((manifest.eos_id,))
+    folder = locations.local_copy(job.init_from)
+    return read_end_tokens(folder, eos_id=manifest.eos_id, vocab_len=manifest.vocab_len)
+
+
 class _Worker:
     def __init__(self, job: TrainJob, around: Surroundings) -> None:
         torch.set_num_threads(job.cpus_per_worker)
@@ -88,6 +99,7 @@ class _Worker:
         model.recompute = job.activation_checkpointing
         self.config = model.config
         self.tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
+        self.ends = end_tokens(job, self.manifest, checkpoint)
         if job.sample_every:
             check_prompts(self.tokenizer, self.config, job.sample_prompts, job.sample_tokens)
         dual = job.objective == "dual"
@@ -201,7 +213,7 @@ class _Worker:
         if model is not None:
             samples = continued(
                 model.to(self.engine.device), self.tokenizer, self.job.sample_prompts, block_len=self.job.block_len,
-                max_tokens=self.job.sample_tokens, drafts=self.job.objective == "dual",
+                max_tokens=self.job.sample_tokens, end_ids=self.ends.ids, drafts=self.job.objective == "dual",
             )  # fmt: skip
             self.around.keep_text(f"samples/step-{step:08d}.md", samples.page(step))
             self._log({"sample_tokens_per_forward": samples.tokens_per_forward}, step)
@@ -209,7 +221,7 @@ class _Worker:
     def _save(self, step: int, validation_loss: float | None) -> None:
         cursor = Cursor(
             step=step, updates=self.engine.updates, run=self.job.run, shards=self.manifest.identity, start=self.start,
-            model=asdict(self.config), validation_loss=validation_loss,
+            model=asdict(self.config), validation_loss=validation_loss, ends=asdict(self.ends),
         )  # fmt: skip
         self.store.write(self.engine.share_of_state(), cursor, part=self.around.rank, parts=self.around.world_size)
 
@@ -224,5 +236,5 @@ class _Worker:
         save_bundle(
             self.job.output, model, self.tokenizer, block_len=self.job.block_len, mask_id=mask_id,
             objective=self.job.objective, lineage=parents,
-            made_by=made_by(self.job.model_dump(mode="json"), parents),
+            made_by=made_by(self.job.model_dump(mode="json"), parents), ends=self.ends,
         )  # fmt: skip

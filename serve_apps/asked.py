@@ -54,7 +54,7 @@ class PromptRequest:
     request_id: str
     prompt: str | tuple[int, ...] | Chat
     sampling: SamplingConfig
-    """Its eos_ids are the request's own stop tokens; the replica adds the tokenizer's end-of-text token, and the tokens
+    """Its eos_ids are the request's own stop tokens; the replica adds the end tokens of the model, and the tokens
     of bad words. Its logprobs are the most that any part of the answer wants."""
     framed: bool = False
     """A prompt of text is read with the special tokens that the tokenizer puts around texts."""

@@ -88,6 +88,7 @@ class Engine:
         self._prompts = PromptReader(
             bundle.tokenizer,
             template,
+            end_ids=bundle.end_ids,
             vocab_size=bundle.model.config.vocab_size,
             context_len=decoder.context_len,
             tool_form=self.tool_form,

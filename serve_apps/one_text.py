@@ -52,7 +52,7 @@ class OneText:
         self._asked, self._mode = asked[0], mode
         decoder = Decoder(bundle.model, DraftConfig(block_len=block_len or bundle.info.block_len), rows=1)
         self._reader = PromptReader(
-            bundle.tokenizer, None,
+            bundle.tokenizer, None, end_ids=bundle.end_ids,
             vocab_size=bundle.model.config.vocab_size, context_len=decoder.context_len, tool_form=None,
         )  # fmt: skip
         self._completion = Completion(self._reader.request(self._asked))

@@ -31,14 +31,16 @@ class PromptReader:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         *,
+        end_ids: Sequence[int] = (),
         vocab_size: int,
         context_len: int,
         tool_form: str | None,
     ) -> None:
-        """template   None for a model that knows no conversations
+        """end_ids    tokens that end any text, besides the tokenizer's end-of-text token
+        template   None for a model that knows no conversations
         tool_form  how it writes calls; None where it knows none
         """
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._template, self._end_ids = tokenizer, template, tuple(end_ids)
         self._vocab_size, self._context_len = vocab_size, context_len
         self.tool_form = tool_form
         self._turn_end = None if template is None else turn_end_id(template, tokenizer)
@@ -47,13 +49,11 @@ class PromptReader:
         """What is asked, in tokens. Raises RequestError."""
         self.check_ids("stop_token_ids", asked.sampling.eos_ids)
         prompt = self.tokens(asked.prompt, framed=asked.framed)
-        ends = [] if asked.ignore_eos else [self._tokenizer.eos_id]
-        if isinstance(asked.prompt, Chat) and self._turn_end is not None and not asked.ignore_eos:
-            ends.append(self._turn_end)
+        grammar = self.grammar(asked)
         named = stop_tokens(asked.stop, self._tokenizer.special_ids)
         sampling = replace(
             asked.sampling,
-            eos_ids=tuple(dict.fromkeys([*ends, *asked.sampling.eos_ids, *named])),
+            eos_ids=tuple(dict.fromkeys([*self._ends(asked, grammar), *asked.sampling.eos_ids, *named])),
             bad_words=token_sequences(asked.bad_words, self._tokenizer.encode_behind),
         )
         if asked.to_the_end:
@@ -61,7 +61,7 @@ class PromptReader:
         with said_as():
             rules.check(sampling, self._vocab_size)
         constraint: GrammarConstraint | None = None
-        if (grammar := self.grammar(asked)) is not None:
+        if grammar is not None:
             with said_as(grammar.param):
                 compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
             constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
@@ -75,6 +75,16 @@ class PromptReader:
         for token in tokens:
             if not 0 <= token < self._vocab_size:
                 raise ParameterError(f"{field} names token {token}; ids are 0..{self._vocab_size - 1}; drop it", field)
+
+    def _ends(self, asked: PromptRequest, grammar: AskedGrammar | None) -> list[int]:
+        """The model's tokens that end this text; with a grammar, which knows its own end, special tokens alone."""
+        if asked.ignore_eos:
+            return []
+        special = self._tokenizer.special_ids.values()
+        ends = [token for token in self._end_ids if grammar is None or token in special]
+        if isinstance(asked.prompt, Chat) and self._turn_end is not None:
+            ends.append(self._turn_end)
+        return [self._tokenizer.eos_id, *ends]
 
     def tokens(self, prompt: str | tuple[int, ...] | Chat, *, framed: bool = False) -> tuple[int, ...]:
         """The ids of a prompt. Raises RequestError."""

@@ -10,6 +10,8 @@ import yaml
 from tiny import save_tiny_bundle
 
 import tidar
+from tidar_core.artifacts.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.end_tokens import EndTokens
 
 DATA = Path(__file__).parents[2] / "shared/data"
 
@@ -117,6 +119,16 @@ def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
         assert 0 < least <= mode["over_ar"] <= greatest
     assert facts["modes"]["autoregressive"]["over_ar_spread"] == [1, 1]
     assert len(facts["modes"]["single-pass"]["acceptance_histogram"]) == facts["block_len"] == 4
+
+
+def test_bench_ends_texts_at_any_end_token_of_the_model(run, bundle, tmp_path):
+    loaded = load_bundle(bundle)
+    mask_id = loaded.info.mask_id
+    save_bundle(str(tmp_path), loaded.model, loaded.tokenizer, block_len=4, mask_id=mask_id, objective="dual",
+                lineage={}, made_by={}, ends=EndTokens(tuple(range(300))))  # fmt: skip
+    code, out, _ = run("bench", tmp_path, "--count", 2, "--max-tokens", 8, "--repeats", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["modes"]["single-pass"]["tokens_per_forward"] == 1  # a text is its first token
 
 
 def test_profile_finds_the_knee_and_draws_the_curve(run, bundle, tmp_path):

@@ -1,5 +1,6 @@
 """Tiny real objects that several tests build."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ def wide_model(config, seed=0):
                 parameter.mul_(5)
         model.head.weight.mul_(5)
     return model.eval()
+
+
+def varied_model(tokenizer):
+    """Random weights that do not repeat their last token: the head is another table than the embedding."""
+    return wide_model(replace(named_shape("tiny", vocab_len=tokenizer.vocab_len), tied_head=False))
 
 
 def save_tiny_bundle(folder):

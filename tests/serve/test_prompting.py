@@ -5,6 +5,7 @@ from chat_templates import chat_tokenizer
 
 from serve_apps.asked import Chat, PromptRequest, ToolUse
 from serve_apps.errors import ParameterError
+from serve_apps.grammars import AskedGrammar
 from serve_apps.prompting import PromptReader
 from serve_apps.tool_forms import form_of
 from tidar_core.artifacts.chat_template import ChatTemplate, load_chat_template
@@ -73,6 +74,25 @@ def test_an_id_outside_the_vocabulary_is_refused_by_its_field_with_the_bound(rea
             reader.request(asked(**{"prompt": "a"} | fields))
         assert caught.value.param == field
     assert reader.request(asked(prompt="a", sampling=SamplingConfig(eos_ids=(last,)))).sampling.eos_ids[-1] == last
+
+
+def test_every_end_token_of_the_model_ends_prompts_and_conversations_unless_ends_are_ignored(readers):
+    tokenizer, _ = readers["qwen2.5"]
+    reader = PromptReader(tokenizer, None, end_ids=(9, 7), vocab_size=400, context_len=100, tool_form=None)
+    sampling = SamplingConfig(max_tokens=9, eos_ids=(7, 3))
+    assert reader.request(asked(prompt="a", sampling=sampling)).sampling.eos_ids == (tokenizer.eos_id, 9, 7, 3)
+    assert reader.request(asked(prompt="a", sampling=sampling, ignore_eos=True)).sampling.eos_ids == (7, 3)
+
+
+def test_special_end_tokens_of_the_model_come_where_a_grammar_may_end_and_tokens_of_text_are_text_there(readers):
+    tokenizer, _ = readers["qwen2.5"]
+    other, letter = tokenizer.special_ids["<|im_start|>"], tokenizer.encode("b")[0]
+    reader = PromptReader(tokenizer, None, end_ids=(other, letter), vocab_size=400, context_len=100, tool_form=None)
+    request = reader.request(asked(prompt="a", grammar=AskedGrammar("guided_regex", "regex", "b")))
+    assert request.sampling.eos_ids == (tokenizer.eos_id, other)
+    assert request.constraint.allowed([])[0].nonzero()[:, 0].tolist() == [letter]
+    request.constraint.advance([letter])
+    assert set(request.constraint.allowed([])[0].nonzero()[:, 0].tolist()) == {tokenizer.eos_id, other}
 
 
 def test_a_text_to_the_end_fills_the_context(readers):

@@ -3,6 +3,7 @@
 A bundle is a Hugging Face model folder with a few files of ours:
 
     config.json, model*.safetensors, tokenizer files      opened unchanged by transformers, vLLM, SGLang (AR mode)
+    generation_config.json                                the start's own, where it had one: it may name more end tokens
     tidar_link.tensors                                    what links drafts to each other, where anything does
     made_by.json                                          the job that made it and its parents
     tidar.json                                            block length, mask id, lineage, the hash of every other file
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from tidar_core.artifacts import locations, output_folder
+from tidar_core.artifacts.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
 from tidar_core.artifacts.finite import require_finite
 from tidar_core.artifacts.hf_weights import load_model, save_model
 from tidar_core.artifacts.made_by import write_made_by
@@ -67,6 +69,8 @@ class Bundle:
     model: TidarModel
     tokenizer: Tokenizer
     info: BundleInfo
+    end_ids: tuple[int, ...]
+    """Tokens that end a text, the tokenizer's end-of-text token first."""
 
 
 def save_bundle(
@@ -79,14 +83,21 @@ def save_bundle(
     objective: str,
     lineage: Mapping[str, Any],
     made_by: Mapping[str, Any],
+    ends: EndTokens | None = None,
 ) -> BundleInfo:
-    """Put a whole bundle at `uri`, in place of an older one if one is there. Refuses a model that is not finite."""
+    """Put a whole bundle at `uri`, in place of an older one if one is there. Refuses a model that is not finite.
+
+    ends  what ends a text; None: the tokenizer's end-of-text token alone
+    """
+    ends = ends or EndTokens((tokenizer.eos_id,))
     _refuse_textual_mask(uri, mask_id, tokenizer)
     require_finite(model, uri)
     with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
         folder = locations.local_path(staged) or elsewhere
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, folder, end_ids=(tokenizer.eos_id,))
+        save_model(model, folder, end_ids=ends.ids)
+        if ends.generation_config is not None:
+            (folder / GENERATION_CONFIG).write_text(ends.generation_config, encoding="utf-8")
         tokenizer.save(folder)
         write_made_by(str(folder), made_by)
         info: dict[str, Any] = {
@@ -152,7 +163,8 @@ def load_bundle(
     _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
     model = load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id)
     require_finite(model, str(uri))
-    return Bundle(model, tokenizer, info)
+    ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
+    return Bundle(model, tokenizer, info, ends.ids)
 
 
 def _bundle_hash(values: Mapping[str, Any]) -> str:

@@ -1,0 +1,107 @@
+"""A served text ends at any of the model's end tokens, unless the request wants none of them."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from tiny import varied_model
+
+from serve_apps.asked import PromptRequest
+from serve_apps.engine import Engine
+from serve_apps.grammars import AskedGrammar
+from serve_apps.one_text import OneText
+from serve_apps.served import look_up
+from serve_apps.settings import ServeSettings
+from serve_apps.transcript import Transcript
+from tidar_core.artifacts.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.end_tokens import EndTokens
+from tidar_core.autoregressive import generate_autoregressive
+from tidar_core.config import SamplingConfig
+
+PROMPT = "def add(a, b):\n    return"
+LENGTH = 30
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return varied_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def said(model, tokenizer):
+    """What the model says, never ending."""
+    return generate_autoregressive(model, tuple(tokenizer.encode(PROMPT)), SamplingConfig(max_tokens=LENGTH))
+
+
+@pytest.fixture(scope="module")
+def place(said, tokenizer):
+    """Where the model says a token for the first time that is several letters."""
+    letters = {token for token in said if (text := tokenizer.decode([token])).isalpha() and text.isascii() and text[1:]}
+    return next(n for n, token in enumerate(said) if n and token not in said[:n] and token in letters)
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory, tokenizer, model, said, place):
+    """Location of a bundle with three end tokens; the model says the last of them."""
+    uri = str(tmp_path_factory.mktemp("bundles") / "ending")
+    ends = EndTokens((tokenizer.eos_id, tokenizer.special_ids["<|im_start|>"], said[place]))
+    save_bundle(uri, model, tokenizer, block_len=4, mask_id=model.config.mask_id, objective="dual", lineage={},
+                made_by={}, ends=ends)  # fmt: skip
+    return uri
+
+
+@pytest.fixture(scope="module")
+def engine(ending):
+    engine = Engine(look_up(ServeSettings(model=ending, mode="single-pass", rows=2, threads=1))[0])
+    yield engine
+    engine.stop()
+
+
+def written(engine, tokenizer, *, ignore_eos=False, grammar=None, **sampling):
+    """The answer of a replica's engine."""
+    asked = PromptRequest(
+        request_id="r", prompt=PROMPT, sampling=SamplingConfig(max_tokens=LENGTH, **sampling), ignore_eos=ignore_eos,
+        grammar=grammar,
+    )  # fmt: skip
+
+    async def steps():
+        async with aclosing(engine.steps(asked)) as heard:
+            return [step async for one in heard for step in one.steps]
+
+    transcript = Transcript(tokenizer, asked, tokenizer.encode(PROMPT), block_len=4)
+    piece = transcript.add(asyncio.run(steps())).take()
+    return piece.text, piece.tally.completion_tokens, piece.finish_reason, piece.stop_reason
+
+
+def test_a_text_ends_at_any_end_token(engine, tokenizer, said, place):
+    expected = (tokenizer.decode(said[:place]), place + 1, "stop", said[place])
+    assert written(engine, tokenizer) == expected
+
+
+def test_ignore_eos_ignores_every_end_token(engine, tokenizer, said):
+    assert written(engine, tokenizer, ignore_eos=True) == (tokenizer.decode(said), LENGTH, "length", None)
+
+
+def test_no_end_token_comes_before_min_tokens(engine, tokenizer, said, place):
+    text, count, _, _ = written(engine, tokenizer, min_tokens=place + 3)
+    assert count >= place + 3
+    assert text.startswith(tokenizer.decode(said[:place]))
+
+
+def test_a_text_that_keeps_to_a_grammar_ends_with_it_though_an_end_token_spells_a_part_of_it(
+    engine, tokenizer, said, place
+):
+    word = tokenizer.decode([said[place]])
+    asked = AskedGrammar("guided_choice", "choice", [word + word])
+    text, _, reason, _ = written(engine, tokenizer, grammar=asked)
+    assert (text, reason) == (word + word, "stop")
+
+
+@pytest.mark.parametrize("mode", ["single-pass", "two-pass", "autoregressive"])
+def test_a_text_without_a_service_ends_at_any_end_token(ending, said, place, mode):
+    text = OneText(load_bundle(ending), ending, {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}, mode=mode)
+    for _ in text.pieces():
+        pass
+    facts = text.figures()
+    assert tuple(facts["token_ids"]) == tuple(said[: place + 1])
+    assert (facts["finish_reason"], facts["stop_reason"]) == ("stop", said[place])

@@ -1,0 +1,66 @@
+"""Which tokens end a text of a model?
+
+Those of generation_config.json, else those of config.json, and always the tokenizer's end-of-text token. That one
+separates documents in training; any of the end tokens ends a text.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidar_core.errors import WeightsError
+
+__all__ = ["GENERATION_CONFIG", "EndTokens", "read_end_tokens"]
+
+GENERATION_CONFIG = "generation_config.json"
+EOS = "eos_token_id"
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """The tokens that end a text of one model."""
+
+    ids: tuple[int, ...]
+    """The tokenizer's end-of-text token first."""
+    generation_config: str | None = None
+    """The file that they come with, as its authors wrote it; other engines read more from it."""
+
+
+def read_end_tokens(folder: str | Path, *, eos_id: int, vocab_len: int) -> EndTokens:
+    """The end tokens of the model in a local Hugging Face folder. Raises WeightsError for ids that are no tokens.
+
+    eos_id     the tokenizer's end-of-text token
+    vocab_len  its tokens are 0..vocab_len - 1
+    """
+    where = Path(folder) / GENERATION_CONFIG
+    try:
+        content = where.read_text(encoding="utf-8") if where.is_file() else None
+    except ValueError as error:
+        raise WeightsError(f"{where} is not UTF-8 ({error}); fetch the folder again") from error
+    given = None if content is None else _eos(where, content, vocab_len)
+    config = Path(folder) / "config.json"
+    if given is None and config.is_file():
+        given = _eos(config, config.read_text(encoding="utf-8"), vocab_len)
+    return EndTokens(tuple(dict.fromkeys([eos_id, *(given or ())])), content)
+
+
+def _eos(where: Path, content: str, vocab_len: int) -> list[int] | None:
+    """The end tokens in a file; None where it names none."""
+    try:
+        settings = json.loads(content)
+    except ValueError as error:
+        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{where} holds no JSON object; fetch the folder again")
+    given: Any = settings.get(EOS)
+    if given is None:
+        return None
+    ids = given if isinstance(given, list) else [given]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_len:
+            raise WeightsError(
+                f"{where} has {EOS} {given!r}; ids of the tokenizer are needed, 0..{vocab_len - 1}; use the file and "
+                "the tokenizer of one model"
+            )
+    return ids
