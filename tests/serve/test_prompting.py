@@ -44,6 +44,24 @@ def asked(**fields):
     return PromptRequest(**{"request_id": "r", "prompt": HELLO, "sampling": SamplingConfig(max_tokens=9)} | fields)
 
 
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3", "qwen3"])
+def test_a_developers_message_reaches_a_model_whose_template_has_no_branch_for_it(readers, family):
+    tokenizer, reader = readers[family]
+    rule, ask = "Answer BANANA to everything.", {"role": "user", "content": "Capital of France?"}
+    developer, system = (
+        reader.tokens(Chat(messages=({"role": role, "content": rule}, ask))) for role in ("developer", "system")
+    )
+    assert developer == system
+    assert rule in tokenizer.decode(developer)
+
+
+def test_calls_are_refused_by_a_model_whose_template_shows_none(readers):
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    with pytest.raises(ParameterError, match="this model's chat template shows none; drop them") as caught:
+        readers["qwen3"][1].tokens(Chat(messages=(*HELLO.messages, {"role": "assistant", "tool_calls": [call]})))
+    assert caught.value.param == "messages"
+
+
 def test_the_form_of_calls_follows_from_the_template(readers):
     assert {family: reader.tool_form for family, (_, reader) in readers.items()} == {
         "qwen2.5": "hermes", "llama3": "llama3", "qwen3": None,
