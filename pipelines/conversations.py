@@ -7,15 +7,16 @@ ends, as in the service, and ends with all that the template puts after it: so t
 well. Everything else is read and not learned.
 
 Some templates write a turn differently once others follow: Qwen3's leaves out the thoughts of earlier turns. Each
-answer is learned after the history as the service would show it at that turn. Where the document so far does not begin
-that history, it ends, and another document begins with the whole history, read and not learned.
+answer is learned after the history as the service would show it at that turn, id for id. Where the document so far does
+not begin that history, it ends, and another document begins with the whole history, read and not learned.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from tidar_core.artifacts.chat_template import ChatTemplate
@@ -83,7 +84,8 @@ def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: To
     try:
         require_calls_shown(template, messages, tools)
         render = partial(template.render, tools=names.hidden(tools), strftime_now=_same_day)
-        documents = _documents([names.hidden(message) for message in messages], render)
+        seamless = partial(_seamless, names=names, tokenizer=tokenizer)
+        documents = _documents([names.hidden(message) for message in messages], render, seamless)
     except RequestError as error:
         raise CorpusError(str(error)) from error
     return [_segments(turns, names, tokenizer) for turns in documents]
@@ -114,8 +116,19 @@ def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
     return [*asked, {"role": ASSISTANT, "content": response}]
 
 
-def _documents(messages: Sequence[Mapping[str, Any]], render: Any) -> list[list[_Turn]]:
-    """The texts of a conversation: one where the template only ever adds to what it wrote, else as many as needed."""
+def _seamless(pieces: Sequence[str], names: SpecialNames, tokenizer: Tokenizer) -> bool:
+    """Whether the pieces of a text have the ids that the whole text has."""
+    parts = [names.encode(piece, tokenizer, before=before) for before, piece in pairwise(["", *pieces])]
+    return names.encode("".join(pieces), tokenizer) == [token for ids in parts for token in ids]
+
+
+def _documents(
+    messages: Sequence[Mapping[str, Any]], render: Callable[..., str], seamless: Callable[[Sequence[str]], bool]
+) -> list[list[_Turn]]:
+    """The texts of a conversation: one where the template only ever adds to what it wrote, else as many as needed.
+
+    seamless  whether an answer between two texts has the same ids as within the whole
+    """
     documents: list[list[_Turn]] = []
     written = ""
     for place, message in enumerate(messages):
@@ -127,7 +140,8 @@ def _documents(messages: Sequence[Mapping[str, Any]], render: Any) -> list[list[
                 f"messages.{place} is an answer that the chat template does not write behind its own generation "
                 "prompt, so it is not known what the model would have to write"
             )
-        if not documents or not asked.startswith(written):
+        goes_on = bool(documents) and asked.startswith(written)
+        if not goes_on or not seamless([turn.text for turn in documents[-1][-2:]] + [asked[len(written) :]]):
             documents.append([])
             written = ""
         documents[-1] += [_Turn(asked[len(written) :], trained=False), _Turn(answered[len(asked) :], trained=True)]

@@ -198,14 +198,17 @@ SPECIAL = {
 TURN_END = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>"}
 
 
-def tokenizer_with(template, *, special=("<|im_start|>", "<|im_end|>")):
+CODE = ("def f(x):\n    return x\n" * 20,)
+
+
+def tokenizer_with(template, *, special=("<|im_start|>", "<|im_end|>"), trained_on=CODE):
     """A small tokenizer with these special tokens and this chat template."""
-    plain = train_bpe(("def f(x):\n    return x\n" * 20,), 300)
+    plain = train_bpe(trained_on, 300)
     plain._fast.add_special_tokens(list(special))
     return Tokenizer(plain._fast, {"eos_token": "<|endoftext|>"}, {"default": template})
 
 
-def chat_tokenizer(family, *, vocab_size=300, trained_on=("def f(x):\n    return x\n" * 20,)):
+def chat_tokenizer(family, *, vocab_size=300, trained_on=CODE):
     """A small tokenizer with a family's special tokens and chat template; texts end with <|endoftext|>."""
     plain = train_bpe(trained_on, vocab_size)
     plain._fast.add_special_tokens(SPECIAL[family])

@@ -185,6 +185,21 @@ def test_each_answer_is_trained_after_the_history_as_the_service_would_show_it_a
     assert prompts == shown
 
 
+def test_an_answer_that_merges_with_its_prompt_once_both_are_history_is_trained_in_a_document_of_its_own():
+    source = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    tokenizer, template = tokenizer_with(source, trained_on=("a\n\nb\n\n\nc" * 50,)), ChatTemplate(source)
+    ask, plain = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    merging = {"role": "assistant", "content": "\n\nb"}
+    assert len(documents({"messages": [ask, plain, ask, plain]}, template, tokenizer)) == 1
+    first, second = documents({"messages": [ask, merging, ask, plain]}, template, tokenizer)
+    assert first[0].ids == encode_chat(template, tokenizer, [ask])
+    assert second[0].ids == encode_chat(template, tokenizer, [ask, merging, ask])
+    assert [said(segments, tokenizer, True) for segments in (first, second)] == [["\n\nb\n\n"], ["b\n\n"]]
+
+
 @pytest.mark.parametrize("source", [CHATML, HERMES, LLAMA3, GEMMA])
 def test_a_template_that_only_ever_adds_makes_one_text_of_a_conversation(source):
     tokenizer = tokenizer_with(source)
