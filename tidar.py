@@ -87,14 +87,14 @@ def quickstart(
 
     from pipelines.progress import stderr
     from pipelines.quickstart import MODEL_NAME, PROMPTS, flow
-    from serve_apps.app import check_port, shutdown
+    from serve_apps.app import check_place, shutdown
     from serve_apps.settings import ServeSettings
     from serve_apps.try_out import completions_over_http
 
     began = time.perf_counter()
     model = f"models:/{MODEL_NAME}@champion"
     settings = ServeSettings(model=model, port=port, num_cpus=1, threads=THREADS)
-    check_port(settings)
+    check_place(settings)
     try:
         river = flow(workdir, budget_seconds)
         stderr.print("[bold]6 serve[/] the champion and complete three prompts over HTTP")

@@ -2,15 +2,13 @@
 
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import ray
 from ray.exceptions import RayTaskError
 
 from tidar_core.artifacts.cluster_address import given_cluster
+from tidar_core.artifacts.muted import muted_stderr
 from tidar_core.errors import TidarError
 
 __all__ = ["connect", "disconnect", "known_tasks", "original_error"]
@@ -34,7 +32,7 @@ def connect(cpus: int | None = None) -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with given_cluster() as address, warnings.catch_warnings(), _core_unheard():
+    with given_cluster() as address, warnings.catch_warnings(), muted_stderr():
         warnings.simplefilter("ignore")  # Ray's own deprecations, none of which a user of ours can act on
         if address is not None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -75,20 +73,3 @@ def original_error(error: BaseException) -> BaseException:
         inner = getattr(current, "cause", None)
         current = inner if isinstance(inner, BaseException) else current.__cause__
     return error
-
-
-@contextmanager
-def _core_unheard() -> Iterator[None]:
-    """Ray's C++ core tells standard error that it obeys RAY_BACKEND_LOG_LEVEL, and no setting stops it.
-
-    What goes wrong in here is raised in Python, so nothing else is lost.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -7,9 +7,10 @@ it falls short. Nothing is kept here that the registry and the replicas do not k
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 from serve_apps.answers import ModelCard
 from serve_apps.served import Served, Target, look_up
@@ -30,6 +31,7 @@ STEPS = {
 }
 """What may happen in a model's life, as it is counted."""
 
+Found = TypeVar("Found")
 Tell = Callable[[Target], Awaitable[Sequence[VersionReport]]]
 
 logger = logging.getLogger("ray.serve")
@@ -55,13 +57,13 @@ class AliasWatch:
         """Failures that have been logged and go on."""
 
     async def ask(self) -> None:
-        """Find out what is to be served by now."""
+        """Find out what is to be served by now. A lookup that fails keeps no other from its work."""
         self._failures = set()
-        try:
-            await self._withdraw()
-            await self._ask_registry()
-        except TidarError as error:
-            self._failures.add(("lookup_failed", str(error)))
+        await self._tried(self._withdraw())
+        named = await self._tried(asyncio.to_thread(registry.aliases, self.settings.tracking_uri, self._name))
+        if named is not None:
+            await self._tried(self._follow_champion(named))
+            await self._tried(self._follow_challenger(named))
 
     async def tell(self, tell: Tell) -> None:
         """Tell the replicas, and judge the challenger by what they say.
@@ -83,20 +85,31 @@ class AliasWatch:
             with suppress(TidarError):  # asked again before the next look, which says so
                 await self._withdraw()
 
-    async def _ask_registry(self) -> None:
-        """Make the target what the aliases name. Raises TidarError, with the target as far as it was understood."""
-        settings, target = self.settings, self.target
-        named = await asyncio.to_thread(registry.aliases, settings.tracking_uri, self._name)
-        if (version := named.get(self._alias)) not in (None, target.champion.version):
-            champion, self.card = await self._found(version)
-            self._step("champion_changed", f"version {champion.label} after {target.champion.label}")
-            self.target = replace(target, champion=champion)
-        if settings.challenger is not None:
-            version = named.get(settings.challenger.alias)
-            failed = self._withdrawn is not None and version == self._withdrawn[0]
-            await self._try_out(None if failed or version == named.get(self._alias) else version)
-        if self._alias not in named:
+    async def _tried(self, lookup: Awaitable[Found]) -> Found | None:
+        """The result of a lookup; None, and a failure to be logged, where it raises TidarError."""
+        try:
+            return await lookup
+        except TidarError as error:
+            self._failures.add(("lookup_failed", str(error)))
+            return None
+
+    async def _follow_champion(self, named: Mapping[str, int]) -> None:
+        """Make the champion what its alias names. Raises TidarError, with the target as it was."""
+        if (version := named.get(self._alias)) is None:
             raise TidarError(f"model {self._name} has no alias {self._alias!r} any more; tidar promote sets it again")
+        if version == self.target.champion.version:
+            return
+        champion, self.card = await self._found(version)
+        self._step("champion_changed", f"version {champion.label} after {self.target.champion.label}")
+        self.target = replace(self.target, champion=champion)
+
+    async def _follow_challenger(self, named: Mapping[str, int]) -> None:
+        """Make the challenger what its alias names. Raises TidarError, with the target as it was."""
+        if self.settings.challenger is None:
+            return
+        version = named.get(self.settings.challenger.alias)
+        failed = self._withdrawn is not None and version == self._withdrawn[0]
+        await self._try_out(None if failed or version == self.target.champion.version else version)
 
     async def _try_out(self, version: int | None) -> None:
         """Make that version the challenger."""

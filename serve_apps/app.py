@@ -6,7 +6,6 @@ Everything a user can get wrong (the port, the model's name, the bundle) is look
 import contextlib
 import io
 import logging
-import os
 import signal
 import socket
 import sys
@@ -18,55 +17,41 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import LoggingConfig
 
 from serve_apps import start_stage
 from serve_apps.access import Access
-from serve_apps.carried_body import CALLBACK
 from serve_apps.decoder_app import DecoderApp
 from serve_apps.http_app import HttpApp
 from serve_apps.limits import Limits
 from serve_apps.scaling import autoscaling
 from serve_apps.served import look_up
 from serve_apps.settings import DRAIN_SECONDS, ServeSettings
-from serve_apps.tracing import told_to_proxies, tracing_config
+from serve_apps.shared_cluster import (
+    APP_NAME,
+    address_of,
+    check_place,
+    deploy,
+    deployed_here,
+    end_own,
+    leave,
+    start_serve,
+)
 from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
-from tidar_core.artifacts.cluster_address import given_cluster
 from tidar_core.artifacts.loopback import open_direct
-from tidar_core.errors import ConfigError, TidarError
+from tidar_core.errors import TidarError
 
-__all__ = ["APP_NAME", "address_of", "build_app", "check_port", "run", "shutdown"]
+__all__ = ["APP_NAME", "address_of", "build_app", "check_place", "run", "shutdown"]
 
-APP_NAME = "tidar"
 INGRESS_CPUS = 0.1
 UNBOUNDED = 10**6
 """Requests in flight at an ingress. It counts itself what it has in hand, and answers 429; beyond a bound of Serve's,
 probes would wait as well."""
 DRAIN_LOOK_SECONDS = 0.2
 STAGE_LOOK_SECONDS = 0.5
-OBJECT_STORE_BYTES = 256 * 2**20
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-LEAN = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours holds an event loop up for long
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # each line is in Serve's own logs already
-} | CALLBACK
-"""They make each request and each piece of text cheaper on its way. A cluster's nodes have them in their manifests."""
-STERN = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
-"""A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
 
 logger = logging.getLogger("ray.serve")
-
-_started_ray = False
-"""This process's Ray was started by `run`, so `shutdown` ends it. Ray is one per process; so is this."""
 
 
 def build_app(settings: ServeSettings) -> serve.Application:
@@ -86,7 +71,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
         watcher = watching.bind(served, card)
     decoder = serve.deployment(
         name=DECODER,
-        user_config=None if watcher is None else {"watched": True},  # so that a new replica asks what is current
+        user_config={} if watcher is None else {"watched": True},  # so that Serve calls `reconfigure` of a new replica
         max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config=autoscaling(settings),
@@ -108,7 +93,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
     )  # fmt: skip
     access = Access(keys=settings.api_keys, per_minute=settings.requests_per_minute)
     return ingress.bind(
-        decoder.bind(served, watcher), card, limits, access, settings.cors_origins, watcher,
+        decoder.bind(served, watcher, configured=True), card, limits, access, settings.cors_origins, watcher,
         sleeps=settings.min_replicas == 0, vllm_names=settings.vllm_metric_names,
     )  # fmt: skip
 
@@ -118,7 +103,8 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
 
     blocking  then stay until Ctrl-C or SIGTERM, and end it; otherwise return, and `shutdown` ends it
     """
-    check_port(settings)
+    with _quiet():
+        check_place(settings)
     app = build_app(settings)
     ended = False
     try:
@@ -137,42 +123,18 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
             shutdown(settings.drain_seconds)
 
 
-def check_port(settings: ServeSettings) -> None:
-    """Raise ConfigError if another process listens there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"{address_of(settings)} cannot be listened on: {error.strerror or error}; choose another host or port"
-        ) from error
-
-
-def address_of(settings: ServeSettings) -> str:
-    """Host and port at which this machine reaches the service."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
-
-
 def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
-    """End the service, and Ray, if `run` started it.
+    """End what `run` started: the service, and Serve and Ray where they did not run before.
 
     drain_seconds  what has begun may go on for so long; nothing begins any more
     """
-    global _started_ray
     if ray.is_initialized():
         with _quiet():
             ending = threading.Thread(target=_end, args=(drain_seconds,), daemon=True)
             ending.start()
             while ending.is_alive() and _ray_answers():
                 ending.join(DRAIN_LOOK_SECONDS)
-            if _started_ray:
-                ray.shutdown()
-    _started_ray = False
+            leave()
 
 
 def start_error(message: str) -> TidarError:
@@ -186,9 +148,12 @@ def start_error(message: str) -> TidarError:
 
 
 def _end(drain_seconds: float) -> None:
-    _drain(drain_seconds)
-    if ray.is_initialized():  # else nobody waits for this any more, and Serve would start a Ray of its own
-        serve.shutdown()
+    if deployed_here():
+        _drain(drain_seconds)
+    try:
+        end_own()
+    except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
+        logger.warning("the service could not be ended in order: %s", error)
 
 
 def _ray_answers() -> bool:
@@ -216,21 +181,11 @@ def _drain(seconds: float) -> None:
 
 
 def _start(settings: ServeSettings, app: serve.Application) -> None:
-    global _started_ray
     with _quiet():
-        if not ray.is_initialized():
-            with told_to_proxies(settings):
-                _start_ray()
-            _started_ray = True
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=settings.host, port=settings.port),
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-            tracing_config=tracing_config(settings),
-        )
+        start_serve(settings)
         try:
             with _stages_printed():
-                serve.run(app, name=APP_NAME, logging_config=LoggingConfig(encoding="JSON", enable_access_log=False))
+                deploy(app)
         except RuntimeError as error:
             raise start_error(_said_by_deployments() or str(error)) from error
     _wait_until_ready(settings)
@@ -256,23 +211,6 @@ def _stages_printed() -> Iterator[None]:
     finally:
         started.set()
         looking.join()
-
-
-def _start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start one on this machine. Raises ConfigError for a wrong address."""
-    for name, value in (QUIET | LEAN | STERN).items():
-        os.environ.setdefault(name, value)
-    with given_cluster() as address:
-        if address is not None:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            return
-    ray.init(
-        address="local",  # never a cluster that happens to run here
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
 
 
 def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:

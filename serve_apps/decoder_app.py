@@ -21,7 +21,7 @@ from serve_apps.scaling import stats
 from serve_apps.served import Served, Target, look_up
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 from serve_apps.version_totals import VersionReport
-from tidar_core.errors import TidarError
+from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["DecoderApp"]
 
@@ -34,34 +34,42 @@ logger = logging.getLogger("ray.serve")
 class DecoderApp:
     """One replica of the decoder."""
 
-    def __init__(self, served: Served, watcher: DeploymentHandle | None = None) -> None:
-        """watcher  knows what is to be served by now; without one it is `served`"""
+    def __init__(self, served: Served, watcher: DeploymentHandle | None = None, *, configured: bool = False) -> None:
+        """watcher     knows what is to be served by now; without one it is `served`
+        configured  Serve calls `reconfigure` before the first request, so nothing is loaded here
+        """
         self._served, self._watcher = served, watcher
         self._name = secrets.token_hex(4)
         self.fleet = Fleet(self._name)
-        if watcher is None:
+        if watcher is None and not configured:
             self.fleet.start([served])
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve's hook, at the start of a replica and for a config that has changed in its `user_config` alone.
 
-        user_config  {"model": "models:/NAME@ALIAS"}, or any other MODEL. Loaded beside the old weights, which go on if
-                     that fails. Where the registry is watched, what the watcher says counts
+        user_config  {"model": "models:/NAME@ALIAS"}, or any other MODEL; empty for the model of the settings. A new
+                     replica loads that alone. A running one loads it beside the old weights, which go on if that
+                     fails. Where the registry is watched, what the watcher says counts
         """
-        if self._watcher is not None:
-            target = await self._told()
-            if not self.fleet.writers:
-                candidates = [target.champion, *filter(None, [target.proven, self._served])]
-                await asyncio.to_thread(self.fleet.start, candidates)
-            self.fleet.follow(target)
-            return
-        try:
-            served, _ = await asyncio.to_thread(look_up, self._served.settings, str(user_config["model"]))
-        except (TidarError, KeyError) as error:
-            logger.warning("replica %s keeps its weights: user_config is %s: %r", self._name, user_config, error)
-        else:
-            self.fleet.follow(Target(champion=served))
+        target = await (self._configured(user_config) if self._watcher is None else self._told())
+        if not self.fleet.writers:
+            await asyncio.to_thread(self.fleet.start, [target.champion, *filter(None, [target.proven, self._served])])
+        self.fleet.follow(target)
+        if self._watcher is None:
             await self.fleet.followed()
+
+    async def _configured(self, user_config: Mapping[str, Any]) -> Target:
+        """What Serve's config names; where that cannot be found, what is served, or what the service started with."""
+        try:
+            if unknown := set(user_config) - {"model"}:
+                raise ConfigError(f"user_config has {', '.join(sorted(unknown))}; it may have `model` alone")
+            if "model" not in user_config:
+                return Target(champion=self._served)
+            served, _ = await asyncio.to_thread(look_up, self._served.settings, str(user_config["model"]))
+        except TidarError as error:
+            logger.warning("replica %s serves nothing new: user_config is %s: %s", self._name, user_config, error)
+            return Target(champion=self.fleet.champion.served if self.fleet.writers else self._served)
+        return Target(champion=served)
 
     async def follow(self, target: Target) -> list[VersionReport]:
         """Begin to serve `target`, beside what is written now; says how far that is, and how each version does."""

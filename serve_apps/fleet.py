@@ -75,6 +75,8 @@ class Fleet:
         """Load the first of several that can be loaded. Raises the first one's error if none can."""
         errors = []
         for served in candidates:
+            if served.bundle_hash in self._problems:
+                continue
             made = self._made(served, self._totals(served))
             self._keep(served, made)
             if not isinstance(made, Exception):

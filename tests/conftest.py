@@ -19,10 +19,11 @@ LINES = [f"document {n}: " + "lorem ipsum dolor " * (n % 7 + 1) for n in range(4
 
 
 @pytest.fixture(scope="session", autouse=True)
-def direct_loopback():
-    """The tests' own clients reach servers of the tests where the environment names a proxy."""
+def own_environment():
+    """Tests start their own Ray, and their clients reach the tests' servers where the environment names a proxy."""
     from tidar_core.artifacts.loopback import exempt_loopback
 
+    os.environ.pop("RAY_ADDRESS", None)
     exempt_loopback()
 
 
@@ -82,7 +83,6 @@ def ray_cluster(s3_endpoint):
 
     from pipelines.cluster import connect
 
-    os.environ.pop("RAY_ADDRESS", None)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SOONER.items():
             patch.setenv(name, value)

@@ -13,6 +13,7 @@ from serve_apps.version_totals import VersionReport, VersionTotals
 from tidar_core.artifacts import registry
 from tidar_core.artifacts.bundle import read_bundle_info
 from tidar_core.artifacts.mlflow_client import client_of
+from tidar_core.errors import BundleError, RegistryError
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +98,61 @@ def test_a_champion_that_is_not_where_the_registry_says_changes_nothing_and_is_t
     registry.promote(registry_uri, name, registry.publish_version(registry_uri, name, "/gone", info, {}))
     assert look(watch) == look(watch) == [(1, None)]
     assert steps(watch) == {"lookup_failed": 1}
+
+
+def test_a_challenger_comes_and_goes_while_the_champion_cannot_be_looked_up(watch, name, registry_uri, bundle):
+    registry.set_challenger(registry_uri, name, 2)
+    assert look(watch) == [(1, 2)]
+    info = dataclasses.replace(read_bundle_info(bundle), bundle_hash="0" * 64)
+    registry.promote(registry_uri, name, registry.publish_version(registry_uri, name, "/gone", info, {}))
+    client_of(registry_uri).delete_registered_model_alias(name, "challenger")
+    assert look(watch) == [(1, None)]
+    registry.set_challenger(registry_uri, name, 2)
+    assert look(watch) == [(1, 2)]
+    client_of(registry_uri).delete_registered_model_alias(name, "champion")
+    client_of(registry_uri).delete_registered_model_alias(name, "challenger")
+    assert look(watch) == [(1, None)]
+    assert steps(watch) == {"challenger_changed": 4, "lookup_failed": 2}
+
+
+def test_a_challenger_that_is_promoted_goes_on_until_the_champion_can_be_looked_up(
+    watch, name, registry_uri, monkeypatch
+):
+    registry.set_challenger(registry_uri, name, 2)
+    look(watch)
+    registry.promote(registry_uri, name, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_found", unreachable)
+        assert look(watch) == [(1, 2)]
+    assert look(watch) == [(2, None)]
+
+
+def test_a_challenger_that_cannot_be_looked_up_keeps_no_champion_from_its_place(watch, name, registry_uri, bundle):
+    info = dataclasses.replace(read_bundle_info(bundle), bundle_hash="0" * 64)
+    gone = registry.publish_version(registry_uri, name, "/gone", info, {})
+    registry.promote(registry_uri, name, 2)
+    registry.set_challenger(registry_uri, name, gone)
+    assert look(watch) == [(2, None)]
+
+
+def test_an_alias_that_the_registry_does_not_take_away_keeps_no_champion_from_its_place(
+    watch, name, registry_uri, monkeypatch
+):
+    registry.set_challenger(registry_uri, name, 2)
+    champion, challenger = watch.target.champion, look_up(watch.target.champion.settings, f"models:/{name}/2")[0]
+    monkeypatch.setattr(registry, "withdraw", refused)
+    look(watch, report(champion, "champion"), report(challenger, "challenger"))
+    assert look(watch, report(challenger, "challenger", errors=5)) == [(1, 2), (1, None)]
+    registry.promote(registry_uri, name, 2)
+    assert look(watch) == [(2, None)]
+
+
+async def unreachable(version):
+    raise BundleError("/bundles is not mounted")
+
+
+def refused(*_):
+    raise RegistryError("read only")
 
 
 def test_what_a_replica_cannot_load_is_told_once_and_a_new_one_may_begin_with_what_another_has_served(

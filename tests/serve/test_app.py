@@ -6,7 +6,7 @@ import pytest
 from proxies import answering, refusing_proxy
 
 from serve_apps import app, try_out
-from serve_apps.app import build_app, check_port, start_error
+from serve_apps.app import build_app, check_place, start_error
 from serve_apps.served import look_up
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts import registry
@@ -27,14 +27,14 @@ def test_a_taken_port_is_a_config_error_in_one_line_and_a_free_one_none():
         with pytest.raises(
             ConfigError, match=f"127.0.0.1:{settings.port} cannot be listened on: Address already"
         ) as caught:
-            check_port(settings)
+            check_place(settings)
         assert "\n" not in str(caught.value)
-    check_port(settings)
+    check_place(settings)
 
 
 def test_an_address_of_another_machine_is_a_config_error():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.77:8000 cannot be listened on"):
-        check_port(ServeSettings(model="m", host="192.0.2.77"))
+        check_place(ServeSettings(model="m", host="192.0.2.77"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

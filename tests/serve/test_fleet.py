@@ -18,6 +18,7 @@ from serve_apps.settings import ServeSettings
 from serve_apps.split import CHALLENGER, CHAMPION, Route
 from serve_apps.trial import Trial
 from tidar_core.config import SamplingConfig
+from tidar_core.errors import TidarError
 
 PROMPT = "def add(a, b):\n    return"
 SAMPLING = {"max_tokens": 60, "temperature": 3.0, "seed": 5}
@@ -242,3 +243,38 @@ def test_serves_hook_changes_the_weights_and_keeps_them_where_the_model_is_not_t
         assert await answer(app) == (new.fingerprint, texts[new.fingerprint])
 
     asyncio.run(reconfigure())
+
+
+def test_a_new_replica_loads_what_its_config_names_and_needs_the_model_of_the_start_no_more(old, other_bundle, new):
+    gone = dataclasses.replace(old, bundle_uri="/deleted")
+
+    async def start(user_config):
+        app = DecoderApp(gone, configured=True)
+        await app.reconfigure(user_config)
+        return app.fleet.champion.served.fingerprint, states(app)
+
+    assert asyncio.run(start({"model": other_bundle})) == (new.fingerprint, {new.fingerprint: "champion"})
+    with pytest.raises(TidarError, match="/deleted"):
+        asyncio.run(start({}))
+
+
+@pytest.mark.parametrize("user_config", [{}, {"model": "/nowhere"}, {"modle": "/nowhere"}])
+def test_a_new_replica_whose_config_names_nothing_that_is_there_serves_what_the_service_started_with(old, user_config):
+    async def start():
+        app = DecoderApp(old, configured=True)
+        await app.reconfigure(user_config)
+        return states(app)
+
+    assert asyncio.run(start()) == {old.fingerprint: "champion"}
+
+
+def test_a_config_that_names_no_model_any_more_brings_back_what_the_service_started_with(old, new, other_bundle):
+    async def there_and_back():
+        app = DecoderApp(old, configured=True)
+        await app.reconfigure({})
+        await app.reconfigure({"model": other_bundle})
+        assert states(app) == {old.fingerprint: "gone", new.fingerprint: "champion"}
+        await app.reconfigure({})
+        return states(app)
+
+    assert asyncio.run(there_and_back()) == {old.fingerprint: "champion", new.fingerprint: "gone"}

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -159,6 +160,18 @@ def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, sai
     assert {text_of(answer) for answer in answers} == {said_by_the_oracle(PROMPT, 20)[0]}
     until(lambda: two_with(lambda load: load.pid != victim.pid))
     assert httpx.get(f"{service}/ready").status_code == 200
+
+
+def test_an_answer_that_is_not_streamed_survives_the_replica_that_had_written_half_of_it(service, said_by_the_oracle):
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(ask, service, httpx, max_tokens=LONG, ignore_eos=True)
+        until(lambda: any(load.running for load in loads()))
+        time.sleep(0.3)  # tokens come, and none is sent
+        os.kill(next(load for load in loads() if load.running).pid, signal.SIGKILL)
+        answer = asking.result(120)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, LONG)
+    assert text_of(answer).startswith(said_by_the_oracle(PROMPT, 200, ignore_eos=True)[0])
+    until(lambda: two_with(lambda load: True))
 
 
 def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error(service, said_by_the_oracle):

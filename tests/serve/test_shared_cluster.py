@@ -1,0 +1,187 @@
+"""On a cluster of others a service takes its place beside them, and ends nothing that it has not started."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from proxies import refusing_proxy
+from ray import serve
+
+from serve_apps import shared_cluster
+from serve_apps.access import Access
+from serve_apps.answers import ModelCard
+from serve_apps.http_app import HttpApp
+from serve_apps.limits import Limits
+from serve_apps.settings import ServeSettings
+from tidar_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ServeSettings(model="m", port=8123)
+
+
+def running(applications, **changes):
+    """What Serve reports of itself, with the route prefixes of applications by name."""
+    return {
+        "proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": 8123},
+        "applications": {name: {"route_prefix": prefix} for name, prefix in applications.items()}, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "applications", [{}, {"other": "/other"}, {"inner": None}, {"other": "/v2", "more": "/v1beta"}]
+)
+def test_there_is_a_place_beside_applications_that_answer_elsewhere(applications):
+    shared_cluster._check_beside(running(applications), SETTINGS)
+    shared_cluster._check_beside(running(applications), SETTINGS.model_copy(update={"host": "localhost"}))
+
+
+@pytest.mark.parametrize(
+    ("serve_reports", "changes", "words"),
+    [
+        (running({}), {"port": 8124}, "listens on 127.0.0.1:8123, not on 127.0.0.1:8124; give that host and port"),
+        (running({}), {"host": "0.0.0.0"}, "listens on 127.0.0.1:8123, not on 0.0.0.0:8123; give that host and port"),
+        (running({}, proxy_location="Disabled"), {}, "without HTTP"),
+        (running({}), {"trace_exporter": "file"}, "trace_exporter is 'file', and Serve"),
+        (running({"tidar": "/"}), {}, "a service runs on this Ray cluster already, as application 'tidar' at 127"),
+        (running({"default": "/"}), {}, "application 'default' answers at / of 127.0.0.1:8123, where a service would"),
+        (running({"gate": "/v1"}), {}, "application 'gate' answers at /v1 "),
+        (running({"gate": "/health/"}), {}, "application 'gate' answers at /health/ "),
+    ],
+)
+def test_a_clash_is_refused_in_one_line_before_anything_is_deployed(serve_reports, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        shared_cluster._check_beside(serve_reports, SETTINGS.model_copy(update=changes))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_route_of_the_service_counts_as_taken():
+    card = ModelCard(id="m", created=0, max_model_len=8, block_len=4, bundle_hash="h", mode="auto")
+    app = HttpApp.__mro__[1](None, card, Limits(seconds=1, body_bytes=9), Access())  # without Serve's wrapping
+    served = {route.path.removesuffix("/{model_id:path}") for route in app.__serve_build_asgi_app__().routes}
+    assert served == {"/", *shared_cluster.PATHS}
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other:
+    """An application of somebody else."""
+
+    async def __call__(self, _):
+        return "other"
+
+
+@pytest.fixture(scope="module")
+def cluster(free_port):
+    """Address of a Ray cluster whose Serve listens on `free_port` and runs an application of others."""
+    assert not ray.is_initialized()
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port}, proxy_location="HeadOnly")
+    serve.run(Other.bind(), name="other", route_prefix="/other")
+    yield ray.get_runtime_context().gcs_address
+    serve.shutdown()
+    ray.shutdown()
+
+
+@contextmanager
+def command(*arguments, **environment):
+    """`tidar` in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tidar", *map(str, arguments)], cwd=ROOT, env=os.environ | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def until_ready(process, port, seconds=180):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    raise AssertionError(f"not ready after {seconds} s")
+
+
+def texts(port):
+    body = {"model": "tiny-model", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+
+def left(port):
+    """What others have once a service has ended, or could not start."""
+    return sorted(serve.status().applications), httpx.get(f"http://127.0.0.1:{port}/other", timeout=30).text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(cluster, free_port, bundle, tmp_path):
+    environment = {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
+    others = (["other"], "other")
+    settings = ("--rows", 2, "--mode", "autoregressive", "--threads", 1)
+    with command("serve", bundle, "--port", free_port, *settings, **environment) as serving:
+        until_ready(serving, free_port)
+        assert texts(free_port)
+        assert left(free_port) == (["other", "tidar"], "other")
+        with command("serve", bundle, "--port", free_port, **environment) as second:
+            _, said = second.communicate(timeout=60)
+        assert (second.returncode, said.count("\n")) == (2, 1)
+        assert "a service runs on this Ray cluster already" in said
+        assert texts(free_port)
+        serving.send_signal(signal.SIGTERM)
+        _, said = serving.communicate(timeout=90)
+        assert serving.returncode == 0, said
+    assert left(free_port) == others
+
+    with command("serve", bundle, "--port", free_port + 1, **environment) as elsewhere:
+        _, said = elsewhere.communicate(timeout=60)
+    assert (elsewhere.returncode, said.count("\n")) == (2, 1)
+    assert f"listens on 127.0.0.1:{free_port}" in said
+    assert left(free_port) == others
+
+    broken = tmp_path / "tiny-model"
+    broken.mkdir()
+    for path in Path(bundle).iterdir():
+        content = path.read_bytes()
+        damaged = content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content
+        (broken / path.name).write_bytes(damaged)
+    with command("serve", broken, "--port", free_port, *settings, **environment) as failing:
+        _, said = failing.communicate(timeout=180)
+    assert failing.returncode == 2, said
+    assert "Traceback" not in said
+    assert left(free_port) == others
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_service_with_a_ray_of_its_own_starts_and_answers_where_the_environment_names_a_proxy(bundle, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with refusing_proxy(monkeypatch) as asked:
+        environment = {"PYTHONPATH": str(ROOT)}
+        with command("serve", bundle, "--port", port, "--mode", "autoregressive", "--threads", 1, **environment) as own:
+            monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the client of this test
+            until_ready(own, port)
+            assert texts(port)
+            own.send_signal(signal.SIGTERM)
+            _, said = own.communicate(timeout=90)
+            assert own.returncode == 0, said
+        assert asked == []

@@ -1,0 +1,26 @@
+"""How is a library kept from writing to standard error where no setting of its own does that?"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["muted_stderr"]
+
+
+@contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Drop what is written to file descriptor 2 meanwhile, by C++ as well.
+
+    Ray's core reports there that it obeys RAY_BACKEND_LOG_LEVEL. Failures are raised in Python, so no other message is
+    lost.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
