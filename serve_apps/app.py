@@ -35,6 +35,7 @@ from serve_apps.shared_cluster import (
     deployed_here,
     end_own,
     leave,
+    start_ray,
     start_serve,
 )
 from serve_apps.watcher_app import DECODER, WatcherApp
@@ -108,13 +109,18 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
     app = build_app(settings)
     ended = False
     try:
-        _start(settings, app)
-        print(f"{settings.shown_name} is served at http://{address_of(settings)}/v1", file=sys.stderr)
-        if blocking:
-            _wait_for_signal()
+        with _quiet():
+            start_ray(settings)
+        with _terminable():
+            _start(settings, app)
+            print(f"{settings.shown_name} is served at http://{address_of(settings)}/v1", file=sys.stderr)
+            if blocking:
+                _wait_for_signal()
         ended = blocking
     except KeyboardInterrupt:  # before it had begun to wait for one
         ended = True
+        if not blocking:
+            raise
     except BaseException:
         ended = True
         raise
@@ -224,6 +230,23 @@ def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:
             if time.monotonic() > deadline:
                 raise TidarError(f"{address_of(settings)} does not answer after {seconds:.0f} s: {error}") from error
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a start as Ctrl-C does: what was deployed by then is ended in order."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # it cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)  # in the place of Ray's handler
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _wait_for_signal() -> None:

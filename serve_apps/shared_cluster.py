@@ -33,6 +33,7 @@ __all__ = [
     "deployed_here",
     "end_own",
     "leave",
+    "start_ray",
     "start_serve",
 ]
 
@@ -100,19 +101,24 @@ def check_place(settings: ServeSettings) -> None:
         raise
 
 
+def start_ray(settings: ServeSettings) -> None:
+    """Start Ray on this machine, unless this process is connected to a cluster."""
+    if ray.is_initialized():
+        return
+    _set_environment()
+    with told_to_proxies(settings), muted_stderr():
+        ray.init(
+            address="local",  # never a cluster that happens to run here
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+    _own.ray = True
+
+
 def start_serve(settings: ServeSettings) -> None:
-    """Start Ray and Serve as far as they do not run yet."""
-    if not ray.is_initialized():
-        _set_environment()
-        with told_to_proxies(settings), muted_stderr():
-            ray.init(
-                address="local",  # never a cluster that happens to run here
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
-        _own.ray = True
+    """Start Serve, unless it runs already."""
     if _running_serve() is not None:
         return
     serve.start(

@@ -149,6 +149,16 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
         assert serving.returncode == 0, said
     assert left(free_port) == others
 
+    with command("serve", bundle, "--port", free_port, *settings, **environment) as stopped:
+        deadline = time.monotonic() + 60
+        while "tidar" not in serve.status().applications:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stopped.send_signal(signal.SIGTERM)  # while it starts
+        _, said = stopped.communicate(timeout=90)
+        assert (stopped.returncode, "Traceback" in said) == (0, False), said
+    assert left(free_port) == others
+
     with command("serve", bundle, "--port", free_port + 1, **environment) as elsewhere:
         _, said = elsewhere.communicate(timeout=60)
     assert (elsewhere.returncode, said.count("\n")) == (2, 1)
@@ -181,7 +191,7 @@ def test_a_service_with_a_ray_of_its_own_starts_and_answers_where_the_environmen
             monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the client of this test
             until_ready(own, port)
             assert texts(port)
-            own.send_signal(signal.SIGTERM)
+            own.send_signal(signal.SIGTERM)  # perhaps before the command itself knows that it is ready
             _, said = own.communicate(timeout=90)
-            assert own.returncode == 0, said
+            assert (own.returncode, "SIGTERM" in said, "Traceback" in said) == (0, False, False), said
         assert asked == []
