@@ -1,8 +1,9 @@
 """Which documents has the corpus held before, word for word?
 
-The first in the order of the corpus stays. Three passes, none of which holds more than a share of the hashes:
+The first that is taken, in the order of the corpus, stays. A document that its source's weight leaves out is none that
+was held before: the next source may take it. Three passes, none of which holds more than a share of the hashes:
 
-1. Each unit of work leaves the digests of its documents, grouped by their first byte.
+1. Each unit of work leaves the digests of its documents, grouped by their first byte, and which of them are taken.
 2. Each bucket, a range of first bytes, is gathered over all units; its repeats are left, grouped by unit.
 3. Whoever reads a unit's documents asks all buckets which of them are repeats.
 
@@ -22,8 +23,9 @@ __all__ = ["Bucket", "find_repeats", "make_buckets", "read_repeats", "write_dige
 BUCKET_DOCUMENTS = 2**22
 """Documents whose digests are compared in one task, about."""
 FIRST_BYTES = 256
-DIGEST = np.dtype([("high", ">u8"), ("low", ">u8"), ("ordinal", "<u4")])
-"""Half of a SHA-256, enough to tell documents apart, and the document's ordinal in its unit."""
+DIGEST = np.dtype([("high", ">u8"), ("low", ">u8"), ("ordinal", "<u4"), ("taken", "?")])
+"""Half of a SHA-256, enough to tell documents apart, the document's ordinal in its unit, and whether the weight of its
+source takes it."""
 ORDINAL = np.dtype("<u4")
 INDEX = np.dtype("<u8")
 
@@ -36,11 +38,12 @@ class Bucket:
     last: int
 
 
-def write_digests(uri: str, digests: Sequence[bytes]) -> None:
-    """Leave the digests of a unit's documents, given in order."""
+def write_digests(uri: str, digests: Sequence[bytes], taken: Sequence[bool]) -> None:
+    """Leave the digests of a unit's documents, given in order, and which of these are taken."""
     halves = np.frombuffer(b"".join(digest[:16] for digest in digests), dtype=">u8").reshape(-1, 2)
     records = np.empty(len(digests), DIGEST)
     records["high"], records["low"], records["ordinal"] = halves[:, 0], halves[:, 1], np.arange(len(digests))
+    records["taken"] = taken
     first_bytes = (records["high"] >> np.uint64(56)).astype(np.int64)
     _write_groups(uri, records[np.argsort(first_bytes, kind="stable")], np.bincount(first_bytes, minlength=FIRST_BYTES))
 
@@ -53,7 +56,7 @@ def make_buckets(documents: int) -> list[Bucket]:
 
 
 def find_repeats(digests: Iterable[str], bucket: Bucket, uri: str) -> int:
-    """Leave at `uri` which documents of the bucket are repeats; their number.
+    """Leave at `uri` which documents of the bucket repeat one that was taken before them; their number.
 
     digests  what `write_digests` left of every unit, in the order of the corpus
     """
@@ -61,9 +64,11 @@ def find_repeats(digests: Iterable[str], bucket: Bucket, uri: str) -> int:
     records = np.concatenate(found)
     unit = np.repeat(np.arange(len(found)), [len(some) for some in found])
     order = np.lexsort((records["low"], records["high"]))  # stable: equal digests stay in the order of the corpus
-    high, low = records["high"][order], records["low"][order]
-    again = np.concatenate([[False], (high[1:] == high[:-1]) & (low[1:] == low[:-1])])[: len(order)]
-    repeats = np.sort(order[again])
+    high, low, taken = (records[name][order] for name in ("high", "low", "taken"))
+    same = np.concatenate([[False], (high[1:] == high[:-1]) & (low[1:] == low[:-1])])[: len(order)]
+    before = np.cumsum(taken) - taken  # documents taken, in this order, before each
+    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))  # where the equal ones begin
+    repeats = np.sort(order[before > before[first]])
     _write_groups(uri, records["ordinal"][repeats].astype(ORDINAL), np.bincount(unit[repeats], minlength=len(found)))
     return len(repeats)
 

@@ -82,7 +82,9 @@ class PackJob(Job):
     text_field: str = "text"
     """Key or column that holds the text."""
     dedup: bool = False
-    """Leave out every document whose text another one before it has, in the order of sources, files and rows."""
+    """Leave out every document whose text one before it has, in the order of sources, files and rows. A document that
+    its source's weight leaves out is none before others; of equal ones, the first taken is as often there as its own
+    source's weight says."""
     row_len: Positive = 4096
     """Tokens in a packed row (S)."""
     rows_per_shard: Positive = 8192

@@ -155,7 +155,7 @@ def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, fold
 
 def _find_repeats(job: PackJob, units: list[Unit], folder: WorkFolder) -> int:
     """Leave which documents repeat earlier ones; the number of buckets that say so."""
-    leave = partial(pack_tasks.leave_digests, sources=job.sources, folder=folder)
+    leave = partial(pack_tasks.leave_digests, sources=job.sources, held_out=job.held_out, folder=folder)
     left = _stage("compare documents", "units", units, leave, job.workers)
     buckets = duplicates.make_buckets(sum(unit["documents"] for unit in left))
     find = partial(pack_tasks.find_bucket_repeats, units=len(units), folder=folder)
@@ -283,6 +283,8 @@ def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> st
             )
         decides["chat_template"] = template.sources
         decides["conversations"] = READER_VERSION
+    if job.dedup and any(source.weight < 1 for source in job.sources):
+        decides["dedup"] = "of what is taken"  # shards made before this was so are others
     sources = [source.model_dump(exclude={"path"}) for source in job.sources]
     return _hash([shards.FORMAT_VERSION, decides, sources, _listing_hash(listing)])
 

@@ -75,8 +75,8 @@ class WorkFolder:
         return locations.join(self.shards, shards.TOKENIZER)
 
     def digests(self, unit: int) -> str:
-        """Digests of a unit's documents."""
-        return locations.join(self.units, f"digests-{unit:07d}")
+        """Digests of a unit's documents, and which are taken."""
+        return locations.join(self.units, f"taken-{unit:07d}")
 
     def repeats(self, bucket: int) -> str:
         """Repeated documents of a bucket."""
@@ -174,14 +174,15 @@ def keep_tokenizer(made: Callable[[], Tokenizer], folder: WorkFolder) -> dict[st
     return marked(locations.join(folder.marks, "tokenizer.json"), work)
 
 
-def leave_digests(unit: Unit, sources: tuple[Source, ...], folder: WorkFolder) -> dict[str, Any]:
+def leave_digests(unit: Unit, sources: tuple[Source, ...], held_out: float, folder: WorkFolder) -> dict[str, Any]:
     """Read a unit for the digests of its documents alone."""
 
     def work() -> dict[str, Any]:
         source = sources[unit.source]
         texts = (text for piece in unit.pieces for text in corpus.documents(piece, source, lambda uri: None))
         digests = [digest_of(text) for text in texts]
-        duplicates.write_digests(folder.digests(unit.ordinal), digests)
+        taken = [bool(streams_of(digest, held_out, source.weight)) for digest in digests]
+        duplicates.write_digests(folder.digests(unit.ordinal), digests, taken)
         return {"documents": len(digests), "bytes": unit.bytes}
 
     return marked(folder.digests(unit.ordinal) + ".json", work)

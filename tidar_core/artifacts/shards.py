@@ -93,7 +93,7 @@ class SourceCounts:
     """By split, each as often as it was taken."""
     tokens: Mapping[str, int]
     duplicates: int
-    """Documents left out, because a document before them has the same text."""
+    """Documents left out, because a document taken before them has the same text."""
     passed_over: int
     """Files left out, because they are not UTF-8 text."""
     left_out: int = 0
