@@ -25,6 +25,7 @@ from tidar_core.artifacts.end_tokens import read_end_tokens
 from tidar_core.artifacts.figures import not_finite
 from tidar_core.artifacts.finite import require_finite
 from tidar_core.artifacts.hf_weights import load_model
+from tidar_core.artifacts.output_lock import output_lock
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.autoregressive import generate_autoregressive
@@ -50,6 +51,11 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     """Run the job on the cluster and give the report; an existing one of the same job and bundle is replaced."""
     job = _absolute(job)
     check_tasks(job.tasks, allow_code_execution=job.allow_code_execution)
+    with output_lock(job.output, REPORT):
+        return _evaluated(job)
+
+
+def _evaluated(job: EvaluateJob) -> dict[str, Any]:
     connect()
     with _mlflow_run(job) as keep:
         try:

@@ -38,6 +38,7 @@ from tidar_core.artifacts import locations, output_folder, shards
 from tidar_core.artifacts.chat_template import load_chat_template
 from tidar_core.artifacts.locations import FileEntry
 from tidar_core.artifacts.made_by import made_by, write_made_by
+from tidar_core.artifacts.output_lock import output_lock
 from tidar_core.artifacts.shards import Manifest, ShardEntry, SourceCounts, Split
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
 from tidar_core.errors import CorpusError, ShardError, TidarError, TokenizerError
@@ -92,6 +93,15 @@ def pack(job: PackJob) -> Manifest:
     identity = _identity(job, listing, tokenizer)
     output = locations.absolute(job.output)
     folder = WorkFolder(output_folder.work_folder(output, identity[:KEY_LEN]), job.unit_bytes)
+    if (done := _completed(output, identity)) and not locations.exists(folder.uri):
+        return done
+    with output_lock(output, shards.MANIFEST):
+        return _put_shards(job, listing, tokenizer, identity, folder)
+
+
+def _put_shards(job: PackJob, listing: Listing, given: Tokenizer | None, identity: str, folder: WorkFolder) -> Manifest:
+    """Complete the output, and remove the work folder."""
+    output = locations.absolute(job.output)
     done = _completed(output, identity)
     if not done:
         output_folder.refuse_stranger(output, shards.MANIFEST)
@@ -99,7 +109,7 @@ def pack(job: PackJob) -> Manifest:
         connect()
         try:
             with _ray_data_settings():
-                done = _packed(job, listing, tokenizer, identity, folder)
+                done = _packed(job, listing, given, identity, folder)
         except CorpusError:  # it must change, and then it is another job: nothing of this one serves again
             locations.remove(folder.uri)
             raise
@@ -264,10 +274,11 @@ def _completed(output: str, identity: str) -> Manifest | None:
 def _remove_work(output: str, but: WorkFolder) -> None:
     """Remove what other jobs left that were to write this output and were killed."""
     parent, kept = but.uri.rpartition("/")[0], locations.name_of(but.uri)
-    pattern = re.compile(re.escape(f".{locations.name_of(output)}.") + f"[0-9a-f]{{{KEY_LEN}}}")
-    for name in locations.names_in(parent):
-        if pattern.fullmatch(name) and name != kept:
-            locations.remove(locations.join(parent, name))
+    name = locations.name_of(locations.followed(output))
+    pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{KEY_LEN}}}")
+    for found in locations.names_in(parent):
+        if pattern.fullmatch(found) and found != kept:
+            locations.remove(locations.join(parent, found))
 
 
 def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> str:

@@ -14,7 +14,8 @@ from pipelines.jobs import TrainJob
 from pipelines.train_start import absolute_job, check_start, finished_bundle
 from pipelines.train_worker import Surroundings, train_worker
 from tidar_core.artifacts import locations, runs
-from tidar_core.artifacts.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info
+from tidar_core.artifacts.output_lock import output_lock
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.errors import DivergedError, TidarError
 
@@ -29,6 +30,11 @@ def train(job: TrainJob) -> BundleInfo:
     manifest = read_manifest(job.shards)
     if (finished := finished_bundle(job, manifest)) is not None:
         return finished
+    with output_lock(job.output, BUNDLE_JSON):
+        return finished_bundle(job, manifest) or _trained(job, manifest)
+
+
+def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
     check_start(job, manifest)
     connect()
     run_id = None

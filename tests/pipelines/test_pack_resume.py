@@ -117,3 +117,23 @@ def test_a_changed_job_begins_anew_and_removes_what_a_killed_one_left(ray_cluste
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".other.0123456789abcdef", ".out.0123", ".out.0123456789abcdeX", "corpus", "out",
     ]  # fmt: skip
+
+
+@pytest.mark.ray
+def test_a_swap_that_was_interrupted_is_finished_by_the_next_start_through_a_link_too(
+    ray_cluster, corpus, tokenizer_folder, tmp_path
+):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    given = job(corpus, tmp_path / "out", tokenizer_folder, unit_bytes=600)
+    whole = pack(given)
+    before = shard_bytes(tmp_path / "disk/out")
+    real = tmp_path / "disk/out"
+    real.rename(tmp_path / f"disk/.out.{whole.identity[:16]}.old")  # where the new one was not yet written
+    assert pack(given) == whole
+    real.rename(tmp_path / f"disk/.out.{'0' * 16}.old")  # where another job's was not
+    (corpus / "last.jsonl").write_text('{"text": "one more"}')
+    assert pack(given).identity != whole.identity
+    assert shard_bytes(real) != before
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
