@@ -192,8 +192,9 @@ def open_write(uri: str) -> Iterator[IO[bytes]]:
 
 def read_bytes(uri: str) -> bytes:
     """All of the file at `uri`."""
-    with in_one_line(uri), open_read(uri) as file:
-        return file.read()
+    with in_one_line(uri):
+        path = local_path(uri)
+        return bytes(_filesystem(uri).cat_file(_path(uri))) if path is None else path.read_bytes()
 
 
 def read_text(uri: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.output_folder import finish_swap, work_folder
-from tidar_core.errors import UserError
+from tidar_core.errors import StorageError, UserError
 
 __all__ = ["output_lock"]
 
@@ -140,7 +140,12 @@ def _stated(holder: dict[str, Any]) -> bytes:
 
 def _read(place: str) -> bytes:
     """What the lock file holds; nothing where there is none."""
-    return locations.read_bytes(place) if locations.exists(place) else b""
+    try:
+        return locations.read_bytes(place)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return b""
+        raise
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
