@@ -116,6 +116,11 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         refused(tmp_path, "is not JSON|has no weight_map")
 
 
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    (save_folder(tmp_path) / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(tmp_path, r"holds an adapter, adapter_config\.json; merge it")
+
+
 def test_a_file_that_is_cut_is_refused(tmp_path):
     path = save_folder(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -159,3 +159,13 @@ def test_a_saved_model_says_nothing_of_the_quantisation_that_it_came_from(tmp_pa
     assert "quantization_config" not in json.loads((tmp_path / "ours/config.json").read_text())
     for name, value in load_model(tmp_path / "ours").state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_blocks_are_dequantised_as_transformers_does_it():
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 80, generator=generator).to(E4M3)
+    scale = torch.rand(3, 5, generator=generator)
+    theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
+    assert torch.equal(dequantised("w", weight, scale, Scaling((16, 16))), theirs)

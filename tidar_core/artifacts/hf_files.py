@@ -21,6 +21,7 @@ from tidar_core.errors import WeightsError
 __all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 BUFFERS = ".rotary_emb.inv_freq"
@@ -124,6 +125,8 @@ class WeightFiles:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's weights by its name. Raises WeightsError where a file is missing or damaged."""
+    if (folder / ADAPTER).exists():  # transformers would add it to the weights
+        raise WeightsError(f"{folder} holds an adapter, {ADAPTER}; merge it into the weights, or remove it")
     found: dict[str, Stored] = {}
     index = {} if (folder / SINGLE).exists() else _index(folder)
     for path in [folder / SINGLE] if not index else [folder / name for name in sorted(set(index.values()))]:
