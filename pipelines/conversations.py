@@ -4,7 +4,7 @@ A row has `messages`, a list of {"role", "content", ...} with perhaps `tools` be
 messages) and `response`. The service's own reader reads them (`tidar_core.artifacts.conversation`), and the chat
 template of the tokenizer makes text of them. A turn of the assistant begins where the template's generation prompt
 ends, as in the service, and ends with all that the template puts after it: so the token that ends a turn is learned as
-well. Everything else is read and not learned.
+well. Everything else is read and not learned, and so is a message of the assistant's of `weight` 0.
 
 Some templates write a turn differently once others follow: Qwen3's leaves out the thoughts of earlier turns. Each
 answer is learned after the history as the service would show it at that turn, id for id. Where the document so far does
@@ -31,6 +31,7 @@ CONVERSATION_FIELDS = ("messages", "tools", "functions", "prompt", "response")
 READER_VERSION = 2
 """Part of a job's identity: shards of another reading are not taken for this one's."""
 ASSISTANT = "assistant"
+WEIGHT = "weight"
 DAY = datetime(2024, 7, 26)
 """The day that Llama's own template names where it cannot ask for one."""
 
@@ -54,13 +55,15 @@ class _Turn:
 
 def conversation_of(values: Mapping[str, Any]) -> str:
     """The conversation in a row, as JSON; the same for both forms. Raises ValueError with what is at fault."""
+    written = _messages(values)
     try:
-        messages = read_messages(_messages(values))
+        messages = read_messages(written)
         tools = read_tools(values.get("functions") if values.get("tools") is None else values["tools"])
     except RequestError as error:
         raise ValueError(f"holds no conversation that can be read: {error}") from error
     said = [message for message in messages if message["role"] == ASSISTANT]
-    if not said:
+    messages = [message | _weight(given) for message, given in zip(messages, written)]
+    if not any(message["role"] == ASSISTANT and WEIGHT not in message for message in messages):
         raise ValueError("has no message of the assistant's, so nothing to learn")
     if messages[0]["role"] == ASSISTANT:
         raise ValueError("begins with the assistant's words, and nothing that they answer")
@@ -85,7 +88,8 @@ def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: To
         require_calls_shown(template, messages, tools)
         render = partial(template.render, tools=names.hidden(tools), strftime_now=_same_day)
         seamless = partial(_seamless, names=names, tokenizer=tokenizer)
-        documents = _documents([names.hidden(message) for message in messages], render, seamless)
+        learned = [WEIGHT not in message for message in given["messages"]]
+        documents = _documents([names.hidden(message) for message in messages], learned, render, seamless)
     except RequestError as error:
         raise CorpusError(str(error)) from error
     return [_segments(turns, names, tokenizer) for turns in documents]
@@ -116,6 +120,14 @@ def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
     return [*asked, {"role": ASSISTANT, "content": response}]
 
 
+def _weight(message: Mapping[str, Any]) -> dict[str, int]:
+    """OpenAI's mark of a message of the assistant's that is not to be learned, where `message` has it."""
+    weight = message.get(WEIGHT) if message["role"] == ASSISTANT else None
+    if weight not in (None, 0, 1):
+        raise ValueError(f"has a message of weight {weight!r}; a message is learned (1) or not (0)")
+    return {WEIGHT: 0} if weight == 0 else {}
+
+
 def _seamless(pieces: Sequence[str], names: SpecialNames, tokenizer: Tokenizer) -> bool:
     """Whether the pieces of a text have the ids that the whole text has."""
     parts = [names.encode(piece, tokenizer, before=before) for before, piece in pairwise(["", *pieces])]
@@ -123,10 +135,14 @@ def _seamless(pieces: Sequence[str], names: SpecialNames, tokenizer: Tokenizer) 
 
 
 def _documents(
-    messages: Sequence[Mapping[str, Any]], render: Callable[..., str], seamless: Callable[[Sequence[str]], bool]
+    messages: Sequence[Mapping[str, Any]],
+    learned: Sequence[bool],
+    render: Callable[..., str],
+    seamless: Callable[[Sequence[str]], bool],
 ) -> list[list[_Turn]]:
     """The texts of a conversation: one where the template only ever adds to what it wrote, else as many as needed.
 
+    learned   whether a message, if the assistant's, is to be learned
     seamless  whether an answer between two texts has the same ids as within the whole
     """
     documents: list[list[_Turn]] = []
@@ -144,12 +160,13 @@ def _documents(
         if not goes_on or not seamless([turn.text for turn in documents[-1][-2:]] + [asked[len(written) :]]):
             documents.append([])
             written = ""
-        documents[-1] += [_Turn(asked[len(written) :], trained=False), _Turn(answered[len(asked) :], trained=True)]
+        documents[-1] += [_Turn(asked[len(written) :], False), _Turn(answered[len(asked) :], learned[place])]
         written = answered
     whole = render(messages)
     if whole.startswith(written):
         documents[-1].append(_Turn(whole[len(written) :], trained=False))
-    return [[turn for turn in turns if turn.text] for turns in documents]
+    texts = [[turn for turn in turns if turn.text] for turns in documents]
+    return [turns for turns in texts if any(turn.trained for turn in turns)]
 
 
 def _same_day(form: str) -> str:

@@ -91,6 +91,8 @@ def test_a_prompt_and_a_response_are_the_conversation_of_their_messages():
         ({"messages": [{"content": "x"}]}, r"messages\.0 is .* must be an object with a role"),
         ({"prompt": ["x"], "response": "y"}, r"messages\.0 is 'x'; it must be an object with a role"),
         ({"messages": TURNS[:1]}, "no message of the assistant's"),
+        ({"messages": [*TURNS[:1], TURNS[3] | {"weight": 0}]}, "no message of the assistant's"),
+        ({"messages": [*TURNS[:1], TURNS[3] | {"weight": 0.5}]}, r"has a message of weight 0\.5; a message is learned"),
         ({"messages": TURNS[3:]}, "begins with the assistant's words"),
         ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, "without content and without calls"),
         ({"messages": TURNS[:2], "tools": "{"}, "tools hold '{'; that is no JSON"),
@@ -218,6 +220,18 @@ def test_a_null_in_arguments_that_somebody_wrote_is_trained(qwen):
     call = {"function": {"name": "add", "arguments": {"a": 1, "b": None}}}
     segments = encode({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [call]}]}, template, tokenizer)
     assert '"arguments": {"a": 1, "b": null}}' in said(segments, tokenizer, True)[0]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(qwen):
+    template, tokenizer = qwen
+    plain = [TURNS[0], TURNS[3] | {"weight": 0}, TURNS[0], TURNS[5] | {"weight": 1}]
+    segments = encode({"messages": plain}, template, tokenizer)
+    assert said(segments, tokenizer, True) == ["You say <|im_end|>.<|im_end|>\n"]
+    assert [token for segment in segments[:-1] for token in segment.ids] == encode_chat(template, tokenizer, plain[:3])
+    unmarked = [{key: value for key, value in message.items() if key != "weight"} for message in plain]
+    assert conversation_of({"messages": unmarked}) != conversation_of({"messages": plain})
+    assert len(documents({"messages": [*THINKING[:3], THINKING[5] | {"weight": 0}, *THINKING[6:8]]},
+                         ChatTemplate(QWEN3_THINKING), tokenizer_with(QWEN3_THINKING))) == 1  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "null"}])

@@ -1,4 +1,4 @@
-"""A forward fails while texts run, wait, or have given up their pages: each goes on where it was, or ends in one error."""
+"""A forward fails while texts run, wait, or have given up their pages: each goes on, or ends in one error."""
 
 import asyncio
 from dataclasses import replace
