@@ -71,6 +71,11 @@ def main() -> None:
         _leave(str(error), 2 if isinstance(error, UserError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         _leave("stopped", 1)
+    except OSError as error:  # a full disk, a folder without rights: wherever that was met
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(f"{where}{os.strerror(error.errno)}; check the path, its rights and the room there", 1)
     except TyperException as error:  # an unknown option, a value out of range
         _leave(error.format_message() or "see tidar --help", 2)
 

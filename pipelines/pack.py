@@ -41,7 +41,7 @@ from tidar_core.artifacts.made_by import made_by, write_made_by
 from tidar_core.artifacts.output_lock import output_lock
 from tidar_core.artifacts.shards import Manifest, ShardEntry, SourceCounts, Split
 from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
-from tidar_core.errors import CorpusError, ShardError, TidarError, TokenizerError
+from tidar_core.errors import CorpusError, ShardError, StorageError, TidarError, TokenizerError
 from tidar_core.packing import row_count
 
 __all__ = ["pack"]
@@ -249,13 +249,17 @@ def _stage(
 
 
 def _outcomes(batch: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
-    """Do the work of each item. An error of ours is an outcome: Ray Data would keep its text and lose its type."""
+    """Do the work of each item. An error of ours, or of a disk, is an outcome: Ray Data would lose its type."""
     outcomes = []
     for item in batch["item"]:
         try:
             outcome = work(pickle.loads(item))
         except TidarError as error:
             outcome = error
+        except OSError as error:
+            if error.errno is None:
+                raise
+            outcome = StorageError(f"{error}; check the rights and the room of that disk, and start the job again")
         outcomes.append(pickle.dumps(outcome))
     return {"outcome": outcomes}
 

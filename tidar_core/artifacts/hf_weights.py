@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from tidar_core.artifacts.hf_config import config_from_hf, config_to_hf, read_se
 from tidar_core.artifacts.hf_files import WeightFiles, read_tensor, stored_in
 from tidar_core.artifacts.quantised import scaling_of
 from tidar_core.config import ModelConfig
-from tidar_core.errors import WeightsError
+from tidar_core.errors import StorageError, WeightsError
 from tidar_core.model import DraftLink, TidarModel
 from tidar_core.recipe import mask_embedding
 
@@ -92,9 +93,9 @@ def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] 
         settings["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
     files = list(_files(model))
     for number, tensors in enumerate(files, 1):
-        save_file(tensors, folder / _file_name(number, len(files)), metadata={"format": "pt"})
+        _write(tensors, folder / _file_name(number, len(files)), {"format": "pt"})
     if model.link is not None:
-        save_file(
+        _write(
             {name: value.detach().cpu().contiguous() for name, value in model.link.state_dict().items()}, folder / LINK
         )
     if len(files) > 1:
@@ -211,3 +212,11 @@ def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
     if found != wanted:
         raise WeightsError(f"{path} holds {found}; config.json asks for {wanted}; use weights and config of one model")
     return {name: read_tensor(name, path) for name in wanted}
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise StorageError(f"{path} cannot be written: {reason}; make room there, or give another place") from error
