@@ -10,14 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from pack_jobs import ROW_LEN, documents_of, job, shard_bytes
+from tokenizers import Tokenizer as FastTokenizer
+from vocabularies import tokenizer_json, write_folder
 
 from pipelines import corpus, token_parts
 from pipelines.jobs import Source, TrainBpe
 from pipelines.mixture import digest_of, split_of
 from pipelines.pack import pack
-from pipelines.pack_tasks import plan_shards
+from pipelines.pack_tasks import Tokenizing, Unit, WorkFolder, keep_tokenizer, plan_shards, tokenize_unit
 from pipelines.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import locations, shards
+from tidar_core.artifacts.tokenizer import load_tokenizer
 from tidar_core.errors import CorpusError, ShardError, TokenizerError, UserError
 
 TEXTS = Source(path="", documents="text", text_field="text")
@@ -221,3 +224,18 @@ def test_a_corpus_and_shards_on_an_object_store_with_a_tokenizer_of_their_own(
     locations.write_bytes(f"{s3_bucket}/out/train-00000.parquet", content[:-1])
     with pytest.raises(ShardError, match=r"train-00000\.parquet has"):
         shards.ShardReader(f"{s3_bucket}/out")
+
+
+@pytest.mark.parametrize("text", ["Hello\n\nworld\n\n" * 90_000, "some words, then more of them\n" * 40_000])
+@pytest.mark.parametrize("form", ["gpt2", "llama3", "llama2"])
+def test_a_document_too_long_for_one_call_has_the_ids_of_the_whole(tmp_path, form, text):
+    write_folder(tmp_path / "tokenizer", form)
+    (tmp_path / "long.txt").write_text(text)
+    tokenizer, work = load_tokenizer(tmp_path / "tokenizer"), WorkFolder(str(tmp_path / "work"), 2**30)
+    keep_tokenizer(lambda: tokenizer, work)
+    source = Source(path=str(tmp_path / "long.txt"), documents="text")
+    unit = Unit(0, 0, (corpus.Piece(source.path, 0, len(text), whole=True),))
+    outcome = tokenize_unit(unit, Tokenizing(work, (source,), 0.0, 0, flags=False))
+    ids = [read_part(locations.join(work.units, part["file"])).tokens_T.tolist() for part in outcome["parts"]]
+    whole = FastTokenizer.from_str(tokenizer_json(form)).encode(text, add_special_tokens=False).ids
+    assert [token for part in ids for token in part] == [*whole, tokenizer.eos_id]
