@@ -79,6 +79,16 @@ def test_generate_takes_every_field_of_a_completion(run, bundle):
     assert ask("single-pass", {"guided_regex": "[ab]{4}", "max_tokens": 12})["text"].strip("ab") == ""
 
 
+def test_generate_ends_at_a_special_token_that_a_stop_string_names(run, bundle):
+    fields = json.dumps({"logit_bias": {"0": 100}, "ignore_eos": True})
+    _, out, _ = run(
+        "generate", bundle, "hi", "--max-tokens", 8, "--stop", "<|endoftext|>", "--fields", fields, "--json"
+    )
+    answer = json.loads(out)
+    assert (answer["text"], answer["finish_reason"], answer["stop_reason"]) == ("", "stop", "<|endoftext|>")
+    assert answer["token_ids"] == [0]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [("[1]", "JSON object"), ("{", "JSON object"), ('{"n": 2}', "n = 1"), ('{"speed": 2}', "speed"),

@@ -188,6 +188,16 @@ def test_tokens_and_text_are_exchanged_as_prompts_are_read(service, tokenizer, c
     assert (info["eos_token"], info["chat_template"]) == ("<|endoftext|>", tokenizer.templates["default"])
 
 
+def test_a_stop_string_that_names_a_special_token_ends_texts_at_that_token(client, chat, tokenizer):
+    end = {"stop": ["<|im_start|>"], "logit_bias": {str(tokenizer.special_ids["<|im_start|>"]): 100}}
+    asked = client.completions.create(model=NAME, prompt="hi", max_tokens=8, temperature=0, **end)
+    for answer in (asked, chat(max_tokens=8, **end)):
+        (choice,) = answer.choices
+        text = choice.text if answer is asked else choice.message.content
+        assert (text, choice.finish_reason, choice.stop_reason) == ("", "stop", "<|im_start|>")
+        assert answer.usage.completion_tokens == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
