@@ -5,6 +5,7 @@ from typing import Any
 from pipelines.jobs import TrainJob
 from pipelines.memory import estimated_memory, parameter_count
 from pipelines.samples import check_prompts
+from pipelines.step_time import estimated_step
 from pipelines.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from tidar_core.artifacts import locations
 from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
@@ -16,7 +17,7 @@ GIB = 2**30
 
 
 def dry_run(job: TrainJob) -> dict[str, Any]:
-    """Steps, tokens and memory of the job, in plain values. Raises UserError for all that `train` would refuse."""
+    """Steps, tokens, time and memory of the job, in plain values. Raises UserError for what `train` would refuse."""
     job = absolute_job(job)
     manifest = read_manifest(job.shards)
     check_sizes(job.shards, manifest)
@@ -42,6 +43,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         "warmup_steps": max(1, round(job.warmup * job.steps)),
         "forwards_per_step": job.rows_per_step // (job.row_groups * job.rows_per_forward),
         "workers": job.workers,
+        "train_step": estimated_step(job, model, manifest.row_len),
         "memory_per_worker_gib": {
             "weights": _gib(memory.weights),
             "gradients": _gib(memory.gradients),

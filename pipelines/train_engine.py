@@ -21,7 +21,7 @@ from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
 from tidar_core.schedule import Schedule
 
-__all__ = ["TrainEngine", "deepspeed_config", "from_rank_0", "learning_rate"]
+__all__ = ["TrainEngine", "deepspeed_config", "from_rank_0", "learning_rate", "updates_on_cpu"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -44,7 +44,7 @@ class TrainEngine:
         groups = [{"params": decayed, "weight_decay": job.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=job.learning_rate, betas=job.adam_betas,
-            fused=job.offload_optimizer == "cpu" or None,  # on the CPU, as fast as DeepSpeed's own, with no compiler
+            fused=updates_on_cpu(job) or None,  # one pass over the weights where torch's other forms take nine
         )  # fmt: skip
         self.job, self.world_size, self.rank = job, dist.get_world_size(), dist.get_rank()
         self._gathered = deepspeed.zero.GatheredParameters
@@ -237,6 +237,11 @@ def deepspeed_config(job: TrainJob) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def updates_on_cpu(job: TrainJob) -> bool:
+    """Whether the CPU updates the weights."""
+    return job.offload_optimizer == "cpu" or job.gpus_per_worker == 0
 
 
 def learning_rate(job: TrainJob, step: int) -> float:

@@ -13,6 +13,7 @@ from pipelines.checkpoints import CheckpointStore, Cursor
 from pipelines.dry_run import dry_run
 from pipelines.jobs import TrainJob, read_job
 from pipelines.memory import activation_bytes, estimated_memory, parameter_count
+from pipelines.step_time import estimated_step
 from tidar_core.errors import BundleError, ConfigError, ShardError, UserError, WeightsError
 from tidar_core.model import TidarModel
 from tidar_core.objective import Objective
@@ -48,6 +49,30 @@ def test_a_dry_run_says_steps_tokens_and_memory_and_writes_nothing(shards):
     )
     assert set(record["memory_per_worker_gib"]) >= {"weights", "gradients", "optimizer", "activations", "total"}
     assert not list(Path(shards).parent.glob("*-out*"))
+
+
+def test_the_time_of_a_step_is_estimated_and_says_from_what(shards):
+    steps = {rows: dry_run(job(shards, rows_per_step=rows))["train_step"] for rows in (12, 1200)}
+    assert (
+        steps[12]["estimated_from"]
+        == "two layers, 32 tokens and an update, timed on this machine with 1 thread in fp32"
+    )
+    assert 0 < steps[12]["seconds"] < steps[1200]["seconds"] < 1000 * steps[12]["seconds"]
+    assert steps[1200]["hours_of_all_steps"] == pytest.approx(10 * steps[1200]["seconds"] / 3600, abs=1e-3)
+
+
+def test_a_step_on_gpus_is_estimated_from_their_peak_or_not_at_all(shards):
+    model = named_shape("qwen2.5-1.5b")
+    changes = {"gpus_per_worker": 1, "precision": "bf16", "rows_per_step": 16, "rows_per_forward": 2}
+    known = estimated_step(job(shards, peak_flops=1e15, **changes), model, 4096)
+    tokens = 2 * 16 * 4096
+    least = 6 * 1.5e9 * tokens / 2 / 0.4e15  # products with the weights alone, on two workers
+    assert least < known["seconds"] < 2 * least
+    assert known["estimated_from"] == "40% of peak_flops, 1e+15"
+    for unknown in (job(shards, **changes), job(shards, peak_flops="measure", **changes)):
+        assert estimated_step(unknown, model, 4096)["seconds"] is None
+    large = estimated_step(job(shards), named_shape("qwen3-8b"), 4096)
+    assert (large["seconds"], "too large" in large["estimated_from"]) == (None, True)
 
 
 @pytest.mark.parametrize(
