@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from tidar_core.artifacts.bundle import save_bundle
+from tidar_core.artifacts import bundle as bundles
+from tidar_core.artifacts.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.shards import Manifest, Split, shard_name, write_manifest, write_shard
 from tidar_core.artifacts.tokenizer import train_bpe
 from tidar_core.model import TidarModel
@@ -36,6 +38,19 @@ def save_tiny_bundle(folder):
     model = wide_model(named_shape("tiny", vocab_len=tokenizer.vocab_len))
     mask_id = model.config.mask_id
     save_bundle(str(folder), model, tokenizer, block_len=4, mask_id=mask_id, objective="dual", lineage={}, made_by={})
+    return folder
+
+
+def save_lost_bundle(folder):
+    """The same bundle with weights of nan, as a run that diverged once left it."""
+    healthy = load_bundle(save_tiny_bundle(folder))
+    for parameter in healthy.model.parameters():
+        parameter.data.fill_(float("nan"))
+    with patch.object(bundles, "require_finite"):
+        save_bundle(
+            str(folder), healthy.model, healthy.tokenizer, block_len=4, mask_id=healthy.info.mask_id, objective="dual",
+            lineage={}, made_by={},
+        )  # fmt: skip
     return folder
 
 

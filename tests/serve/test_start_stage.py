@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_bundle
+from tiny import save_lost_bundle, save_tiny_bundle
 
 from serve_apps import start_stage
 from serve_apps.engine import Engine
 from serve_apps.engine_process import EngineProcess
 from serve_apps.served import look_up
 from serve_apps.settings import ServeSettings
+from tidar_core.errors import BundleError
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,15 @@ def test_a_process_of_its_own_reports_the_same_stages(bundle):
     engine = EngineProcess(look_up(settings)[0], print, lines.append)
     engine.stop()
     assert [line.split()[0] for line in lines] == ["weights", "a", "ready"]
+
+
+@pytest.mark.parametrize("start", [Engine, lambda served: EngineProcess(served, print)], ids=["here", "own process"])
+def test_a_model_of_nan_never_starts(tmp_path, start):
+    lost = str(save_lost_bundle(tmp_path / "lost"))
+    served = look_up(ServeSettings(model=lost, mode="two-pass", rows=2))[0]
+    with pytest.raises(BundleError, match="weights that are not finite") as caught:
+        start(served)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.ray
