@@ -324,19 +324,28 @@ def serve(
     mode: Annotated[Mode | None, typer.Option(help="auto by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores but one.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help=TRACKING)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a replica's memory; start nothing.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
-    from serve_apps.app import run
     from serve_apps.deployment import command_settings
 
-    run(
-        command_settings(
-            settings,
-            defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
-            given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
-                   "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
-        )
+    if as_json and not dry_run:
+        raise RequestError("--json prints what --dry-run finds; give both, or neither")
+    wanted = command_settings(
+        settings,
+        defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
+        given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
+               "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
     )  # fmt: skip
+    if dry_run:
+        from serve_apps.replica_memory import memory_facts
+
+        return _print(memory_facts(wanted), as_json)
+
+    from serve_apps.app import run
+
+    return run(wanted)
 
 
 def _found(model: str, tracking_uri: str) -> str:

@@ -19,6 +19,7 @@ from serve_apps.batch_loop import BatchLoop
 from serve_apps.lap import Lap, Stopwatch
 from serve_apps.prompting import PromptReader
 from serve_apps.replica_load import Load, load_of
+from serve_apps.replica_memory import replica_memory
 from serve_apps.served import Served
 from serve_apps.tokenizing import Tokenized, TokenizerInfo
 from serve_apps.tool_forms import form_of
@@ -66,6 +67,7 @@ class Engine:
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"num_gpus is {settings.num_gpus} and torch sees no GPU; set num_gpus to 0")
         began = time.monotonic()
+        report(replica_memory(served).line)
         report(f"weights are loaded from {served.bundle_uri}")
         bundle = load_bundle(served.bundle_uri, dtype=DTYPES[settings.dtype], device=settings.device)
         if bundle.info.bundle_hash != served.bundle_hash:

@@ -44,6 +44,7 @@ DECODING = (
     "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "plan_tensors",
     "decode_forward", "step", "step_graph", "decoder_size", "decoder", "ways", "timing", "latency", "served_latency",
     "step_timing", "acceptance", "planner", "batcher", "autoregressive", "stop_strings", "benchmark", "step_bench",
+    "decode_memory",
 )  # fmt: skip
 
 

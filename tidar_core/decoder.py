@@ -26,7 +26,7 @@ from tidar_core.kv_cache import KVCache
 from tidar_core.logprobs import token_logprobs
 from tidar_core.model import TidarModel
 from tidar_core.modes import StepPlan
-from tidar_core.pages import Holding, PagePool, page_count
+from tidar_core.pages import PAGE_LEN, Holding, PagePool, page_count
 from tidar_core.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.request import DecodeStep, Request, check_request
 from tidar_core.row_state import RowState
@@ -54,7 +54,7 @@ class Decoder:
         rows: int,
         context_len: int | None = None,
         pages: int | None = None,
-        page_len: int = 16,
+        page_len: int = PAGE_LEN,
         share_prefixes: bool = True,
     ) -> None:
         """rows            sequences that may run together

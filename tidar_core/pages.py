@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-__all__ = ["NULL_PAGE", "Holding", "PagePool", "chain_key", "page_count"]
+__all__ = ["NULL_PAGE", "PAGE_LEN", "Holding", "PagePool", "chain_key", "page_count"]
 
 NULL_PAGE = 0
 """Owned by nobody: rows that stand for no sequence write here, and nothing reads it."""
+
+
+PAGE_LEN = 16
+"""Tokens of a page, where nothing else is asked for."""
 
 
 def page_count(tokens: int, page_len: int) -> int:

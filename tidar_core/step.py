@@ -25,7 +25,7 @@ from tidar_core.row_state import RowState
 from tidar_core.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, law, sample, uniform
 from tidar_core.verify import match, weigh
 
-__all__ = ["Outcome", "Stepper"]
+__all__ = ["ROWS_TOGETHER", "Outcome", "Stepper"]
 
 PLANS_KEPT, PREFILLS_KEPT = 256, 16
 """Plans whose tensors stay on the device: those of decode steps, and the latest of prefills, whose lengths are many."""

@@ -31,8 +31,9 @@ def test_a_start_reports_its_stages_and_how_long_timing_may_take(bundle):
     lines = []
     settings = ServeSettings(model=bundle, mode="auto", rows=2, timing_seconds=3)
     Engine(look_up(settings)[0], lines.append).stop()
-    assert lines[0] == f"weights are loaded from {bundle}"
-    assert lines[1].startswith("decode steps are timed, for about 3 s at most")
+    assert lines[0].startswith("memory of a replica on cpu, at most: weights ")
+    assert lines[1] == f"weights are loaded from {bundle}"
+    assert lines[2].startswith("decode steps are timed, for about 3 s at most")
     assert lines[-2] == "a first text is decoded"
     assert lines[-1].startswith("ready to decode after ")
 
@@ -42,7 +43,7 @@ def test_a_process_of_its_own_reports_the_same_stages(bundle):
     settings = ServeSettings(model=bundle, mode="two-pass", rows=2)
     engine = EngineProcess(look_up(settings)[0], print, lines.append)
     engine.stop()
-    assert [line.split()[0] for line in lines] == ["weights", "a", "ready"]
+    assert [line.split()[0] for line in lines] == ["memory", "weights", "a", "ready"]
 
 
 @pytest.mark.parametrize("start", [Engine, lambda served: EngineProcess(served, print)], ids=["here", "own process"])
