@@ -37,6 +37,7 @@ from serve_apps.shared_cluster import (
     leave,
     start_ray,
     start_serve,
+    wide_actor,
 )
 from serve_apps.watcher_app import DECODER, WatcherApp
 from tidar_core import errors
@@ -74,7 +75,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
         name=DECODER,
         user_config={} if watcher is None else {"watched": True},  # so that Serve calls `reconfigure` of a new replica
         max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        ray_actor_options=wide_actor() | {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config=autoscaling(settings),
         health_check_period_s=settings.hang_seconds / 3,
         health_check_timeout_s=settings.hang_seconds * 4 / 3,  # so it is our own check that says what hangs, if it can
@@ -84,7 +85,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
     ingress = serve.deployment(
         name="http",
         max_ongoing_requests=UNBOUNDED,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options=wide_actor() | {"num_cpus": INGRESS_CPUS},
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(HttpApp)

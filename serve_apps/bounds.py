@@ -11,6 +11,9 @@ from serve_apps.errors import ParameterError
 
 __all__ = ["TABLE", "Bound", "check_ids_len", "check_text_len", "table"]
 
+HEAD_BYTES = 2**16
+"""Request line and headers together."""
+HEAD_SECONDS = 30.0
 BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 30.0
 BODIES = 256
@@ -57,6 +60,8 @@ class Bound:
 
 
 TABLE = (
+    Bound("request line and headers", f"{HEAD_BYTES} bytes", 431),
+    Bound("time until the headers are complete", f"{HEAD_SECONDS:g} s", 408),
     Bound("body", f"`max_body_bytes` ({BODY_BYTES})", 413),
     Bound("time until the body is complete", f"`body_seconds` ({BODY_SECONDS:g} s)", 408),
     Bound("bodies that one ingress waits for", f"`max_bodies` ({BODIES})", 429),

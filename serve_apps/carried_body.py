@@ -7,23 +7,14 @@ puts it into the ASGI scope, in the proxy, and `Unloader` hands it out in the in
 
 import asyncio
 
-from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CALLBACK", "Loader", "Unloader", "of_proxies"]
-
-CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.of_proxies"}
-"""The environment in which Serve's proxies find `of_proxies`."""
+__all__ = ["Loader", "Unloader"]
 
 KEY = "tidar.body"
 MOST_BYTES = 2**20
 WAIT_SECONDS = 0.01
 """What is not there by then goes Serve's way."""
-
-
-def of_proxies() -> list[Middleware]:
-    """Serve's hook: what a proxy does with each request."""
-    return [Middleware(Loader)]
 
 
 class Loader:

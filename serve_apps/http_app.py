@@ -29,7 +29,7 @@ from serve_apps.chat_answers import ChatChunk, ChatCompletion
 from serve_apps.chat_events import ChatReply
 from serve_apps.chat_schemas import ChatRequest
 from serve_apps.doorway import Doorway, Turnstile
-from serve_apps.errors import CLIENT_GONE, QUOTED_CHARS, HttpError, ModelNotFoundError, problem_of
+from serve_apps.errors import CLIENT_GONE, QUOTED_CHARS, HttpError, ModelNotFoundError, ReplicaLostError, problem_of
 from serve_apps.events import CompletionReply
 from serve_apps.generating import Generation
 from serve_apps.limits import Limits
@@ -126,7 +126,8 @@ class HttpApp:
         api.add_exception_handler(TidarError, _refuse)
         api.add_exception_handler(HTTPException, _refuse_route)
         api.add_exception_handler(ClientDisconnect, _leave)
-        api.add_exception_handler(Exception, _refuse)
+        for failure in (ReplicaLostError, Exception):
+            api.add_exception_handler(failure, self._fail)
         document = get_openapi(title=api.title, version=api.version, description=__doc__, routes=api.routes)
         document = described(document, BODIES, STREAMS, model_name=self._card.id, keyed=bool(self._access.keys))
         add("/openapi.json", lambda: JSONResponse(document), methods=["GET"], include_in_schema=False)
@@ -270,6 +271,12 @@ class HttpApp:
         except Exception as error:
             logger.exception("a completion failed")
             answer = _answer(error)
+        self._counters.count_answer(answer.status_code)
+        return answer
+
+    async def _fail(self, _: Request, error: Exception) -> Response:
+        """A failure of a route that writes no text; the others count by themselves."""
+        answer = _answer(error)
         self._counters.count_answer(answer.status_code)
         return answer
 

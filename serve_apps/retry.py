@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from grpc import StatusCode
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 
@@ -21,6 +22,9 @@ TRIES = 3
 LOST = (RayActorError, AioRpcError)
 """What Serve raises of a replica that is gone: its own error where gRPC says UNAVAILABLE, gRPC's for its other codes.
 What a replica itself raises never comes as either."""
+GONE = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
+RESET = "RST_STREAM"
+"""gRPC's word for a connection that ended within a call; its code is INTERNAL."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,6 +55,8 @@ class Text:
             except LOST as error:
                 if finished:
                     return
+                if not _is_lost(error):
+                    raise
                 finished = True  # nobody is left to be told that it is not wanted
                 _give_up_or_go_on(error, told=self.told, left=left)
                 self._attempt += 1
@@ -70,7 +76,14 @@ async def answer(ask: Callable[[], Any]) -> Any:
         try:
             return await ask()
         except LOST as error:
+            if not _is_lost(error):
+                raise
             _give_up_or_go_on(error, told=False, left=left)
+
+
+def _is_lost(error: Exception) -> bool:
+    """False for what gRPC says of a replica that lives, such as RESOURCE_EXHAUSTED of a message that is too large."""
+    return not isinstance(error, AioRpcError) or error.code() in GONE or RESET in (error.details() or "")
 
 
 def _give_up_or_go_on(error: Exception, *, told: bool, left: int) -> None:

@@ -45,7 +45,7 @@ class ServeSettings(BaseModel):
     """Text that a stream gets sooner than this after its last piece is told with the next: each piece costs time that
     the decoder does not get. Beside other texts it waits twice as long; the first text and the end never wait. 0 tells
     each decode step."""
-    max_body_bytes: Positive = bounds.BODY_BYTES
+    max_body_bytes: Annotated[int, Field(ge=1, le=2**30)] = bounds.BODY_BYTES
     """Longest body of a request; a longer one is answered 413."""
     body_seconds: Annotated[float, Field(gt=0)] = bounds.BODY_SECONDS
     """Longest that a body may take to arrive; then the request is answered 408."""

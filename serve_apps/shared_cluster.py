@@ -16,7 +16,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # no public call reads the HTTP options of a running Serve
 from ray.serve.schema import LoggingConfig
 
-from serve_apps.carried_body import CALLBACK
+from serve_apps.proxy import CALLBACK
 from serve_apps.settings import ServeSettings
 from serve_apps.tracing import told_to_proxies, tracing_config
 from tidar_core.artifacts.cluster_address import given_cluster
@@ -27,6 +27,7 @@ __all__ = [
     "APP_NAME",
     "LEAN",
     "STERN",
+    "WIDE",
     "address_of",
     "check_place",
     "deploy",
@@ -35,6 +36,7 @@ __all__ = [
     "leave",
     "start_ray",
     "start_serve",
+    "wide_actor",
 ]
 
 APP_NAME = "tidar"
@@ -57,6 +59,8 @@ LEAN = {
     "grpc_proxy": "",  # so that gRPC takes no `http_proxy` for the addresses of the cluster's own nodes
 } | CALLBACK
 """They make each request and each piece of text cheaper on its way. A cluster's nodes have them in their manifests."""
+WIDE = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+"""Bodies and answers pass from process to process whole. gRPC's own 4 MiB are less than either may have."""
 STERN = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 """A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
 
@@ -106,6 +110,7 @@ def start_ray(settings: ServeSettings) -> None:
     if ray.is_initialized():
         return
     _set_environment()
+    os.environ.update(WIDE)
     with told_to_proxies(settings), muted_stderr():
         ray.init(
             address="local",  # never a cluster that happens to run here
@@ -115,6 +120,13 @@ def start_ray(settings: ServeSettings) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
         )
     _own.ray = True
+
+
+def wide_actor() -> dict[str, Any]:
+    """Options of an actor, for a cluster whose nodes do not have `WIDE` in their environment."""
+    if not ray.is_initialized() or os.environ.keys() >= WIDE.keys():
+        return {}
+    return {"runtime_env": {"env_vars": WIDE}}
 
 
 def start_serve(settings: ServeSettings) -> None:

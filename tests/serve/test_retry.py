@@ -17,6 +17,9 @@ SOME = Piece("a", None, Tally(3, 1))
 HELD_BACK = Piece("", None, Tally(3, 1))
 LAST = Piece("b", "stop", Tally(3, 2))
 DEATH, ABSENCE = ActorDiedError(), ActorUnavailableError("gone", b"0" * 16)
+TOO_LARGE = AioRpcError(
+    StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "SERVER: Received message larger than max (5 vs. 4)"
+)
 RESET = AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Received RST_STREAM with error code 2")
 
 
@@ -88,6 +91,23 @@ def test_a_request_that_three_replicas_died_of_is_not_tried_again():
     with pytest.raises(ReplicaLostError, match="3 replicas have died"):
         asyncio.run(collected(asking))
     assert asking() is streams[3]
+
+
+@pytest.mark.parametrize("code", [code for code in StatusCode if code not in retry.GONE])
+def test_what_grpc_says_of_a_replica_that_lives_is_no_death(code):
+    error = AioRpcError(code, Metadata(), Metadata(), TOO_LARGE.details())
+    asking, (stream, _) = ask([error], [LAST])
+    with pytest.raises(AioRpcError) as caught:
+        asyncio.run(collected(asking))
+    assert caught.value is error
+    assert stream.cancelled
+    assert problem_of(error).code is None
+
+    async def replica():
+        raise error
+
+    with pytest.raises(AioRpcError):
+        asyncio.run(retry.answer(replica))
 
 
 def test_a_replica_that_dies_after_the_end_of_a_text_is_not_missed():
