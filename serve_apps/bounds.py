@@ -43,6 +43,8 @@ LOGIT_BIASES = 4096
 METADATA_ENTRIES = 64
 GRAMMAR_CHARS = 2**17
 GRAMMAR_CHOICES = 4096
+GRAMMAR_SECONDS = 2.0
+"""Of a process that can be stopped: some grammars of forty characters would take hours."""
 MESSAGES = 4096
 TOOLS = 128
 """As OpenAI has it."""
@@ -86,6 +88,7 @@ TABLE = (
     Bound("biased tokens", str(LOGIT_BIASES), 400, "logit_bias"),
     Bound("characters of a grammar, a schema, a regular expression", str(GRAMMAR_CHARS), 400, "the field"),
     Bound("choices of a grammar", str(GRAMMAR_CHOICES), 400, "guided_choice"),
+    Bound("time to compile a grammar", f"{GRAMMAR_SECONDS:g} s", 400, "the field"),
     Bound("messages", str(MESSAGES), 400, "messages"),
     Bound("functions", str(TOOLS), 400, "tools"),
     Bound("characters of schemas that calls must keep to", str(GRAMMAR_CHARS), 400, "tools"),

@@ -16,7 +16,9 @@ import torch
 
 from serve_apps.asked import Chat, PromptRequest
 from serve_apps.batch_loop import BatchLoop
+from serve_apps.grammar_pool import GrammarPool
 from serve_apps.lap import Lap, Stopwatch
+from serve_apps.prompt_lanes import PromptLanes
 from serve_apps.prompting import PromptReader
 from serve_apps.replica_load import Load, load_of
 from serve_apps.replica_memory import replica_memory
@@ -95,6 +97,7 @@ class Engine:
             context_len=decoder.context_len,
             tool_form=self.tool_form,
         )
+        self._lanes = PromptLanes(self._prompts, GrammarPool(bundle.tokenizer))
         report("a first text is decoded")
         _warm_up(self.batcher, self._tokenizer.eos_id)
         report(f"ready to decode after {time.monotonic() - began:.1f} s")
@@ -114,7 +117,7 @@ class Engine:
 
     async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
         """The tokens of a prompt, as `pieces` reads it; with their names if they are wanted `spelled`."""
-        tokens = await asyncio.to_thread(self._prompts.tokens, prompt, framed=framed)
+        tokens = await self._lanes.tokens(prompt, framed=framed)
         return Tokenized(
             count=len(tokens),
             max_model_len=self.batcher.decoder.context_len,
@@ -133,7 +136,7 @@ class Engine:
     async def steps(self, asked: PromptRequest) -> AsyncGenerator[Heard, None]:
         """Decode steps of what is asked for, once it is admitted, and none at first if they are to come yet. Raises
         RequestError."""
-        wanted = await asyncio.to_thread(self._prompts.request, asked)
+        wanted = await self._lanes.request(asked)
         watch, prompt = Stopwatch(), wanted.prompt
         async with aclosing(self.loop.steps(wanted, self._until(asked, wanted), watch)) as batches:
             async for steps in batches:
@@ -145,6 +148,7 @@ class Engine:
     def stop(self) -> None:
         """End after the forward in flight; requests that still run fail."""
         self.loop.stop()
+        self._lanes.stop()
 
     def _until(self, asked: PromptRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:
         """Says in the decoder's thread which step completes a stop string, so that the row is free before the next."""

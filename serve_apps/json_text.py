@@ -49,9 +49,11 @@ def count_values(text: str, most: int, param: str | None = None) -> int:
     if (strings := bare.count('"') // 2) > most:
         return strings
     outside = "".join(bare.split('"')[::2])
+    if (count := 1 + sum(map(outside.count, ",:[{"))) > most:
+        return count
     brackets = outside.encode(errors="replace").translate(None, NO_BRACKETS)
     depth = max(accumulate(map(LEVELS.__getitem__, brackets)), default=0)
     if depth > DEPTH:
         what = "the body" if param is None else param
         raise ParameterError(f"{what} is JSON of depth {depth}; at most {DEPTH} is read here; send it flatter", param)
-    return 1 + sum(map(outside.count, ",:[{"))
+    return count

@@ -14,17 +14,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
+from tidar_core.artifacts.grammar_trial import definition_of, start_of, tokens_of
 from tidar_core.artifacts.tokenizer import Tokenizer
 from tidar_core.errors import RequestError, TokenizerError
 
-__all__ = ["KINDS", "Grammar", "GrammarConstraint", "compile_constraint"]
+__all__ = ["KINDS", "Grammar", "GrammarConstraint", "compile_constraint", "written"]
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
-"""Most white space between two signs of JSON, so that no text is spent on it; a schema's own `x-guidance` overrides."""
 
 
 def compile_constraint(kind: str, content: Any, tokenizer: Tokenizer) -> "Grammar":
@@ -36,13 +35,16 @@ def compile_constraint(kind: str, content: Any, tokenizer: Tokenizer) -> "Gramma
              choice       a list of texts, of which one is said
              grammar      a Lark grammar with a rule `start`, in llguidance's dialect, or a GBNF one with a rule `root`
     """
+    return _compiled(*written(kind, content), tokenizer)
+
+
+def written(kind: str, content: Any) -> tuple[str, str]:
+    """Kind and text of a grammar, as `grammar_trial` takes them; RequestError for a kind that is none."""
     if kind not in KINDS:
         raise RequestError(f"the grammar's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind == "json_object":
         kind, content = "json_schema", {"type": "object"}
-    if not isinstance(content, str):
-        content = json.dumps(content, ensure_ascii=False)
-    return _compiled(kind, content, tokenizer)
+    return kind, content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 class Grammar:
@@ -53,12 +55,7 @@ class Grammar:
         limits      how much work one token may be
         """
         self._tokens = _llguidance_tokenizer(tokenizer)
-        limits = limits or LLParserLimits(verbose_errors=False)
-        self._start = LLMatcher(self._tokens, definition, log_level=0, limits=limits)
-        self._start.compute_logit_bias()  # only now does a grammar show that it allows no text at all
-        if self._start.is_error():
-            error = self._start.get_error()
-            raise ValueError("no text keeps to it" if error.startswith("NoExtension") else error)
+        self._start = start_of(self._tokens, definition, limits)
 
     def constraint(self, vocab_size: int, eos_ids: Iterable[int] = ()) -> "GrammarConstraint":
         """A text at its beginning.
@@ -144,28 +141,15 @@ class GrammarConstraint:
 @lru_cache(maxsize=64)
 def _compiled(kind: str, content: str, tokenizer: Tokenizer) -> Grammar:
     try:
-        if kind == "choice":
-            _require_choices(content)
-        if kind == "json_schema":
-            json.loads(content)
-            definition = LLMatcher.grammar_from_json_schema(content, defaults={"whitespace_pattern": WHITE_SPACE})
-        else:
-            definition = grammar_from(kind, content)  # type: ignore[arg-type]
-        return Grammar(definition, tokenizer)
+        return Grammar(definition_of(kind, content), tokenizer)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the {kind} cannot be used: {_one_line(str(error))}") from error
-
-
-def _require_choices(content: str) -> None:
-    choices = json.loads(content)
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError("it must be a list of one or more texts")
 
 
 @lru_cache(maxsize=4)
 def _llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     try:
-        return LLTokenizer(tokenizer.fast_json, n_vocab=tokenizer.vocab_len, eos_token=tokenizer.eos_id)
+        return tokens_of(tokenizer.fast_json, tokenizer.vocab_len, tokenizer.eos_id)
     except ValueError as error:
         raise TokenizerError(
             f"grammars need a byte-level or byte-fallback tokenizer; this one has neither: {_one_line(str(error))}"
