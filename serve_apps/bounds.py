@@ -67,6 +67,7 @@ TABLE = (
     Bound("body", f"`max_body_bytes` ({BODY_BYTES})", 413),
     Bound("time until the body is complete", f"`body_seconds` ({BODY_SECONDS:g} s)", 408),
     Bound("bodies that one ingress waits for", f"`max_bodies` ({BODIES})", 429),
+    Bound("bodies that one proxy waits for", str(BODIES), 429),
     Bound("time of the whole request", "`request_seconds` (600 s)", 408),
     Bound("requests of one key in a minute", "`requests_per_minute` (none)", 429),
     Bound("JSON values and keys of a body", str(VALUES), 413),

@@ -7,7 +7,12 @@ puts it into the ASGI scope, in the proxy, and `Unloader` hands it out in the in
 
 import asyncio
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_apps.bounds import BODIES
+from serve_apps.errors import problem_of
+from tidar_core.errors import CapacityError
 
 __all__ = ["Loader", "Unloader"]
 
@@ -22,6 +27,9 @@ class Loader:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._unfinished = 0
+        """Requests whose bodies are on their way. Each holds one of the calls that Serve's actor of the proxy can take,
+        1000 in all, so that many more would stop every other request."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its body if that is here and not large."""
@@ -32,13 +40,38 @@ class Loader:
             async with asyncio.timeout(WAIT_SECONDS):
                 first = await receive()
         except TimeoutError:
-            await self._app(scope, receive, send)
+            await self._pass_unfinished(scope, receive, send)
             return
-        if first["type"] == "http.request" and not first.get("more_body") and len(first.get("body", b"")) <= MOST_BYTES:
+        if first.get("more_body"):
+            await self._pass_unfinished(scope, _after(first, receive), send)
+        elif first["type"] == "http.request" and len(first.get("body", b"")) <= MOST_BYTES:
             scope[KEY] = first.get("body", b"")
             await self._app(scope, receive, send)
         else:
             await self._app(scope, _after(first, receive), send)
+
+    async def _pass_unfinished(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request whose body is on its way, or refuse it where too many are."""
+        if self._unfinished >= BODIES:
+            problem = problem_of(CapacityError(f"{BODIES} bodies are on their way already; wait"))
+            refusal = JSONResponse(problem.body(), status_code=problem.status, headers=problem.headers)
+            await refusal(scope, receive, send)
+            return
+        self._unfinished += 1
+        counted = True
+
+        async def counting() -> Message:
+            nonlocal counted
+            message = await receive()
+            if counted and not message.get("more_body"):
+                self._unfinished -= 1
+                counted = False
+            return message
+
+        try:
+            await self._app(scope, counting, send)
+        finally:
+            self._unfinished -= counted
 
 
 class Unloader:

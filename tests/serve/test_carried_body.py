@@ -92,6 +92,49 @@ def test_a_request_that_brings_no_body_is_left_alone():
     assert seen == [({"type": "http", "method": "GET"}, END, 1)]
 
 
+def test_so_many_bodies_may_be_on_their_way_and_one_more_is_refused_in_the_proxy(monkeypatch):
+    monkeypatch.setattr(carried_body, "BODIES", 2)
+
+    async def scene():
+        end, statuses = asyncio.Event(), []
+
+        async def ingress(scope, receive, send):
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message["body"], message["more_body"]
+            await PlainTextResponse(body)(scope, receive, send)
+
+        loader = Loader(Unloader(ingress))
+
+        async def ask(*messages):
+            waiting = list(messages)
+
+            async def receive():
+                if not waiting:
+                    await end.wait()
+                    return {"type": "http.request", "body": b"!", "more_body": False}
+                return {"type": "http.request", **waiting.pop(0)}
+
+            async def send(message):
+                statuses.extend([message["status"]] if "status" in message else [])
+
+            await loader({"type": "http", "method": "POST", "headers": []}, receive, send)
+
+        half = {"body": b"{", "more_body": True}
+        unfinished = [asyncio.create_task(ask(half)), asyncio.create_task(ask())]
+        await asyncio.sleep(5 * carried_body.WAIT_SECONDS)
+        await ask(half)
+        await ask({"body": b"{}", "more_body": False})
+        assert statuses == [429, 200]
+        end.set()
+        await asyncio.gather(*unfinished)
+        await ask(half, {"body": b"}", "more_body": False})
+        assert statuses == [429, 200, 200, 200, 200]
+
+    asyncio.run(scene())
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_late_body_in_parts_is_read_by_a_running_service(service):
