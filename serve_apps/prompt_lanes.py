@@ -33,7 +33,7 @@ class PromptLanes:
         """What is asked, in tokens. Raises RequestError."""
         loop = asyncio.get_running_loop()
         grammar = self._prompts.grammar(asked)
-        lane = self._of_long if _is_long(asked.prompt) else None
+        lane = self._of_long if _is_long(asked.prompt) or sum(map(len, asked.bad_words)) > LONG else None
         if grammar is not None:
             lane = self._of_grammars
             await loop.run_in_executor(lane, self._grammars.check, grammar)

@@ -77,7 +77,7 @@ class Reader:
 
 
 def asked(prompt, grammar=None):
-    return SimpleNamespace(prompt=prompt, grammar=grammar)
+    return SimpleNamespace(prompt=prompt, grammar=grammar, bad_words=())
 
 
 def test_short_prompts_pass_long_ones_and_grammars_and_who_left_is_not_read():
