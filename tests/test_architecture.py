@@ -24,7 +24,7 @@ HOMES = {
     "datasets": "pipelines/lm_eval_tasks.py",
     "transformers": "pipelines/rival.py",  # what we are compared with
     "tokenizers": "tidar_core/artifacts/tokenizer.py tidar_core/artifacts/detokenizer.py",
-    "llguidance": "tidar_core/artifacts/grammar.py",
+    "llguidance": "tidar_core/artifacts/grammar.py tidar_core/artifacts/grammar_trial.py",
     "jinja2": "tidar_core/artifacts/chat_template.py",
     "safetensors": "tidar_core/artifacts/hf_weights.py tidar_core/artifacts/hf_files.py",
     "fsspec": "tidar_core/artifacts/locations.py",
