@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from serve_apps import bounds
 from serve_apps.errors import ParameterError
 from serve_apps.grammars import AskedGrammar, Choices, ResponseFormat, Schema, StructuredOutputs, asked_grammar
-from serve_apps.reading import Body
+from serve_apps.reading import Body, null_is_nothing
 from tidar_core.config import COLDEST, MOST_LOGPROBS, SamplingConfig
 from tidar_core.errors import RequestError
 
@@ -35,7 +35,7 @@ def shown(**limits: float) -> Any:
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing)
 
     include_usage: bool = False
     """A last chunk without choices says what the request cost."""

@@ -305,3 +305,8 @@ def test_half_a_character_is_no_text(body):
     with pytest.raises(ParameterError) as caught:
         read_request(body, CompletionRequest)
     str(caught.value).encode()
+
+
+def test_the_document_says_that_null_stands_for_nothing_in_stream_options_too():
+    options = CompletionRequest.model_json_schema()["$defs"]["StreamOptions"]["properties"]
+    assert all({"type": "null"} in field["anyOf"] for field in options.values())
