@@ -16,7 +16,7 @@ def service(bundle, free_port):
     """Address of a service whose texts end soon: its context is short, so a valid request is answered in full."""
     settings = ServeSettings(
         model=bundle, port=free_port, rows=3, context_len=48, max_waiting=4, threads=1, num_cpus=0.5,
-        max_body_bytes=100_000, stream_interval_seconds=0, vllm_metric_names=True,
+        max_body_bytes=2_000_000, stream_interval_seconds=0, vllm_metric_names=True,
     )  # fmt: skip
     app.run(settings, blocking=False)
     yield f"http://127.0.0.1:{free_port}"
