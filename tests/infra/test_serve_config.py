@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 from tiny import save_tiny_bundle
 
@@ -57,6 +58,16 @@ def test_serve_s_own_schema_takes_it_and_knows_every_key(target):
     }
     assert kept["logging_config"].items() >= config["logging_config"].items()
     assert parsed.applications[0].import_path == BUILDER
+
+
+def test_serve_rolls_out_a_config_whose_model_has_changed_and_no_other():
+    def version(settings):
+        (application,) = ServeDeploySchema.model_validate(serve_config(settings)).applications
+        return get_app_code_version(application)
+
+    settings = read_settings(SETTINGS)
+    assert version(settings) == version(read_settings(SETTINGS))
+    assert version(settings) != version(settings.model_copy(update={"model": "models:/m/2"}))
 
 
 def test_the_import_path_is_a_builder_that_serve_calls_with_the_settings(tmp_path):

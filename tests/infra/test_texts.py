@@ -1,5 +1,6 @@
-"""What the runbook and the menu of infra/ name is there: metrics, commands, options, files, settings."""
+"""What the runbook and the menu of infra/ name is there: metrics, commands, options, files, settings, figures."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -9,13 +10,18 @@ import click
 import promql_parser
 import pytest
 import typer
+import yaml
 from metric_names import exported
 from ray.scripts.scripts import cli as ray_cli
+from ray.serve._private.constants import RAY_SERVE_TRACING_SAMPLING_RATIO
 from ray.serve.scripts import cli as serve_cli
 
 import tidar
 from pipelines.jobs import TrainJob
+from serve_apps import fleet, retry
+from serve_apps.alias_watch import STEPS
 from serve_apps.settings import ServeSettings
+from tidar_core.artifacts import output_lock
 
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "docs/operations.md").read_text()
@@ -122,3 +128,72 @@ def test_job_keys_that_the_runbook_turns_exist(key):
 def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
     assert f"`{word}`" in RUNBOOK
     assert any(word in path.read_text() for path in ROOT.glob(source))
+
+
+@pytest.mark.parametrize(("words", "figure", "value"), [
+    ("tried again every five minutes", 5 * 60, fleet.RETRY_SECONDS),
+    ("go to another replica, three at most", 3, retry.TRIES),
+    ("is renewed every 10 s", 10, output_lock.RENEW_SECONDS),
+    ("not renewed for 45 s", 45, output_lock.LEASE_SECONDS),
+    ("`timing_seconds` (20)", 20, ServeSettings.model_fields["timing_seconds"].default),
+    ("`max_skipped_updates` train steps in a row (10 by default)", 10,
+     TrainJob.model_fields["max_skipped_updates"].default),
+    ("experiment `tidar`", "tidar", TrainJob.model_fields["experiment"].default),
+    ("own default would be 0.01", 0.01, RAY_SERVE_TRACING_SAMPLING_RATIO),
+])  # fmt: skip
+def test_figures_of_the_runbook_are_those_of_the_code(words, figure, value):
+    assert words in " ".join(RUNBOOK.split())
+    assert value == figure
+
+
+def test_the_settings_of_a_trial_that_the_runbook_shows_are_the_defaults():
+    [block] = [text for text in re.findall(r"```\n(.*?)```", RUNBOOK, re.S) if "challenger:" in text]
+    shown = ServeSettings.model_validate({"model": "models:/m@champion"} | yaml.safe_load(block))
+    assert (
+        shown.challenger
+        == ServeSettings.model_validate(
+            {"model": "models:/m@champion", "follow_alias_seconds": 10, "challenger": {}}
+        ).challenger
+    )
+
+
+def test_steps_of_a_model_s_life_that_the_runbook_names_are_counted():
+    named = set(re.findall(r'model_life_total\{step="(\w+)"\}', RUNBOOK))
+    assert named
+    assert named <= set(STEPS)
+
+
+@pytest.mark.parametrize(("span", "source"), [("ingress", "request_log.py"), ("replica", "writer.py")])
+def test_attributes_of_spans_in_the_runbook_are_those_that_the_code_notes(span, source):
+    row = re.search(rf"^\| {span} \| (.*) \|$", RUNBOOK.split("## Traces")[1], re.M).group(1)
+    by_serve = {"request_id", "http.route"}
+    named = set(re.findall(r"`((?:gen_ai|tidar)\.[\w.]+|request_id|http\.route)`", row)) - by_serve
+    calls = [node for node in ast.walk(ast.parse((ROOT / "serve_apps" / source).read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "note"]  # fmt: skip
+    assert named == {word.arg.replace("__", ".") for call in calls for word in call.keywords}
+
+
+def test_what_the_runbook_calls_in_kubernetes_is_in_the_manifests():
+    manifests = [m for path in (ROOT / "infra/k8s").glob("*.yaml") for m in yaml.safe_load_all(path.read_text())]
+    there = {(m["kind"], m["metadata"].get("name")) for m in manifests}
+    kinds = {"deploy": "Deployment", "svc": "Service", "pod": "Pod"}
+    of_kuberay = {("RayService", "tidar"): {"tidar-head-svc", "tidar-serve-svc"}}
+    made = {("Service", name) for owner, names in of_kuberay.items() if owner in there for name in names}
+    kubectl = [code for code in quoted(RUNBOOK) if "kubectl" in code]
+    named = {(kinds[kind], name) for code in kubectl for kind, name in re.findall(r"\b(deploy|svc|pod)/([\w-]+)", code)}
+    assert len(named) > 4
+    assert named <= there | made
+    labels = {f"{name}={value}" for m in manifests if m["apiVersion"] == "ray.io/v1" for name, value in labels_of(m)}
+    wanted = {pair for code in kubectl for pair in re.findall(r"(tidar/\w+=\w+)", code)}
+    assert wanted
+    assert wanted <= labels
+    assert {f"--from-literal={key}=..." for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")} <= set(
+        next(code for code in kubectl if "secret generic tidar-s3" in code).split()
+    )
+
+
+def labels_of(manifest):
+    """Labels of the pods of a Ray cluster."""
+    spec = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        yield from group["template"]["metadata"]["labels"].items()

@@ -6,6 +6,7 @@ import gc
 import weakref
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,6 +137,31 @@ def test_no_third_engine_is_loaded_while_one_is_leaving(old, new, bundle, tmp_pa
     asyncio.run(in_turn())
 
 
+def test_beside_a_challenger_a_replica_has_memory_for_three_bundles_and_no_more(old, new, tmp_path, monkeypatch):
+    third = dataclasses.replace(damaged(old, tmp_path), bundle_hash="third")
+    loaded = []
+
+    async def change():
+        app = DecoderApp(old)
+        app.fleet.follow(Target(champion=old, challenger=new))
+        await app.fleet.followed()
+        make = app.fleet._made
+
+        def counted(*arguments):
+            loaded.append(len(app.fleet.writers) + 1)
+            return make(*arguments)
+
+        monkeypatch.setattr(app.fleet, "_made", counted)
+        app.fleet.follow(Target(champion=third, challenger=new))
+        await app.fleet.followed()
+        app.fleet._problems.clear()
+        app.fleet.follow(Target(champion=old, challenger=third))
+        await app.fleet.followed()
+
+    asyncio.run(change())
+    assert loaded == [3, 2]  # another challenger loads once the one before has left
+
+
 def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_without_being_loaded_again(old, new, texts):
     trial = old.settings.model_copy(update={"challenger": Trial(weight=0.5)})
     old, new = (dataclasses.replace(served, settings=trial) for served in (old, new))
@@ -163,7 +189,7 @@ def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_with
     asyncio.run(rise())
 
 
-def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_why(old, new, texts, tmp_path):
+def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_why(old, new, texts, tmp_path, caplog):
     wrong = damaged(new, tmp_path)
 
     async def fail():
@@ -176,8 +202,13 @@ def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_
             assert failed.version == "9"
             assert "model.safetensors has hash" in failed.problem
         await app.check_health()
+        app.fleet.follow(Target(champion=old))  # as after a rollback
+        await app.fleet.followed()
+        assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
 
     asyncio.run(fail())
+    (logged,) = [record.getMessage() for record in caplog.records if "cannot be loaded" in record.getMessage()]
+    assert "model.safetensors has hash" in logged
 
 
 def test_a_challenger_that_does_not_decode_is_given_up_and_the_champion_goes_on(old, new, texts):
@@ -213,8 +244,9 @@ def test_whoever_changes_his_mind_while_weights_are_loaded_gets_what_he_wants_in
     asyncio.run(change())
 
 
-def test_what_failed_to_load_is_tried_again_after_a_while(old, new, texts, tmp_path, monkeypatch):
-    wrong = damaged(new, tmp_path)
+def test_what_failed_to_load_is_tried_again_after_five_minutes(old, new, texts, tmp_path, monkeypatch):
+    wrong, clock = damaged(new, tmp_path), SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("serve_apps.fleet.time", SimpleNamespace(monotonic=lambda: clock.now))
 
     async def mend():
         app = DecoderApp(old)
@@ -222,10 +254,11 @@ def test_what_failed_to_load_is_tried_again_after_a_while(old, new, texts, tmp_p
         await app.fleet.followed()
         for file in Path(new.bundle_uri).glob("*.safetensors"):
             (Path(wrong.bundle_uri) / file.name).write_bytes(file.read_bytes())
+        clock.now += 300
         app.fleet.follow(Target(champion=wrong))
         await app.fleet.followed()
         assert app.fleet.champion.served == old
-        monkeypatch.setattr("serve_apps.fleet.RETRY_SECONDS", 0.0)
+        clock.now += 1
         app.fleet.follow(Target(champion=wrong))
         await app.fleet.followed()
         assert await answer(app) == (new.fingerprint, texts[new.fingerprint])

@@ -6,12 +6,17 @@ import json
 import httpx
 import pytest
 from ray.exceptions import ActorDiedError
+from starlette.requests import Request
 
 from serve_apps.access import Access
 from serve_apps.answers import ModelCard
+from serve_apps.events import CompletionReply
+from serve_apps.generating import Generation
 from serve_apps.http_app import HttpApp
 from serve_apps.limits import Limits
+from serve_apps.metrics import Counters
 from serve_apps.pieces import Piece, Tally
+from serve_apps.schemas import CompletionRequest
 
 CARD = ModelCard(id="m", created=0, max_model_len=8, block_len=4, bundle_hash="h", mode="auto")
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -117,6 +122,22 @@ def test_a_stream_of_which_text_was_sent_ends_with_one_error(path):
     body = ROUTES[path] | {"stream": True}
     *_, last = events(answered(path, body, [written(1, "a"), 0.05, DEATH], [written(1, "b", "stop")]))
     assert last["error"]["code"] == "replica_lost"
+
+
+@pytest.mark.parametrize(("said", "broken"), [([0.05, DEATH], 1), ([written(2, "b", "stop")], 0)])
+def test_a_stream_that_breaks_off_is_counted_as_one_and_a_whole_one_is_not(said, broken):
+    counters = Counters("m")
+    generation = Generation(Decoder([written(1, "a"), *said]), Limits(seconds=9, body_bytes=999), counters)
+    reply = CompletionReply(reply_id="cmpl-1", card=CARD)
+    http = Request({"type": "http", "headers": [], "state": {}})
+
+    async def read():
+        asked = CompletionRequest.model_validate(ROUTES["/v1/completions"] | {"stream": True})
+        answer = await generation.answer(http, reply, asked)
+        return [part async for part in answer.body_iterator]
+
+    asyncio.run(read())
+    assert f'requests_ended_early_total{{model_name="m"}} {broken:.1f}' in counters.exposition()
 
 
 @pytest.mark.parametrize("path", ROUTES)
