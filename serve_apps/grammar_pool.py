@@ -21,7 +21,7 @@ __all__ = ["GrammarPool"]
 
 KEPT = 1024
 """Verdicts."""
-TOO_MUCH = ("late", "died")
+LATE, DIED = "late", "died"
 
 
 class GrammarPool:
@@ -39,11 +39,13 @@ class GrammarPool:
         verdict = self._verdicts.get(key)
         if verdict is None:
             verdict = self._tried(kind, content)
-            self._verdicts[key] = verdict
-        self._verdicts.move_to_end(key)
+            if verdict != LATE:  # which may be the machine's fault
+                self._verdicts[key] = verdict
+        if key in self._verdicts:
+            self._verdicts.move_to_end(key)
         if len(self._verdicts) > KEPT:
             self._verdicts.popitem(last=False)
-        if verdict in TOO_MUCH:
+        if verdict in (LATE, DIED):
             raise ParameterError(
                 f"{grammar.param} takes more than {self._seconds:g} s, or more memory than there is, to compile; "
                 "simplify it",

@@ -6,10 +6,11 @@ Some grammars of forty characters take hours, and nothing within a process can s
 grammar and kills the fork that takes too long. It imports llguidance alone, and runs as a file, so that it is small.
 
 Standard input: one line of JSON with `tokenizer`, `vocab_len` and `eos_id`, then one line for each grammar with `kind`,
-`content` and `seconds`. Standard output: one line for each grammar, `compiled`, `refused`, `late` or `died`.
+`content` and `seconds` of a processor. Standard output: for each grammar `compiled`, `refused`, `late` or `died`.
 """
 
 import json
+import math
 import os
 import resource
 import select
@@ -22,6 +23,8 @@ __all__ = ["definition_of", "main", "start_of", "tokens_of"]
 
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Most white space between two signs of JSON, so that no text is spent on it; a schema's own `x-guidance` overrides."""
+BUSY = 4
+"""Times the seconds of a processor that a grammar may take on a machine that does other things as well."""
 MOST_BYTES = 4 * 2**30
 """Address space of a fork."""
 
@@ -74,9 +77,9 @@ def _tried(tokens: LLTokenizer, kind: str, content: str, seconds: float) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        _compile(tokens, kind, content, writing)
+        _compile(tokens, kind, content, seconds, writing)
     os.close(writing)
-    in_time = bool(select.select([reading], [], [], seconds)[0])
+    in_time = bool(select.select([reading], [], [], BUSY * seconds)[0])
     verdict = os.read(reading, 64).decode() if in_time else "late"
     os.close(reading)
     os.kill(child, signal.SIGKILL)
@@ -84,7 +87,9 @@ def _tried(tokens: LLTokenizer, kind: str, content: str, seconds: float) -> str:
     return verdict or "died"
 
 
-def _compile(tokens: LLTokenizer, kind: str, content: str, writing: int) -> None:
+def _compile(tokens: LLTokenizer, kind: str, content: str, seconds: float, writing: int) -> None:
+    most = math.ceil(seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     verdict = b"refused"
     try:
