@@ -32,6 +32,11 @@ def shown(**limits: float) -> Any:
     return Field(json_schema_extra={**limits})
 
 
+def _no_number(value: Any) -> Any:
+    """0 equals False in Python, not in JSON."""
+    return value if isinstance(value, bool) else str(value)
+
+
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
@@ -41,7 +46,7 @@ class StreamOptions(BaseModel):
     """A last chunk without choices says what the request cost."""
     continuous_usage_stats: bool = False
     """Every chunk says what the request has cost so far."""
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Annotated[Literal[False], BeforeValidator(_no_number)] = False
     """Chunks are not padded here."""
 
 
@@ -107,7 +112,7 @@ class GenerationFields(Body):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
-    response_format: Annotated[ResponseFormat, BeforeValidator(_without_nothing)] | None = None
+    response_format: Annotated[ResponseFormat, BeforeValidator(_without_null)] | None = None
     structured_outputs: Annotated[StructuredOutputs, BeforeValidator(_without_nothing)] | None = None
     guided_json: Schema | None = None
     guided_regex: str | None = None

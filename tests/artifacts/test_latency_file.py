@@ -1,12 +1,10 @@
 """A latency table is kept beside the bundle, for the device it was taken on."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tiny import wide_model
 
-from tidar_core.artifacts.cache import cache_folder
 from tidar_core.artifacts.latency_file import bundle_planner, bundle_table, stored_table, time_and_store
 from tidar_core.config import DraftConfig
 from tidar_core.decoder import Decoder
@@ -86,10 +84,6 @@ def test_what_a_start_timed_is_found_by_the_next_start_and_by_a_challenger_of_th
     challenger = wide_model(named_shape("tiny"), seed=1)
     assert bundle_table(str(tmp_path / "challenger"), decoder_of(challenger)) == table
     assert not list(tmp_path.glob("*.latency"))  # nothing is written beside a bundle that is only served
-    (kept,) = (tmp_path / "cache").rglob("*.json")
-    assert kept.is_relative_to(tmp_path / "cache/tidar/latency")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache/tidar"
 
 
 def test_a_table_of_shorter_contexts_does_not_serve_a_longer_one(model, tmp_path):

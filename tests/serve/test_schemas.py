@@ -161,6 +161,7 @@ def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
         ({"response_format": {"type": "structural_tag"}}, ("response_format.type", None)),
         ({"response_format": {}}, ("response_format.type", None)),
         ({"response_format": {"type": "json_schema"}}, ("response_format.json_schema", None)),
+        ({"response_format": {"type": "text", "json_schema": False}}, ("response_format.json_schema", None)),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
          ("response_format.json_schema.schema", None)),
     ],
@@ -221,6 +222,7 @@ def test_what_is_for_the_clients_own_books_changes_no_text(fields):
     ("fields", "refused"),
     [
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 0}}, "stream_options.include_obfuscation"),
         ({"store": True}, "store"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
