@@ -8,6 +8,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import weakref
 from collections import OrderedDict
 
 from serve_apps.bounds import GRAMMAR_SECONDS
@@ -30,6 +31,7 @@ class GrammarPool:
     def __init__(self, tokenizer: Tokenizer, seconds: float = GRAMMAR_SECONDS) -> None:
         self._tokenizer, self._seconds = tokenizer, seconds
         self._process: subprocess.Popen[str] | None = None
+        self._end: weakref.finalize[[subprocess.Popen[str]], GrammarPool] | None = None
         self._verdicts: OrderedDict[str, str] = OrderedDict()
 
     def check(self, grammar: AskedGrammar) -> None:
@@ -53,11 +55,10 @@ class GrammarPool:
             )
 
     def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        """End the process, which also ends with this object."""
+        if self._end is not None:
+            self._end()
+        self._process = self._end = None
 
     def _tried(self, kind: str, content: str) -> str:
         if self._process is not None and self._process.poll() is not None:
@@ -87,4 +88,10 @@ class GrammarPool:
             "eos_id": self._tokenizer.eos_id,
         }
         print(json.dumps(given), file=process.stdin, flush=True)
+        self._end = weakref.finalize(self, _killed, process)
         return process
+
+
+def _killed(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

@@ -27,9 +27,9 @@ def wide_model(config, seed=0):
     return model.eval()
 
 
-def varied_model(tokenizer):
+def varied_model(tokenizer, seed=0):
     """Random weights that do not repeat their last token: the head is another table than the embedding."""
-    return wide_model(replace(named_shape("tiny", vocab_len=tokenizer.vocab_len), tied_head=False))
+    return wide_model(replace(named_shape("tiny", vocab_len=tokenizer.vocab_len), tied_head=False), seed)
 
 
 def save_tiny_bundle(folder):

@@ -133,17 +133,6 @@ def test_a_text_is_taken_as_often_as_the_first_source_that_takes_it_says(tmp_pat
     assert {1, 2} == set((+expected).values())
 
 
-def test_a_long_document_is_cut_between_lines_and_its_ids_are_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr(pack_tasks, "BATCH_CHARACTERS", 40)
-    text = "the quick fox\n  jumps\n\nover the lazy dog (twice)\n\nand\nagain " * 9
-    pieces = list(pack_tasks._in_pieces(text))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 40 < len(text)
-    tokenizer = train_bpe(iter([text]), 300)
-    assert [id for ids in tokenizer.encode_batch(pieces) for id in ids] == tokenizer.encode(text)
-    assert list(pack_tasks._in_pieces("x" * 99)) == ["x" * 40, "x" * 40, "x" * 19]
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [("a.txt", r"a\.txt is longer"), ("a.jsonl", r"line 2 of .*a\.jsonl is longer")],
