@@ -16,7 +16,7 @@ HEAD_BYTES = 2**16
 HEAD_SECONDS = 30.0
 BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 30.0
-BODIES = 256
+BODIES = 64
 """Bodies that an ingress may wait for at the same time; a body that arrives together with its head is not counted."""
 COPIES = 4
 """n choices hold n copies of a prompt: n times the bytes of a body are at most so many times the largest body."""
@@ -42,7 +42,8 @@ BAD_WORD_CHARS = 256
 LOGIT_BIASES = 4096
 METADATA_ENTRIES = 64
 GRAMMAR_CHARS = 2**17
-GRAMMAR_CHOICES = 4096
+GRAMMAR_CHOICES = 1024
+"""llguidance follows at most 2000 ways at once, and each choice is one."""
 GRAMMAR_SECONDS = 2.0
 """Of a process that can be stopped: some grammars of forty characters would take hours."""
 MESSAGES = 4096

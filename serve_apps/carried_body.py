@@ -7,6 +7,7 @@ puts it into the ASGI scope, in the proxy, and `Unloader` hands it out in the in
 
 import asyncio
 
+from ray.exceptions import TaskCancelledError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -85,7 +86,20 @@ class Unloader:
         body = scope.pop(KEY, None)
         if body is not None:
             receive = _after({"type": "http.request", "body": body, "more_body": False}, receive)
-        await self._app(scope, receive, send)
+        await self._app(scope, _until_gone(receive), send)
+
+
+def _until_gone(receive: Receive) -> Receive:
+    """What `receive` gives. A client that hangs up in its body cancels Serve's own call for it, where the proxy is
+    called as an actor: that is a disconnection."""
+
+    async def next_message() -> Message:
+        try:
+            return await receive()
+        except TaskCancelledError:
+            return {"type": "http.disconnect"}
+
+    return next_message
 
 
 def _after(first: Message, receive: Receive) -> Receive:

@@ -1,9 +1,10 @@
 """How much of a service may one request take: how long a body, how much time, how many texts at once?"""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -23,6 +24,9 @@ FIRST = 0.7
 AT_ONCE_SECONDS = 0.01
 """A body that is whole by then needs no place among those that are waited for."""
 
+SMALL_BYTES = 2**16
+"""A body up to this length is parsed in about a millisecond."""
+
 Item = TypeVar("Item")
 Request = TypeVar("Request", bound=Body)
 
@@ -41,11 +45,12 @@ class Limits:
     context_len: int = LONGEST_CONTEXT
     _bodies: int = 0
     _choices: int = 0
+    _lane: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def read(self, http: HttpRequest, kind: type[Request]) -> Request:
         """The request in a body. Raises RequestError for the first bound that it does not keep."""
         body = await self.body(http.headers, http.stream())
-        asked = read_request(body, kind)
+        asked = await self._parsed(body, kind)
         if asked.choices > self.choices:
             param = "prompt" if asked.choices // asked.copies > self.choices else "n"
             raise ParameterError(
@@ -61,6 +66,18 @@ class Limits:
             )
         asked.check_context(self.context_len)
         return asked
+
+    async def _parsed(self, body: bytes, kind: type[Request]) -> Request:
+        """The request in a body. Large bodies are parsed one after another, and after each the event loop belongs to
+        all other requests for as long as that took."""
+        if len(body) <= SMALL_BYTES:
+            return read_request(body, kind)
+        async with self._lane:
+            began = time.perf_counter()
+            try:
+                return read_request(body, kind)
+            finally:
+                await asyncio.sleep(time.perf_counter() - began)
 
     async def body(self, headers: Mapping[str, str], stream: AsyncIterator[bytes]) -> bytes:
         """The whole body. BodyTooLargeError as soon as it is known to be too long, RequestTimeoutError if late."""

@@ -171,6 +171,7 @@ def test_what_a_replica_cannot_load_is_told_once_and_a_new_one_may_begin_with_wh
 def test_a_challenger_that_fails_is_taken_away_from_the_replicas_and_from_the_registry(
     watch, name, registry_uri, caplog
 ):
+    caplog.set_level("INFO", logger="ray.serve")
     registry.set_challenger(registry_uri, name, 2)
     champion, challenger = watch.target.champion, look_up(watch.target.champion.settings, f"models:/{name}/2")[0]
     before = {"texts": 500, "errors": 500}  # of another trial

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from serve_apps.carried_body import Loader
 from serve_apps.deployment import serve_config
+from serve_apps.proxy import Enveloper
 from serve_apps.settings import ServeSettings
 from serve_apps.tracing import note, otlp, told_to_proxies, tracing_config
 from tidar_core.errors import ConfigError
@@ -94,7 +95,7 @@ def chain(folder, seconds=30, **attributes):
 @pytest.mark.slow
 def test_the_proxy_of_a_service_that_starts_its_own_ray_sends_bodies_along(traced):
     *_, service = traced
-    assert service.stdout.readline() == f"['{Loader.__name__}']\n"
+    assert service.stdout.readline() == f"['{Enveloper.__name__}', '{Loader.__name__}']\n"
 
 
 @pytest.mark.ray
