@@ -190,6 +190,7 @@ def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_with
 
 
 def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_why(old, new, texts, tmp_path, caplog):
+    caplog.set_level("INFO", logger="ray.serve")
     wrong = damaged(new, tmp_path)
 
     async def fail():
