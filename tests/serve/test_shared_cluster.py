@@ -7,9 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import ray
+from other_cluster import other_cluster
 from proxies import refusing_proxy
-from ray import serve
 from serving import command, until_ready
 
 from serve_apps import shared_cluster
@@ -67,24 +66,11 @@ def test_every_route_of_the_service_counts_as_taken():
     assert served == {"/", *shared_cluster.PATHS}
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
-class Other:
-    """An application of somebody else."""
-
-    async def __call__(self, _):
-        return "other"
-
-
 @pytest.fixture(scope="module")
 def cluster(free_port):
-    """Address of a Ray cluster whose Serve listens on `free_port` and runs an application of others."""
-    assert not ray.is_initialized()
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": free_port}, proxy_location="HeadOnly")
-    serve.run(Other.bind(), name="other", route_prefix="/other")
-    yield ray.get_runtime_context().gcs_address
-    serve.shutdown()
-    ray.shutdown()
+    """A Ray cluster whose Serve listens on `free_port` and runs an application of others."""
+    with other_cluster(free_port) as cluster:
+        yield cluster
 
 
 def texts(port):
@@ -92,22 +78,22 @@ def texts(port):
     return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
 
 
-def left(port):
+def left(cluster, port):
     """What others have once a service has ended, or could not start."""
-    return sorted(serve.status().applications), httpx.get(f"http://127.0.0.1:{port}/other", timeout=30).text
+    return cluster.applications(), httpx.get(f"http://127.0.0.1:{port}/other", timeout=30).text
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(cluster, free_port, bundle, tmp_path):
-    environment = {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
+    environment = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
     others = (["other"], "other")
     settings = ("--rows", 2, "--mode", "autoregressive", "--threads", 1)
     with command("serve", bundle, "--port", free_port, *settings, **environment) as serving:
         until_ready(serving, free_port)
         assert texts(free_port)
-        assert left(free_port) == (["other", "tidar"], "other")
+        assert left(cluster, free_port) == (["other", "tidar"], "other")
         with command("serve", bundle, "--port", free_port, **environment) as second:
             _, said = second.communicate(timeout=60)
         assert (second.returncode, said.count("\n")) == (2, 1)
@@ -116,23 +102,23 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
         serving.send_signal(signal.SIGTERM)
         _, said = serving.communicate(timeout=90)
         assert serving.returncode == 0, said
-    assert left(free_port) == others
+    assert left(cluster, free_port) == others
 
     with command("serve", bundle, "--port", free_port, *settings, **environment) as stopped:
         deadline = time.monotonic() + 60
-        while "tidar" not in serve.status().applications:
+        while "tidar" not in cluster.applications():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped.send_signal(signal.SIGTERM)  # while it starts
         _, said = stopped.communicate(timeout=90)
         assert (stopped.returncode, "Traceback" in said) == (0, False), said
-    assert left(free_port) == others
+    assert left(cluster, free_port) == others
 
     with command("serve", bundle, "--port", free_port + 1, **environment) as elsewhere:
         _, said = elsewhere.communicate(timeout=60)
     assert (elsewhere.returncode, said.count("\n")) == (2, 1)
     assert f"listens on 127.0.0.1:{free_port}" in said
-    assert left(free_port) == others
+    assert left(cluster, free_port) == others
 
     broken = tmp_path / "tiny-model"
     broken.mkdir()
@@ -144,7 +130,7 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
         _, said = failing.communicate(timeout=180)
     assert failing.returncode == 2, said
     assert "Traceback" not in said
-    assert left(free_port) == others
+    assert left(cluster, free_port) == others
 
 
 @pytest.mark.ray
