@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from tidar_core.artifacts.loopback import exempt_loopback
+from tidar_core.artifacts.network.loopback import exempt_loopback
 from tidar_core.errors import RequestError, TidarError, UserError
 
 app = typer.Typer(
@@ -90,11 +90,11 @@ def quickstart(
     """Corpus to served completion on this machine, with no input."""
     import time
 
-    from pipelines.progress import stderr
+    from pipelines.cluster.progress import stderr
     from pipelines.quickstart import MODEL_NAME, PROMPTS, flow
     from serve_apps.app import check_place, shutdown
     from serve_apps.settings import ServeSettings
-    from serve_apps.try_out import completions_over_http
+    from serve_apps.tools.smoke_client import completions_over_http
 
     began = time.perf_counter()
     model = f"models:/{MODEL_NAME}@champion"
@@ -117,8 +117,8 @@ def quickstart(
 @app.command()
 def pack(job: JobFile, as_json: Json = False) -> None:
     """Tokenize and pack a corpus into shards."""
-    from pipelines import pack as station
     from pipelines.jobs import PackJob, read_job
+    from pipelines.packing import pack as station
 
     manifest = station.pack(read_job(PackJob, job))
     splits = {
@@ -140,10 +140,10 @@ def train(
 
     parsed = read_job(TrainJob, job)
     if dry_run:
-        from pipelines.dry_run import dry_run as foretold
+        from pipelines.training.dry_run import dry_run as foretold
 
         return _print(foretold(parsed), as_json)
-    from pipelines import train as station
+    from pipelines.training import train as station
 
     info = station.train(parsed)
     return _print({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
@@ -152,7 +152,7 @@ def train(
 @app.command()
 def evaluate(job: JobFile, as_json: Json = False) -> None:
     """Measure a bundle on held-out rows and prompts; ends with a report."""
-    from pipelines import evaluate as station
+    from pipelines.evaluation import evaluate as station
     from pipelines.jobs import EvaluateJob, read_job
 
     _print(station.evaluate(read_job(EvaluateJob, job)), as_json)
@@ -161,7 +161,7 @@ def evaluate(job: JobFile, as_json: Json = False) -> None:
 @app.command()
 def publish(job: JobFile, as_json: Json = False) -> None:
     """Register a bundle whose report meets every bar; it becomes the challenger."""
-    from pipelines import publish as station
+    from pipelines.evaluation import publish as station
     from pipelines.jobs import PublishJob, read_job
 
     parsed = read_job(PublishJob, job)
@@ -177,28 +177,28 @@ def models(
     """List registered versions: status, hash, gates."""
     from dataclasses import asdict
 
-    from pipelines.tables import print_models
-    from tidar_core.artifacts import registry
+    from pipelines.evaluation.tables import print_models
+    from tidar_core.artifacts.registry import model_registry
 
-    listed = registry.list_versions(registry.absolute_tracking_uri(tracking_uri), name)
+    listed = model_registry.list_versions(model_registry.absolute_tracking_uri(tracking_uri), name)
     _print({"models": [asdict(one) for one in listed]}, as_json, print_models)
 
 
 @app.command()
 def promote(name: str, version: int, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
     """Make a version the champion; the one before it is remembered."""
-    from tidar_core.artifacts import registry
+    from tidar_core.artifacts.registry import model_registry
 
-    champion = registry.promote(registry.absolute_tracking_uri(tracking_uri), name, version)
+    champion = model_registry.promote(model_registry.absolute_tracking_uri(tracking_uri), name, version)
     _print({"name": name, "registry_version": champion, "alias": "champion"}, as_json)
 
 
 @app.command()
 def rollback(name: str, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
     """Make the previous champion the champion again."""
-    from tidar_core.artifacts import registry
+    from tidar_core.artifacts.registry import model_registry
 
-    version = registry.rollback(registry.absolute_tracking_uri(tracking_uri), name)
+    version = model_registry.rollback(model_registry.absolute_tracking_uri(tracking_uri), name)
     _print({"name": name, "registry_version": version, "alias": "champion"}, as_json)
 
 
@@ -220,7 +220,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; text appears as it is committed."""
-    from serve_apps.one_text import OneText
+    from serve_apps.tools.offline_generation import OneText
 
     asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
              "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
@@ -257,7 +257,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
-    from pipelines import measure, tables
+    from pipelines.evaluation import measure, tables
     from tidar_core.config import SamplingConfig
 
     if (model is None) == (shape is None) or random_weights != (shape is not None):
@@ -279,11 +279,11 @@ def bench(
         uri=uri,
     )  # fmt: skip
     if transformers:
-        from pipelines.rival import generate_speed
+        from pipelines.evaluation.transformers_baseline import generate_speed
 
         facts["transformers"] = generate_speed(bundle.model, tokens, max_tokens=max_tokens, repeats=repeats)
     if plot is not None:
-        from pipelines.plots import bench_plot
+        from pipelines.evaluation.plots import bench_plot
 
         plot.write_bytes(bench_plot(facts["modes"]))
     _print(facts, as_json, tables.print_modes)
@@ -300,14 +300,14 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Time forwards of 1 to 512 rows: how many token slots are free on this machine."""
-    from pipelines import measure, tables
+    from pipelines.evaluation import measure, tables
 
     uri = _found(model, tracking_uri)
     bundle = _loaded(uri, threads, dtype.value)
     facts = measure.latency_curve(bundle.model, batch=batch)
     facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
-        from pipelines.plots import latency_plot
+        from pipelines.evaluation.plots import latency_plot
 
         plot.write_bytes(latency_plot(facts["points"]))
     _print(facts, as_json, tables.print_latency)
@@ -339,7 +339,7 @@ def serve(
                "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
     )  # fmt: skip
     if dry_run:
-        from serve_apps.replica_memory import memory_facts
+        from serve_apps.replica.replica_memory import memory_facts
 
         return _print(memory_facts(wanted), as_json)
 
@@ -350,14 +350,14 @@ def serve(
 
 def _found(model: str, tracking_uri: str) -> str:
     """Address of the bundle that MODEL names."""
-    from tidar_core.artifacts import registry
+    from tidar_core.artifacts.registry import model_registry
 
-    return registry.find_bundle(registry.absolute_tracking_uri(tracking_uri), model).uri
+    return model_registry.find_bundle(model_registry.absolute_tracking_uri(tracking_uri), model).uri
 
 
 def _loaded(uri: str, threads: int, dtype: str = "fp32") -> Any:
     """A bundle, verified; on the GPU where there is one."""
-    from pipelines.measure import loaded_bundle
+    from pipelines.evaluation.measure import loaded_bundle
 
     return loaded_bundle(uri, threads, dtype)
 
@@ -378,7 +378,7 @@ def _print(values: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]
     if as_json:
         print(json.dumps(values))
         return
-    from pipelines.tables import print_values
+    from pipelines.evaluation.tables import print_values
 
     (show or print_values)(values)
 

@@ -1,7 +1,7 @@
 """What does a job file say, and when is it refused?
 
 A job is YAML read into a frozen model; unknown keys are errors, so that a misspelt one never becomes a default.
-All locations are URIs or local paths (see tidar_core/artifacts/locations.py).
+All locations are URIs or local paths (see tidar_core/artifacts/store/locations.py).
 """
 
 from dataclasses import fields, replace
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from tidar_core.artifacts.settings_file import read_mapping
+from tidar_core.artifacts.store.yaml_file import read_mapping
 from tidar_core.errors import ConfigError
-from tidar_core.recipe import Recipe
+from tidar_core.training.recipe import Recipe
 
 __all__ = ["EvaluateJob", "Job", "PackJob", "PublishJob", "Source", "TaskJob", "TrainBpe", "TrainJob", "read_job"]
 
@@ -136,7 +136,7 @@ class TrainJob(Job):
     init_from: str | None = None
     """Hugging Face folder or bundle to start from."""
     shape: str | None = None
-    """Named shape to start from random weights instead; see `tidar_core.shapes`."""
+    """Named shape to start from random weights instead; see `tidar_core.transformer.shapes`."""
     resume_from: str | None = None
     """Checkpoint to go on from, `.../checkpoints/step-00000500`, or a run, `OUTPUT.run`, for its newest. All that the
     losses follow from must be as it was; only `steps` may differ, and the number of workers, ZeRO and such."""
@@ -151,7 +151,7 @@ class TrainJob(Job):
     block_share: float = 1.0
     mask_start: Literal["mean", "normal", "zero"] | None = None
     link_rank: Positive | None = None
-    """These seven: see `tidar_core.recipe.Recipe`; the defaults are the paper's."""
+    """These seven: see `tidar_core.training.recipe.Recipe`; the defaults are the paper's."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive
@@ -271,7 +271,7 @@ class TaskJob(Job):
     """One task of an evaluation."""
 
     task: str
-    """One of the paper's, see `pipelines.tasks`; or the path of an lm-eval YAML file."""
+    """One of the paper's, see `pipelines.evaluation.paper_tasks`; or the path of an lm-eval YAML file."""
     data: str | None = None
     """Its questions on disk: a folder with a copy of the data set as the hub has it, or a JSONL or Parquet file."""
     limit: Positive | None = None

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines.cluster import disconnect
-from pipelines.evaluate import REPORT, evaluate, held_out_losses
+from pipelines.cluster.connection import disconnect
+from pipelines.cluster.progress import stderr
+from pipelines.evaluation.evaluate import REPORT, evaluate, held_out_losses
+from pipelines.evaluation.publish import publish
 from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job
-from pipelines.pack import pack
-from pipelines.progress import stderr
-from pipelines.publish import publish
-from pipelines.train import train
-from tidar_core.artifacts import registry
-from tidar_core.artifacts.bundle import read_bundle_info
+from pipelines.packing.pack import pack
+from pipelines.training.train import train
+from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import Manifest, ShardReader
 from tidar_core.errors import ConfigError
-from tidar_core.losses import dual_mode_loss, label_counts
-from tidar_core.model import TidarModel
-from tidar_core.objective import Objective
-from tidar_core.recipe import linked_config
-from tidar_core.shapes import named_shape
+from tidar_core.training.losses import dual_mode_loss, label_counts
+from tidar_core.training.objective import Objective
+from tidar_core.training.recipe import linked_config
+from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["MODEL_NAME", "PROMPTS", "River", "flow"]
 
@@ -83,7 +83,7 @@ class River:
             "bundle": self.bundle,
             "report": self.report_folder,
             "registry_version": self.version,
-            "alias": registry.CHAMPION,
+            "alias": model_registry.CHAMPION,
         }
 
 
@@ -105,7 +105,7 @@ def flow(workdir: Path, budget_seconds: int) -> River:
     report = _finished_report(evaluation) or evaluate(evaluation)
     stderr.print("[bold]5 publish[/] and promote")
     version = publish(_publish_job(site))
-    registry.promote(site.tracking_uri, MODEL_NAME, version)
+    model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     ar_phase = held_out_losses(site.path("ar"), site.path("shards"), rows=evaluation.loss_rows, threads=site.threads)
     disconnect()
     return River(

@@ -19,13 +19,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from serve_apps import start_stage
-from serve_apps.access import Access
-from serve_apps.decoder_app import DecoderApp
-from serve_apps.http_app import HttpApp
-from serve_apps.limits import Limits
-from serve_apps.scaling import autoscaling
-from serve_apps.served import look_up
+from serve_apps.ingress.api_keys import Access
+from serve_apps.ingress.http_app import HttpApp
+from serve_apps.ingress.request_limits import Limits
+from serve_apps.replica.autoscaling import autoscaling
+from serve_apps.replica.decoder_app import DecoderApp
+from serve_apps.rollout.model_version import resolve_model
+from serve_apps.rollout.watcher_app import DECODER, WatcherApp
 from serve_apps.settings import DRAIN_SECONDS, ServeSettings
 from serve_apps.shared_cluster import (
     APP_NAME,
@@ -39,9 +39,9 @@ from serve_apps.shared_cluster import (
     start_serve,
     wide_actor,
 )
-from serve_apps.watcher_app import DECODER, WatcherApp
+from serve_apps.telemetry import start_stage
 from tidar_core import errors
-from tidar_core.artifacts.loopback import open_direct
+from tidar_core.artifacts.network.loopback import open_direct
 from tidar_core.errors import TidarError
 
 __all__ = ["APP_NAME", "address_of", "build_app", "check_place", "run", "shutdown"]
@@ -61,7 +61,7 @@ def build_app(settings: ServeSettings) -> serve.Application:
 
     Looks up the model's name and reads the bundle's description, no weights: raises RegistryError or BundleError.
     """
-    served, card = look_up(settings)
+    served, card = resolve_model(settings)
     most = settings.rows + settings.max_waiting
     watcher = None
     if settings.follow_alias_seconds is not None:

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from serve_apps.settings import ServeSettings
-from serve_apps.tracing import tracing_config
-from tidar_core.artifacts.registry import absolute_tracking_uri
-from tidar_core.artifacts.settings_file import read_mapping
+from serve_apps.telemetry.tracing import tracing_config
+from tidar_core.artifacts.registry.model_registry import absolute_tracking_uri
+from tidar_core.artifacts.store.yaml_file import read_mapping
 from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["command_settings", "embedded", "main", "read_settings", "serve_config"]

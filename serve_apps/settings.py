@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from serve_apps import bounds
-from serve_apps.trial import Trial
+from serve_apps.api import bounds
+from serve_apps.rollout.canary import Trial
 from tidar_core.errors import ConfigError
 
 __all__ = ["DRAIN_SECONDS", "REGISTRY_SCHEME", "ServeSettings"]

@@ -16,18 +16,18 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # no public call reads the HTTP options of a running Serve
 from ray.serve.schema import LoggingConfig
 
-from serve_apps.proxy import CALLBACK
+from serve_apps.ingress.serve_proxy import CALLBACK
 from serve_apps.settings import ServeSettings
-from serve_apps.tracing import told_to_proxies, tracing_config
-from tidar_core.artifacts.cluster_address import given_cluster
-from tidar_core.artifacts.muted import muted_stderr
+from serve_apps.telemetry.tracing import told_to_proxies, tracing_config
+from tidar_core.artifacts.network.cluster_address import given_cluster
+from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError
 
 __all__ = [
     "APP_NAME",
-    "LEAN",
-    "STERN",
-    "WIDE",
+    "KILL_HUNG_REPLICAS_ENV",
+    "RAY_FAST_PATH_ENV",
+    "UNBOUNDED_HEADERS_ENV",
     "address_of",
     "check_place",
     "deploy",
@@ -46,12 +46,12 @@ PATHS = (
 )  # fmt: skip
 """Where a service answers, besides its page at /."""
 OBJECT_STORE_BYTES = 256 * 2**20
-QUIET = {
+QUIET_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LEAN = {
+RAY_FAST_PATH_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours holds an event loop up for long
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
@@ -59,9 +59,9 @@ LEAN = {
     "grpc_proxy": "",  # so that gRPC takes no `http_proxy` for the addresses of the cluster's own nodes
 } | CALLBACK
 """They make each request and each piece of text cheaper on its way. A cluster's nodes have them in their manifests."""
-WIDE = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+UNBOUNDED_HEADERS_ENV = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
 """Bodies and answers pass from process to process whole. gRPC's own 4 MiB are less than either may have."""
-STERN = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+KILL_HUNG_REPLICAS_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 """A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
 
 
@@ -110,7 +110,7 @@ def start_ray(settings: ServeSettings) -> None:
     if ray.is_initialized():
         return
     _set_environment()
-    os.environ.update(WIDE)
+    os.environ.update(UNBOUNDED_HEADERS_ENV)
     with told_to_proxies(settings), muted_stderr():
         ray.init(
             address="local",  # never a cluster that happens to run here
@@ -123,10 +123,10 @@ def start_ray(settings: ServeSettings) -> None:
 
 
 def wide_actor() -> dict[str, Any]:
-    """Options of an actor, for a cluster whose nodes do not have `WIDE` in their environment."""
-    if not ray.is_initialized() or os.environ.keys() >= WIDE.keys():
+    """Options of an actor, for a cluster whose nodes do not have `UNBOUNDED_HEADERS_ENV` in their environment."""
+    if not ray.is_initialized() or os.environ.keys() >= UNBOUNDED_HEADERS_ENV.keys():
         return {}
-    return {"runtime_env": {"env_vars": WIDE}}
+    return {"runtime_env": {"env_vars": UNBOUNDED_HEADERS_ENV}}
 
 
 def start_serve(settings: ServeSettings) -> None:
@@ -182,7 +182,7 @@ def _connect() -> None:
 
 
 def _set_environment() -> None:
-    for name, value in (QUIET | LEAN | STERN).items():
+    for name, value in (QUIET_ENV | RAY_FAST_PATH_ENV | KILL_HUNG_REPLICAS_ENV).items():
         os.environ.setdefault(name, value)
 
 

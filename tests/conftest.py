@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from sooner import SOONER
+from fast_ray_env import FAST_RAY_ENV
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported: the models are tiny, and two threads that meet a busy neighbour wait for each other."""
@@ -21,7 +21,7 @@ LINES = [f"document {n}: " + "lorem ipsum dolor " * (n % 7 + 1) for n in range(4
 @pytest.fixture(scope="session", autouse=True)
 def own_environment():
     """Tests start their own Ray, and their clients reach the tests' servers where the environment names a proxy."""
-    from tidar_core.artifacts.loopback import exempt_loopback
+    from tidar_core.artifacts.network.loopback import exempt_loopback
 
     os.environ.pop("RAY_ADDRESS", None)
     exempt_loopback()
@@ -81,10 +81,10 @@ def ray_cluster(s3_endpoint):
     """One local Ray cluster of two CPUs for the whole session; its workers know the S3 server."""
     import ray
 
-    from pipelines.cluster import connect
+    from pipelines.cluster.connection import connect
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SOONER.items():
+        for name, value in FAST_RAY_ENV.items():
             patch.setenv(name, value)
         connect(cpus=2)
         patch.delenv("TORCHDYNAMO_DISABLE")  # this process may compile

@@ -8,44 +8,65 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("tidar_core", "pipelines", "serve_apps")
-SOURCES = [*sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")), ROOT / "tidar.py"]
-CORE = [path for path in SOURCES if path.parent == ROOT / "tidar_core" or path.parent.name == "kernels"]
-ARTIFACTS = [path for path in SOURCES if path.parent.name == "artifacts"]
+PACKAGES = ("tidar_core", "pipelines", "serve_apps")
+SOURCES = [*sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")), ROOT / "tidar.py"]
+CORE = [path for path in SOURCES if path.is_relative_to(ROOT / "tidar_core")]
+TORCH_ONLY = [path for path in CORE if not path.is_relative_to(ROOT / "tidar_core/artifacts")]
+MAY_IMPORT = {
+    "tidar_core": "tidar_core/transformer tidar_core/training tidar_core/decoding",
+    "tidar_core/transformer": "tidar_core",
+    "tidar_core/kernels": "tidar_core tidar_core/transformer",
+    "tidar_core/training": "tidar_core tidar_core/transformer",
+    "tidar_core/decoding": "tidar_core tidar_core/transformer tidar_core/kernels",
+    "tidar_core/planning": "tidar_core tidar_core/transformer tidar_core/kernels tidar_core/decoding",
+    "tidar_core/artifacts": "tidar_core tidar_core/transformer tidar_core/training tidar_core/artifacts/store",
+    "tidar_core/artifacts/store": "tidar_core",
+    "tidar_core/artifacts/network": "tidar_core",
+    "tidar_core/artifacts/text": "tidar_core tidar_core/artifacts/store",
+    "tidar_core/artifacts/model": "tidar_core/",
+    "tidar_core/artifacts/registry": "tidar_core tidar_core/artifacts/",
+    "pipelines": "tidar_core/ pipelines/",
+    "pipelines/cluster": "tidar_core tidar_core/artifacts/",
+    "pipelines/packing": "tidar_core/ pipelines pipelines/cluster",
+    "pipelines/training": "tidar_core/ pipelines pipelines/cluster",
+    "pipelines/evaluation": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation/sandbox",
+    "pipelines/evaluation/sandbox": "tidar_core",
+    "pipelines/research": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation",
+    "serve_apps": "tidar_core/ serve_apps/",
+    "serve_apps/api": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/messages",
+    "serve_apps/messages": "tidar_core tidar_core/decoding tidar_core/planning serve_apps/api serve_apps/replica",
+    "serve_apps/streaming": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/api serve_apps/messages",
+    "serve_apps/rollout": "tidar_core tidar_core/artifacts/ serve_apps/settings.py serve_apps/api serve_apps/messages",
+    "serve_apps/telemetry": "tidar_core serve_apps/settings.py serve_apps/messages serve_apps/rollout",
+    "serve_apps/replica": "tidar_core/ serve_apps/settings.py serve_apps/api serve_apps/messages serve_apps/streaming"
+    " serve_apps/rollout serve_apps/telemetry",
+    "serve_apps/ingress": "tidar_core serve_apps/api serve_apps/messages serve_apps/streaming serve_apps/telemetry",
+    "serve_apps/tools": "tidar_core/ serve_apps/",
+}
+"""Room -> what its files may import besides their own room: `a/b` is the files of that folder itself, `a/b/` everything
+below it, `a/b.py` one file."""
 HOMES = {
-    "ray.data": "pipelines/pack.py",
-    "ray.train": "pipelines/train.py",
-    "deepspeed": "pipelines/train_engine.py",
-    "matplotlib": "pipelines/plots.py",
-    "mlflow": " ".join(
-        f"tidar_core/artifacts/{name}.py" for name in ("mlflow_client", "registry", "promotions", "alias_order", "runs")
-    ),
-    "lm_eval": "pipelines/lm_eval_model.py pipelines/lm_eval_service.py pipelines/lm_eval_tasks.py",
-    "datasets": "pipelines/lm_eval_tasks.py",
-    "transformers": "pipelines/rival.py",  # what we are compared with
-    "tokenizers": "tidar_core/artifacts/tokenizer.py tidar_core/artifacts/detokenizer.py",
-    "llguidance": "tidar_core/artifacts/grammar.py tidar_core/artifacts/grammar_trial.py",
-    "jinja2": "tidar_core/artifacts/chat_template.py",
-    "safetensors": "tidar_core/artifacts/hf_weights.py tidar_core/artifacts/hf_files.py",
-    "fsspec": "tidar_core/artifacts/locations.py",
-    "s3fs": "tidar_core/artifacts/locations.py",
-    "fastapi": "serve_apps/http_app.py",
-    "opentelemetry": "serve_apps/tracing.py",
-    "prometheus_client": "serve_apps/metrics.py serve_apps/version_metrics.py",
-    "aiohttp": "serve_apps/cost_bench.py pipelines/lm_eval_service.py",
+    "ray.data": "pipelines/packing/pack.py",
+    "ray.train": "pipelines/training/train.py",
+    "deepspeed": "pipelines/training/train_engine.py",
+    "matplotlib": "pipelines/evaluation/plots.py",
+    "mlflow": "tidar_core/artifacts/registry/",
+    "lm_eval": "pipelines/evaluation/lm_eval_",
+    "datasets": "pipelines/evaluation/lm_eval_tasks.py",
+    "transformers": "pipelines/evaluation/transformers_baseline.py",
+    "tokenizers": "tidar_core/artifacts/text/tokenizer.py tidar_core/artifacts/text/detokenizer.py",
+    "llguidance": "tidar_core/artifacts/text/grammar",
+    "jinja2": "tidar_core/artifacts/text/chat_template.py",
+    "safetensors": "tidar_core/artifacts/model/hf_",
+    "fsspec": "tidar_core/artifacts/store/locations.py",
+    "s3fs": "tidar_core/artifacts/store/locations.py",
+    "fastapi": "serve_apps/ingress/http_app.py",
+    "opentelemetry": "serve_apps/telemetry/tracing.py",
+    "prometheus_client": "serve_apps/telemetry/",
+    "aiohttp": "serve_apps/tools/http_overhead_bench.py pipelines/evaluation/lm_eval_service.py",
     "typer": "tidar.py",
 }
-HALL = ("errors", "config", "layout", "visibility", "attention", "kv_cache", "model", "shapes")
-TRAINING = (
-    "packing", "row_order", "recipe", "dual_mode", "flex", "losses", "sequence_parallel", "objective", "schedule",
-    "flops", "single_device",
-)  # fmt: skip
-DECODING = (
-    "sampling", "rules", "request", "logprobs", "verify", "modes", "pages", "sequence", "row_state", "plan_tensors",
-    "decode_forward", "step", "step_graph", "decoder_size", "decoder", "ways", "timing", "latency", "served_latency",
-    "step_timing", "acceptance", "planner", "batcher", "autoregressive", "stop_strings", "benchmark", "step_bench",
-    "decode_memory",
-)  # fmt: skip
+"""Heavy library -> beginnings of the paths of the files that may import it."""
 
 
 def name(path):
@@ -67,36 +88,51 @@ def reaches(path, package):
     return any(module == package or module.startswith(package + ".") for module in imports(path))
 
 
-@pytest.mark.parametrize("path", CORE, ids=name)
+def inside(path):
+    """Files and packages of the project that a file imports, as paths from the root."""
+    for module in imports(path):
+        place = ROOT / module.replace(".", "/")
+        if module.split(".")[0] in PACKAGES and (place.is_dir() or place.with_suffix(".py").is_file()):
+            yield name(place if place.is_dir() else place.with_suffix(".py"))
+
+
+def allows(rule, place):
+    """Whether a rule of the table allows the import of a file or of a package."""
+    room = place.rpartition("/")[0] if place.endswith(".py") else place
+    return rule in (place, room) or (rule.endswith("/") and f"{room}/".startswith(rule))
+
+
+@pytest.mark.parametrize("path", SOURCES[:-1], ids=name)
+def test_a_room_imports_the_rooms_that_the_table_names_and_no_others(path):
+    rules = [name(path.parent), *MAY_IMPORT[name(path.parent)].split()]
+    places = set(inside(path))
+    for place in places:
+        holds_another = any(other.startswith(f"{place}/") for other in places)  # `from package import module`
+        assert holds_another or any(allows(rule, place) for rule in rules), place
+    assert not reaches(path, "tidar")
+
+
+def test_every_room_is_in_the_table_and_no_other():
+    assert set(MAY_IMPORT) == {name(path.parent) for path in SOURCES[:-1]}
+
+
+@pytest.mark.parametrize("path", TORCH_ONLY, ids=name)
 def test_the_core_imports_torch_and_the_standard_library_alone(path):
     allowed = {*sys.stdlib_module_names, "torch", "tidar_core", "triton"}
     assert {module.split(".")[0] for module in imports(path)} <= allowed
-    assert not reaches(path, "tidar_core.artifacts")
 
 
-@pytest.mark.parametrize("path", ARTIFACTS, ids=name)
-def test_things_at_rest_know_neither_ray_nor_http(path):
-    for package in ("ray", "fastapi", "deepspeed", "pipelines", "serve_apps"):
+@pytest.mark.parametrize("path", CORE, ids=name)
+def test_artifacts_know_neither_ray_nor_http(path):
+    for package in ("ray", "fastapi", "deepspeed"):
         assert not reaches(path, package)
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name in ("pipelines", "serve_apps")], ids=name)
-def test_jobs_and_service_meet_in_a_bundle_never_in_code(path):
-    other = {"pipelines": "serve_apps", "serve_apps": "pipelines"}[path.parent.name]
-    assert not reaches(path, other)
-    assert not reaches(path, "tidar")
 
 
 @pytest.mark.parametrize("package", HOMES)
 def test_each_heavy_library_has_one_home(package):
-    assert {name(path) for path in SOURCES if reaches(path, package)} <= set(HOMES[package].split())
-
-
-def test_the_wings_of_the_core_use_the_hall_and_not_each_other():
-    for wing, forbidden in ((TRAINING, DECODING), (DECODING, TRAINING), (HALL, TRAINING + DECODING)):
-        for module in wing:
-            for other in forbidden:
-                assert not reaches(ROOT / f"tidar_core/{module}.py", f"tidar_core.{other}"), (module, other)
+    homes = tuple(HOMES[package].split())
+    users = {name(path) for path in SOURCES if reaches(path, package)}
+    assert all(user.startswith(homes) for user in users), users
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
@@ -121,7 +157,7 @@ def test_the_core_shows_these_names_and_no_others():
     import tidar_core
 
     assert tidar_core.__all__ == [
-        "Batcher", "DecodeStep", "Decoder", "DraftConfig", "ModelConfig", "Objective", "Request", "SamplingConfig",
+        "DecodeStep", "Decoder", "DraftConfig", "ModelConfig", "Objective", "Request", "SamplingConfig", "Scheduler",
         "TidarError", "TidarModel", "TokenLayout", "generate_autoregressive", "sees",
     ]  # fmt: skip
 
@@ -136,17 +172,17 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ImportError(name + " is blocked")
 
 sys.meta_path.insert(0, Refuse())
-from tidar_core import Batcher, Decoder, DraftConfig, Objective, Request, SamplingConfig, TidarModel
-from tidar_core.batcher import complete
-from tidar_core.benchmark import compare_modes
-from tidar_core.shapes import named_shape
+from tidar_core import Decoder, DraftConfig, Objective, Request, SamplingConfig, Scheduler, TidarModel
+from tidar_core.decoding.scheduler import complete
+from tidar_core.planning.mode_benchmark import compare_modes
+from tidar_core.transformer.shapes import named_shape
 import torch
 
 model = TidarModel(named_shape("tiny"))
 model.init_weights(0)
 Objective(model, dual=True, block_len=4).batch(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))
 request = Request(request_id="a", prompt=(1, 2), sampling=SamplingConfig(max_tokens=5))
-done = complete(Batcher(Decoder(model, DraftConfig(block_len=4), rows=1)), [request])
+done = complete(Scheduler(Decoder(model, DraftConfig(block_len=4), rows=1)), [request])
 print(len(done[0].token_ids), "ray" in sys.modules)
 """
 

@@ -10,8 +10,8 @@ import yaml
 from tiny import save_lost_bundle, save_tiny_bundle
 
 import tidar
-from tidar_core.artifacts.bundle import load_bundle, save_bundle
-from tidar_core.artifacts.end_tokens import EndTokens
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.text.end_tokens import EndTokens
 
 DATA = Path(__file__).parents[2] / "shared/data"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tidar_core.artifacts.bundle import load_bundle
-from tidar_core.artifacts.prompts import read_prompts
-from tidar_core.benchmark import compare_modes
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.text.prompts import read_prompts
 from tidar_core.config import SamplingConfig
+from tidar_core.planning.mode_benchmark import compare_modes
 
 SCRIPTS = Path(__file__).parents[1] / "infra/gpu"
 

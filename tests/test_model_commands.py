@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tidar
-from tidar_core.artifacts import registry
+from tidar_core.artifacts.registry import model_registry
 
 HASH = "0123456789abcdef" * 4
 
@@ -19,17 +19,17 @@ def printed(*words):
 
 @pytest.mark.parametrize("command", [["rollback", "m"], ["promote", "m", "3"]])
 def test_a_promotion_and_a_rollback_print_the_version_that_is_champion_now(monkeypatch, command):
-    monkeypatch.setattr(registry, command[0], lambda *_: 3)
+    monkeypatch.setattr(model_registry, command[0], lambda *_: 3)
     assert json.loads(printed(*command, "--json")) == {"name": "m", "registry_version": 3, "alias": "champion"}
     assert "registry_version" in printed(*command)
 
 
 def test_models_are_listed_with_their_status_hash_and_gates(monkeypatch):
-    one = registry.ListedVersion(
+    one = model_registry.ListedVersion(
         name="m", version=7, status="champion", bundle="/bundles/7", bundle_hash=HASH, gates={"ar_loss": 1.5},
         run_id=None,
     )  # fmt: skip
-    monkeypatch.setattr(registry, "list_versions", lambda *_: [one])
+    monkeypatch.setattr(model_registry, "list_versions", lambda *_: [one])
     (listed,) = json.loads(printed("models", "--json"))["models"]
     facts = (listed["version"], listed["status"], listed["bundle_hash"], listed["gates"])
     assert facts == (7, "champion", HASH, {"ar_loss": 1.5})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sooner import SOONER
+from fast_ray_env import FAST_RAY_ENV
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -25,7 +25,7 @@ def free_port():
 def quickstart(workdir):
     command = [sys.executable, "-m", "tidar", "quickstart", "--workdir", str(workdir), "--budget-seconds", "10",
                "--port", str(free_port()), "--json"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | SOONER, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | FAST_RAY_ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

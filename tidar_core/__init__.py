@@ -1,18 +1,17 @@
 """The mathematics of TiDAR: torch and the standard library, nothing else."""
 
-from tidar_core.autoregressive import generate_autoregressive
-from tidar_core.batcher import Batcher
 from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
-from tidar_core.decoder import Decoder
+from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.request import DecodeStep, Request
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.errors import TidarError
-from tidar_core.layout import TokenLayout
-from tidar_core.model import TidarModel
-from tidar_core.objective import Objective
-from tidar_core.request import DecodeStep, Request
-from tidar_core.visibility import sees
+from tidar_core.training.objective import Objective
+from tidar_core.transformer.layout import TokenLayout
+from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.visibility import sees
 
 __all__ = [
-    "Batcher",
     "DecodeStep",
     "Decoder",
     "DraftConfig",
@@ -20,6 +19,7 @@ __all__ = [
     "Objective",
     "Request",
     "SamplingConfig",
+    "Scheduler",
     "TidarError",
     "TidarModel",
     "TokenLayout",

@@ -18,17 +18,17 @@ import torch
 from run import Setting, fresh_model, ready_trainer, say, synthetic_rows
 from torch import Tensor
 
-from tidar_core.artifacts.bundle import load_bundle, save_bundle
-from tidar_core.artifacts.tokenizer import train_bpe
-from tidar_core.attention import Attention, DenseAttention, PiecewiseAttention, attend
-from tidar_core.flex import FlexAttention
-from tidar_core.layout import TokenLayout, causal_layout, training_layout
-from tidar_core.losses import dual_mode_loss, label_counts
-from tidar_core.model import TidarModel
-from tidar_core.objective import Objective
-from tidar_core.schedule import Schedule
-from tidar_core.shapes import named_shape
-from tidar_core.single_device import Phase, Trainer
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.text.tokenizer import train_bpe
+from tidar_core.training.flex_attention import FlexAttention
+from tidar_core.training.losses import dual_mode_loss, label_counts
+from tidar_core.training.objective import Objective
+from tidar_core.training.schedule import Schedule
+from tidar_core.training.trainer import Phase, Trainer
+from tidar_core.transformer.attention import Attention, DenseAttention, PiecewiseAttention, attend
+from tidar_core.transformer.layout import TokenLayout, causal_layout, training_layout
+from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["mfu", "smoke"]
 

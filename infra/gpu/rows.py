@@ -12,9 +12,9 @@ import torch
 from corpus import read_corpus
 from torch import Tensor
 
-from tidar_core.artifacts.tokenizer import Tokenizer, train_bpe
-from tidar_core.packing import PackedRows, cut_rows
-from tidar_core.shapes import named_shape
+from tidar_core.artifacts.text.tokenizer import Tokenizer, train_bpe
+from tidar_core.training.packing import PackedRows, cut_rows
+from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["SPARE_IDS", "load_rows", "prepare"]
 

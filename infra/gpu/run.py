@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from rows import PREPARED, load_rows
 
-from tidar_core.artifacts.bundle import load_bundle, save_bundle
-from tidar_core.artifacts.made_by import made_by
-from tidar_core.artifacts.tokenizer import Tokenizer, load_tokenizer
-from tidar_core.attention import DenseAttention
-from tidar_core.flops import matmul_peak
-from tidar_core.layout import causal_layout
-from tidar_core.model import TidarModel
-from tidar_core.packing import PackedRows
-from tidar_core.recipe import start_draft_link
-from tidar_core.schedule import Schedule
-from tidar_core.shapes import named_shape
-from tidar_core.single_device import Phase, Progress, Trainer
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.store.provenance import made_by
+from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
+from tidar_core.training.flops import matmul_peak
+from tidar_core.training.packing import PackedRows
+from tidar_core.training.recipe import start_draft_link
+from tidar_core.training.schedule import Schedule
+from tidar_core.training.trainer import Phase, Progress, Trainer
+from tidar_core.transformer.attention import DenseAttention
+from tidar_core.transformer.layout import causal_layout
+from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["Setting", "fresh_model", "ready_trainer", "say", "synthetic_rows", "train"]
 

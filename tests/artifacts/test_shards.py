@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidar_core.artifacts import locations, shards
+from tidar_core.artifacts import shards
+from tidar_core.artifacts.store import locations
 from tidar_core.errors import ShardError
-from tidar_core.layout import PADDING
-from tidar_core.packing import PackedRows
+from tidar_core.training.packing import PackedRows
+from tidar_core.transformer.layout import PADDING
 
 ROW_LEN = 8
 ROWS_PER_SHARD = 100

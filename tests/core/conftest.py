@@ -3,7 +3,7 @@
 import pytest
 from tiny import wide_model
 
-from tidar_core.shapes import named_shape
+from tidar_core.transformer.shapes import named_shape
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import GREEDY, Wanderer, prompts, requests
+from decoding import GREEDY, RandomPlanner, prompts, requests
 from tiny import wide_model
 
-from tidar_core.autoregressive import generate_autoregressive
-from tidar_core.batcher import Batcher, complete
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoder import Decoder
-from tidar_core.modes import MODES, FixedMode
-from tidar_core.shapes import named_shape
+from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.step_plan import MODES, FixedMode
+from tidar_core.transformer.shapes import named_shape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,15 +32,15 @@ def test_a_gpu_decodes_the_autoregressive_text_in_fp32(model, mode, sampling, ki
         pytest.skip("drawn drafts keep the law, not the text")
     texts = prompts(5, 12, 3, 8, 30)
     decoder = Decoder(model, DraftConfig(block_len=4, kind=kind), rows=3, context_len=64, page_len=4, pages=30)
-    planner = Wanderer(3, 4) if mode == "any" else FixedMode(mode, 4)
-    done = complete(Batcher(decoder, planner), requests(texts, sampling))
+    planner = RandomPlanner(3, 4) if mode == "any" else FixedMode(mode, 4)
+    done = complete(Scheduler(decoder, planner), requests(texts, sampling))
     assert [tuple(c.token_ids) for c in done] == [generate_autoregressive(model, text, sampling) for text in texts]
     assert decoder.pool.held == 0
 
 
 def test_a_step_is_captured_once_for_each_shape(model):
     decoder = Decoder(model, DraftConfig(block_len=4), rows=4, context_len=64)
-    complete(Batcher(decoder, FixedMode("single-pass", 4)), requests(prompts(5, 12, 3, 8), GREEDY))
+    complete(Scheduler(decoder, FixedMode("single-pass", 4)), requests(prompts(5, 12, 3, 8), GREEDY))
     shapes = decoder._graphs.captured
-    complete(Batcher(decoder, FixedMode("single-pass", 4)), requests(prompts(6, 11, 4, 7, seed=2), GREEDY))
+    complete(Scheduler(decoder, FixedMode("single-pass", 4)), requests(prompts(6, 11, 4, 7, seed=2), GREEDY))
     assert decoder._graphs.captured == shapes <= 3 * 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sooner import SOONER
+from fast_ray_env import FAST_RAY_ENV
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def head():
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_prestart_worker_first_driver": "0",  # every job's workers have its own environment
-            **SOONER,
+            **FAST_RAY_ENV,
         }
         with open(Path(folder) / "head.log", "wb") as log:
             process = subprocess.Popen(_start(folder, dashboard, agent), env=env, stdout=log, stderr=log, cwd=folder)

@@ -73,7 +73,7 @@ def test_neither_history_nor_artefacts_nor_tests_are_sent_to_the_build():
         ".venv/bin/python",
         "workdir/x",
         "mlflow.db",
-        "tests/tiny.py",
+        "tests/support/tiny.py",
         "pipelines/__pycache__/x",
     ):
         assert ignored.match_file(name), name

@@ -265,7 +265,14 @@ def test_the_nodes_of_the_service_have_the_environment_that_a_local_one_starts_r
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
-        assert environment.items() >= (shared_cluster.LEAN | shared_cluster.WIDE | shared_cluster.STERN).items()
+        assert (
+            environment.items()
+            >= (
+                shared_cluster.RAY_FAST_PATH_ENV
+                | shared_cluster.UNBOUNDED_HEADERS_ENV
+                | shared_cluster.KILL_HUNG_REPLICAS_ENV
+            ).items()
+        )
 
 
 def test_our_metrics_are_read_from_the_head_s_proxy_alone():

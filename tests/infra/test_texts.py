@@ -18,10 +18,11 @@ from ray.serve.scripts import cli as serve_cli
 
 import tidar
 from pipelines.jobs import TrainJob
-from serve_apps import fleet, retry
-from serve_apps.alias_watch import STEPS
+from serve_apps.ingress import failover
+from serve_apps.replica import engine_pool
+from serve_apps.rollout.alias_watcher import STEPS
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts import output_lock
+from tidar_core.artifacts.store import output_lock
 
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "docs/operations.md").read_text()
@@ -122,8 +123,8 @@ def test_job_keys_that_the_runbook_turns_exist(key):
 
 
 @pytest.mark.parametrize(("word", "source"), [
-    ("acceptance_by_position", "tidar_core/benchmark.py"), ("tokens_per_second", "pipelines/train_w*.py"),
-    ("bundle_hash", "serve_apps/answers.py"),
+    ("acceptance_by_position", "tidar_core/planning/mode_benchmark.py"), ("tokens_per_second", "pipelines/train_w*.py"),
+    ("bundle_hash", "serve_apps/api/completion_response.py"),
 ])  # fmt: skip
 def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
     assert f"`{word}`" in RUNBOOK
@@ -131,8 +132,8 @@ def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
 
 
 @pytest.mark.parametrize(("words", "figure", "value"), [
-    ("tried again every five minutes", 5 * 60, fleet.RETRY_SECONDS),
-    ("go to another replica, three at most", 3, retry.TRIES),
+    ("tried again every five minutes", 5 * 60, engine_pool.RETRY_SECONDS),
+    ("go to another replica, three at most", 3, failover.TRIES),
     ("is renewed every 10 s", 10, output_lock.RENEW_SECONDS),
     ("not renewed for 45 s", 45, output_lock.LEASE_SECONDS),
     ("`timing_seconds` (20)", 20, ServeSettings.model_fields["timing_seconds"].default),

@@ -4,13 +4,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from scholar import write_lines, write_task
+from memorised_bundle import write_lines, write_task
 
 from pipelines.jobs import EvaluateJob, PackJob, TaskJob, TrainBpe, TrainJob
-from tidar_core.artifacts.bundle import load_bundle
-from tidar_core.artifacts.tokenizer import train_bpe
-from tidar_core.autoregressive import generate_autoregressive
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.text.tokenizer import train_bpe
 from tidar_core.config import SamplingConfig
+from tidar_core.decoding.autoregressive import generate_autoregressive
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def river(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shards(river, ray_cluster):
     """The sources of asyncio, packed into rows of 64."""
-    from pipelines.pack import pack
+    from pipelines.packing.pack import pack
 
     pack(PackJob(
         corpus=str(Path(asyncio.__file__).parent), include=("*.py",), output=str(river / "shards"),
@@ -50,7 +50,7 @@ def train_job(river, shards):
 @pytest.fixture(scope="session")
 def ar_bundle(train_job):
     """An autoregressive bundle from random weights, by two DeepSpeed workers under ZeRO 2."""
-    from pipelines.train import train
+    from pipelines.training.train import train
 
     job = train_job("ar", zero_stage=2)
     train(job)
@@ -60,7 +60,7 @@ def ar_bundle(train_job):
 @pytest.fixture(scope="session")
 def dual_bundle(train_job, ar_bundle):
     """The same model after dual-mode training under ZeRO 3."""
-    from pipelines.train import train
+    from pipelines.training.train import train
 
     job = train_job("dual", objective="dual", shape=None, init_from=ar_bundle.output, steps=60, zero_stage=3)
     train(job)
@@ -103,7 +103,7 @@ def evaluate_job(river, shards, ar_bundle, dual_bundle, continuations):
 @pytest.fixture(scope="session")
 def report(evaluate_job):
     """The report on `dual_bundle`."""
-    from pipelines.evaluate import evaluate
+    from pipelines.evaluation.evaluate import evaluate
 
     return evaluate(evaluate_job)
 

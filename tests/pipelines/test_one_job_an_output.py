@@ -7,11 +7,11 @@ import pytest
 from pack_jobs import job as pack_job
 from tiny import save_tiny_bundle, save_tiny_shards
 
-from pipelines.evaluate import evaluate
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.jobs import EvaluateJob, TrainJob
-from pipelines.pack import pack
-from pipelines.train import train
-from tidar_core.artifacts.output_lock import output_lock
+from pipelines.packing.pack import pack
+from pipelines.training.train import train
+from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.errors import UserError
 
 REFUSED = rf"another job writes .*out now \(process {os.getpid()} on .*\); wait until it ends, stop it, or give another"

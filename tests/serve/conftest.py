@@ -11,10 +11,10 @@ from tiny import wide_model
 
 from serve_apps import app
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.bundle import save_bundle
-from tidar_core.autoregressive import generate_autoregressive
+from tidar_core.artifacts.model.bundle import save_bundle
 from tidar_core.config import SamplingConfig
-from tidar_core.shapes import named_shape
+from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.transformer.shapes import named_shape
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,13 @@ import socket
 import pytest
 from proxies import answering, refusing_proxy
 
-from serve_apps import app, try_out
+from serve_apps import app
 from serve_apps.app import build_app, check_place, start_error
-from serve_apps.served import look_up
+from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts import registry
-from tidar_core.artifacts.bundle import read_bundle_info, save_bundle
+from serve_apps.tools import smoke_client
+from tidar_core.artifacts.model.bundle import read_bundle_info, save_bundle
+from tidar_core.artifacts.registry import model_registry
 from tidar_core.errors import BundleError, ConfigError, TidarError
 
 TRACEBACK = """The deployment failed to start 3 times in a row. Error:
@@ -48,8 +49,8 @@ def test_the_own_port_is_never_asked_through_a_proxy(monkeypatch, host):
     with answering(answer) as server, refusing_proxy(monkeypatch) as asked:
         settings = ServeSettings(model="m", host=host, port=server.rsplit(":", 1)[1])
         app._wait_until_ready(settings, seconds=1)
-        monkeypatch.setattr(try_out, "run", lambda settings, blocking: None)
-        assert try_out.completions_over_http(settings, ["x"], max_tokens=2) == ["a"]
+        monkeypatch.setattr(smoke_client, "run", lambda settings, blocking: None)
+        assert smoke_client.completions_over_http(settings, ["x"], max_tokens=2) == ["a"]
         assert (paths, asked) == (["/ready", "/v1/completions"], [])
 
 
@@ -71,10 +72,10 @@ def test_an_alias_is_served_under_its_registered_name_and_a_bundle_changed_since
     uri, tracking_uri = str(tmp_path / "bundle"), f"sqlite:///{tmp_path}/mlflow.db"
     described = {"mask_id": model.config.mask_id, "objective": "dual", "lineage": {}, "made_by": {}}
     save_bundle(uri, model, tokenizer, block_len=4, **described)
-    version = registry.publish_version(tracking_uri, "tidar-tiny", uri, read_bundle_info(uri), {})
-    registry.promote(tracking_uri, "tidar-tiny", version)
+    version = model_registry.publish_version(tracking_uri, "tidar-tiny", uri, read_bundle_info(uri), {})
+    model_registry.promote(tracking_uri, "tidar-tiny", version)
     settings = ServeSettings(model="models:/tidar-tiny@champion", tracking_uri=tracking_uri)
-    served, card = look_up(settings)
+    served, card = resolve_model(settings)
     assert (served.bundle_uri, served.block_len, served.bundle_hash) == (uri, 4, read_bundle_info(uri).bundle_hash)
     assert (card.id, card.max_model_len, card.block_len) == ("tidar-tiny", model.config.context_len, 4)
 
@@ -84,6 +85,6 @@ def test_an_alias_is_served_under_its_registered_name_and_a_bundle_changed_since
 
 
 def test_in_the_autoregressive_mode_a_block_is_one_token(bundle):
-    served, card = look_up(ServeSettings(model=bundle, mode="autoregressive", block_len=8))
+    served, card = resolve_model(ServeSettings(model=bundle, mode="autoregressive", block_len=8))
     assert (served.block_len, card.block_len, card.mode) == (1, 1, "autoregressive")
-    assert look_up(ServeSettings(model=bundle, block_len=8))[0].block_len == 8
+    assert resolve_model(ServeSettings(model=bundle, block_len=8))[0].block_len == 8

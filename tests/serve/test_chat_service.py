@@ -16,9 +16,9 @@ import ray
 from openai.types.chat import ChatCompletion
 from prometheus_client.parser import text_string_to_metric_families
 
-from tidar_core.artifacts.chat_template import load_chat_template
-from tidar_core.artifacts.chat_tokens import encode_chat
-from tidar_core.autoregressive import score
+from tidar_core.artifacts.text.chat_template import load_chat_template
+from tidar_core.artifacts.text.chat_tokens import encode_chat
+from tidar_core.decoding.autoregressive import score
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,17 +6,17 @@ from contextlib import aclosing
 import pytest
 from tiny import varied_model
 
-from serve_apps.asked import PromptRequest
-from serve_apps.engine import Engine
-from serve_apps.grammars import AskedGrammar
-from serve_apps.one_text import OneText
-from serve_apps.served import look_up
+from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.messages.generation_request import GenerationRequest
+from serve_apps.replica.engine import Engine
+from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from serve_apps.transcript import Transcript
-from tidar_core.artifacts.bundle import load_bundle, save_bundle
-from tidar_core.artifacts.end_tokens import EndTokens
-from tidar_core.autoregressive import generate_autoregressive
+from serve_apps.streaming.detokenizer import IncrementalDetokenizer
+from serve_apps.tools.offline_generation import OneText
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.text.end_tokens import EndTokens
 from tidar_core.config import SamplingConfig
+from tidar_core.decoding.autoregressive import generate_autoregressive
 
 PROMPT = "def add(a, b):\n    return"
 LENGTH = 30
@@ -52,14 +52,14 @@ def ending(tmp_path_factory, tokenizer, model, said, place):
 
 @pytest.fixture(scope="module")
 def engine(ending):
-    engine = Engine(look_up(ServeSettings(model=ending, mode="single-pass", rows=2, threads=1))[0])
+    engine = Engine(resolve_model(ServeSettings(model=ending, mode="single-pass", rows=2, threads=1))[0])
     yield engine
     engine.stop()
 
 
 def written(engine, tokenizer, *, ignore_eos=False, grammar=None, **sampling):
     """The answer of a replica's engine."""
-    asked = PromptRequest(
+    asked = GenerationRequest(
         request_id="r", prompt=PROMPT, sampling=SamplingConfig(max_tokens=LENGTH, **sampling), ignore_eos=ignore_eos,
         grammar=grammar,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def written(engine, tokenizer, *, ignore_eos=False, grammar=None, **sampling):
         async with aclosing(engine.steps(asked)) as heard:
             return [step async for one in heard for step in one.steps]
 
-    transcript = Transcript(tokenizer, asked, tokenizer.encode(PROMPT), block_len=4)
+    transcript = IncrementalDetokenizer(tokenizer, asked, tokenizer.encode(PROMPT), block_len=4)
     piece = transcript.add(asyncio.run(steps())).take()
     return piece.text, piece.tally.completion_tokens, piece.finish_reason, piece.stop_reason
 

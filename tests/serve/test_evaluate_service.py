@@ -3,16 +3,16 @@
 import json
 
 import pytest
+from memorised_bundle import PLACES, save_scholar, write_lines, write_task
 from paper_data import GSM8K, HUMANEVAL
-from scholar import PLACES, save_scholar, write_lines, write_task
 
-from pipelines.code_sandbox import isolation
+from pipelines.evaluation.lm_eval_model import LmEvalModel
+from pipelines.evaluation.lm_eval_service import ServiceModel
+from pipelines.evaluation.lm_eval_tasks import run_task
+from pipelines.evaluation.sandbox.runner import isolation
+from pipelines.evaluation.task_scores import SERVICE, service_model, service_scores, task_rows
 from pipelines.jobs import EvaluateJob, TaskJob
-from pipelines.lm_eval_model import LmEvalModel
-from pipelines.lm_eval_service import ServiceModel
-from pipelines.lm_eval_tasks import run_task
-from pipelines.scores import SERVICE, service_model, service_scores, task_rows
-from tidar_core.artifacts.bundle import load_bundle
+from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.errors import ConfigError, UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -6,14 +6,14 @@ import re
 
 import pytest
 
-from serve_apps.decoder_app import DecoderApp
-from serve_apps.pieces import Failed
-from serve_apps.reading import read_request
-from serve_apps.schemas import CompletionRequest
-from serve_apps.served import Served
+from serve_apps.api.completion_request import CompletionRequest
+from serve_apps.api.parsing import parse_request
+from serve_apps.messages.text_delta import GenerationFailed
+from serve_apps.replica.decoder_app import DecoderApp
+from serve_apps.rollout.model_version import ModelVersion
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.bundle import read_bundle_info
-from tidar_core.autoregressive import score
+from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.decoding.autoregressive import score
 
 PROMPT = "def add(a, b):\n    return"
 MODES = [("single-pass", 4), ("single-pass", 2), ("two-pass", 4), ("single-pass", 7)]
@@ -33,7 +33,7 @@ def replica(bundle):
         if (mode, block_len) not in replicas:
             settings = ServeSettings(model=bundle, rows=8, mode=mode, context_len=160, own_process=False)
             bundle_hash = read_bundle_info(bundle).bundle_hash
-            served = Served(settings=settings, bundle_uri=bundle, bundle_hash=bundle_hash, block_len=block_len)
+            served = ModelVersion(settings=settings, bundle_uri=bundle, bundle_hash=bundle_hash, block_len=block_len)
             replicas[mode, block_len] = DecoderApp(served)
         return replicas[mode, block_len]
 
@@ -55,12 +55,12 @@ def answers(app, bodies):
 
 def prompts(name, body):
     whole = {"model": "m", "prompt": PROMPT, "temperature": 0, "max_tokens": 24} | body
-    return read_request(json.dumps(whole).encode(), CompletionRequest).prompts(name)
+    return parse_request(json.dumps(whole).encode(), CompletionRequest).prompts(name)
 
 
 def whole(events):
     """Text, end and count."""
-    assert not isinstance(events[-1], Failed), events[-1].error
+    assert not isinstance(events[-1], GenerationFailed), events[-1].error
     last = events[-1]
     text = "".join(piece.text for piece in events)
     return text, last.finish_reason, last.stop_reason, last.tally.completion_tokens
@@ -258,7 +258,7 @@ def test_a_json_object_is_one_as_far_as_it_goes(replica):
 )  # fmt: skip
 def test_what_only_the_replica_can_see_is_refused_with_the_fields_name(replica, body, param):
     ((refused,),) = answers(replica("single-pass", 4), [body])
-    assert isinstance(refused, Failed)
+    assert isinstance(refused, GenerationFailed)
     assert refused.error.param == param
     assert "\n" not in str(refused.error)
 

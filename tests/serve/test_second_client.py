@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import own_service
 
-from serve_apps import bounds
+from serve_apps.api import bounds
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ MEGABYTES = 7 * 2**20
 
 @pytest.fixture(scope="module")
 def service(bundle, free_port, tmp_path_factory):
-    """A service with a Ray of its own, whose proxies bound what they take (`serve_apps/proxy.py`)."""
+    """A service with a Ray of its own, whose proxies bound what they take (`serve_apps/ingress/serve_proxy.py`)."""
     with own_service(
         tmp_path_factory.mktemp("service"), free_port, model=bundle, mode="single-pass", rows=4, max_waiting=28,
         threads=1, num_cpus=0.5, stream_interval_seconds=0, body_seconds=3, max_bodies=64,

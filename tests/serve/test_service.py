@@ -14,7 +14,7 @@ from ray import serve
 
 from serve_apps import app
 from serve_apps.settings import ServeSettings
-from tidar_core.autoregressive import score
+from tidar_core.decoding.autoregressive import score
 from tidar_core.errors import BundleError, ConfigError, RegistryError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

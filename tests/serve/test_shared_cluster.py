@@ -12,10 +12,10 @@ from proxies import refusing_proxy
 from serving import command, until_ready
 
 from serve_apps import shared_cluster
-from serve_apps.access import Access
-from serve_apps.answers import ModelCard
-from serve_apps.http_app import HttpApp
-from serve_apps.limits import Limits
+from serve_apps.api.completion_response import ModelCard
+from serve_apps.ingress.api_keys import Access
+from serve_apps.ingress.http_app import HttpApp
+from serve_apps.ingress.request_limits import Limits
 from serve_apps.settings import ServeSettings
 from tidar_core.errors import ConfigError
 

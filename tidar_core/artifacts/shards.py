@@ -6,7 +6,7 @@
     train-00000.parquet     rows: input_ids and document_ids, int32 lists of row_len each; of conversations also
     held_out-00000.parquet  trained, a list of row_len booleans: whether a token is one to learn to say
 
-What a row is: `tidar_core.packing`. Rows are compressed in groups of 64, so that a random row costs one group.
+What a row is: `tidar_core.training.packing`. Rows are compressed in groups of 64, so that a random row costs one group.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tidar_core.artifacts import locations
+from tidar_core.artifacts.store import locations
 from tidar_core.errors import ShardError, StorageError
-from tidar_core.layout import PADDING
-from tidar_core.packing import PackedRows, row_count
+from tidar_core.training.packing import PackedRows, row_count
+from tidar_core.transformer.layout import PADDING
 
 __all__ = [
     "FORMAT_VERSION",

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from tidar_core.kernels import plain
+from tidar_core.kernels import reference
 
 __all__ = ["PLAIN", "Kernels", "kernels_for", "triton_kernels"]
 
@@ -22,7 +22,7 @@ Gather = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`tidar_core.kernels.plain` says what each computes."""
+    """`tidar_core.kernels.reference` says what each computes."""
 
     paged_attention: Callable[..., Tensor]
     gathering: Callable[[Tensor, Tensor, Tensor, int], Gather]
@@ -32,7 +32,13 @@ class Kernels:
     silu_mul: Callable[[Tensor], Tensor]
 
 
-PLAIN = Kernels(plain.paged_attention, plain.Gathering, plain.add_rms_norm, plain.rotate_and_store, plain.silu_mul)
+PLAIN = Kernels(
+    reference.paged_attention,
+    reference.Gathering,
+    reference.add_rms_norm,
+    reference.rotate_and_store,
+    reference.silu_mul,
+)
 """For any device."""
 
 

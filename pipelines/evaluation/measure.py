@@ -1,0 +1,140 @@
+"""How fast does a model decode on this machine, and where does the time go?
+
+What `tidar bench` and `tidar profile` do once the model is there; progress on standard error, figures as plain values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.cluster.progress import job_progress, stderr
+from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
+from tidar_core.artifacts.text.prompts import read_prompts
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.step_plan import MODES
+from tidar_core.errors import RequestError
+from tidar_core.planning.decode_step_benchmark import StepCost, copy_bandwidth, random_model, step_costs, step_plans
+from tidar_core.planning.latency_table import measure_latency
+from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
+from tidar_core.planning.planner import AUTO
+from tidar_core.planning.step_timing import latency_shapes
+from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.shapes import named_shape
+
+__all__ = ["bench_prompts", "compared_modes", "latency_curve", "loaded_bundle", "shape_costs", "stored_latency"]
+
+
+def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
+    """A bundle, verified, on the GPU where there is one.
+
+    threads  of torch in this process, from now on
+    dtype    a key of DTYPES
+    """
+    torch.set_num_threads(threads)
+    return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bench_prompts(bundle: Bundle, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
+    """Token ids of prompts, their beginnings cut off where the context could not hold them and the completion."""
+    context_len = bundle.model.config.context_len
+    if max_tokens >= context_len:
+        raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
+    return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
+
+
+def compared_modes(
+    model: TidarModel,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingConfig,
+    *,
+    block_len: int,
+    batch: int,
+    repeats: int,
+    uri: str,
+) -> dict[str, Any]:
+    """Every mode on the same prompts in one run.
+
+    uri  location of the bundle, beside which a latency table may be kept
+    """
+    modes = (*MODES, AUTO)
+    total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
+    with job_progress("bench", total=total, unit="prompts") as show:
+        done = iter(range(1, total + 1))
+        results = compare_modes(
+            model, prompts, sampling, block_len=block_len, batch=batch, repeats=repeats, modes=modes,
+            context_len=max(map(len, prompts)) + sampling.max_tokens, on_prompt=lambda: show(next(done), {}),
+            table=partial(bundle_table, uri),
+        )  # fmt: skip
+    return {
+        **_device(model),
+        "block_len": block_len,
+        "batch": batch,
+        "prompts": len(prompts),
+        "modes": {name: mode.figures() for name, mode in results.items()},
+    }
+
+
+def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
+    """Forwards of 1 to 512 rows, up to `batch` sequences, at several contexts: the free-token-slot curve."""
+    rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    batches = [count for count in (1, 4, 16, 64) if count < batch] + [batch]
+    contexts = [count for count in (64, 1024, 8192) if count < model.config.context_len]
+    total = len(rows) * len(batches) * len(contexts)
+    with job_progress("profile", total=total, unit="shapes") as show:
+        done = iter(range(1, total + 1))
+        table = measure_latency(
+            model, rows=rows, batches=batches, contexts=contexts, on_point=lambda: show(next(done), {})
+        )
+    return {
+        **_device(model),
+        "points": [asdict(point) for point in table.points],
+        "knee_rows": table.knee_rows(),
+    }
+
+
+def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
+    """Time the decode steps that the planner weighs, up to `batch` sequences; address of the table kept for it."""
+    decoder = Decoder(bundle.model, DraftConfig(block_len=bundle.info.block_len), rows=batch)
+    with job_progress("planner's table", total=len(latency_shapes(decoder)), unit="steps") as show:
+        done = iter(range(1, len(latency_shapes(decoder)) + 1))
+        return time_and_store(uri, decoder, on_point=lambda: show(next(done), {}))
+
+
+def shape_costs(
+    shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], dtype: str
+) -> dict[str, Any]:
+    """Decode steps of a published shape with random weights, against the floor that memory bandwidth sets."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bandwidth = copy_bandwidth(device)
+    model = random_model(named_shape(shape), DTYPES[dtype], device)
+    total = len(batches) * len(contexts) * len(step_plans(block_len))
+    with job_progress("bench", total=total, unit="steps") as show:
+        done = iter(range(1, total + 1))
+
+        def tell(cost: StepCost) -> None:
+            show(next(done), {"batch": cost.batch, "context": cost.context, "ms": 1000 * cost.seconds})
+
+        costs = step_costs(
+            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, on_step=tell
+        )
+    if not costs:
+        stderr.print("no cache of these batches and contexts fits into the memory of the device")
+    return {
+        **_device(model),
+        "shape": shape,
+        "block_len": block_len,
+        "copy_bandwidth_bytes_per_second": bandwidth,
+        "steps": [asdict(cost) for cost in costs],
+    }
+
+
+def _device(model: TidarModel) -> dict[str, Any]:
+    weight = model.embedding.weight
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device)
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": str(weight.dtype).removeprefix("torch.")}

@@ -1,0 +1,261 @@
+"""Which documents does a corpus hold, and in which order?
+
+The order is that of the sources, then of the file names, and within a file that of its lines or rows. A text file is
+one document; JSON lines (.jsonl, .ndjson) and Parquet hold one in each row: a text under one field, or a conversation.
+Documents of no characters are passed over.
+
+Text is UTF-8 and is never repaired. A text file that is not UTF-8 is no document: it is passed over and said so. A
+damaged file, a line that is not JSON, a row without its text or a document without end stops the job by name. A row
+that is no conversation that can be learned is left out and reported.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any
+
+from pipelines.jobs import Source
+from pipelines.packing.conversations import CONVERSATION_FIELDS, conversation_of
+from pipelines.packing.parquet_reader import conversation_rows, text_rows
+from pipelines.packing.skipped_entries import LeftOut
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.compressed import damage_named, open_decompressed
+from tidar_core.artifacts.store.file_names import compression_of, format_of
+from tidar_core.artifacts.store.json_lines import is_blank, value_in
+from tidar_core.artifacts.store.locations import FileEntry
+from tidar_core.errors import CorpusError
+
+__all__ = ["Document", "Piece", "documents", "first_texts", "list_corpus", "located_documents", "work_units"]
+
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = ".parquet"
+KINDS = {list: "a list", dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+"""What JSON calls a value, by Python's type."""
+FEWEST_BYTES = 2**16
+"""Read from a file, at least, when a tokenizer is trained on the beginnings of all files."""
+LONGEST_DOCUMENT = 2**27
+"""Bytes of one document, at most: it is held in memory whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A file, or the part of one whose lines begin in the bytes [start, stop)."""
+
+    uri: str
+    start: int
+    stop: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, or the JSON that `pipelines.packing.conversations` makes of a conversation."""
+
+    text: str
+    place: Callable[[], str]
+    """Where it lies; found when it is needed, for lines are not counted."""
+
+
+def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()) -> list[FileEntry]:
+    """The files of a corpus in order. Raises CorpusError when there are none.
+
+    exclude  patterns of file and folder names that are left out, with all that is below such a folder
+    """
+    listed = locations.list_files(locations.absolute(corpus), include, exclude)
+    for entry in listed:
+        if not entry.size and (compression_of(entry.name) or format_of(entry.name) == PARQUET):
+            raise CorpusError(f"{entry.uri} is damaged (it has no bytes); fetch it again or leave it out")
+    files = [entry for entry in listed if entry.size]
+    if files:
+        return files
+    if not locations.exists(corpus) and not locations.is_glob(corpus):
+        raise CorpusError(f"corpus {corpus} does not exist; give a file, a folder or a glob")
+    raise CorpusError(f"corpus {corpus} holds no text in files named {', '.join(include)}; check corpus and include")
+
+
+def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]:
+    """The corpus in order, in lists of about `unit_bytes`. Only plain JSON lines can be cut within a file."""
+    units: list[list[Piece]] = [[]]
+    room = unit_bytes
+    for piece in (piece for file in files for piece in _pieces(file, unit_bytes)):
+        if units[-1] and piece.stop - piece.start > room:
+            units.append([])
+            room = unit_bytes
+        units[-1].append(piece)
+        room -= piece.stop - piece.start
+    return units
+
+
+def documents(piece: Piece, source: Source, pass_over: Callable[[str], object]) -> Iterator[str]:
+    """The texts of `located_documents`."""
+    return (document.text for document in located_documents(piece, source, pass_over, LeftOut()))
+
+
+def located_documents(
+    piece: Piece, source: Source, pass_over: Callable[[str], object], left_out: LeftOut
+) -> Iterator[Document]:
+    """The documents of a piece in order, none empty. `pass_over` is told of each file that is no text.
+
+    left_out  counts the rows that are no conversation
+    """
+    kind = format_of(piece.uri)
+    with damage_named(piece.uri):
+        if kind in JSON_LINES:
+            found = _json_lines(piece, source, left_out)
+        elif kind == PARQUET:
+            found = _parquet_rows(piece.uri, source, left_out)
+        else:
+            found = _whole_file(piece.uri, source, pass_over)
+        yield from (document for document in found if document is not None and document.text)
+
+
+def first_texts(
+    corpus: Sequence[tuple[FileEntry, Source]], max_bytes: int, taken: Callable[[str], bool]
+) -> Iterator[str]:
+    """Texts from the start of every file in turn, `max_bytes` in all, shared evenly as far as files reach.
+
+    The last text taken from a file may be cut short.
+
+    taken  whether a text may be read at all
+    """
+    left = max_bytes
+    for ordinal, (file, source) in enumerate(corpus):
+        share = min(max(left // (len(corpus) - ordinal), FEWEST_BYTES), left)
+        for text in documents(Piece(file.uri, 0, file.size, whole=True), source, _ignore):
+            if share <= 0:
+                break
+            if taken(text):
+                begin = text.encode()[:share]
+                yield begin.decode(errors="ignore")
+                share -= len(begin)
+                left -= len(begin)
+
+
+def _pieces(file: FileEntry, unit_bytes: int) -> list[Piece]:
+    can_be_cut = format_of(file.uri) in JSON_LINES and not compression_of(file.uri)
+    if not can_be_cut or file.size <= unit_bytes:
+        return [Piece(file.uri, 0, file.size, whole=True)]
+    starts = range(0, file.size, unit_bytes)
+    return [Piece(file.uri, start, min(start + unit_bytes, file.size), whole=False) for start in starts]
+
+
+def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) -> Iterator[Document]:
+    if source.documents == "conversations":
+        raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet: leave it out by include")
+    with open_decompressed(uri) as stream:
+        content = stream.read(LONGEST_DOCUMENT + 1)
+    _require_end(len(content), uri)
+    try:
+        yield Document(content.decode("utf-8").removeprefix("\ufeff"), lambda: uri)
+    except UnicodeDecodeError:
+        pass_over(uri)
+
+
+def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
+    with open_decompressed(piece.uri) as stream:
+        position = 0
+        if piece.start:  # the line that the byte before us is in belongs to the piece before us
+            stream.seek(piece.start - 1)
+            position = piece.start - 1 + len(_line(stream, piece.uri, piece.start - 1))
+        while piece.whole or position < piece.stop:
+            line = _line(stream, piece.uri, position)
+            if not line:
+                return
+            if not is_blank(line):
+                place = partial(_line_place, piece.uri, position)
+                try:
+                    values = value_in(line)
+                except ValueError as fault:
+                    raise CorpusError(f"{place()} {fault}") from None
+                yield _row(values, source, place, left_out)
+            position += len(line)
+
+
+def _line(stream: IO[bytes], uri: str, position: int) -> bytes:
+    line = stream.readline(LONGEST_DOCUMENT + 1)
+    if len(line) > LONGEST_DOCUMENT:
+        _require_end(len(line), _line_place(uri, position))
+    return line
+
+
+def _row(values: Any, source: Source, place: Callable[[], str], left_out: LeftOut) -> Document | None:
+    """The document of a row; None for a row that is left out."""
+    try:
+        text = _document_of(values, source)
+    except ValueError as fault:
+        if source.documents == "conversations":
+            left_out.add(place, fault)
+            return None
+        raise CorpusError(f"{place()} {fault}") from None
+    return Document(text, place)
+
+
+def _document_of(values: Any, source: Source) -> str:
+    """The text of a row. Raises ValueError with what is at fault."""
+    try:
+        text = _conversation_of(values) if source.documents == "conversations" else _text_of(values, source)
+    except RecursionError:
+        raise ValueError("is nested too deeply to be read; remove what is nested, or the row") from None
+    if not _is_unicode(text):
+        raise ValueError("has half a surrogate pair, which no text can hold; repair it")
+    return text
+
+
+def _conversation_of(values: Any) -> str:
+    if not isinstance(values, dict):
+        raise ValueError(f"has no conversation, it is {_kind(values)}; each line must be one object")
+    return conversation_of(values)
+
+
+def _text_of(values: Any, source: Source) -> str:
+    field = str(source.text_field)
+    if not isinstance(values, dict):
+        raise ValueError(f"has no text under {field!r}, it is {_kind(values)}; each line must be one object")
+    if field not in values:
+        raise ValueError(f"has no text under {field!r}; set text_field to the key that holds it")
+    text = values[field]
+    if not isinstance(text, str):
+        raise ValueError(f"has no text under {field!r}, that is {_kind(text)}; put a text there, or remove the row")
+    return text
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else KINDS[type(value)]
+
+
+def _line_place(uri: str, position: int) -> str:
+    """Counted only when a line is at fault: lines before that byte of the decompressed file, and this one."""
+    number = 1
+    with open_decompressed(uri) as stream:
+        while position > 0 and (chunk := stream.read(min(position, locations.CHUNK_BYTES))):
+            number += chunk.count(b"\n")
+            position -= len(chunk)
+    return f"line {number} of {uri}"
+
+
+def _parquet_rows(uri: str, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
+    if source.documents == "conversations":
+        rows = conversation_rows(uri, CONVERSATION_FIELDS)
+    else:
+        rows = text_rows(uri, str(source.text_field))
+    for row, values in enumerate(rows, 1):
+        document = _row(values, source, f"row {row} of {uri}".__str__, left_out)
+        _require_end(len(document.text) if document else 0, f"row {row} of {uri}")
+        yield document
+
+
+def _require_end(size: int, where: str) -> None:
+    if size > LONGEST_DOCUMENT:
+        raise CorpusError(f"{where} is longer than {LONGEST_DOCUMENT // 2**20} MiB; cut it into documents")
+
+
+def _ignore(uri: str) -> None:
+    """The actors that tokenize the file tell of it."""
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""Which rows does a Parquet file hold, in the columns that are asked for?"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.packing.parquet_values import written_rows
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.compressed import damaged, open_decompressed
+from tidar_core.artifacts.store.file_names import compression_of
+from tidar_core.errors import CorpusError
+
+__all__ = ["conversation_rows", "text_rows"]
+
+ROWS_AT_ONCE = 128
+READ_BYTES = 2**22
+"""Of a column at once."""
+LARGEST_UNPACKED = 2**33
+"""Bytes of a compressed file that are laid out on this disk, at most: Parquet is read in any order."""
+
+
+def text_rows(uri: str, field: str) -> Iterator[dict[str, Any]]:
+    """The rows of the file at `uri`, with the column `field`, which must be one of text."""
+
+    def require(schema: pa.Schema, found: Sequence[str]) -> None:
+        if not found or not _is_text(schema.field(field).type):
+            named = ", ".join(_described(column) for column in schema)
+            raise CorpusError(f"{uri} has no text column {field!r}; set text_field to one of {named}")
+
+    return _rows(uri, (field,), require, pa.RecordBatch.to_pylist)
+
+
+def conversation_rows(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of the file at `uri`, with those of the columns `fields` that it has.
+
+    Nulls that stand for missing keys are dropped.
+    """
+
+    def require(schema: pa.Schema, found: Sequence[str]) -> None:
+        if not found:
+            raise CorpusError(f"{uri} has no column of a conversation; it needs messages, or prompt and response")
+
+    return _rows(uri, fields, require, written_rows)
+
+
+def _rows(
+    uri: str, fields: Sequence[str], require: Any, rows_of: Callable[[pa.RecordBatch], list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    try:
+        with _seekable(uri) as stream:
+            file = pq.ParquetFile(stream, buffer_size=READ_BYTES)
+            found = [name for name in file.schema_arrow.names if name in fields]
+            for name in found:
+                if found.count(name) > 1:
+                    raise CorpusError(
+                        f"{uri} has {found.count(name)} columns named {name!r}, and one is needed; rename the others"
+                    )
+            require(file.schema_arrow, found)
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=found):
+                yield from rows_of(batch)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise damaged(uri, error) from error
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # pyarrow's, of what it read
+            raise damaged(uri, error) from error
+        raise
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _described(column: pa.Field) -> str:
+    """The name of a column, and what it holds where that is no text."""
+    return column.name if _is_text(column.type) else f"{column.name} ({str(column.type)[:40]})"
+
+
+@contextmanager
+def _seekable(uri: str) -> Iterator[IO[bytes]]:
+    """The file at `uri` for reads in any order; a compressed one is laid out on this disk first."""
+    if not compression_of(uri):
+        with locations.open_random(uri) as stream:
+            yield stream
+        return
+    with open_decompressed(uri) as packed, tempfile.TemporaryFile() as plain:
+        while chunk := packed.read(locations.CHUNK_BYTES):
+            if plain.tell() + len(chunk) > LARGEST_UNPACKED:
+                raise CorpusError(
+                    f"{uri} unpacks to more than {LARGEST_UNPACKED / 2**30:g} GiB; unpack it: a plain .parquet is read "
+                    "where it lies"
+                )
+            with locations.in_one_line(tempfile.gettempdir()):
+                plain.write(chunk)
+        yield plain

@@ -1,0 +1,1 @@
+"""Experiments: recipes and token slots compared at equal budget."""

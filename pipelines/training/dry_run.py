@@ -1,0 +1,61 @@
+"""What will a train job do, and can it? Said before any worker starts; nothing is written."""
+
+from typing import Any
+
+from pipelines.jobs import TrainJob
+from pipelines.training.continuations import check_prompts
+from pipelines.training.memory import estimated_memory, parameter_count
+from pipelines.training.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
+from pipelines.training.train_step_time import estimated_step
+from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
+
+__all__ = ["dry_run"]
+
+GIB = 2**30
+
+
+def dry_run(job: TrainJob) -> dict[str, Any]:
+    """Steps, tokens, time and memory of the job, in plain values. Raises UserError for what `train` would refuse."""
+    job = absolute_job(job)
+    manifest = read_manifest(job.shards)
+    check_sizes(job.shards, manifest)
+    finished = finished_bundle(job, manifest) is not None
+    newest = check_start(job, manifest)
+    model = model_config(newest.cursor) if newest is not None else starting_config(job, manifest)
+    if job.sample_every:
+        tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
+        check_prompts(tokenizer, model, job.sample_prompts, job.sample_tokens)
+    memory = estimated_memory(job, model, manifest.row_len)
+    count = parameter_count(model)
+    tokens = job.rows_per_step * manifest.row_len
+    return {
+        "output": job.output,
+        "finished": finished,
+        "begins_at_step": newest.cursor.step if newest is not None else 0,
+        "from": newest.uri if newest is not None else job.init_from or f"random weights of shape {job.shape}",
+        "parameters": count,
+        "steps": job.steps,
+        "tokens_per_step": tokens,
+        "tokens": tokens * job.steps,
+        "epochs": round(job.steps * job.rows_per_step / manifest.splits["train"].rows, 3),
+        "warmup_steps": max(1, round(job.warmup * job.steps)),
+        "forwards_per_step": job.rows_per_step // (job.row_groups * job.rows_per_forward),
+        "workers": job.workers,
+        "train_step": estimated_step(job, model, manifest.row_len),
+        "memory_per_worker_gib": {
+            "weights": _gib(memory.weights),
+            "gradients": _gib(memory.gradients),
+            "optimizer": _gib(memory.optimizer),
+            "activations": _gib(memory.activations),
+            "total": _gib(memory.total),
+            "offloaded": _gib(memory.offloaded),
+        },
+        "checkpoint_gib": _gib(12 * count),
+        "checkpoints_gib": _gib(12 * count * (job.keep_checkpoints + (job.keep_best if job.validate_every else 0) + 1)),
+    }
+
+
+def _gib(count: int) -> float:
+    return round(count / GIB, 3)

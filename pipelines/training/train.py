@@ -1,0 +1,127 @@
+"""How does a train job run on a cluster: scale, failures, resumption? The only home of Ray Train."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.cluster.connection import connect, original_error
+from pipelines.cluster.remote_progress import pin, watched_board
+from pipelines.jobs import TrainJob
+from pipelines.training.checkpoints import run_folder
+from pipelines.training.train_start import absolute_job, check_start, finished_bundle
+from pipelines.training.train_worker import Surroundings, train_worker
+from tidar_core.artifacts.model.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info
+from tidar_core.artifacts.registry import runs
+from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.output_lock import output_lock
+from tidar_core.errors import DivergedError, TidarError
+
+__all__ = ["train"]
+
+SHOWN = ("ar_loss", "diffusion_loss", "validation_loss", "tokens_per_second", "mfu", "memory_gib", "eta_seconds")
+
+
+def train(job: TrainJob) -> BundleInfo:
+    """Run the job to its bundle. A run that was stopped goes on from its last checkpoint; a finished one is reused."""
+    job = absolute_job(job)
+    manifest = read_manifest(job.shards)
+    if (finished := finished_bundle(job, manifest)) is not None:
+        return finished
+    with output_lock(job.output, BUNDLE_JSON):
+        return finished_bundle(job, manifest) or _trained(job, manifest)
+
+
+def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
+    check_start(job, manifest)
+    connect()
+    run_id = None
+    try:
+        ray.get(ray.remote(verify_shards).remote(job.shards))
+        run_id = _mlflow_run(job, manifest)
+        with watched_board(f"train {job.objective}", total=job.steps, unit="steps") as board:
+            outcome = _trainer(job, run_id, board).fit().return_value  # type: ignore[attr-defined]
+        if outcome is not None:
+            raise outcome
+    except BaseException as error:
+        if run_id is not None:
+            runs.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        original = original_error(_of_worker(error))
+        raise original from (error if original is not error else None)
+    info = read_bundle_info(job.output)
+    made = {"bundle": job.output, "bundle_hash": info.bundle_hash, **info.lineage}
+    runs.end_run(job.tracking_uri, run_id, tags=made)
+    return info
+
+
+def _trainer(job: TrainJob, run_id: str, board: Any) -> TorchTrainer:
+    parent, name = run_folder(job.output).rsplit("/", 1)
+    resources = {"CPU": float(job.cpus_per_worker), "GPU": float(job.gpus_per_worker)}
+    return TorchTrainer(
+        _on_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.workers, use_gpu=job.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=parent,
+            failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker else "gloo"),
+    )
+
+
+def _on_worker(config: dict[str, Any]) -> DivergedError | None:
+    """Runs in each Ray Train worker, and again in its successor when one of them fails.
+
+    Returns why the run diverged: it would do so again, so it is no failure to be retried.
+    """
+    job = TrainJob.model_validate(config["job"])
+    tracking, run_id = job.tracking_uri, config["run_id"]
+    context = ray.train.get_context()
+    machine = f"node_{context.get_node_rank()}" if job.system_metrics_every and not context.get_local_rank() else None
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        shown = {name: metrics[name] for name in SHOWN if name in metrics}
+        if metrics.get("skipped_updates"):
+            shown["skipped_updates"] = metrics["skipped_updates"]
+        pin(config["board"], step, shown)
+        runs.log_metrics(tracking, run_id, metrics, step)
+
+    around = Surroundings(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        log=log,
+        keep_text=lambda name, text: runs.log_text(tracking, run_id, name, text),
+    )
+    with runs.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
+        try:
+            train_worker(job, around)
+        except DivergedError as error:
+            return error
+    return None
+
+
+def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
+    """The MLflow run of this output: a new one, or the one that a stopped job began."""
+    note = locations.join(run_folder(job.output), "mlflow_run_id")
+    if locations.exists(note):
+        return locations.read_text(note)
+    settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}
+    run_id = runs.start_run(
+        job.tracking_uri, job.experiment, f"train {locations.name_of(job.output)}", settings, {"station": "train"}
+    )
+    runs.log_data(job.tracking_uri, run_id, job.shards, manifest.identity, "training")
+    locations.write_bytes(note, run_id.encode())
+    return run_id
+
+
+def _of_worker(error: BaseException) -> BaseException:
+    """What the first failed worker raised."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [cause for cause in failures.values() if isinstance(original_error(cause), TidarError)]
+    return causes[0] if causes else error

@@ -1,0 +1,111 @@
+"""What happened between two log lines: how good, how fast, how much longer?"""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipelines.jobs import TrainJob
+from pipelines.training.train_engine import TrainEngine
+from tidar_core.config import ModelConfig
+from tidar_core.training.dual_mode import TrainBatch
+from tidar_core.training.flops import layout_pairs, matmul_peak, train_flops
+from tidar_core.training.losses import LossSums
+
+__all__ = ["LossTotals", "MetricsWindow", "peak_flops"]
+
+GIB = 2**30
+MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}
+"""Of the product that a peak is measured by: large, and soon done."""
+
+
+class LossTotals:
+    """Loss sums over any number of batches; sums of sums over workers."""
+
+    def __init__(self, block_len: int, device: torch.device) -> None:
+        self.block_len = block_len
+        self.parts = torch.zeros(4 + 2 * block_len, dtype=torch.float64, device=device)
+
+    def add(self, sums: LossSums) -> None:
+        """Count a batch in."""
+        scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count]).double()
+        self.parts += torch.cat([scalars.detach(), sums.draft_hits_K.double(), sums.draft_count_K.double()])
+
+    def means(self, engine: TrainEngine) -> dict[str, float]:
+        """Losses in nats a token, and how often drafts were right, over all workers; every worker must call.
+
+        A mean over no labels was not measured, and is left out.
+        """
+        ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = engine.total(self.parts).tolist()
+        hits, counts = drafts[: self.block_len], drafts[self.block_len :]
+        means = {"ar_loss": ar_sum / ar_count} if ar_count else {}
+        if diffusion_count:
+            means["diffusion_loss"] = diffusion_sum / diffusion_count
+            means |= {f"draft_accuracy_{i:02d}": hit / n for i, (hit, n) in enumerate(zip(hits, counts)) if n}
+        return means
+
+
+class MetricsWindow:
+    """Sums since the last log line."""
+
+    def __init__(self, engine: TrainEngine, job: TrainJob, model: ModelConfig, *, first_step: int) -> None:
+        self.engine, self.job, self.model, self.first_step = engine, job, model, first_step
+        self.peak = peak_flops(job, engine.device)
+        self.began = time.perf_counter()
+        self._open()
+
+    def _open(self) -> None:
+        self.losses = LossTotals(self.job.block_len, self.engine.device)
+        self.pairs = torch.zeros((), dtype=torch.int64, device=self.engine.device)
+        self.tokens = self.clean_tokens = 0
+        self.opened, self.paused = time.perf_counter(), 0.0
+
+    def add(self, sums: LossSums, batch: TrainBatch) -> None:
+        """Count one forward and backward in."""
+        self.losses.add(sums)
+        self.pairs += layout_pairs(batch.layout)
+        self.tokens += batch.token_BL.numel()
+        self.clean_tokens += batch.ar_target_BS.numel()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What passes in here is not train steps: no part of tokens per second and MFU."""
+        began = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - began
+
+    def close(self, step: int, rate: float, skipped: int) -> dict[str, float]:
+        """Metrics of the window over all workers, after `step` steps; begins the next one. Every worker must call."""
+        metrics = self.losses.means(self.engine)  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self.opened - self.paused
+        metrics |= {
+            "learning_rate": rate,
+            "grad_norm": self.engine.grad_norm(),
+            "skipped_updates": skipped,
+            "tokens_per_second": self.clean_tokens * self.engine.world_size / seconds,
+            "flops_per_second": train_flops(self.model, self.tokens, int(self.pairs)) / seconds,
+            "memory_gib": self.engine.largest(_peak_memory(self.engine.device)) / GIB,
+            "eta_seconds": (now - self.began) / (step - self.first_step) * (self.job.steps - step),
+        }
+        if self.peak is not None:
+            metrics["mfu"] = metrics["flops_per_second"] / self.peak
+        self._open()
+        return metrics
+
+
+def peak_flops(job: TrainJob, device: torch.device) -> float | None:
+    """What MFU is a share of: as the job says, or measured here; None where it says nothing."""
+    if job.peak_flops != "measure":
+        return job.peak_flops
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    return matmul_peak(device, dtype, size=MEASURED_SIZE[device.type])
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Most bytes held so far: on the accelerator, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

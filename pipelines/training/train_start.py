@@ -1,0 +1,134 @@
+"""May this train job start? Everything that can be known before a worker runs."""
+
+from typing import Any
+
+from pipelines.jobs import TrainJob
+from pipelines.training.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folder, whole_checkpoints
+from tidar_core.artifacts.model.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
+from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.hf_weights import check_weights, require_rows
+from tidar_core.artifacts.registry import model_registry
+from tidar_core.artifacts.shards import Manifest
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.provenance import MADE_BY
+from tidar_core.artifacts.text.end_tokens import read_end_tokens
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
+from tidar_core.config import ModelConfig, RopeScaling
+from tidar_core.errors import ConfigError
+from tidar_core.training.recipe import linked_config
+from tidar_core.training.sequence_parallel import require_equal_heads, require_equal_runs
+from tidar_core.transformer.shapes import named_shape
+
+__all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
+
+
+def absolute_job(job: TrainJob) -> TrainJob:
+    """The same job with every location absolute: workers run in other folders."""
+    changed: dict[str, Any] = {
+        name: locations.absolute(getattr(job, name))
+        for name in ("shards", "output", "init_from", "resume_from")
+        if getattr(job, name) is not None
+    }
+    return job.model_copy(update=changed | {"tracking_uri": model_registry.absolute_tracking_uri(job.tracking_uri)})
+
+
+def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
+    """The bundle at the job's output, if this very job made it, of these shards."""
+    if not locations.exists(locations.join(job.output, BUNDLE_JSON)):
+        return None
+    made_by = locations.read_json(locations.join(job.output, MADE_BY))
+    info = read_bundle_info(job.output)
+    if made_by["job"] != job.model_dump(mode="json") or info.lineage["shards"] != manifest.identity:
+        raise ConfigError(
+            f"{job.output} holds the bundle of another job or of other shards; give this one another output, or remove "
+            f"{job.output} and {run_folder(job.output)}"
+        )
+    return info
+
+
+def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
+    """The checkpoint that the job goes on from, if there is one. Refuses shards without rows, and a start that cannot
+    be: another run's checkpoint or none, no model, no whole bundle, another tokenizer, a model or rows that the job
+    cannot train."""
+    if manifest.splits["train"].rows == 0:
+        raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
+    if job.validate_every and manifest.splits["held_out"].rows == 0:
+        raise ConfigError(f"validate_every is {job.validate_every} and {job.shards} has no held-out rows; set it to 0")
+    whole = whole_checkpoints(job.checkpoints)
+    if not whole and job.resume_from is not None:
+        whole = [find_checkpoint(job.resume_from)]
+    if whole:
+        refuse_other_run(job, whole[-1], manifest)
+        _check_fit(job, model_config(whole[-1].cursor), manifest)
+        return whole[-1]
+    if job.init_from is not None:
+        _check_source(job, job.init_from, manifest)
+    _check_fit(job, starting_config(job, manifest), manifest)
+    if job.init_from is not None:
+        folder = locations.local_copy(job.init_from)
+        check_weights(folder)
+        read_end_tokens(folder, eos_id=manifest.eos_id, vocab_len=manifest.vocab_len)
+    return None
+
+
+def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Raise ConfigError where the losses would not be those that the checkpoint's run would have gone on to."""
+    cursor = checkpoint.cursor
+    if cursor.shards != manifest.identity:
+        raise ConfigError(
+            f"{checkpoint.uri} was trained on other shards than {job.shards} holds now; give the job another output, "
+            "or the shards it began with"
+        )
+    before = dict(cursor.run)
+    for name, value in job.run.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{name} is {value} and was {before.get(name)} in the run of {checkpoint.uri}; a run goes on as it "
+                "began: set it back, or begin a new run with init_from and another output"
+            )
+    if cursor.step > job.steps:
+        raise ConfigError(f"steps is {job.steps}; {checkpoint.uri} stands at {cursor.step} already; give more steps")
+
+
+def model_config(cursor: Cursor) -> ModelConfig:
+    """Of the model that a checkpoint holds."""
+    values = dict(cursor.model)
+    if values["rope_scaling"] is not None:
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    return ModelConfig(**values)
+
+
+def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
+    """Of the model that a new run begins with; its mask token may come after."""
+    if job.shape is not None:
+        config = named_shape(job.shape, vocab_len=manifest.vocab_len)
+    else:
+        assert job.init_from is not None
+        config = read_config(job.init_from)
+    return config if job.link_rank is None else linked_config(config, job.link_rank)
+
+
+def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
+    """Raise where no train step could be made of such rows by such a model."""
+    require_rows(model, manifest.vocab_len)
+    row_len, dual = manifest.row_len, job.objective == "dual"
+    if dual and job.block_len >= row_len:
+        raise ConfigError(
+            f"block_len is {job.block_len}; rows of {job.shards} have {row_len} tokens, and the first block of a row "
+            "is never learnt: give shorter blocks, or pack longer rows"
+        )
+    mask_len = job.recipe.mask_len(row_len, job.block_len) if dual else 0
+    require_equal_runs(job.sequence_parallel, row_len, mask_len)
+    require_equal_heads(job.sequence_parallel, model.heads)
+
+
+def _check_source(job: TrainJob, folder: str, manifest: Manifest) -> None:
+    if not locations.exists(locations.join(folder, "config.json")):
+        raise ConfigError(f"init_from is {folder}; it has no config.json; give a model folder or a bundle")
+    if locations.exists(locations.join(folder, BUNDLE_JSON)):
+        verify_bundle(folder)
+    has_tokenizer = locations.exists(locations.join(folder, "tokenizer.json"))
+    if has_tokenizer and load_tokenizer(folder).fingerprint != manifest.tokenizer:
+        raise ConfigError(
+            f"{job.shards} were packed with another tokenizer than that of {folder}; pack with the model's own"
+        )

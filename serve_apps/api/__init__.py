@@ -1,0 +1,1 @@
+"""What clients send and get: pydantic models and plain values, without Ray and torch."""

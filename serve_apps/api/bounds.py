@@ -1,0 +1,126 @@
+"""How large may each part of a request be?
+
+The bounds stand here once: the models of bodies, their errors, the defaults of the settings and the table in
+docs/operations.md take them from here. A bound keeps the work for one client so small that no other client waits for
+it: costs grow with the number of values and texts, so bytes alone do not bound them.
+"""
+
+from dataclasses import dataclass
+
+from serve_apps.api.errors import ParameterError
+
+__all__ = ["TABLE", "Bound", "check_ids_len", "check_text_len", "table"]
+
+HEAD_BYTES = 2**16
+"""Request line and headers together."""
+HEAD_SECONDS = 30.0
+BODY_BYTES = 8 * 2**20
+BODY_SECONDS = 30.0
+BODIES = 64
+"""Bodies that an ingress may wait for at the same time; a body that arrives together with its head is not counted."""
+COPIES = 4
+"""n choices hold n copies of a prompt: n times the bytes of a body are at most so many times the largest body."""
+
+VALUES = 2**18
+"""JSON values and keys of a body together. Reading so many takes some 0.1 s, and nothing else goes on
+meanwhile."""
+DEPTH = 100
+"""Objects and lists of JSON within each other. Python's recursion limit is 1000, several calls a level."""
+
+PROMPTS = 2048
+CHOICES = 128
+"""As OpenAI has it."""
+CHARS_PER_TOKEN = 64
+"""A text of more characters than this times the context has no chance to fit; it is refused before it is encoded."""
+NAME_CHARS = 512
+STOP_STRINGS = 64
+"""OpenAI takes 4; each costs a little with every character that is written."""
+STOP_CHARS = 1024
+STOP_TOKEN_IDS = 1024
+BAD_WORDS = 256
+BAD_WORD_CHARS = 256
+LOGIT_BIASES = 4096
+METADATA_ENTRIES = 64
+GRAMMAR_CHARS = 2**17
+GRAMMAR_CHOICES = 1024
+"""llguidance follows at most 2000 ways at once, and each choice is one."""
+GRAMMAR_SECONDS = 2.0
+"""Of a process that can be stopped: some grammars of forty characters would take hours."""
+MESSAGES = 4096
+TOOLS = 128
+"""As OpenAI has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An entry of the table."""
+
+    part: str
+    most: str
+    status: int
+    param: str = ""
+    """The field that the error names; empty where no field is to blame."""
+
+
+TABLE = (
+    Bound("request line and headers", f"{HEAD_BYTES} bytes", 431),
+    Bound("time until the headers are complete", f"{HEAD_SECONDS:g} s", 408),
+    Bound("body", f"`max_body_bytes` ({BODY_BYTES})", 413),
+    Bound("time until the body is complete", f"`body_seconds` ({BODY_SECONDS:g} s)", 408),
+    Bound("bodies that one ingress waits for", f"`max_bodies` ({BODIES})", 429),
+    Bound("bodies that one proxy waits for", str(BODIES), 429),
+    Bound("time of the whole request", "`request_seconds` (600 s)", 408),
+    Bound("requests of one key in a minute", "`requests_per_minute` (none)", 429),
+    Bound("JSON values and keys of a body", str(VALUES), 413),
+    Bound("JSON values and keys of all arguments of calls in messages", str(VALUES), 400, "messages"),
+    Bound("depth of JSON", str(DEPTH), 400),
+    Bound("prompts", str(PROMPTS), 400, "prompt"),
+    Bound("choices of a prompt", str(CHOICES), 400, "n"),
+    Bound("choices of a request (prompts times n)", "(`rows` + `max_waiting`) x `max_replicas`", 400, "prompt or n"),
+    Bound("choices that one ingress has in flight", "twice that", 429),
+    Bound("n times the bytes of the body", f"{COPIES} x `max_body_bytes`", 400, "n"),
+    Bound("token ids of a prompt", "the context", 400, "prompt"),
+    Bound("characters of a prompt or of messages", f"{CHARS_PER_TOKEN} x the context", 400, "prompt or messages"),
+    Bound("tokens that /tokenize returns", str(VALUES), 400, "prompt or messages"),
+    Bound("characters of `model`, `user` and the like", str(NAME_CHARS), 400, "the field"),
+    Bound("entries of metadata", str(METADATA_ENTRIES), 400, "metadata"),
+    Bound("stop strings", f"{STOP_STRINGS} of {STOP_CHARS} characters", 400, "stop"),
+    Bound("stop tokens", str(STOP_TOKEN_IDS), 400, "stop_token_ids"),
+    Bound("bad words", f"{BAD_WORDS} of {BAD_WORD_CHARS} characters", 400, "bad_words"),
+    Bound("biased tokens", str(LOGIT_BIASES), 400, "logit_bias"),
+    Bound("characters of a grammar, a schema, a regular expression", str(GRAMMAR_CHARS), 400, "the field"),
+    Bound("choices of a grammar", str(GRAMMAR_CHOICES), 400, "guided_choice"),
+    Bound("time to compile a grammar", f"{GRAMMAR_SECONDS:g} s", 400, "the field"),
+    Bound("messages", str(MESSAGES), 400, "messages"),
+    Bound("functions", str(TOOLS), 400, "tools"),
+    Bound("characters of schemas that calls must keep to", str(GRAMMAR_CHARS), 400, "tools"),
+    Bound("tokens that wait at a replica", "`max_waiting_tokens` (1048576)", 429),
+    Bound("texts that wait at a replica", "`max_waiting` (256)", 429),
+)
+
+
+def table() -> str:
+    """The bounds as Markdown."""
+    head = ["| bound of | at most | status | `param` |", "|---|---|---|---|"]
+    entries = [f"| {bound.part} | {bound.most} | {bound.status} | {bound.param} |" for bound in TABLE]
+    return "\n".join([*head, *entries])
+
+
+def check_ids_len(count: int, context_len: int, param: str) -> None:
+    """Raise ParameterError for a prompt of more token ids than the context holds."""
+    if count > context_len:
+        raise ParameterError(
+            f"{param} has {count} tokens; the model's context is {context_len}; send less", param,
+            "context_length_exceeded",
+        )  # fmt: skip
+
+
+def check_text_len(chars: int, context_len: int, param: str) -> None:
+    """Raise ParameterError for a text that is too long to be encoded only to learn that it does not fit."""
+    if chars > CHARS_PER_TOKEN * context_len:
+        raise ParameterError(
+            f"{param} has {chars} characters; the model's context is {context_len} tokens, and at most "
+            f"{CHARS_PER_TOKEN} characters for each are read; send less",
+            param,
+            "context_length_exceeded",
+        )

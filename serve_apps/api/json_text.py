@@ -1,0 +1,59 @@
+"""How does JSON from a client become values, without anybody waiting for it?
+
+`json.loads` holds the interpreter until all values are made. So they are counted first, and how deep they lie, by
+operations on the whole text that take milliseconds for megabytes.
+"""
+
+import json
+import re
+from itertools import accumulate
+from typing import Any
+
+from serve_apps.api.bounds import DEPTH
+from serve_apps.api.errors import BodyTooLargeError, ParameterError
+
+__all__ = ["count_values", "parse"]
+
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+LEVELS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse(text: str | bytes, most: int, param: str | None = None) -> Any:
+    """The value in a JSON text. Raises ParameterError of `param`, or BodyTooLargeError for more than `most` values."""
+    what = "the body" if param is None else param
+    try:
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        if count_values(text, most, param) > most:
+            raise BodyTooLargeError(
+                f"{what} holds more than {most} JSON values and keys, which are all that is read here; send less"
+            )
+        value = json.loads(text)
+        if HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character, which no text holds
+    except UnicodeEncodeError as error:
+        raise ParameterError(f"{what} spells half a character: {error}; send whole ones", param) from error
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"{what} is not JSON: {error}; send one JSON object", param) from error
+    return value
+
+
+def count_values(text: str, most: int, param: str | None = None) -> int:
+    """Number of values and keys in a JSON text, an empty list as two. Raises ParameterError if they lie too deep.
+
+    Exact up to `most`. Of a text that is not JSON the part before the first mistake is counted right; a parser reads
+    no more.
+    """
+    bare = text.replace("\\\\", "").replace('\\"', "")  # from now on each quote begins or ends a string
+    if (strings := bare.count('"') // 2) > most:
+        return strings
+    outside = "".join(bare.split('"')[::2])
+    if (count := 1 + sum(map(outside.count, ",:[{"))) > most:
+        return count
+    brackets = outside.encode(errors="replace").translate(None, NO_BRACKETS)
+    depth = max(accumulate(map(LEVELS.__getitem__, brackets)), default=0)
+    if depth > DEPTH:
+        what = "the body" if param is None else param
+        raise ParameterError(f"{what} is JSON of depth {depth}; at most {DEPTH} is read here; send it flatter", param)
+    return count

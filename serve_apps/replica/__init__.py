@@ -1,0 +1,1 @@
+"""A decoder replica: its engines, their processes, the decode loop."""

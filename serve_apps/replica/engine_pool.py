@@ -1,0 +1,280 @@
+"""Which engines does a replica run, and how does it change them without dropping a text?
+
+The champion's, perhaps a challenger's. New weights are loaded beside the old ones and run once; then new texts go to
+them, and the old engine ends with its last text. So a replica needs memory for one engine more than it serves; it waits
+for one that is leaving before it loads another. What cannot be loaded changes nothing but the report.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from serve_apps.api.errors import ParameterError
+from serve_apps.messages.version_routing import CHALLENGER, CHAMPION, Route, role_of
+from serve_apps.messages.version_stats import VersionReport, VersionStats
+from serve_apps.replica.engine import Engine
+from serve_apps.replica.engine_client import EngineClient
+from serve_apps.replica.text_generator import TextGenerator
+from serve_apps.rollout.model_version import ModelVersion, ServingTarget
+from serve_apps.telemetry import start_stage
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
+from tidar_core.errors import TidarError
+
+__all__ = ["EnginePool"]
+
+RETRY_SECONDS = 300.0
+"""After which a bundle that could not be loaded is tried again."""
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    message: str
+    since: float
+
+
+class EnginePool:
+    """The engines of one replica. All but `start` belong to its event loop."""
+
+    def __init__(self, replica: str) -> None:
+        self._replica = replica
+        self._writers: dict[str, TextGenerator] = {}
+        """By the hash of their bundles, those that leave included."""
+        self._roles: dict[str, str] = {}
+        """Hash of the bundle that has each role."""
+        self._problems: dict[str, _Problem] = {}
+        self._known: dict[str, tuple[ModelVersion, VersionStats]] = {}
+        """Every version that was ever to be loaded, with what it has done."""
+        self._target: ServingTarget | None = None
+        self._reached: ServingTarget | None = None
+        self._loading: ModelVersion | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()
+        """An engine has ended, or something else is wanted: look again."""
+
+    @property
+    def champion(self) -> TextGenerator:
+        """The engine that answers unless another is asked for."""
+        return self._writers[self._roles[CHAMPION]]
+
+    @property
+    def writers(self) -> tuple[TextGenerator, ...]:
+        """All, the champion first; none before the start."""
+        champion = self._roles.get(CHAMPION)
+        return tuple(self._writers[key] for key in sorted(self._writers, key=lambda key: key != champion))
+
+    def start(self, candidates: Sequence[ModelVersion]) -> None:
+        """Load the first of several that can be loaded. Raises the first one's error if none can."""
+        errors = []
+        for served in candidates:
+            if served.bundle_hash in self._problems:
+                continue
+            made = self._made(served, self._totals(served))
+            self._keep(served, made)
+            if not isinstance(made, Exception):
+                self._roles[CHAMPION] = served.bundle_hash
+                return
+            errors.append(made)
+        raise errors[0]
+
+    @contextmanager
+    def writer(self, route: Route) -> Iterator[TextGenerator]:
+        """Who answers a request; it is there for as long as the context is open."""
+        writer = self._writers[self._chosen(route)]
+        writer.texts += 1
+        try:
+            yield writer
+        finally:
+            writer.texts -= 1
+            self._end_unneeded()
+
+    def follow(self, target: ServingTarget) -> None:
+        """Begin to serve `target`; what is loaded already goes on, and what failed is tried again at times."""
+        now = time.monotonic()
+        retry = [key for key, problem in self._problems.items() if now - problem.since > RETRY_SECONDS]
+        for key in retry:
+            del self._problems[key]
+        if target == self._target and not retry:
+            return
+        self._target, self._reached = target, None
+        self._left.set()
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._catch_up())
+
+    async def followed(self) -> None:
+        """Wait until what was to be served is, as far as it can be loaded."""
+        if self._work is not None:
+            await self._work
+
+    async def check_health(self) -> None:
+        """Raise if the champion does not decode; another engine that does not is given up, and the champion goes on."""
+        for writer in self.writers:
+            bundle_hash = writer.served.bundle_hash
+            try:
+                await writer.engine.check_health()
+            except Exception as error:
+                if self._writers.get(bundle_hash) is not writer:
+                    continue  # it has ended meanwhile, as it should
+                if writer is self.champion:
+                    raise
+                self._give_up(bundle_hash, error)
+
+    def reports(self) -> list[VersionReport]:
+        """Every version that was ever here, and those that are to come."""
+        states = dict.fromkeys(self._known, "gone")
+        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._writers, "leaving")
+        if self._loading is not None:
+            states[self._loading.bundle_hash] = "loading"
+        states |= {bundle_hash: role for role, bundle_hash in self._roles.items()}
+        return [self._report(bundle_hash, state) for bundle_hash, state in states.items()]
+
+    def _chosen(self, route: Route) -> str:
+        """Hash of the bundle that answers a request."""
+        challenger = self._roles.get(CHALLENGER)
+        if challenger is None:
+            if route.role == CHALLENGER:
+                raise ParameterError("no challenger is served here now; drop the header x-tidar-version")
+            return self._roles[CHAMPION]
+        trial = self._writers[challenger].served.settings.challenger
+        return self._roles[role_of(route, challenger, trial.weight if trial is not None else 0.0)]
+
+    async def _catch_up(self) -> None:
+        """Reach the target, which may be another one by then."""
+        while (target := self._target) is not None and target is not self._reached:
+            wanted = {CHAMPION: target.champion, CHALLENGER: target.challenger}
+            if self._roles.get(CHALLENGER) not in {s.bundle_hash for s in wanted.values() if s is not None}:
+                self._take(CHALLENGER, None)  # its memory is given back first
+            for role, served in wanted.items():
+                if not await self._loaded(served, target):
+                    break
+                self._take(role, served)
+            else:
+                self._reached = target
+
+    async def _loaded(self, served: ModelVersion | None, target: ServingTarget) -> bool:
+        """Load what is not there, as soon as no engine is leaving; False if something else is wanted by then."""
+        if served is None or served.bundle_hash in self._writers:
+            return True
+        self._end_unneeded()
+        while self._leaving():
+            self._left.clear()
+            await self._left.wait()
+            if self._target is not target:
+                return False
+        if served.bundle_hash not in self._problems:
+            self._loading = served
+            made = await asyncio.to_thread(self._made, served, self._totals(served))
+            self._loading = None
+            self._keep(served, made)
+        return self._target is target
+
+    def _keep(self, served: ModelVersion, made: TextGenerator | Exception) -> None:
+        """Of a bundle that could not be loaded, remember why."""
+        if not isinstance(made, Exception):
+            self._writers[served.bundle_hash] = made
+            return
+        self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), time.monotonic())
+        logger.warning("version %s of %s cannot be loaded: %s", served.label, served.bundle_uri, problem.message)
+
+    def _totals(self, served: ModelVersion) -> VersionStats:
+        """Of all engines that a version has had here."""
+        _, totals = self._known.get(served.bundle_hash, (served, VersionStats()))
+        self._known[served.bundle_hash] = served, totals
+        return totals
+
+    def _take(self, role: str, served: ModelVersion | None) -> None:
+        """From now on the engine of `served` has the role; one that is not there leaves the champion as it is."""
+        before = self._roles.get(role)
+        if served is not None and served.bundle_hash in self._writers:
+            self._roles[role] = served.bundle_hash
+        elif role == CHALLENGER:
+            self._roles.pop(role, None)
+        if (now := self._roles.get(role)) != before:
+            label = "none" if now is None else self._known[now][0].label
+            was = "none" if before is None else self._known[before][0].label
+            logger.warning("replica %s serves version %s as %s, after %s", self._replica, label, role, was)
+        self._end_unneeded()
+
+    def _give_up(self, bundle_hash: str, error: Exception) -> None:
+        """End an engine whose texts will fail anyway."""
+        self._problems[bundle_hash] = problem = _Problem(_in_words(error), time.monotonic())
+        logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
+        self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
+        asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
+        self._left.set()
+
+    def _wanted(self) -> set[str]:
+        """Hashes of bundles that have a role, or are to have one."""
+        target = self._target
+        coming = [] if target is None else [target.champion, target.challenger]
+        roles = set(self._roles.values())
+        return roles | {served.bundle_hash for served in coming if served is not None}
+
+    def _leaving(self) -> list[str]:
+        return [bundle_hash for bundle_hash in self._writers if bundle_hash not in self._wanted()]
+
+    def _end_unneeded(self) -> None:
+        """Give back the memory of engines that nobody needs and that write no text any more."""
+        for bundle_hash in self._leaving():
+            if not self._writers[bundle_hash].texts:
+                asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
+                self._left.set()
+
+    def _made(self, served: ModelVersion, totals: VersionStats) -> TextGenerator | Exception:
+        try:
+            tokenizer = load_tokenizer(served.bundle_uri)
+            tokenizer.spell(tokenizer.eos_id)  # all names are made now, and not while texts are sent
+            lost = partial(self._lost, served.bundle_hash)
+            if served.settings.own_process:
+                engine: EngineClient | Engine = EngineClient(served, lost, self._report_stage)
+            else:
+                engine = Engine(served, self._report_stage)
+            return TextGenerator(served, engine, tokenizer, totals)
+        except Exception as error:  # out of memory, a damaged file: the old weights go on
+            traceback.clear_frames(error.__traceback__)  # what was made so far is given back
+            return error
+        finally:
+            start_stage.clear(self._replica)
+
+    def _report_stage(self, line: str) -> None:
+        logger.info("replica %s: %s", self._replica, line)
+        start_stage.publish(self._replica, line)
+
+    def _lost(self, bundle_hash: str, problem: str) -> None:
+        """An engine's process has died. Without the champion's the replica is none: its end is seen at once, and what
+        it had not begun goes to others. Any other engine is given up when its health is looked at."""
+        if bundle_hash == self._roles.get(CHAMPION):
+            logger.critical("replica %s ends: %s", self._replica, problem)
+            logging.shutdown()
+            os._exit(1)
+
+    def _report(self, bundle_hash: str, state: str) -> VersionReport:
+        served, totals = self._known[bundle_hash]
+        problem = self._problems.get(bundle_hash)
+        return VersionReport(
+            replica=self._replica,
+            version=served.label,
+            fingerprint=served.fingerprint,
+            bundle_hash=bundle_hash,
+            state=state,
+            problem="" if problem is None else problem.message,
+            totals=replace(totals),
+        )
+
+
+def _end(writer: TextGenerator) -> None:
+    writer.engine.stop()
+    gc.collect()  # frames in which torch made the weights refer to each other, and to the engine
+
+
+def _in_words(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, TidarError) else f"{type(error).__name__}: {said}"

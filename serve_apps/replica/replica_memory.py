@@ -1,0 +1,100 @@
+"""Does a replica fit into the memory of its device?
+
+The bound is computed from the bundle's description before any weights are loaded: `tidar serve --dry-run` prints it,
+and a replica reports it first.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from serve_apps.rollout.model_version import ModelVersion, resolve_model
+from serve_apps.settings import ServeSettings
+from tidar_core.artifacts.model.bundle import DTYPES, read_bundle_info
+from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.config import DraftConfig
+from tidar_core.decoding.decoder_size import DecoderSize
+from tidar_core.decoding.page_pool import PAGE_LEN
+from tidar_core.errors import ConfigError
+from tidar_core.planning.decode_memory import MemoryBound, memory_bound
+
+__all__ = ["ReplicaMemory", "free_bytes", "memory_facts", "replica_memory"]
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMemory:
+    """What a replica needs at most, and what its device has."""
+
+    device: str
+    need: MemoryBound
+    free: int | None
+    """Bytes on the device now; None where it cannot be found out, as for a GPU that this machine lacks."""
+
+    @property
+    def fits(self) -> bool:
+        """False where the need is known to exceed what is free."""
+        return self.free is None or self.need.total <= self.free
+
+    @property
+    def line(self) -> str:
+        """The bound in one line."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in asdict(self.need).items() if size)
+        left = "free memory not known here"
+        if self.free is not None:
+            over = self.need.total - self.free
+            left = f"does not fit: {_size(over)} too much" if over > 0 else f"{_size(-over)} left"
+        return f"memory of a replica on {self.device}, at most: {parts}; {_size(self.need.total)} in all, {left}"
+
+    def facts(self) -> dict[str, object]:
+        """Bytes by name, for a report."""
+        left = None if self.free is None else self.free - self.need.total
+        return {"device": self.device, **asdict(self.need), "total": self.need.total, "free": self.free, "left": left}
+
+    def require_fit(self) -> None:
+        """Raise ConfigError if the replica does not fit."""
+        if not self.fits:
+            raise ConfigError(f"{self.line}; give fewer rows or pages, a shorter context_len, or dtype bf16")
+
+
+def replica_memory(served: ModelVersion) -> ReplicaMemory:
+    """The bound of a replica of that service, beside what is free on this machine. Raises ConfigError."""
+    settings = served.settings
+    config = replace(read_config(served.bundle_uri), mask_id=read_bundle_info(served.bundle_uri).mask_id)
+    draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
+    size = DecoderSize.of(
+        config, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
+    )
+    need = memory_bound(config, draft, size, dtype=DTYPES[settings.dtype], mode=settings.mode, device=settings.device)
+    return ReplicaMemory(settings.device, need, free_bytes(settings.device))
+
+
+def memory_facts(settings: ServeSettings) -> dict[str, object]:
+    """Bytes of a replica of that service by name, for a report. Raises ConfigError where it does not fit."""
+    memory = replica_memory(resolve_model(settings)[0])
+    memory.require_fit()
+    return memory.facts()
+
+
+def free_bytes(device: str) -> int | None:
+    """Bytes that a process may still take on a device of this machine."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    if not MEMINFO.is_file():
+        return None
+    free = next(int(line.split()[1]) for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    limit, used = (_number(CGROUP / name) for name in ("memory.max", "memory.current"))
+    return 1024 * free if limit is None or used is None else min(1024 * free, limit - used)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of a control group; None where there is no file, or no limit."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

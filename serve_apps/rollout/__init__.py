@@ -1,0 +1,1 @@
+"""Model versions under traffic: the alias that is followed, and the canary."""

@@ -1,0 +1,1 @@
+"""The way from tokens to text and from text to events."""

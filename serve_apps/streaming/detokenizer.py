@@ -1,0 +1,206 @@
+"""How do the decode steps of one request become its text?
+
+Only final tokens become text, and a character only when all its bytes have come. The text ends at the first stop
+string, wherever the steps that brought it begin and end: tokens after the one that completes it do not count.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol, Self
+
+from serve_apps.api.completion_response import FinishReason, PromptScores
+from serve_apps.api.token_origins import Decoding, Origin, origins
+from serve_apps.messages.generation_request import Chat, GenerationRequest
+from serve_apps.messages.text_delta import TextDelta, UsageCounts
+from serve_apps.streaming.logprobs import ChatScoreSheet, ScoreSheet, prompt_scores
+from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
+
+if TYPE_CHECKING:
+    from tidar_core.decoding.request import DecodeStep, TokenLogprob
+
+__all__ = ["IncrementalDetokenizer"]
+
+
+class TextStream(Protocol):
+    """An incremental detokenizer: see `tidar_core.artifacts.text.detokenizer.TextStream`."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now."""
+
+    def flush(self) -> str:
+        """What was held back."""
+
+
+class Tokenizer(Protocol):
+    """What a transcript asks of a `tidar_core.artifacts.text.tokenizer.Tokenizer`."""
+
+    eos_id: int
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Special tokens by their names."""
+
+    def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for ids that come one by one, behind the text of the ids `after`."""
+
+    def places(self, text: str, *, framed: bool = False) -> list[int]:
+        """Where the text of each token of `text` begins in it."""
+
+    def spell(self, token_id: int) -> str:
+        """The name of a token."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text."""
+
+
+class IncrementalDetokenizer:
+    """The text of one request's tokens, as they come."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, request: GenerationRequest, prompt: Sequence[int], *, block_len: int
+    ) -> None:
+        """prompt  the tokens of the request's prompt"""
+        self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
+        self._echoes_ids = request.echo and not isinstance(request.prompt, str)
+        before = () if self._echoes_ids else prompt  # an echo of ids and what follows are one text
+        self._stream = tokenizer.stream(skip_special=request.skip_special, after=before)
+        self._stop_tokens = stop_tokens(request.stop, tokenizer.special_ids)
+        self._stops = StopStrings(request.stop, include=request.include_stop)
+        self._sheet: ScoreSheet | None = None
+        if request.logprobs is not None and isinstance(request.prompt, Chat):
+            self._sheet = ChatScoreSheet(tokenizer.spell, request.logprobs, tokenizer.bytes_of)
+        elif request.logprobs is not None:
+            self._sheet = ScoreSheet(tokenizer.spell, request.logprobs)
+        self._new_ids: list[int] = []
+        self._forwards = 0
+        self._decoding = Decoding()
+        self._prompt_told = False
+        self._completion_tokens = self._cached_tokens = 0
+        self._histogram = [0] * block_len
+        self._begun = False
+        self._text = ""
+        self._heard_len = self._told_len = 0
+        """Characters of the text so far, and of those taken; a stop string that is cut off counts as heard."""
+        self._prompt_scores: PromptScores | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, steps: "Iterable[DecodeStep]") -> Self:
+        """Take in more steps. A stop token is counted, but is no part of the text unless that is asked for."""
+        for step in steps:
+            if self.finish_reason is None:
+                self._hear(step)
+        return self
+
+    @property
+    def pending(self) -> bool:
+        """There is something to tell the client."""
+        return bool(self._text) or self.finish_reason is not None
+
+    def take(self) -> TextDelta:
+        """All since the last piece."""
+        tally = UsageCounts(len(self._prompt), self._completion_tokens, tuple(self._histogram), self._cached_tokens)
+        prompt_ids = tuple(self._prompt) if self._request.token_ids and not self._prompt_told else None
+        self._prompt_told = True
+        if not self.pending:
+            return TextDelta("", None, tally, prompt_token_ids=prompt_ids)
+        text, self._text = self._text, ""
+        scores, self._prompt_scores = self._prompt_scores, None
+        self._told_len += len(text)
+        logprobs = None
+        if self._sheet is not None:
+            logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
+        new_ids, self._new_ids = tuple(self._new_ids) if self._request.token_ids else None, []
+        decoding = None
+        if self._request.decoding:
+            decoding, self._decoding = self._decoding, Decoding()
+        return TextDelta(
+            text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding
+        )
+
+    def _hear(self, step: "DecodeStep") -> None:
+        self._cached_tokens += step.cached
+        if not self._begun:
+            self._begin(step.prompt_logprobs)
+        if self._request.prompt_alone:
+            self._text += self._stream.flush() if self._echoes_ids else ""
+            self.finish_reason = "length"
+            return
+        if step.verified > 1:
+            self._histogram[step.accepted - 1] += 1
+        ending = step.finish_reason == "stop"
+        self._forwards += 1
+        ways = origins(step) if self._request.decoding else []
+        for place, token in enumerate(step.token_ids):
+            last = ending and place == len(step.token_ids) - 1
+            if ways:
+                self._note(ways[place])
+            self._say(token, step.logprobs[place] if step.logprobs else None, ending=last)
+            if self._stops.found is not None:
+                return
+        if step.finish_reason is not None:
+            self._end(step)
+
+    def _begin(self, scored: "Sequence[TokenLogprob]") -> None:
+        """What the client is told of the prompt."""
+        self._begun = True
+        if self._request.prompt_logprobs is not None:
+            self._prompt_scores = prompt_scores(scored, self._request.prompt_logprobs, self._tokenizer.spell)
+        if not self._request.echo:
+            return
+        begins = self._echo()
+        if self._sheet is not None:
+            for place, token in enumerate(self._prompt):
+                self._sheet.add(token, scored[place - 1] if place else None, begins[place], begins[place + 1])
+        self._heard_len = len(self._text)
+
+    def _echo(self) -> list[int]:
+        """Begin the text with the prompt. Returns where the text of each token of it begins, and where the last ends.
+
+        A prompt of text is as it was written, whatever a tokenizer makes of it.
+        """
+        written = self._request.prompt
+        stream = self._stream if self._echoes_ids else self._tokenizer.stream(skip_special=self._request.skip_special)
+        pieces = [stream.push(token) for token in self._prompt]
+        self._text = "".join(pieces)
+        if isinstance(written, str) and self._text != written:
+            self._text = written
+            return [*self._tokenizer.places(written, framed=self._request.framed), len(written)]
+        return list(accumulate(map(len, pieces), initial=0))
+
+    def _note(self, origin: Origin) -> None:
+        """How the token that is said next came to be."""
+        self._decoding.forward.append(self._forwards - 1)
+        self._decoding.origin.append(origin)
+        self._decoding.text_offset.append(self._heard_len)
+
+    def _say(self, token: int, scored: "TokenLogprob | None", *, ending: bool) -> None:
+        self._completion_tokens += 1
+        self._new_ids.append(token)
+        if ending and token in self._stop_tokens:  # its name is a stop string, and completes it
+            piece = self._stream.flush() + self._stop_tokens[token]
+        elif ending and not self._request.include_stop:
+            piece = ""
+        else:
+            piece = self._stream.push(token)
+        if self._sheet is not None:
+            self._sheet.add(token, scored, self._heard_len, self._heard_len + len(piece))
+        self._hold_to_stops(piece)
+
+    def _hold_to_stops(self, piece: str) -> None:
+        """Add text, as far as no stop string may begin in it; as in vLLM, none ends within the first min_tokens."""
+        self._heard_len += len(piece)
+        self._text += self._stops.push(piece, looked_for=self._completion_tokens > self._request.sampling.min_tokens)
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+
+    def _end(self, step: "DecodeStep") -> None:
+        """The decoder has ended the text; what was held back is told, unless it completes a stop string."""
+        self._hold_to_stops(self._stream.flush())
+        if self._stops.found is not None:
+            return
+        self._text += self._stops.flush()
+        self.finish_reason = "stop" if step.finish_reason == "stop" else "length"
+        end_of_text = None if self._request.ignore_eos else self._tokenizer.eos_id
+        if step.finish_reason == "stop" and step.token_ids[-1] != end_of_text:
+            self.stop_reason = step.token_ids[-1]

@@ -1,0 +1,200 @@
+"""What has this ingress served so far, and what are its decoder replicas at, in Prometheus' words?
+
+Totals are those of one process, the ingress or a replica; rates and ratios are for who asks. Names follow vLLM's, with
+our prefix.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve_apps.messages.replica_load import Load
+from serve_apps.messages.text_delta import TextDelta, UsageCounts
+
+__all__ = ["PREFIX", "Counters", "gauges", "text_of"]
+
+PREFIX, VLLM = "tidar", "vllm"
+SPEC_DECODE = "spec_decode_"
+"""What vLLM's own tools look for."""
+TOTALS: dict[str, tuple[str, str | None]] = {
+    "requests": ("Completion requests answered, by HTTP status; a stream counts as what it began with.", "status"),
+    "requests_ended_early": ("Streams that an error broke off.", None),
+    "requests_abandoned": ("Requests whose client hung up: in its body, before the answer, in the stream.", "phase"),
+    "request_success": ("Texts written to their end, by what ended them.", "finished_reason"),
+    "prompt_tokens": ("Tokens read.", None),
+    "generation_tokens": ("Tokens written.", None),
+    "spec_decode_num_drafts": ("Decode steps that verified a draft.", None),
+    "spec_decode_num_draft_tokens": ("Speculative tokens verified: K - 1 for each draft.", None),
+    "spec_decode_num_accepted_tokens": ("Speculative tokens that stood.", None),
+    "spec_decode_num_accepted_tokens_per_pos": ("The same by their place in the draft, from 0.", "position"),
+}
+"""Meaning, and the label beside the model's name."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+SPREADS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("From a request, once it is read, to each text's first token.", SECONDS),
+    "inter_token_latency_seconds": ("Between two pieces of a stream: tokens of one decode step, or of a few.", SECONDS),
+    "request_time_per_output_token_seconds": ("A text's decode time over its tokens after the first.", SECONDS),
+    "e2e_request_latency_seconds": ("From a request, once it is read, to each text's end.", SECONDS),
+    "request_queue_time_seconds": ("A text's wait for a row of its replica.", SECONDS),
+    "request_prefill_time_seconds": ("From there to its first token.", SECONDS),
+    "request_decode_time_seconds": ("From there to its last.", SECONDS),
+    "request_inference_time_seconds": ("Prefill and decode time together.", SECONDS),
+    "request_prompt_tokens": ("Tokens of a text's prompt.", TOKENS),
+    "request_generation_tokens": ("Tokens of a text.", TOKENS),
+}
+"""Meaning, and the bounds of the histogram's buckets."""
+OF_REPLICAS: dict[str, tuple[type[Any], str, Callable[[Load], float | None]]] = {
+    "num_requests_running": (GaugeMetricFamily, "Sequences that hold a row.", lambda load: load.running),
+    "num_requests_waiting": (GaugeMetricFamily, "Sequences that wait for a row.", lambda load: load.waiting),
+    "num_tokens_waiting": (GaugeMetricFamily, "What those bring and may write.", lambda load: load.waiting_tokens),
+    "tokens_per_forward": (GaugeMetricFamily, "Read and written lately.", lambda load: load.tokens_per_forward),
+    "forwards_per_second": (GaugeMetricFamily, "Lately, while at work.", lambda load: load.forwards_per_second),
+    "kv_cache_pages": (GaugeMetricFamily, "Pages of the KV cache.", lambda load: load.pages),
+    "kv_cache_pages_used": (GaugeMetricFamily, "Pages that sequences hold.", lambda load: load.pages_held),
+    "kv_cache_usage_perc": (GaugeMetricFamily, "Their share of all.", lambda load: load.pages_held / load.pages),
+    "prefix_cache_hits": (CounterMetricFamily, "Prompt tokens found in the cache.", lambda load: load.shared_tokens),
+    "num_preemptions": (CounterMetricFamily, "Sequences that gave up their pages.", lambda load: load.preemptions),
+    "decode_mode": (GaugeMetricFamily, "1 for the mode that the planner has chosen.", lambda load: 1),
+    "decode_expected_speedup": (
+        GaugeMetricFamily,
+        "Tokens per second that the chosen mode promises over the autoregressive one; absent where the mode is fixed.",
+        lambda load: load.expected_over_ar,
+    ),
+}
+"""Type, meaning and value of what each replica is asked."""
+
+
+class Counters:
+    """Totals and histograms since this process began."""
+
+    def __init__(self, model_name: str, *, vllm_names: bool = False) -> None:
+        """vllm_names  what concerns drafts is told under vLLM's names too, for tools that know no others"""
+        disable_created_metrics()
+        self._model_name, self._vllm_names = model_name, vllm_names
+        self._registry = CollectorRegistry()
+        self._totals: dict[str, Counter] = {}
+        for name, (meaning, label) in TOTALS.items():
+            labels = ["model_name", *filter(None, [label])]
+            self._totals[name] = Counter(f"{PREFIX}:{name}", meaning, labels, registry=self._registry)
+        self._spreads = {
+            name: Histogram(f"{PREFIX}:{name}", meaning, ["model_name"], buckets=bounds, registry=self._registry)
+            for name, (meaning, bounds) in SPREADS.items()
+        }
+        for name, (_, label) in TOTALS.items():
+            if label is None:
+                self._count(name, 0)
+        for spread in self._spreads.values():
+            spread.labels(model_name)
+
+    def count_answer(self, status: int) -> None:
+        """One request was answered."""
+        self._count("requests", 1, str(status))
+
+    def count_break(self) -> None:
+        """An error ended one stream before its text."""
+        self._count("requests_ended_early", 1)
+
+    def count_abandoned(self, phase: Literal["body", "answer", "stream"]) -> None:
+        """The client of one request hung up."""
+        self._count("requests_abandoned", 1, phase)
+
+    def count_tokens(self, tally: UsageCounts) -> None:
+        """What one request has cost."""
+        self._count("prompt_tokens", tally.prompt_tokens)
+        self._count("generation_tokens", tally.completion_tokens)
+        if (metrics := tally.metrics()) is not None:
+            drafts = metrics.speculative_decoding
+            self._count("spec_decode_num_drafts", drafts.num_spec_steps)
+            self._count("spec_decode_num_draft_tokens", drafts.num_draft_tokens)
+            self._count("spec_decode_num_accepted_tokens", drafts.num_accepted_draft_tokens)
+            for position in range(drafts.num_spec_tokens):
+                stood = sum(drafts.acceptance_histogram[position + 1 :])
+                self._count("spec_decode_num_accepted_tokens_per_pos", stood, str(position))
+
+    async def timed(
+        self, pieces: AsyncGenerator[tuple[int, TextDelta], None], *, streamed: bool
+    ) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """`pieces` of the texts of a request that is read now, each timed as it passes; closed at their end.
+
+        streamed  the client hears each piece as it passes; else it hears all at the last one
+        """
+        began, heard = time.monotonic(), dict[tuple[int, int], float]()
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                now = time.monotonic()
+                if piece.tally.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
+                    if (text := (index, piece.attempt)) in heard:
+                        self._spread("inter_token_latency_seconds", now - heard[text])
+                    else:
+                        written = 0.0 if piece.lap is None else piece.lap.decode  # all of it came at once
+                        self._spread("time_to_first_token_seconds", now - began - written)
+                    heard[text] = now
+                if piece.finish_reason is not None:
+                    self._spread("e2e_request_latency_seconds", now - began)
+                    self._count_text(piece)
+                yield index, piece
+
+    def exposition(self) -> str:
+        """All of it in Prometheus' text format."""
+        families = list(self._registry.collect())
+        if self._vllm_names:
+            families += [_under_vllms_name(family) for family in families if SPEC_DECODE in family.name]
+        return text_of(families)
+
+    def _count_text(self, last: TextDelta) -> None:
+        self._count("request_success", 1, str(last.finish_reason))
+        tokens = last.tally.completion_tokens
+        self._spread("request_prompt_tokens", last.tally.prompt_tokens)
+        self._spread("request_generation_tokens", tokens)
+        if last.lap is None:
+            return
+        self._spread("request_queue_time_seconds", last.lap.queue)
+        self._spread("request_prefill_time_seconds", last.lap.prefill)
+        self._spread("request_decode_time_seconds", last.lap.decode)
+        self._spread("request_inference_time_seconds", last.lap.prefill + last.lap.decode)
+        if tokens > 1:
+            self._spread("request_time_per_output_token_seconds", last.lap.decode / (tokens - 1))
+
+    def _count(self, name: str, more: float, *labels: str) -> None:
+        self._totals[name].labels(self._model_name, *labels).inc(more)
+
+    def _spread(self, name: str, value: float) -> None:
+        self._spreads[name].labels(self._model_name).observe(value)
+
+
+def gauges(model_name: str, loads: Sequence[Load]) -> str:
+    """What the replicas are at, in Prometheus' text format."""
+    families = []
+    for name, (kind, meaning, value_of) in OF_REPLICAS.items():
+        shows_mode = name == "decode_mode"
+        family = kind(f"{PREFIX}:{name}", meaning, labels=["model_name", "replica", *(["mode"] if shows_mode else [])])
+        for load in loads:
+            if (value := value_of(load)) is not None:
+                family.add_metric([model_name, load.replica, *([load.mode] if shows_mode else [])], value)
+        families.append(family)
+    return text_of(families)
+
+
+def text_of(families: Iterable[Metric]) -> str:
+    """Families of metrics in Prometheus' text format."""
+    return generate_latest(_Given(families)).decode()
+
+
+class _Given(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _under_vllms_name(family: Metric) -> Metric:
+    twin = Metric(f"{VLLM}{family.name.removeprefix(PREFIX)}", family.documentation, family.type)
+    twin.samples = [sample._replace(name=f"{VLLM}{sample.name.removeprefix(PREFIX)}") for sample in family.samples]
+    return twin

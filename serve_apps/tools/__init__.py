@@ -1,0 +1,1 @@
+"""Commands beside the service: benchmark, smoke test, generation without a service."""

@@ -1,0 +1,110 @@
+"""A latency table is kept beside the bundle, for the device it was taken on."""
+
+import json
+
+import pytest
+from tiny import wide_model
+
+from tidar_core.artifacts.model.latency_file import bundle_planner, bundle_table, stored_table, time_and_store
+from tidar_core.config import DraftConfig
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.step_plan import FixedMode
+from tidar_core.errors import BundleError
+from tidar_core.planning.planner import AUTO, AutoPlanner
+from tidar_core.transformer.shapes import named_shape
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wide_model(named_shape("tiny"))
+
+
+def decoder_of(model, rows=2, block_len=4):
+    return Decoder(model, DraftConfig(block_len=block_len), rows=rows, context_len=64)
+
+
+def test_what_was_timed_is_planned_with_and_nothing_is_timed_anew(model, tmp_path, monkeypatch):
+    bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
+    assert stored_table(bundle, decoder) is None
+    shapes = []
+    uri = time_and_store(bundle, decoder, on_point=lambda: shapes.append(1))
+    assert uri.startswith(f"{bundle}.latency/")
+    assert len(shapes) == 2  # one sequence and two, at the one context
+    monkeypatch.setattr(
+        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed anew")
+    )
+    planner = bundle_planner(AUTO, bundle, decoder)
+    assert isinstance(planner, AutoPlanner)
+    assert planner.latency.table == stored_table(bundle, decoder)
+    assert isinstance(bundle_planner("two-pass", bundle, decoder), FixedMode)
+
+
+def test_a_table_of_fewer_sequences_or_another_block_does_not_serve(model, tmp_path):
+    bundle = str(tmp_path / "bundle")
+    time_and_store(bundle, decoder_of(model))
+    assert stored_table(bundle, decoder_of(model, rows=1)) is not None
+    assert stored_table(bundle, decoder_of(model, rows=3)) is None
+    assert stored_table(bundle, decoder_of(model, block_len=2)) is None
+
+
+def test_a_table_that_another_torch_took_does_not_serve(model, tmp_path):
+    bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
+    path = tmp_path / time_and_store(bundle, decoder).removeprefix(f"{tmp_path}/")
+    kept = json.loads(path.read_text())
+    kept["made_with"]["torch"] = "1.0"
+    path.write_text(json.dumps(kept))
+    assert stored_table(bundle, decoder) is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"made_with": {}, "points": [{"rows": 1}]}'])
+def test_a_broken_table_is_named(model, tmp_path, content):
+    bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
+    path = tmp_path / time_and_store(bundle, decoder).removeprefix(f"{tmp_path}/")
+    path.write_text(content)
+    with pytest.raises(BundleError, match="tidar profile"):
+        stored_table(bundle, decoder)
+
+
+def test_what_a_start_timed_is_found_by_the_next_start_and_by_a_challenger_of_the_same_shape(
+    model, tmp_path, monkeypatch
+):
+    lines = []
+    table = bundle_table(str(tmp_path / "bundle"), decoder_of(model), report=lines.append)
+    assert ["timed" in line for line in lines] == [True, True]
+    monkeypatch.setattr(
+        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed anew")
+    )
+    assert bundle_table(str(tmp_path / "bundle"), decoder_of(model)) == table
+    challenger = wide_model(named_shape("tiny"), seed=1)
+    assert bundle_table(str(tmp_path / "challenger"), decoder_of(challenger)) == table
+    assert not list(tmp_path.glob("*.latency"))  # nothing is written beside a bundle that is only served
+
+
+def test_a_table_of_shorter_contexts_does_not_serve_a_longer_one(model, tmp_path):
+    bundle = str(tmp_path / "bundle")
+    bundle_table(bundle, decoder_of(model), context_len=32)
+    assert stored_table(bundle, decoder_of(model), 32) is not None
+    assert stored_table(bundle, decoder_of(model)) is None
+
+
+def test_a_damaged_cache_is_timed_again(model, tmp_path):
+    bundle = str(tmp_path / "bundle")
+    bundle_table(bundle, decoder_of(model))
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    kept.write_text("{")
+    assert bundle_table(bundle, decoder_of(model)).points
+    assert stored_table(bundle, decoder_of(model)) is not None
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    lines = []
+    assert bundle_table(str(tmp_path / "bundle"), decoder_of(model), report=lines.append).points
+    assert "could not be kept" in lines[-1]

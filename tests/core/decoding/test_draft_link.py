@@ -1,0 +1,183 @@
+"""Drafts that are linked follow from each other, train on the tokens before their labels, and change no text."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
+from oracles import documents_row
+from tiny import wide_model
+
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.errors import ConfigError
+from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
+from tidar_core.training.losses import dual_mode_loss, label_counts, loss_sums
+from tidar_core.training.objective import Objective
+from tidar_core.training.recipe import Recipe, start_draft_link
+from tidar_core.transformer.attention import DenseAttention
+from tidar_core.transformer.layout import decode_layout
+from tidar_core.transformer.shapes import named_shape
+
+MASK = 511
+DENSE = StepPlan(5, (1, 2, 3, 4, 5))
+SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, seed=5)
+
+
+def linked_model(rank=6, loud=3.0):
+    model = wide_model(named_shape("tiny"))
+    start_draft_link(model, rank, seed=1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.link.after.copy_(loud * torch.randn(512, rank))
+    return model
+
+
+@pytest.fixture(scope="module")
+def linked():
+    return linked_model()
+
+
+def chain(model, text, first, count):
+    """Likeliest drafts d_2.. behind `text` and `first`, from a fresh forward of one block of masks."""
+    K = count + 1
+    layout = decode_layout(torch.tensor([0]), len(text), (len(text),), K)
+    with torch.no_grad():
+        rows = torch.tensor([[*text, *[MASK] * K]])
+        masks = model.head(model(rows, layout.position, DenseAttention(layout)))[0, len(text) :]
+        table = model.link.before @ model.link.after.T
+    said = [first]
+    for j in range(1, K):
+        said.append(int((masks[j] + table[said[-1]]).argmax()))
+    return said
+
+
+@pytest.mark.parametrize("looked_up_tokens", [0, 512], ids=["multiplied", "looked up"])
+@pytest.mark.parametrize("rules", [{}, {"logit_bias": ((500, -1e-9),)}], ids=["no rules", "a rule that bans nothing"])
+def test_each_draft_follows_from_the_one_before_it(linked, rules, looked_up_tokens, monkeypatch):
+    monkeypatch.setattr("tidar_core.transformer.model.LOOKED_UP_TOKENS", looked_up_tokens)
+    decoder, text = Decoder(linked, DraftConfig(block_len=5), rows=1), prompts(9)[0]
+    step = prefilled(decoder, requests([text], replace(GREEDY, **rules))[0])
+    said, unlinked, silent = list(text), 0, linked_model(loud=0.0)
+    for _ in range(8):
+        said += step.token_ids
+        drafts = chain(linked, said[:-1], said[-1], 4)
+        assert decoder._state.draft[0].tolist() == drafts
+        unlinked += drafts != chain(silent, said[:-1], said[-1], 4)
+        (step,) = decoder.decode_step(DENSE)
+    assert unlinked > 4  # the link is heard
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [("argmax", GREEDY), ("sampled", GREEDY), ("argmax", SAMPLED)],
+    ids=lambda value: str(value)[:7],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_link_says_texts_are_the_autoregressive_ones(linked, seed, kind, sampling):
+    texts = prompts(5, 12, 3, 8, 17, seed=seed)
+    decoder = Decoder(linked, DraftConfig(block_len=4, kind=kind), rows=3)
+    done = complete(Scheduler(decoder, RandomPlanner(seed, 4)), requests(texts, sampling))
+    assert [list(c.token_ids) for c in done] == [list(t) for t in expected_texts(linked, texts, sampling)]
+
+
+def test_a_link_speaks_the_models_dtype(linked):
+    """Trust in diffusion reads linked logits too."""
+    half = copy.deepcopy(linked).bfloat16()
+    for beta in (0.3, 1.0):
+        sampling = replace(SAMPLED, beta=beta, max_tokens=6)
+        (done,) = complete(Scheduler(Decoder(half, DraftConfig(block_len=4), rows=1)), requests(prompts(7), sampling))
+        assert len(done.token_ids) == 6
+
+
+def test_a_link_that_was_just_started_says_nothing():
+    """So conversion begins with the paper's model."""
+    model = wide_model(named_shape("tiny"))
+    ids, documents = torch.randint(0, 500, (1, 24)), documents_row(24)
+    objective = Objective(model, dual=True, block_len=4)
+    before = objective(objective.batch(ids, documents))
+    start_draft_link(model, 8, seed=0)
+    assert model.config.link_rank == 8
+    after = objective(objective.batch(ids, documents))
+    assert before.diffusion_sum == after.diffusion_sum
+    assert before.ar_sum == after.ar_sum
+
+
+def test_the_diffusion_loss_is_told_the_token_before_each_label_and_the_ar_loss_is_not(linked):
+    ids = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(3))
+    documents = torch.cat([documents_row(13, 7), documents_row(15, padding=5)])
+    batch = dual_mode_batch(ids, documents, 4, MASK)
+    with torch.no_grad():
+        hidden = linked(batch.token_BL, batch.layout.position, DenseAttention(batch.layout))
+        every = linked.head(hidden)
+        table = linked.link.before @ linked.link.after.T
+    sums = loss_sums(hidden, linked.head, batch, 4, link=linked.link)
+    ar = diffusion = 0.0
+    for b in range(2):
+        for s in range(20):
+            if (target := batch.ar_target_BS[b, s]) != IGNORED:
+                ar -= F.log_softmax(every[b, s], -1)[target]
+            if (target := batch.diffusion_target_BM[b, s]) != IGNORED:
+                diffusion -= F.log_softmax(every[b, 20 + s] + table[ids[b, s - 1]], -1)[target]
+    assert sums.ar_sum.item() == pytest.approx(float(ar), rel=1e-5)
+    assert sums.diffusion_sum.item() == pytest.approx(float(diffusion), rel=1e-5)
+
+
+def test_drawn_blocks_keep_the_tokens_before_their_masks(linked):
+    ids = torch.arange(48).repeat(2, 1)
+    batch = dual_mode_batch(ids, documents_row(48).repeat(2, 1), 4, MASK, recipe=Recipe(block_share=0.5), seed_B=[1, 2])
+    labelled = batch.diffusion_target_BM != IGNORED
+    assert labelled.any()
+    assert torch.equal(batch.before_BM[labelled], batch.diffusion_target_BM[labelled] - 1)
+
+
+def test_chunks_of_logits_change_neither_a_linked_loss_nor_its_gradient(linked, monkeypatch):
+    ids = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(4))
+    objective = Objective(linked, dual=True, block_len=4)
+    batch = objective.batch(ids, documents_row(20).repeat(2, 1))
+    results = []
+    for at_once in (2**26, 512 * 7):
+        monkeypatch.setattr("tidar_core.training.losses.LOGITS_AT_ONCE", at_once)
+        linked.zero_grad()
+        sums = objective(batch)
+        dual_mode_loss(sums, 1.0, *label_counts(batch)).backward()
+        results.append((sums.diffusion_sum.item(), linked.link.before.grad.clone()))
+    linked.zero_grad()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_what_hangs_on_a_neighbour_in_the_block_is_learned_with_a_link_alone(rank):
+    """Pairs (a, a + 8) with any a: no mask can know the second half of a pair whose first is hidden as well."""
+    torch.manual_seed(0)
+    model = wide_model(named_shape("tiny"))
+    model.init_weights(0)
+    if rank:
+        start_draft_link(model, rank, seed=0)
+    objective = Objective(model.train(), dual=True, block_len=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        first = torch.randint(0, 8, (8, 16))
+        ids = torch.stack([first, first + 8], 2).flatten(1)
+        batch = objective.batch(ids, torch.zeros_like(ids))
+        optimizer.zero_grad()
+        sums = objective(batch)
+        dual_mode_loss(sums, 1.0, *label_counts(batch)).backward()
+        optimizer.step()
+    right = (sums.draft_hits_K / sums.draft_count_K)[1]
+    assert right > 0.95 if rank else right < 0.35  # one in eight, by luck
+
+
+def test_a_link_of_another_rank_is_refused():
+    model = linked_model(rank=4)
+    start_draft_link(model, 4, seed=9)  # the one that is there
+    assert model.link.after.std() > 1
+    with pytest.raises(ConfigError, match="link_rank is 8; the weights have a link of rank 4; leave link_rank out"):
+        start_draft_link(model, 8, seed=0)
+    with pytest.raises(ConfigError, match="link_rank is 0; it must be 1 or more, or left out"):
+        Recipe(link_rank=0)

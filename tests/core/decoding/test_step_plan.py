@@ -1,0 +1,148 @@
+"""Modes are choices of rows: every one, and every mixture of them, says what autoregression says."""
+
+import pytest
+import torch
+from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
+
+from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
+from tidar_core.errors import ConfigError
+
+SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
+
+
+def texts_of(model, texts, sampling, planner, *, block_len, rows=3, kind="argmax"):
+    batcher = Scheduler(Decoder(model, DraftConfig(block_len=block_len, kind=kind), rows=rows), planner)
+    return [tuple(c.token_ids) for c in complete(batcher, requests(texts, sampling))]
+
+
+@pytest.mark.parametrize(
+    ("mode", "pending", "plan"),
+    [
+        ("autoregressive", (4, 1), StepPlan(1)),
+        ("single-pass", (4, 4), StepPlan(4, (1, 2, 3, 4))),
+        ("two-pass", (1, 1), StepPlan(1, (1,))),
+        ("two-pass", (4, 1), StepPlan(4)),
+    ],
+)
+def test_each_mode_spends_these_rows(mode, pending, plan):
+    assert FixedMode(mode, 4).next_plan(dict(enumerate(pending)), 9) == plan
+
+
+def test_a_dense_step_has_k_plus_k_squared_rows_and_a_two_pass_round_three_k():
+    assert StepPlan(16, tuple(range(1, 17))).rows(16) == 272
+    assert StepPlan(1, (1,)).rows(16) + StepPlan(16).rows(16) == 33
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("block_len", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_autoregressive_text(model, mode, block_len, sampling):
+    texts = prompts(5, 12, 3, 8)
+    planner = FixedMode(mode, block_len)
+    assert texts_of(model, texts, sampling, planner, block_len=block_len) == expected_texts(model, texts, sampling)
+
+
+@pytest.mark.parametrize("groups", [(1,), (4,), (2, 3), (1, 4), (1, 2, 3)])
+def test_every_subset_of_groups_gives_the_autoregressive_text(model, groups):
+    texts = prompts(5, 12, 3)
+    planner = FixedMode("single-pass", 4, groups)
+    assert texts_of(model, texts, GREEDY, planner, block_len=4) == expected_texts(model, texts, GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("seed", range(12))
+def test_switching_at_random_between_any_two_steps_changes_nothing(model, seed, sampling):
+    texts = prompts(5, 12, 3, 8, 17, seed=seed)
+    block_len = (2, 4, 8)[seed % 3]
+    wanderer = RandomPlanner(seed, block_len)
+    assert texts_of(model, texts, sampling, wanderer, block_len=block_len) == expected_texts(model, texts, sampling)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_drafts_survive_random_switching_when_greedy(model, seed):
+    texts = prompts(5, 12, 3, seed=seed)
+    found = texts_of(model, texts, GREEDY, RandomPlanner(seed, 4), block_len=4, kind="sampled")
+    assert found == expected_texts(model, texts, GREEDY)
+
+
+def test_where_no_mask_drafted_the_stand_in_is_a_point_mass(model):
+    decoder = Decoder(model, DraftConfig(block_len=4, kind="sampled"), rows=1)
+    prefilled(decoder, requests(prompts(7), SAMPLED)[0], drafts=False)
+    assert tuple(decoder.pending.values()) == (1,)
+    stored = decoder._state.proposal[0]
+    assert torch.equal(stored.sum(-1), torch.ones(4))
+    assert torch.equal(stored.argmax(-1), decoder._state.draft[0])
+    assert stored.max() == 1
+
+
+def test_a_missing_group_hands_on_the_later_masks_of_the_one_below(model):
+    """With group 1 alone and n tokens accepted, drafts are that group's masks from the n-th on."""
+    dense = Decoder(model, DraftConfig(block_len=4), rows=1)
+    sparse = Decoder(model, DraftConfig(block_len=4), rows=1)
+    request = requests(prompts(7), GREEDY)[0]
+    truth = expected_texts(model, prompts(7), SamplingConfig(max_tokens=40))[0]
+    for decoder, groups in ((dense, (1, 2, 3, 4)), (sparse, (1,))):
+        prefilled(decoder, request)
+        decoder.redraft("0", [truth[1], (truth[2] + 1) % 500, truth[3]])  # two stand
+        assert decoder.decode_step(StepPlan(4, groups))[0].accepted == 2
+    assert tuple(dense.pending.values()) == (4,)
+    assert tuple(sparse.pending.values()) == (3,)
+    block_of_group_1 = Decoder(model, DraftConfig(block_len=4), rows=1)
+    prefilled(block_of_group_1, request)
+    block_of_group_1.decode_step(StepPlan(1, (1,)))
+    assert sparse._state.draft[0, 1:3].tolist() == block_of_group_1._state.draft[0, 2:4].tolist()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_blocks_of_fewer_masks_give_the_autoregressive_text(model, width):
+    texts = prompts(5, 12, 3)
+    groups = (1, 3)
+
+    class Narrow(FixedMode):
+        def next_plan(self, pending, context):
+            return StepPlan(4, groups, width)
+
+    found = texts_of(model, texts, GREEDY, Narrow("single-pass", 6), block_len=6)
+    assert found == expected_texts(model, texts, GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["argmax", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_one_product_with_the_head_or_two_say_the_same(model, monkeypatch, kind, sampling):
+    texts = prompts(5, 12, 3)
+    said = []
+    for rows in (0, 1000):
+        monkeypatch.setattr("tidar_core.decoding.decode_step.ROWS_TOGETHER", rows)
+        said.append(texts_of(model, texts, sampling, FixedMode("single-pass", 4), block_len=4, kind=kind))
+    assert said[0] == said[1]
+
+
+def test_a_narrow_block_leaves_as_many_pending_as_it_has_masks(model):
+    decoder = Decoder(model, DraftConfig(block_len=6), rows=1)
+    prefilled(decoder, requests(prompts(7), GREEDY)[0])
+    truth = expected_texts(model, prompts(7), SamplingConfig(max_tokens=40))[0]
+    decoder.redraft("0", [truth[1], (truth[2] + 1) % 500, 1, 2, 3])  # two stand
+    step = decoder.decode_step(StepPlan(3, (1,), 4))[0]
+    assert (step.accepted, step.pending, step.verified) == (2, 6, 3)
+    assert tuple(decoder.pending.values()) == (3,), "the second, third and fourth of group 1's four masks"
+    assert decoder.decode_step(StepPlan(1))[0].late == 1
+
+
+def test_forwards_are_counted_by_what_they_verify(model):
+    request = requests(prompts(7), GREEDY)
+    for mode, verifications in (("autoregressive", 0), ("two-pass", 1), ("single-pass", 1)):
+        decoder = Decoder(model, DraftConfig(block_len=4), rows=1)
+        completion = complete(Scheduler(decoder, FixedMode(mode, 4)), request)[0]
+        decode_steps = completion.forwards - 1
+        share = {0: 0, 1: decode_steps if mode == "single-pass" else decode_steps // 2}[verifications]
+        assert completion.accepted.total() == share
+        assert completion.committed >= len(completion.token_ids) - 1
+
+
+@pytest.mark.parametrize(("mode", "groups"), [("fast", ()), ("single-pass", (0,)), ("single-pass", (2, 1))])
+def test_a_mode_that_does_not_exist_is_refused(mode, groups):
+    with pytest.raises(ConfigError):
+        FixedMode(mode, 4, groups)

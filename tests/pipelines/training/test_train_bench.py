@@ -1,0 +1,21 @@
+"""The command that compares train steps."""
+
+import json
+
+import pytest
+
+from pipelines.training.train_bench import main
+
+
+def test_the_bench_prints_both_objectives_for_each_row_length_and_dtype(capsys):
+    small = "--shape tiny --row-lens 32 64 --tokens 128 --repeats 1 --documents 2 --block-len 4 --threads 1"
+    main(small.split())
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["shape"], facts["block_len"], facts["documents"]) == ("tiny", 4, 2)
+    assert [(p["dtype"], p["row_len"], p["rows"]) for p in facts["points"]] == [
+        ("fp32", 32, 4), ("fp32", 64, 2), ("bf16", 32, 4), ("bf16", 64, 2)
+    ]  # fmt: skip
+    for point in facts["points"]:
+        ratio = point["ar_tokens_per_second"] / point["dual_tokens_per_second"]
+        assert point["dual_over_ar"] == pytest.approx(ratio)
+        assert point["dual_activation_mib"] > 1.5 * point["ar_activation_mib"]

@@ -1,0 +1,314 @@
+"""What a request may say: honoured or refused, never passed over."""
+
+import json
+
+import pytest
+from openai.types import CompletionCreateParams
+
+from serve_apps.api.completion_request import CompletionRequest
+from serve_apps.api.errors import ParameterError
+from serve_apps.api.parsing import parse_request
+
+NEUTRAL = CompletionRequest.NEUTRAL
+SMALLEST = {"model": "m", "prompt": "a"}
+
+
+def read(**fields):
+    return parse_request(json.dumps(SMALLEST | fields).encode(), CompletionRequest)
+
+
+def refusal(**fields):
+    with pytest.raises(ParameterError) as caught:
+        read(**fields)
+    return caught.value.param, caught.value.code
+
+
+def test_the_smallest_request_has_openais_defaults():
+    request = read()
+    (prompt,) = request.prompts("cmpl-1")
+    assert prompt.request_id == "cmpl-1-0"
+    assert prompt.prompt == "a"
+    sampling = prompt.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (16, 1.0, 1.0, 0)
+    assert not request.stream
+
+
+@pytest.mark.parametrize(
+    ("given", "read_as"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+        ("", [""]),
+    ],
+)
+def test_a_prompt_has_four_forms(given, read_as):
+    assert [p.prompt for p in read(prompt=given).prompts("id")] == read_as
+
+
+@pytest.mark.parametrize("given", [[], [[]], ["a", 1], [1, "a"], [[1], 2], 7, {"a": 1}, [True], [1.5], [["a"]]])
+def test_a_prompt_of_another_form_is_refused(given):
+    assert refusal(prompt=given) == ("prompt", None)
+
+
+def test_all_that_is_honoured_reaches_the_sampler():
+    fields = {
+        "max_tokens": 9, "min_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.25, "seed": -5,
+        "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 0.5,
+    }  # fmt: skip
+    request = read(**fields, ignore_eos=True, stop_token_ids=[4, 9], logit_bias={"5": 1, "07": -100}, user="me")
+    (prompt,) = request.prompts("id")
+    assert {name: getattr(prompt.sampling, name) for name in fields} == fields
+    assert prompt.sampling.eos_ids == (4, 9)
+    assert prompt.sampling.logit_bias == ((5, 1), (7, -100))
+    assert prompt.ignore_eos
+
+
+def test_all_that_the_replica_does_reaches_it():
+    (prompt,) = read(
+        stop=["a", "b"], include_stop_str_in_output=True, bad_words=["c"], echo=True, logprobs=5, prompt_logprobs=2
+    ).prompts("id")
+    assert (prompt.stop, prompt.include_stop, prompt.bad_words, prompt.echo) == (("a", "b"), True, ("c",), True)
+    assert (prompt.logprobs, prompt.prompt_logprobs) == (5, 2)
+    assert (prompt.sampling.logprobs, prompt.sampling.prompt_logprobs) == (5, True)
+    assert read(stop="a").prompts("id")[0].stop == ("a",)
+    (prompt,) = read(add_special_tokens=True, skip_special_tokens=False, return_token_ids=True).prompts("id")
+    assert (prompt.framed, prompt.skip_special, prompt.token_ids) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({}, (None, False)),
+        ({"logprobs": 0}, (0, False)),
+        ({"logprobs": 2, "echo": True}, (2, True)),
+        ({"echo": True}, (None, False)),
+        ({"prompt_logprobs": 20, "logprobs": 1}, (20, True)),
+        ({"prompt_logprobs": 0}, (0, True)),
+    ],
+)
+def test_the_sampler_reports_what_any_part_of_the_answer_needs(fields, sampling):
+    wanted = read(**fields).sampling(0)
+    assert (wanted.logprobs, wanted.prompt_logprobs) == sampling
+
+
+def test_with_echo_no_new_token_may_be_asked_for():
+    (prompt,) = read(echo=True, max_tokens=0).prompts("id")
+    assert (prompt.prompt_alone, prompt.sampling.max_tokens) == (True, 1)
+    assert refusal(max_tokens=0) == ("max_tokens", None)
+
+
+def test_the_choices_of_a_prompt_come_together_and_each_has_its_own_seed():
+    prompts = read(prompt=["a", "b"], n=3, seed=7, best_of=3).prompts("x")
+    assert [(p.request_id, p.prompt, p.sampling.seed) for p in prompts] == [
+        ("x-0", "a", 7), ("x-1", "a", 8), ("x-2", "a", 9), ("x-3", "b", 7), ("x-4", "b", 8), ("x-5", "b", 9),
+    ]  # fmt: skip
+    last = 2**63 - 1
+    assert [p.sampling.seed for p in read(n=2, seed=last).prompts("x")] == [last, -last]
+
+
+def test_without_a_seed_every_text_gets_a_fresh_one():
+    prompts = read(prompt=["a", "a"], n=2).prompts("x") + read(prompt=["a", "a"]).prompts("y")
+    assert len({p.sampling.seed for p in prompts}) == 6
+
+
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("response_format", "json_object", None)),
+        (
+            {"response_format": {"type": "json_schema",
+                                 "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+            ("response_format", "json_schema", SCHEMA),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, ("structured_outputs", "json_schema", SCHEMA)),
+        ({"structured_outputs": {"json": "{}", "disable_any_whitespace": False, "regex": None}},
+         ("structured_outputs", "json_schema", "{}")),
+        ({"structured_outputs": {"regex": "a+"}}, ("structured_outputs", "regex", "a+")),
+        ({"structured_outputs": {"choice": ["a"]}}, ("structured_outputs", "choice", ["a"])),
+        ({"structured_outputs": {"grammar": "g"}}, ("structured_outputs", "grammar", "g")),
+        ({"structured_outputs": {"json_object": True}}, ("structured_outputs", "json_object", True)),
+        ({"guided_json": SCHEMA}, ("guided_json", "json_schema", SCHEMA)),
+        ({"guided_regex": "a"}, ("guided_regex", "regex", "a")),
+        ({"guided_choice": ["a", "b"]}, ("guided_choice", "choice", ["a", "b"])),
+        ({"guided_grammar": "g", "response_format": {"type": "text"}}, ("guided_grammar", "grammar", "g")),
+    ],
+)  # fmt: skip
+def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
+    (prompt,) = read(**fields).prompts("id")
+    grammar = prompt.grammar
+    assert (grammar and (grammar.param, grammar.kind, grammar.content)) == asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"guided_regex": "a", "guided_json": {}}, ("guided_regex", None)),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, ("structured_outputs", None)),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, ("response_format", None)),
+        ({"structured_outputs": {}}, ("structured_outputs", None)),
+        ({"structured_outputs": {"json": None, "json_object": False}}, ("structured_outputs", None)),
+        ({"structured_outputs": {"whitespace_pattern": " "}},
+         ("structured_outputs.whitespace_pattern", "unsupported_parameter")),
+        ({"structured_outputs": {"regex": 5}}, ("structured_outputs.regex", None)),
+        ({"structured_outputs": "a"}, ("structured_outputs", None)),
+        ({"guided_choice": []}, ("guided_choice", None)),
+        ({"response_format": {"type": "structural_tag"}}, ("response_format.type", None)),
+        ({"response_format": {}}, ("response_format.type", None)),
+        ({"response_format": {"type": "json_schema"}}, ("response_format.json_schema", None)),
+        ({"response_format": {"type": "text", "json_schema": False}}, ("response_format.json_schema", None)),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+         ("response_format.json_schema.schema", None)),
+    ],
+)  # fmt: skip
+def test_a_grammar_asked_for_wrongly_or_twice_is_refused(fields, refused):
+    assert refusal(**fields) == refused
+
+
+def test_top_k_may_be_off_in_vllms_way_and_longer_than_any_vocabulary():
+    assert read(top_k=-1).sampling(0).top_k == 0
+    assert read(top_k=10**30).sampling(0).top_k < 2**31
+
+
+def test_a_temperature_too_low_to_divide_by_is_greedy():
+    assert read(temperature=1e-40).sampling(0).temperature == 0
+    assert read(temperature=1e-5).sampling(0).temperature == 1e-5
+
+
+@pytest.mark.parametrize("name", [*CompletionRequest.model_fields, *NEUTRAL])
+def test_null_is_the_default(name):
+    if name not in SMALLEST:
+        assert read(**{name: None}) == read()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in NEUTRAL.items() for v in values])
+def test_a_neutral_value_is_accepted(name, value):
+    assert read(**{name: value}) == read()
+
+
+ASKS_FOR_NOTHING = [
+    {"stream_options": {}}, {"stream_options": {"include_usage": False}}, {"stream_options": {"include_usage": None}},
+    {"stream_options": {"include_obfuscation": False}}, {"prompt_cache_retention": "in_memory"},
+    {"prompt_cache_options": {"mode": "implicit"}}, {"reasoning_effort": "none"}, {"reasoning": {"effort": "none"}},
+    {"reasoning": {"enabled": False}}, {"thinking": {"type": "disabled"}}, {"store": False}, {"service_tier": "auto"},
+    {"service_tier": "default"}, {"verbosity": "medium"}, {"modalities": ["text"]}, {"extra_body": {}},
+    {"prediction": None}, {"logit_bias": None}, {"logit_bias": {}}, {"stop": []}, {"n": None},
+    {"a_field_of_tomorrow": None},
+]  # fmt: skip
+"""What the clients of OpenAI, LangChain, LiteLLM, Vercel, LibreChat, Open WebUI and others send unasked."""
+ITS_OWN_BOOKS = [
+    {"user": "u-1"}, {"safety_identifier": "s-1"}, {"prompt_cache_key": "k-1"},
+    {"metadata": {"trace": "a", "nested": {"b": [1]}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [*ASKS_FOR_NOTHING, {"logprobs": False}], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_asks_for_nothing_is_taken(fields, stream):
+    assert read(stream=stream, **fields) == read(stream=stream)
+
+
+@pytest.mark.parametrize("fields", ITS_OWN_BOOKS, ids=str)
+def test_what_is_for_the_clients_own_books_changes_no_text(fields):
+    assert read(seed=1, **fields).prompts("id") == read(seed=1).prompts("id")
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 0}}, "stream_options.include_obfuscation"),
+        ({"store": True}, "store"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"thinking": {"type": "enabled"}}, "thinking"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
+        ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+        ({"extra_body": {"top_k": 1}}, "extra_body"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"metadata": "a"}, "metadata"),
+        ({"prompt_cache_key": 5}, "prompt_cache_key"),
+    ],
+    ids=str,
+)
+def test_what_asks_for_something_that_is_not_there_is_refused_by_name(fields, refused):
+    assert refusal(**fields)[0] == refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_of", 2), ("suffix", "x"), ("use_beam_search", True), ("priority", 1), ("cache_salt", "s"),
+        ("allowed_token_ids", [1]), ("length_penalty", 2),
+        ("guided_whitespace_pattern", " "), ("max_completion_tokens", 5), ("tempreature", 1),
+        ("logprob_token_ids", [5]),
+    ],
+)  # fmt: skip
+def test_what_is_not_honoured_is_refused_by_name(name, value):
+    assert refusal(**{name: value}) == (name, "unsupported_parameter")
+
+
+def test_every_parameter_of_openais_completions_is_decided_upon():
+    kinds = CompletionCreateParams.__args__
+    official = {name for kind in kinds for name in kind.__annotations__}
+    assert official <= set(CompletionRequest.model_fields) | set(NEUTRAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", "16"), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -1),
+        ("temperature", "hot"), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
+        ("seed", 2**63), ("n", 0), ("n", 129), ("n", True), ("logprobs", 6), ("logprobs", -1), ("logprobs", True),
+        ("prompt_logprobs", 21), ("echo", 1), ("min_p", 2), ("min_tokens", 17), ("min_tokens", -1), ("stop", ""),
+        ("stop", ["a", ""]), ("stop", ["a"] * 65), ("stop", 5), ("stop", [5]), ("bad_words", "a"), ("bad_words", [""]),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": "a"}),
+        ("logit_bias", {"5": 1, "05": 1}), ("presence_penalty", 2.1), ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0), ("stream", "yes"), ("stop_token_ids", ["a"]), ("model", 5), ("stream_options", 1),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_names_its_parameter(name, value):
+    assert refusal(**{name: value}) == (name, None)
+
+
+def test_the_way_to_a_wrong_field_inside_is_named():
+    assert refusal(stream=True, stream_options={"include_usage": 1}) == ("stream_options.include_usage", None)
+    assert refusal(stream=True, stream_options={"foo": 1}) == ("stream_options.foo", "unsupported_parameter")
+
+
+def test_stream_options_need_a_stream():
+    assert refusal(stream_options={"include_usage": True}) == ("stream_options", None)
+    assert read(stream=True, stream_options={"include_usage": True}).stream_options.include_usage
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe\xfd", b"[" * 100_000, b"null"])
+def test_a_body_that_is_no_json_object_is_refused(body):
+    with pytest.raises(ParameterError, match="body"):
+        parse_request(body, CompletionRequest)
+
+
+def test_what_is_missing_is_named():
+    for name in SMALLEST:
+        with pytest.raises(ParameterError) as caught:
+            parse_request(json.dumps({k: v for k, v in SMALLEST.items() if k != name}).encode(), CompletionRequest)
+        assert (caught.value.param, str(caught.value)) == (name, f"{name} is missing; give it")
+
+
+@pytest.mark.parametrize("body", [rb'{"model": "m", "prompt": "\ud800"}', rb'{"\udfff": 1}'])
+def test_half_a_character_is_no_text(body):
+    with pytest.raises(ParameterError) as caught:
+        parse_request(body, CompletionRequest)
+    str(caught.value).encode()
+
+
+def test_the_document_says_that_null_stands_for_nothing_in_stream_options_too():
+    options = CompletionRequest.model_json_schema()["$defs"]["StreamOptions"]["properties"]
+    assert all({"type": "null"} in field["anyOf"] for field in options.values())

@@ -1,0 +1,162 @@
+"""A body that is there goes along with its request; any other is asked for by the ingress, as Serve does."""
+
+import asyncio
+import pickle
+import socket
+import time
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+
+from serve_apps.ingress import body_forwarding
+from serve_apps.ingress.body_forwarding import PrefetchBody, ReplayBody
+
+BODY = b'{"prompt": "x"}'
+END = {"type": "http.disconnect"}
+
+
+class Client:
+    """What uvicorn gives a proxy: messages, each after some seconds."""
+
+    def __init__(self, *messages):
+        self.asked, self._messages = 0, list(messages)
+
+    async def __call__(self):
+        self.asked += 1
+        seconds, message = self._messages[0]
+        await asyncio.sleep(seconds)
+        del self._messages[0]
+        return message
+
+
+def part(body, more=False, after=0.0):
+    return after, {"type": "http.request", "body": body, "more_body": more}
+
+
+def through(client, method="POST"):
+    """How often the client was asked for the body before the ingress began, and what the application read."""
+    asked, sent = [], []
+
+    async def application(scope, receive, send):
+        await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
+
+    async def to_ingress(scope, receive, send):
+        asked.append(client.asked)
+        await ReplayBody(application)(pickle.loads(pickle.dumps(scope)), receive, send)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(PrefetchBody(to_ingress)(scope, client, send))
+    return asked, b"".join(message.get("body", b"") for message in sent)
+
+
+@pytest.mark.parametrize("body", [BODY, b""])
+def test_a_body_that_is_there_goes_along(body):
+    client = Client(part(body), (0.0, END))
+    assert through(client) == ([1], body)
+    assert client.asked == 1, "the ingress asks the proxy for no body"
+
+
+def test_a_body_in_parts_goes_serves_way_from_its_first_part_on():
+    assert through(Client(part(BODY[:4], more=True), part(BODY[4:], after=0.05))) == ([1], BODY)
+
+
+def test_a_body_that_is_late_is_not_waited_for_in_the_proxy():
+    client = Client(part(BODY, after=30 * body_forwarding.WAIT_SECONDS))
+    assert through(client) == ([1], BODY)
+    assert client.asked == 2
+
+
+def test_a_large_body_goes_serves_way(monkeypatch):
+    monkeypatch.setattr(body_forwarding, "MOST_BYTES", len(BODY) - 1)
+    seen = []
+
+    async def to_ingress(scope, receive, send):
+        seen.append((body_forwarding.KEY in scope, (await receive())["body"]))
+
+    asyncio.run(PrefetchBody(to_ingress)({"type": "http", "method": "POST"}, Client(part(BODY)), None))
+    assert seen == [(False, BODY)]
+
+
+def test_a_request_that_brings_no_body_is_left_alone():
+    client, seen = Client((0.0, END)), []
+
+    async def to_ingress(scope, receive, send):
+        seen.append((scope, await receive(), client.asked))
+
+    asyncio.run(PrefetchBody(to_ingress)({"type": "http", "method": "GET"}, client, None))
+    assert seen == [({"type": "http", "method": "GET"}, END, 1)]
+
+
+def test_so_many_bodies_may_be_on_their_way_and_one_more_is_refused_in_the_proxy(monkeypatch):
+    monkeypatch.setattr(body_forwarding, "BODIES", 2)
+
+    async def scene():
+        end, statuses = asyncio.Event(), []
+
+        async def ingress(scope, receive, send):
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message["body"], message["more_body"]
+            await PlainTextResponse(body)(scope, receive, send)
+
+        loader = PrefetchBody(ReplayBody(ingress))
+
+        async def ask(*messages):
+            waiting = list(messages)
+
+            async def receive():
+                if not waiting:
+                    await end.wait()
+                    return {"type": "http.request", "body": b"!", "more_body": False}
+                return {"type": "http.request", **waiting.pop(0)}
+
+            async def send(message):
+                statuses.extend([message["status"]] if "status" in message else [])
+
+            await loader({"type": "http", "method": "POST", "headers": []}, receive, send)
+
+        half = {"body": b"{", "more_body": True}
+        unfinished = [asyncio.create_task(ask(half)), asyncio.create_task(ask())]
+        await asyncio.sleep(5 * body_forwarding.WAIT_SECONDS)
+        await ask(half)
+        await ask({"body": b"{}", "more_body": False})
+        assert statuses == [429, 200]
+        end.set()
+        await asyncio.gather(*unfinished)
+        await ask(half, {"body": b"}", "more_body": False})
+        assert statuses == [429, 200, 200, 200, 200]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_late_body_in_parts_is_read_by_a_running_service(service):
+    body = b'{"model": "tiny-model", "prompt": "x", "max_tokens": 2}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    url = httpx.URL(service)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        for piece in (head.encode(), body[:9], body[9:]):
+            connection.sendall(piece)
+            time.sleep(3 * body_forwarding.WAIT_SECONDS)
+        said = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert said.startswith(b"HTTP/1.1 200"), said
+    assert b'"completion_tokens":2' in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [b"", b"{"])
+def test_a_body_that_never_comes_ends_with_408(service, begun):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nX-Request-Timeout-Seconds: 1\r\n\r\n"
+    url = httpx.URL(service)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(head + begun)
+        said = connection.recv(4096)
+    assert said.startswith(b"HTTP/1.1 408"), said

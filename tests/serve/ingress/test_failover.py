@@ -1,0 +1,152 @@
+"""A text of which nothing was sent is begun again where its replica died; another ends with one error."""
+
+import asyncio
+
+import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from serve_apps.api.errors import ReplicaLostError, problem_of
+from serve_apps.ingress import failover
+from serve_apps.messages.text_delta import GenerationFailed, TextDelta, UsageCounts
+from tidar_core.errors import CapacityError
+
+ADMITTED = TextDelta("", None, UsageCounts(prompt_tokens=3))
+SOME = TextDelta("a", None, UsageCounts(3, 1))
+HELD_BACK = TextDelta("", None, UsageCounts(3, 1))
+LAST = TextDelta("b", "stop", UsageCounts(3, 2))
+DEATH, ABSENCE = ActorDiedError(), ActorUnavailableError("gone", b"0" * 16)
+TOO_LARGE = AioRpcError(
+    StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "SERVER: Received message larger than max (5 vs. 4)"
+)
+RESET = AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Received RST_STREAM with error code 2")
+
+
+class Stream:
+    """What one replica says, in the place of Serve's stream of it."""
+
+    def __init__(self, said):
+        self.said, self.cancelled = list(said), False
+
+    def cancel(self):
+        self.cancelled = True
+
+    async def __aiter__(self):
+        for one in self.said:
+            if isinstance(one, Exception):
+                raise one
+            yield one
+
+
+def ask(*replicas):
+    """A way to ask, which gives each time what the next replica says; and those streams."""
+    streams = [Stream(said) for said in replicas]
+    return iter(streams).__next__, streams
+
+
+async def collected(asking):
+    return [piece async for piece in failover.Text(asking).pieces()]
+
+
+def again(attempt, *pieces):
+    return [piece._replace(attempt=attempt) for piece in pieces]
+
+
+@pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET])
+@pytest.mark.parametrize("heard", [(), (ADMITTED,), (ADMITTED, HELD_BACK), (SOME,)])
+def test_a_text_of_which_nothing_was_sent_is_written_elsewhere_whatever_its_replica_had_said(death, heard):
+    asking, streams = ask([death], [*heard, death], [ADMITTED, SOME, LAST])
+    assert asyncio.run(collected(asking)) == again(1, *heard) + again(2, ADMITTED, SOME, LAST)
+    assert not any(stream.cancelled for stream in streams)
+
+
+def test_what_a_dead_replica_wrote_counts_for_nothing_once_another_writes():
+    async def read():
+        text = failover.Text(ask([SOME, DEATH], [SOME, LAST])[0])
+        return [(piece.text, text.counts(piece), text.counts(SOME)) async for piece in text.pieces()]
+
+    assert asyncio.run(read()) == [("a", True, True), ("a", True, False), ("b", True, False)]
+
+
+@pytest.mark.parametrize("death", [DEATH, RESET])
+def test_a_text_of_which_something_was_sent_ends_with_one_error_which_no_client_repeats(death):
+    asking, streams = ask([ADMITTED, SOME, death], [LAST])
+
+    async def send():
+        text = failover.Text(asking)
+        async for piece in text.pieces():
+            text.told = bool(piece.text)
+
+    with pytest.raises(ReplicaLostError, match="what was sent of it is all") as caught:
+        asyncio.run(send())
+    problem = problem_of(caught.value)
+    assert (problem.status, problem.type, problem.code) == (500, "server_error", "replica_lost")
+    assert problem.headers == {"x-should-retry": "false"}
+    assert not any(stream.cancelled for stream in streams)
+
+
+def test_a_request_that_three_replicas_died_of_is_not_tried_again():
+    asking, streams = ask([DEATH], [DEATH], [DEATH], [LAST])
+    with pytest.raises(ReplicaLostError, match="3 replicas have died"):
+        asyncio.run(collected(asking))
+    assert asking() is streams[3]
+
+
+@pytest.mark.parametrize("code", [code for code in StatusCode if code not in failover.GONE])
+def test_what_grpc_says_of_a_replica_that_lives_is_no_death(code):
+    error = AioRpcError(code, Metadata(), Metadata(), TOO_LARGE.details())
+    asking, (stream, _) = ask([error], [LAST])
+    with pytest.raises(AioRpcError) as caught:
+        asyncio.run(collected(asking))
+    assert caught.value is error
+    assert stream.cancelled
+    assert problem_of(error).code is None
+
+    async def replica():
+        raise error
+
+    with pytest.raises(AioRpcError):
+        asyncio.run(failover.answer(replica))
+
+
+def test_a_replica_that_dies_after_the_end_of_a_text_is_not_missed():
+    asking, _ = ask([ADMITTED, LAST, DEATH])
+    assert asyncio.run(collected(asking)) == [ADMITTED, LAST]
+
+
+def test_a_refusal_is_an_answer_and_other_errors_are_not_tried_again():
+    refused = GenerationFailed(CapacityError("full"))
+    assert asyncio.run(collected(ask([refused])[0])) == [refused]
+    asking, (stream, _) = ask([ZeroDivisionError()], [LAST])
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(collected(asking))
+    assert stream.cancelled
+
+
+def test_who_leaves_in_the_middle_cancels_what_he_asked_for():
+    asking, (stream,) = ask([ADMITTED, SOME, LAST])
+
+    async def leave():
+        pieces = failover.Text(asking).pieces()
+        await anext(pieces)
+        await pieces.aclose()
+
+    asyncio.run(leave())
+    assert stream.cancelled
+
+
+def test_a_short_answer_is_asked_for_three_times_at_most():
+    async def answering(deaths):
+        left = iter([DEATH] * deaths)
+
+        async def replica():
+            if (death := next(left, None)) is not None:
+                raise death
+            return "answer"
+
+        return await failover.answer(replica)
+
+    assert asyncio.run(answering(2)) == "answer"
+    with pytest.raises(ReplicaLostError):
+        asyncio.run(answering(3))

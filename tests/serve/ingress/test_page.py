@@ -1,0 +1,185 @@
+"""The page at / in a real browser, against a real service."""
+
+import json
+import shutil
+import time
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve_apps.ingress.playground import page
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium"),
+]
+
+PROMPT = "def add(a, b):\n    return"
+GREEDY = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+HOT = {"prompt": "zzz", "max_tokens": 40, "temperature": 3, "seed": 3}
+"""Brings halves of characters, and a draft that stands."""
+DRAFTED, PLAIN = "#drafted", "#plain-mode"
+WAIT = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser(service):
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shown(browser, service):
+    """The page, and all that it has asked for."""
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.set_default_timeout(WAIT)
+    asked, problems = [], []
+    tab.on("request", lambda request: asked.append(request))
+    tab.on("pageerror", lambda problem: problems.append(problem))
+    tab.goto(service)
+    yield tab, asked
+    assert not problems
+    assert {request.url.removeprefix(service) for request in asked} <= {"/", "/v1/models", "/v1/completions"}
+    context.close()
+
+
+def write(tab, compare=True, **fields):
+    for name, value in fields.items():
+        tab.fill(f"#{name}", str(value))
+    tab.set_checked("#compare", compare)
+    tab.click("#start")
+
+
+def finished(tab):
+    tab.wait_for_selector("#start:enabled")
+
+
+def tokens(tab, run):
+    """Class and text of each token that is shown."""
+    return tab.eval_on_selector_all(f"{run} .text span", "all => all.map(s => [s.className, s.textContent])")
+
+
+def figure(tab, run, name):
+    return tab.inner_text(f"{run} .{name}")
+
+
+def answer(service, **fields):
+    asked = {"model": "tiny-model", "return_decoding": True, "return_token_ids": True} | fields
+    answer = httpx.post(f"{service}/v1/completions", json=asked, timeout=60).json()
+    return answer["choices"][0], answer["metrics"]["speculative_decoding"]
+
+
+def running(service):
+    families = text_string_to_metric_families(httpx.get(f"{service}/metrics").text)
+    return sum(s.value for f in families for s in f.samples if s.name == "tidar:num_requests_running")
+
+
+@pytest.mark.parametrize("how", [GREEDY, HOT], ids=["greedy", "sampled"])
+def test_it_shows_the_text_and_of_each_token_whether_it_was_a_draft(shown, service, how):
+    tab, _ = shown
+    write(tab, **how)
+    finished(tab)
+    choice, drafts = answer(service, **how)
+    told = tokens(tab, DRAFTED)
+    assert "".join(text for _, text in told) == choice["text"]
+    assert [kind for kind, _ in told] == choice["decoding"]["origin"]
+    assert len(told) == len(choice["token_ids"]) == int(figure(tab, DRAFTED, "tokens"))
+    assert {kind for kind, _ in told} >= {"plain", "correction", *(["draft"] if how is HOT else [])}
+    assert [kind for kind, _ in told].count("draft") == drafts["num_accepted_draft_tokens"]
+    forwards = drafts["num_spec_steps"] + 1  # the prefill
+    assert figure(tab, DRAFTED, "per_forward") == f"{len(told) / forwards:.2f}"
+    accepted, of = drafts["num_accepted_draft_tokens"], drafts["num_draft_tokens"]
+    assert figure(tab, DRAFTED, "mode").startswith(f"{accepted} of {of} drafts stood")
+
+
+def test_beside_it_stands_the_same_text_one_token_at_a_time(shown, service):
+    tab, asked = shown
+    write(tab, **GREEDY)
+    finished(tab)
+    plain, drafts = answer(service, **GREEDY, speculative=False)
+    assert drafts["num_spec_steps"] == 0
+    assert plain["decoding"]["forward"] == list(range(len(plain["token_ids"])))
+    told = tokens(tab, PLAIN)
+    assert "".join(text for _, text in told) == plain["text"] == answer(service, **GREEDY)[0]["text"]
+    assert {kind for kind, _ in told} == {"plain"}
+    assert (figure(tab, PLAIN, "per_forward"), figure(tab, PLAIN, "mode")) == ("1.00", "no drafts")
+    for run in (DRAFTED, PLAIN):
+        assert float(figure(tab, run, "per_second")) > 0
+    assert tab.inner_text("#verdict").startswith(f"Same text, token for token: {len(told)} of {len(told)}.")
+    bodies = [json.loads(request.post_data) for request in asked if request.url.endswith("/v1/completions")]
+    assert [body.pop("speculative") for body in bodies] == [True, False]
+    assert bodies[0] == bodies[1]
+
+
+def test_without_a_seed_both_texts_are_drawn_with_one(shown):
+    tab, _ = shown
+    write(tab, prompt="x", max_tokens=12, temperature=3)
+    finished(tab)
+    assert tab.input_value("#seed").isdecimal()
+    assert tab.inner_text("#verdict").startswith("Same text")
+
+
+def test_stop_ends_the_request_and_frees_its_row(shown, service):
+    tab, _ = shown
+    write(tab, prompt=PROMPT, max_tokens=4000)
+    tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5")
+    assert running(service) == 1
+    tab.keyboard.press("Escape")
+    finished(tab)
+    assert tab.inner_text("#verdict") == "Stopped."
+    assert 5 < int(figure(tab, DRAFTED, "tokens")) < 4000
+    assert tab.query_selector(PLAIN) is None
+    deadline = time.monotonic() + 10
+    while running(service):
+        assert time.monotonic() < deadline
+
+
+def test_what_the_server_refuses_is_said_in_its_words(shown, service):
+    tab, _ = shown
+    write(tab, prompt=PROMPT, max_tokens=100_000)
+    finished(tab)
+    asked = {"model": "tiny-model", "prompt": PROMPT, "max_tokens": 100_000}
+    message = httpx.post(f"{service}/v1/completions", json=asked).json()["error"]["message"]
+    assert tab.inner_text(f"{DRAFTED} .problem") == f"400: {message}"
+    assert tab.get_attribute(f"{DRAFTED} .problem", "role") == "alert"
+
+
+def test_the_key_goes_with_every_request_and_nowhere_else(shown):
+    tab, asked = shown
+    write(tab, compare=False, key="my-key", prompt=PROMPT, max_tokens=2)
+    finished(tab)
+    assert tab.query_selector(PLAIN) is None
+    sent = [request.headers.get("authorization") for request in asked]
+    assert sent[-2:] == ["Bearer my-key"] * 2
+    assert set(sent[:-2]) == {None}
+    assert tab.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
+
+
+def test_text_can_never_be_markup_and_browsers_may_ask_this_service_alone(service):
+    answer = httpx.get(service)
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'; connect-src 'self'" in policy
+    assert answer.text == page()
+    assert not any(word in answer.text for word in ("innerHTML", "insertAdjacentHTML", "document.write", "http:"))
+
+
+def test_it_fits_a_phone(browser, service):
+    tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    tab.goto(service)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 28)"
+    tab.close()

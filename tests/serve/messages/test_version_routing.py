@@ -1,0 +1,60 @@
+"""Who answers a request."""
+
+import pytest
+
+from serve_apps.api.errors import ParameterError
+from serve_apps.messages.version_routing import Route, role_of, route_of
+
+SESSION = {"x-session-id": "s", "authorization": "Bearer k"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "user", "key"),
+    [
+        (SESSION, "u", "session s"),
+        ({"authorization": "Bearer k"}, "u", "user u"),
+        ({"authorization": "Bearer k"}, None, "key Bearer k"),
+        ({"x-session-id": ""}, "", "cmpl-1"),
+    ],
+)
+def test_a_client_is_known_by_its_session_else_its_user_else_its_key_else_each_request_is_its_own(headers, user, key):
+    assert route_of(headers, user, "cmpl-1") == Route(key, None)
+
+
+@pytest.mark.parametrize("role", ["champion", "challenger"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_version_that_is_asked_for_by_header_answers_whatever_the_weight(role, weight):
+    route = route_of(SESSION | {"x-tidar-version": role}, None, "cmpl-1")
+    assert role_of(route, "abc", weight) == role
+
+
+def test_another_version_than_these_two_is_refused_in_one_line():
+    with pytest.raises(ParameterError, match="x-tidar-version is 'v2'; it must be champion or challenger; drop it"):
+        route_of({"x-tidar-version": "v2"}, None, "cmpl-1")
+
+
+def test_the_split_is_by_the_hash_of_challenger_and_client():
+    for user, byte in (("ann", 0x8C), ("bob", 0x42)):  # printf "abc user ann" | sha256sum | cut -c1-2
+        route = Route(f"user {user}")
+        assert role_of(route, "abc", (byte + 1) / 256) == "challenger"
+        assert role_of(route, "abc", byte / 256) == "champion"
+
+
+def test_nobody_is_sent_to_a_challenger_of_weight_0_and_everybody_to_one_of_weight_1():
+    routes = [Route(f"user {n}") for n in range(300)]
+    assert {role_of(route, "abc", 0.0) for route in routes} == {"champion"}
+    assert {role_of(route, "abc", 1.0) for route in routes} == {"challenger"}
+
+
+def test_a_share_of_clients_is_sent_there_and_more_weight_takes_none_of_them_away():
+    routes = [Route(f"user {n}") for n in range(1000)]
+    few, more = ({route for route in routes if role_of(route, "abc", w) == "challenger"} for w in (0.1, 0.3))
+    assert (len(few), len(more)) == (90, 284)
+    assert few < more
+
+
+def test_another_challenger_is_tried_on_other_clients():
+    routes = [Route(f"user {n}") for n in range(1000)]
+    one, other = ({r for r in routes if role_of(r, challenger, 0.1) == "challenger"} for challenger in ("abc", "abd"))
+    assert len(one) == 90
+    assert len(one & other) == 4

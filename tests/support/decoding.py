@@ -1,0 +1,51 @@
+"""Prompts, requests and what autoregression says to them."""
+
+import random
+
+import torch
+
+from tidar_core.config import SamplingConfig
+from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.request import Request
+from tidar_core.decoding.step_plan import StepPlan
+
+GREEDY = SamplingConfig(max_tokens=24)
+
+
+class RandomPlanner:
+    """Any plan at any step, and drafts at prefill or not."""
+
+    def __init__(self, seed, block_len):
+        self.random, self.block_len = random.Random(seed), block_len
+
+    @property
+    def drafts_at_prefill(self):
+        return self.random.random() < 0.5
+
+    def next_plan(self, pending, context):
+        clean_len = self.random.randint(1, self.block_len)
+        groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
+        return StepPlan(clean_len, tuple(groups), self.random.randint(1, self.block_len) if groups else 0)
+
+    def observe(self, steps):
+        assert steps
+
+
+def prompts(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 500, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def requests(texts, sampling):
+    return [Request(request_id=str(i), prompt=text, sampling=sampling) for i, text in enumerate(texts)]
+
+
+def expected_texts(model, texts, sampling):
+    """One token per forward, one prompt at a time."""
+    return [generate_autoregressive(model, text, sampling) for text in texts]
+
+
+def prefilled(decoder, request, **settings):
+    """The step that the prefill of `request` brings."""
+    decoder.admit(request)
+    return decoder.prefill(10**6, **settings)[0]

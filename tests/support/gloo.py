@@ -1,0 +1,152 @@
+"""Training workers without Ray: processes that find each other over gloo and run jobs one after another.
+
+They are forked from a server that has DeepSpeed loaded already, so that a group costs a second and not half a minute.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+from fast_ray_env import FAST_RAY_ENV
+
+PRELOADED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker"]
+"""All that a worker loads, late or early."""
+
+
+def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None):
+    """The processes of one group.
+
+    logs             folder that each job's metrics go to, by the name of its output
+    dies_in_forward  the last worker is killed by SIGKILL in the middle of its forward of this ordinal
+    spoiled          by the name of a job's output: what the last worker makes nan, `loss` or `gradient`, and in which
+                     forwards of the job, as a first and a last ordinal
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    Path(logs).mkdir(parents=True, exist_ok=True)
+    values = [job.model_dump(mode="json") for job in jobs]
+    processes = [
+        context.Process(target=_work, args=(rank, world_size, port, values, str(logs), dies_in_forward, spoiled or {}))
+        for rank in range(world_size)
+    ]
+    with patch.dict(os.environ, FAST_RAY_ENV):
+        for process in processes:
+            process.start()
+    return processes
+
+
+def train_on(world_size, jobs, logs, spoiled=None):
+    """Run the jobs to their ends on so many workers."""
+    assert exit_codes(start_workers(world_size, jobs, logs, spoiled=spoiled)) == [0] * world_size
+
+
+def exit_codes(processes):
+    """Of a group, when it has ended; where one fails, the others, which would wait for it, are killed."""
+    while any(process.is_alive() for process in processes):
+        time.sleep(0.02)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+    return [process.exitcode for process in processes]
+
+
+def logged(logs, job):
+    """All that was logged of a job, as (train step, metrics), in order."""
+    path = Path(logs) / (Path(job.output).name + ".jsonl")
+    return [(entry["step"], entry["metrics"]) for entry in map(json.loads, path.read_text().splitlines())]
+
+
+def end_of(logs, job, workers):
+    """Why a run diverged, as each of its workers says it; an empty list for a run that did not."""
+    path = Path(logs) / Path(job.output).name
+    found = [path.with_suffix(f".error-{rank}") for rank in range(workers)]
+    return [file.read_text() for file in found if file.exists()]
+
+
+def curve(logs, job, metric="ar_loss"):
+    """One metric by train step."""
+    return {step: metrics[metric] for step, metrics in logged(logs, job) if metric in metrics}
+
+
+def _die_in_forward(ordinal):
+    """SIGKILL for this process inside the model, after its first layer."""
+    from torch.nn.modules.module import register_module_forward_hook
+
+    from tidar_core.transformer.model import SelfAttention
+
+    count = itertools.count(1)
+
+    def hook(module, *_):
+        if isinstance(module, SelfAttention) and module.index == 0 and next(count) == ordinal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_module_forward_hook(hook)
+
+
+@contextmanager
+def _spoiling(kind, first, last):
+    """Make the output of the first layer nan, or its gradient, in forwards `first` to `last`."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    from tidar_core.transformer.model import SelfAttention
+
+    count = itertools.count(1)
+
+    def hook(module, _, output):
+        if not isinstance(module, SelfAttention) or module.index or not first <= next(count) <= last:
+            return None
+        if kind == "gradient" and torch.is_grad_enabled():
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        return output if kind == "gradient" else output * float("nan")
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _work(rank, world_size, port, jobs, logs, dies_in_forward, spoiled):
+    warnings.simplefilter("ignore")
+    if dies_in_forward is not None and rank == world_size - 1:
+        _die_in_forward(dies_in_forward)
+    import torch.distributed as dist
+
+    from pipelines.jobs import TrainJob
+    from pipelines.training.train_worker import Surroundings, train_worker
+    from tidar_core.errors import DivergedError
+
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for job in map(TrainJob.model_validate, jobs):
+        path = Path(logs) / Path(job.output).name
+
+        def log(metrics, step, path=path):
+            with path.with_suffix(".jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
+
+        def keep_text(name, text, path=path):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text)
+
+        bad = spoiled.get(path.name) if rank == world_size - 1 else None
+        try:
+            with _spoiling(*bad) if bad else nullcontext():
+                train_worker(job, Surroundings(rank=rank, world_size=world_size, log=log, keep_text=keep_text))
+        except DivergedError as error:
+            path.with_suffix(f".error-{rank}").write_text(str(error))
+    dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""Tiny Hugging Face folders with random weights, and how transformers reads them."""
+
+import json
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tidar_core.artifacts.model.hf_weights import load_model
+from tidar_core.transformer.attention import DenseAttention
+from tidar_core.transformer.layout import causal_layout
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+IDS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def save_folder(folder, kind="llama", **changes):
+    """A folder of that model_type, as transformers writes it."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES | {"tie_word_embeddings": False} | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at constants that would hide a mix-up
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def change_config(folder, drop=(), **keys):
+    """Keys of config.json, added, changed and dropped."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name not in drop}))
+
+
+def change_tensors(folder, drop=(), **tensors):
+    """Tensors of model.safetensors, added, changed and dropped."""
+    path = folder / "model.safetensors"
+    held = load_file(path) | tensors
+    save_file({name: value for name, value in held.items() if name not in drop}, path, metadata={"format": "pt"})
+
+
+def their_logits(folder):
+    """What transformers computes for IDS."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def our_logits(folder):
+    """What our model computes for IDS."""
+    model, layout = load_model(folder), causal_layout(torch.zeros_like(IDS))
+    with torch.no_grad():
+        return model.head(model(IDS, layout.position, DenseAttention(layout)))
+
+
+def assert_read_alike(folder):
+    """Our logits are those of transformers."""
+    # fp32 through two layers, sums in another order
+    torch.testing.assert_close(our_logits(folder), their_logits(folder), rtol=0, atol=1e-4)

@@ -1,0 +1,40 @@
+"""Which metrics does the service export? Asked of the service's own code, as Prometheus would read it."""
+
+import asyncio
+from dataclasses import fields
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve_apps.messages.replica_load import Load
+from serve_apps.messages.request_timing import RequestTiming
+from serve_apps.messages.text_delta import TextDelta, UsageCounts
+from serve_apps.messages.version_stats import VersionReport, VersionStats
+from serve_apps.rollout.alias_watcher import STEPS
+from serve_apps.telemetry.metrics import Counters, gauges
+from serve_apps.telemetry.version_metrics import version_metrics
+
+
+def exported():
+    """Names after the prefix, a histogram's parts one by one."""
+    counters = Counters("m")
+    counters.count_answer(200)
+    counters.count_abandoned("body")
+    counters.count_tokens(UsageCounts(1, 2, (0, 1)))
+    asyncio.run(pass_through(counters, [TextDelta("a", "stop", UsageCounts(1, 2), lap=RequestTiming(0.1, 0.1, 0.1))]))
+    text = counters.exposition() + gauges("m", [Load(**{f.name: "x" if f.type is str else 1 for f in fields(Load)})])
+    report = VersionReport(
+        replica="a", version="1", fingerprint="f", bundle_hash="b", state="champion", problem="", totals=VersionStats()
+    )
+    text += version_metrics("m", [report], dict.fromkeys(STEPS, 0))
+    samples = (s.name for family in text_string_to_metric_families(text) for s in family.samples)
+    return {name.removeprefix("tidar:") for name in samples if name.startswith("tidar:")}
+
+
+async def pass_through(counters, pieces):
+    """Have the pieces of a streamed text timed."""
+
+    async def source():
+        for piece in pieces:
+            yield 0, piece
+
+    return [piece async for _, piece in counters.timed(source(), streamed=True)]

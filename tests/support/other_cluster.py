@@ -1,0 +1,69 @@
+"""A Ray cluster of somebody else, in a process of its own: Serve listens and runs an application named `other`.
+
+The first line of its standard output is the cluster's address. For each line on standard input it prints the names of
+the applications that run, as a JSON list. The cluster ends when standard input is closed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class OtherCluster:
+    """Handle to the process."""
+
+    def __init__(self, process):
+        self._process = process
+        self.address = self._line()
+
+    def applications(self):
+        """Sorted names of the applications that run now."""
+        self._process.stdin.write("applications\n")
+        self._process.stdin.flush()
+        return json.loads(self._line())
+
+    def _line(self):
+        line = self._process.stdout.readline()
+        assert line, "the other cluster has ended"
+        return line.strip()
+
+
+@contextmanager
+def other_cluster(port):
+    """A cluster whose Serve listens on `port` of loopback."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(port)], cwd=Path(__file__).parents[2], env=os.environ | {"RAY_ADDRESS": ""},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        yield OtherCluster(process)
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+def main(port):
+    import ray
+    from ray import serve
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Other:
+        async def __call__(self, _):
+            return "other"
+
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.run(Other.bind(), name="other", route_prefix="/other")
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(sorted(serve.status().applications)), flush=True)
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

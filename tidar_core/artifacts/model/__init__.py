@@ -1,0 +1,1 @@
+"""Models at rest: Hugging Face folders, bundles, latency tables."""

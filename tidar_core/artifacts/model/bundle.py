@@ -1,0 +1,180 @@
+"""What does serving load, and is it what training left?
+
+A bundle is a Hugging Face model folder with a few files of ours:
+
+    config.json, model*.safetensors, tokenizer files      opened unchanged by transformers, vLLM, SGLang (AR mode)
+    generation_config.json                                the start's own, where it had one: it may name more end tokens
+    tidar_link.tensors                                    what links drafts to each other, where anything does
+    made_by.json                                          the job that made it and its parents
+    tidar.json                                            block length, mask id, lineage, the hash of every other file
+
+The bundle hash is the hash of tidar.json without that hash, so it stands for every byte of the folder.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar_core.artifacts.model.finite import require_finite
+from tidar_core.artifacts.model.hf_weights import load_model, save_model
+from tidar_core.artifacts.store import locations, output_folder
+from tidar_core.artifacts.store.provenance import write_made_by
+from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
+from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
+from tidar_core.errors import BundleError
+from tidar_core.transformer.model import TidarModel
+
+__all__ = [
+    "BUNDLE_JSON",
+    "FORMAT_VERSION",
+    "Bundle",
+    "BundleInfo",
+    "load_bundle",
+    "read_bundle_info",
+    "save_bundle",
+    "verify_bundle",
+]
+
+BUNDLE_JSON = "tidar.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What weights can be loaded as, by the names that users give."""
+FORMAT_VERSION = 1
+REFETCH = "fetch the bundle again or train it again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleInfo:
+    """What tidar.json says."""
+
+    block_len: int
+    mask_id: int
+    objective: str
+    """`ar` or `dual`: what the model was last trained for. Only a `dual` model drafts well."""
+    lineage: Mapping[str, Any]
+    """Identities of what it was made from."""
+    files: Mapping[str, str]
+    """SHA-256 of every file but tidar.json, by name."""
+    bundle_hash: str
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A model that is ready to decode, and the tokenizer that speaks its ids."""
+
+    model: TidarModel
+    tokenizer: Tokenizer
+    info: BundleInfo
+    end_ids: tuple[int, ...]
+    """Tokens that end a text, the tokenizer's end-of-text token first."""
+
+
+def save_bundle(
+    uri: str,
+    model: TidarModel,
+    tokenizer: Tokenizer,
+    *,
+    block_len: int,
+    mask_id: int,
+    objective: str,
+    lineage: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    ends: EndTokens | None = None,
+) -> BundleInfo:
+    """Put a whole bundle at `uri`, in place of an older one if one is there. Refuses a model that is not finite.
+
+    ends  what ends a text; None: the tokenizer's end-of-text token alone
+    """
+    ends = ends or EndTokens((tokenizer.eos_id,))
+    _refuse_textual_mask(uri, mask_id, tokenizer)
+    require_finite(model, uri)
+    with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
+        folder = locations.local_path(staged) or elsewhere
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, folder, end_ids=ends.ids)
+        if ends.generation_config is not None:
+            (folder / GENERATION_CONFIG).write_text(ends.generation_config, encoding="utf-8")
+        tokenizer.save(folder)
+        write_made_by(str(folder), made_by)
+        info: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "block_len": block_len,
+            "mask_id": mask_id,
+            "objective": objective,
+            "lineage": dict(lineage),
+            "files": {entry.name: locations.sha256(entry.uri) for entry in locations.list_files(str(folder))},
+        }
+        info["bundle_hash"] = _bundle_hash(info)
+        locations.write_json(str(folder / BUNDLE_JSON), info)
+        if folder == elsewhere:
+            locations.upload_folder(folder, staged)
+    return BundleInfo(**info)
+
+
+def read_bundle_info(uri: str | Path) -> BundleInfo:
+    """What the bundle at `uri` says of itself; its files are not read."""
+    where = locations.join(str(uri), BUNDLE_JSON)
+    if not locations.exists(where):
+        raise BundleError(f"{uri} holds no {BUNDLE_JSON}; give the folder of a bundle, as train leaves it")
+    try:
+        values = locations.read_json(where)
+        version, stated = values["format_version"], values["bundle_hash"]
+        if version != FORMAT_VERSION:
+            raise BundleError(f"{where} has format version {version}; this code reads {FORMAT_VERSION}; train it again")
+        if _bundle_hash(values) != stated:
+            raise BundleError(f"{where} differs from its own bundle_hash {str(stated)[:12]}; {REFETCH}")
+        return BundleInfo(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{where} is damaged ({type(error).__name__}: {error}); {REFETCH}") from error
+
+
+def verify_bundle(uri: str | Path) -> BundleInfo:
+    """Hold every file of the bundle at `uri` to its hash. Raises BundleError naming the file that differs."""
+    info = read_bundle_info(uri)
+    found = {entry.name: entry.uri for entry in locations.list_files(locations.absolute(str(uri)))}
+    for name in sorted(found.keys() - info.files.keys() - {BUNDLE_JSON}):
+        raise BundleError(f"{locations.join(str(uri), name)} is not listed in {BUNDLE_JSON}; remove it from the bundle")
+    for name, stated in info.files.items():
+        where = locations.join(str(uri), name)
+        if name not in found:
+            raise BundleError(f"{where} is missing; {REFETCH}")
+        digest = locations.sha256(found[name])
+        if digest != stated:
+            raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} says {stated[:12]}; {REFETCH}")
+    return info
+
+
+def load_bundle(
+    uri: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, verify: bool = True
+) -> Bundle:
+    """The bundle at `uri`, on `device`. From an object store it is downloaded first, once.
+
+    Raises BundleError for a model whose weights or logits are not finite.
+
+    verify  hold every file to its hash before any is loaded
+    """
+    folder = locations.local_copy(str(uri))
+    info = verify_bundle(folder) if verify else read_bundle_info(folder)
+    tokenizer = load_tokenizer(folder)
+    _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
+    model = load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id)
+    require_finite(model, str(uri))
+    ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
+    return Bundle(model, tokenizer, info, ends.ids)
+
+
+def _bundle_hash(values: Mapping[str, Any]) -> str:
+    stated = {name: value for name, value in values.items() if name != "bundle_hash"}
+    return hashlib.sha256(locations.canonical_json(stated).encode()).hexdigest()
+
+
+def _refuse_textual_mask(uri: str, mask_id: int, tokenizer: Tokenizer) -> None:
+    if mask_id < tokenizer.vocab_len:
+        raise BundleError(
+            f"mask_id of {uri} is {mask_id}, a token of its tokenizer; it must be an unused row, "
+            f"{tokenizer.vocab_len} or above"
+        )

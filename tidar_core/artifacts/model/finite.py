@@ -1,0 +1,36 @@
+"""The refusal of a model that can say nothing but nan.
+
+Are all weights, and what a forward makes of them, finite?
+
+A model of nan is not seen by its texts: every mode chooses token 0, and so all modes agree.
+"""
+
+import torch
+
+from tidar_core.decoding.autoregressive import score
+from tidar_core.errors import BundleError
+from tidar_core.transformer.model import TidarModel
+
+__all__ = ["require_finite"]
+
+TOKENS = 8
+"""Tokens of the forward that is tried: weights that are too large overflow on any text."""
+
+
+@torch.no_grad()
+def require_finite(model: TidarModel, uri: str) -> None:
+    """Raise BundleError where a weight or a log-probability of the model at `uri` is nan or infinite."""
+    named = list(model.named_parameters())
+    finite = torch.stack([torch.stack(weight.aminmax()).isfinite().all() for _, weight in named]).tolist()
+    wrong = [name for (name, _), good in zip(named, finite) if not good]
+    if wrong:
+        raise BundleError(
+            f"{uri} has weights that are not finite, in {len(wrong)} of {len(named)} tensors, such as {wrong[0]}; its "
+            "training diverged: train it again with a lower learning_rate"
+        )
+    tokens = tuple(range(min(TOKENS, model.config.context_len, model.config.vocab_size)))
+    if not score(model, tokens).logprob_L.isfinite().all():
+        raise BundleError(
+            f"{uri} has finite weights whose logits are not finite in {str(model.embedding.weight.dtype)[6:]}; its "
+            "training diverged: train it again with a lower learning_rate"
+        )

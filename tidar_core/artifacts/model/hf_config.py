@@ -1,0 +1,221 @@
+"""How do a config.json of Hugging Face and our model's config translate into each other?
+
+Every key that changes a result is used or refused; a missing key has the value that transformers 5 gives it. Mistral's
+models without a sliding window are those of the Llama family.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tidar_core.artifacts.model.hf_rope import rope_of, rope_settings
+from tidar_core.artifacts.model.quantised import scaling_of
+from tidar_core.artifacts.store import locations
+from tidar_core.config import ModelConfig
+from tidar_core.errors import WeightsError
+
+__all__ = ["config_from_hf", "config_to_hf", "read_config", "read_settings"]
+
+LINK_RANK = "tidar_link_rank"
+"""Our one entry in config.json, where there is a link."""
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+"""num_key_value_heads where the key is missing; as many as heads in other families, and where it is null."""
+HEAD_SIZES = {"qwen3": 128}
+"""head_dim where the key is missing; hidden size over heads in other families."""
+WINDOWS = {"mistral": 4096}
+"""sliding_window where the key is missing."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_chunk_size": (),
+    "attention_multiplier": (),
+    "attention_scale": (1,),
+    "attn_logit_softcapping": (0,),
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "clip_qkv": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (0,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "logits_soft_cap": (0,),
+    "n_routed_experts": (0,),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+    "partial_rotary_factor": (1,),
+    "per_layer_config": ({}, []),
+    "pruned_heads": ({}, []),
+    "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "rope_interleave": (False,),
+    "rope_interleaved": (False,),
+    "rotary_pct": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "use_mrope": (False,),
+}
+"""Keys of what is not run here, and their values besides null that change nothing."""
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of the model in the folder at that location, without its mask token."""
+    return config_from_hf(read_settings(folder))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The keys of config.json in the folder at that location."""
+    where = locations.join(str(folder), "config.json")
+    if not locations.exists(where):
+        raise WeightsError(f"{where} cannot be read; give the folder of a Hugging Face model")
+    try:
+        settings = locations.read_json(where)
+    except ValueError as error:
+        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{where} holds no JSON object; fetch the folder again")
+    return settings
+
+
+def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
+    """Our config from a config.json; WeightsError for architectures and features that are not run here."""
+    kind = settings.get("model_type")
+    if kind not in CLASSES:
+        raise WeightsError(f"model_type is {kind!r}; this project runs {', '.join(CLASSES)}")
+    _require_class(settings, kind)
+    scaling_of(settings)
+    for name, values in NEUTRAL.items():
+        given = settings.get(name)
+        if given is not None and given not in values:
+            raise WeightsError(f"config.json has {name} {given!r}, which is not run here; choose another model")
+    if settings.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise WeightsError(f"hidden_act is {settings['hidden_act']!r}; this project runs silu")
+    layers, context_len = _whole(settings, "num_hidden_layers"), _whole(settings, "max_position_embeddings")
+    heads, hidden_size = _whole(settings, "num_attention_heads"), _whole(settings, "hidden_size")
+    _refuse_window(settings, kind, layers, context_len)
+    rope = rope_of(settings, context_len)
+    bias = bool(settings.get("attention_bias", False))
+    return ModelConfig(
+        architecture="llama" if kind == "mistral" else kind,
+        vocab_size=_whole(settings, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_whole(settings, "intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=_kv_heads(settings, kind, heads),
+        head_size=_head_size(settings, kind, hidden_size, heads),
+        context_len=context_len,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        norm_eps=_norm_eps(settings),
+        tied_head=bool(settings.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2" or (bias and kind != "mistral"),
+        output_bias=bias and kind in ("llama", "qwen3"),
+        mlp_bias=kind == "llama" and bool(settings.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        link_rank=_whole({LINK_RANK: 0} | settings, LINK_RANK, least=0),
+    )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 read alike; the mask token is not in it."""
+    settings = {
+        "architectures": [CLASSES[config.architecture]],
+        "model_type": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.context_len,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        **rope_settings(config),
+    }
+    if config.architecture != "qwen2":
+        settings["attention_bias"] = config.qkv_bias
+    if config.architecture == "llama":
+        settings["mlp_bias"] = config.mlp_bias
+    if config.link_rank:
+        settings[LINK_RANK] = config.link_rank
+    return settings
+
+
+def _whole(settings: dict[str, Any], name: str, *, least: int = 1) -> int:
+    """The whole number under that key; WeightsError where there is none."""
+    value = settings.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        given = f"{name} {value!r}" if name in settings else f"no {name}"
+        raise WeightsError(f"config.json has {given}; it must be a whole number, {least} or more; use the model's own")
+    return value
+
+
+def _require_class(settings: dict[str, Any], kind: str) -> None:
+    given = settings.get("architectures")
+    if given is None:
+        return
+    names = [str(name).casefold() for name in given] if isinstance(given, list) else []
+    if CLASSES[kind].casefold() not in names:
+        raise WeightsError(
+            f"config.json has architectures {given!r} and model_type {kind!r}; {CLASSES[kind]} is needed; "
+            "use a model that generates text, with its own config.json"
+        )
+
+
+def _refuse_window(settings: dict[str, Any], kind: str, layers: int, context_len: int) -> None:
+    """Raise WeightsError where a layer sees less than the context, or attends otherwise."""
+    window = settings.get("sliding_window", WINDOWS.get(kind))
+    shortened = bool(settings.get("use_sliding_window")) or (kind in ("llama", "mistral") and window is not None)
+    if (names := settings.get("layer_types")) is not None:
+        _require_layer_types(names, layers)
+        shortened = shortened or "sliding_attention" in names
+    if shortened and not (isinstance(window, int) and window >= context_len):
+        raise WeightsError(
+            f"the model uses sliding-window attention over {window} tokens of {context_len}; this project runs full "
+            "attention only: lower max_position_embeddings to the window, or choose another model"
+        )
+
+
+def _require_layer_types(given: Any, layers: int) -> None:
+    known = ("full_attention", "sliding_attention")
+    names = given if isinstance(given, list) else [given]
+    if other := [name for name in names if name not in known]:
+        raise WeightsError(f"layer_types has {other[0]!r}; this project runs full attention only; use another model")
+    if len(names) != layers:
+        raise WeightsError(f"layer_types names {len(names)} layers and num_hidden_layers is {layers}; make them equal")
+
+
+def _kv_heads(settings: dict[str, Any], kind: str, heads: int) -> int:
+    value = settings.get("num_key_value_heads", KV_HEADS.get(kind))
+    return heads if value is None else _whole({"num_key_value_heads": value}, "num_key_value_heads")
+
+
+def _head_size(settings: dict[str, Any], kind: str, hidden_size: int, heads: int) -> int:
+    value = settings.get("head_dim")
+    if value is None:
+        value = HEAD_SIZES.get(kind)
+    if value is not None:
+        return _whole({"head_dim": value}, "head_dim")
+    if hidden_size % heads:
+        raise WeightsError(
+            f"config.json has hidden_size {hidden_size} and num_attention_heads {heads}; without head_dim the first "
+            "must be a multiple of the second"
+        )
+    return hidden_size // heads
+
+
+def _norm_eps(settings: dict[str, Any]) -> float:
+    value = settings.get("rms_norm_eps", 1e-6)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise WeightsError(f"config.json has rms_norm_eps {value!r}; it must be a number; use the model's own")
+    return float(value)

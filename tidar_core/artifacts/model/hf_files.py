@@ -1,0 +1,179 @@
+"""Which tensors does a Hugging Face model folder hold, and do they make up the model, the whole of it and no other?
+
+`model.safetensors` alone comes before an index of several files, as in transformers. Only headers are read until a
+tensor is read.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tidar_core.artifacts.model.quantised import FP8, SCALES, Scaling, dequantised
+from tidar_core.artifacts.store import locations
+from tidar_core.errors import WeightsError
+
+__all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+SCALE_DTYPES = (*FLOATS, "F8_E8M0")
+BUFFERS = ".rotary_emb.inv_freq"
+"""End of the names of buffers that older versions of transformers saved; they follow from config.json."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file, by its header."""
+
+    path: Path
+    dtype: str
+    """As safetensors spells it: F32, BF16, F8_E4M3, I8."""
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """The tensors of one folder, held to those of a model."""
+
+    def __init__(self, folder: Path, wanted: Mapping[str, Sequence[int]], scaling: Scaling, *, tied: bool) -> None:
+        """wanted   shapes of the model's tensors by their names in the folder
+        scaling  how FP8 weights are scaled
+        tied     the head is the embedding table
+
+        Raises WeightsError where a tensor is missing, has another shape or a dtype that is not read, or is left over.
+        """
+        self._folder, self._scaling = folder, scaling
+        self._stored = stored_tensors(folder)
+        self._scale_of: dict[str, str] = {}
+        """Name of an FP8 weight -> name of its scales."""
+        self._require(wanted)
+        used = {*wanted, *self._scale_of.values()}
+        left = [name for name in self._stored if name not in used and not name.endswith(BUFFERS)]
+        if tied and HEAD in left:
+            left.remove(HEAD)
+            self._require_equal_head()
+        if left:
+            raise WeightsError(
+                f"{folder}: {_named(left)} of the checkpoint {'is' if len(left) == 1 else 'are'} not part of the model "
+                "that config.json describes; use weights and config of one model, neither quantised nor extended"
+            )
+        if self._scale_of:
+            logger.warning(
+                "%s: %d FP8 weights are dequantised; the model is trained, saved and decoded in floats",
+                folder, len(self._scale_of),
+            )  # fmt: skip
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model; in fp32 where it was quantised."""
+        value = read_tensor(name, self._stored[name].path)
+        if name not in self._scale_of:
+            return value
+        scales = self._scale_of[name]
+        return dequantised(name, value, read_tensor(scales, self._stored[scales].path), self._scaling)
+
+    def _require(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        if missing := [name for name in wanted if name not in self._stored]:
+            raise WeightsError(
+                f"{self._folder}: {_named(missing)} of the model that config.json describes "
+                f"{'is' if len(missing) == 1 else 'are'} missing; use weights and config of one model"
+            )
+        for name, shape in wanted.items():
+            stored = self._stored[name]
+            if stored.dtype not in FLOATS:
+                self._scale_of[name] = self._scales(name, stored)
+            if stored.shape != tuple(shape):
+                raise WeightsError(
+                    f"{self._folder}: weight {name} has shape {list(stored.shape)}; config.json asks for "
+                    f"{list(shape)}; use weights and config of one model"
+                )
+
+    def _scales(self, name: str, stored: Stored) -> str:
+        """The name of an FP8 matrix's scales."""
+        module = name.removesuffix(".weight")
+        found = [scales for suffix in SCALES if (scales := f"{module}.{suffix}") in self._stored]
+        readable = stored.dtype == FP8 and len(stored.shape) == 2 and module != name
+        if not readable or len(found) != 1 or self._stored[found[0]].dtype not in SCALE_DTYPES:
+            beside = f" and {' and '.join(f'{one} in {self._stored[one].dtype}' for one in found)}" if found else ""
+            raise WeightsError(
+                f"{self._folder}: weight {name} is {stored.dtype}{beside}; floats of 16 bits or more are needed, or "
+                f"{FP8} with scales in {' or '.join(SCALES)}: give the folder of the unquantised model"
+            )
+        if found[0].endswith("_inv") and self._scaling.block is None and self._stored[found[0]].shape not in ((), (1,)):
+            raise WeightsError(
+                f"{self._folder}: {found[0]} has shape {list(self._stored[found[0]].shape)} and config.json no "
+                "quantization_config.weight_block_size; use the model's own config.json"
+            )
+        return found[0]
+
+    def _require_equal_head(self) -> None:
+        head, table = (read_tensor(name, self._stored[name].path) for name in (HEAD, EMBEDDING))
+        if head.shape != table.shape or not torch.equal(head, table):
+            raise WeightsError(
+                f"{self._folder}: {HEAD} differs from {EMBEDDING} and tie_word_embeddings is true; set it to false in "
+                f"config.json to use this head, or remove {HEAD} from the weights"
+            )
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's weights by its name. Raises WeightsError where a file is missing or damaged."""
+    if (folder / ADAPTER).exists():  # transformers would add it to the weights
+        raise WeightsError(f"{folder} holds an adapter, {ADAPTER}; merge it into the weights, or remove it")
+    found: dict[str, Stored] = {}
+    index = {} if (folder / SINGLE).exists() else _index(folder)
+    for path in [folder / SINGLE] if not index else [folder / name for name in sorted(set(index.values()))]:
+        for name, stored in stored_in(path).items():
+            if name in found:
+                raise WeightsError(f"{path}: weight {name} lies in {found[name].path.name} too; fetch the folder again")
+            found[name] = stored
+    for name, file in index.items():
+        if name not in found or found[name].path.name != Path(file).name:
+            raise WeightsError(f"{folder / INDEX} has weight {name} in {file}, which lacks it; fetch the folder again")
+    return found
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file by their names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            return {name: Stored(path, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
+
+
+def read_tensor(name: str, path: Path) -> Tensor:
+    """One tensor of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: weight {name} cannot be read ({error}); fetch the folder again") from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Names of tensors -> files."""
+    where = folder / INDEX
+    if not where.exists():
+        raise WeightsError(f"{folder} has no {SINGLE}; give a folder with safetensors weights")
+    try:
+        index: Any = locations.read_json(str(where))
+    except ValueError as error:
+        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise WeightsError(f"{where} has no weight_map from tensors to files; fetch the folder again")
+    return places
+
+
+def _named(names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return f"tensor {names[0]}{others}"

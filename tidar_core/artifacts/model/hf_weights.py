@@ -1,0 +1,222 @@
+"""What are our weights called in a Hugging Face model folder, and how is a mask token added to one?
+
+Reads and writes `config.json` and safetensors files alone, so that a folder opens unchanged in transformers, vLLM or
+SGLang.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tidar_core.artifacts.model.hf_config import config_from_hf, config_to_hf, read_settings
+from tidar_core.artifacts.model.hf_files import WeightFiles, read_tensor, stored_in
+from tidar_core.artifacts.model.quantised import scaling_of
+from tidar_core.config import ModelConfig
+from tidar_core.errors import StorageError, WeightsError
+from tidar_core.training.recipe import mask_embedding
+from tidar_core.transformer.model import DraftLink, TidarModel
+
+__all__ = ["check_weights", "load_model", "require_rows", "save_model", "with_mask_token"]
+
+LINK = "tidar_link.tensors"
+"""Weights of the draft link, in safetensors' format; under a name that no one else takes for a part of the model."""
+FILE_BYTES = 5 * 10**9
+"""Largest safetensors file written."""
+
+_LAYER_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.output": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
+"""Our module in a layer -> theirs; several are stacked along the first axis in this order."""
+_TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    mask_id: int | None = None,
+) -> TidarModel:
+    """The model in a Hugging Face folder.
+
+    mask_id  the mask token's row, where the folder is one of ours
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    model = _empty_model(replace(config_from_hf(settings), mask_id=mask_id))
+    files = _weight_files(folder, settings, model)
+    state = {ours: torch.cat([files.read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
+    if model.link is not None:
+        state |= {f"link.{name}": value.to(device, dtype) for name, value in _read_link(folder, model.link).items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie()
+    return model.eval()
+
+
+def check_weights(folder: str | Path) -> ModelConfig:
+    """The config of the model in a Hugging Face folder that `load_model` will load, by the headers of its files.
+
+    Raises WeightsError where a tensor is missing, left over, quantised in a way that is not read, or does not fit.
+    """
+    settings = read_settings(folder)
+    config = config_from_hf(settings)
+    model = _empty_model(config)
+    _weight_files(Path(folder), settings, model)
+    if model.link is not None:
+        _read_link(Path(folder), model.link)
+    return config
+
+
+def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] = ()) -> None:
+    """Write config.json and model*.safetensors, in the model's dtype, into an existing folder.
+
+    end_ids  tokens that end a text
+    """
+    folder = Path(folder)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    settings = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+    if end_ids:
+        settings["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
+    files = list(_files(model))
+    for number, tensors in enumerate(files, 1):
+        _write(tensors, folder / _file_name(number, len(files)), {"format": "pt"})
+    if model.link is not None:
+        _write(
+            {name: value.detach().cpu().contiguous() for name, value in model.link.state_dict().items()}, folder / LINK
+        )
+    if len(files) > 1:
+        places = {name: _file_name(i, len(files)) for i, tensors in enumerate(files, 1) for name in tensors}
+        total = sum(t.numel() * t.element_size() for tensors in files for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def require_rows(config: ModelConfig, vocab_len: int) -> None:
+    """Raise WeightsError where the model has no row for some id of its tokenizer, 0..vocab_len - 1."""
+    if vocab_len > config.vocab_size:
+        raise WeightsError(
+            f"the tokenizer has {vocab_len} ids and the model {config.vocab_size} rows; use the tokenizer of this model"
+        )
+
+
+def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> TidarModel:
+    """The same model with a mask token: the first row that no token of text uses, or new rows where there is none.
+
+    vocab_len  ids that the tokenizer can produce, 0..vocab_len - 1
+
+    Its embedding starts as the mean of the real ones, plus noise a tenth as wide as they are spread; for another start
+    see `tidar_core.training.recipe.start_mask_token`.
+    """
+    old = model.config
+    require_rows(old, vocab_len)
+    grown = old.vocab_size if vocab_len < old.vocab_size else (vocab_len // 64 + 1) * 64
+    weight = model.embedding.weight
+    config = replace(old, vocab_size=grown, mask_id=vocab_len, link_rank=0)  # a link belongs to masks that were trained
+    with torch.device(weight.device):
+        new = TidarModel(config).to(weight.dtype)
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(("embedding", "head", "link"))
+    }
+    new.load_state_dict(state, strict=False)
+    tables = [(new.embedding.weight, weight)]
+    if not config.tied_head:
+        tables.append((new.head.weight, model.head.weight))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table, old_table in tables:
+            real = old_table[:vocab_len].float()
+            noise = torch.randn(grown, old.hidden_size, generator=generator).to(weight.device)
+            table.copy_(mask_embedding(real, "mean", noise))
+            table[: old.vocab_size] = old_table
+            table[vocab_len] = mask_embedding(real, "mean", noise[vocab_len]).to(table.dtype)
+    return new.train(model.training)
+
+
+def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
+    """Our name of each parameter that they know -> theirs."""
+    for name, _ in model.named_parameters():
+        if name.startswith("link."):
+            continue
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            module, kind = rest.rsplit(".", 1)
+            yield name, [f"model.layers.{index}.{theirs}.{kind}" for theirs in _LAYER_NAMES[module]]
+        else:
+            module, kind = name.split(".")
+            yield name, [f"{_TOP_NAMES[module]}.{kind}"]
+
+
+def _parts(model: TidarModel, name: str, value: Tensor) -> tuple[Tensor, ...]:
+    """A stacked parameter cut into theirs."""
+    config = model.config
+    if ".attention.qkv." in name:
+        heads = (config.heads, config.kv_heads, config.kv_heads)
+        return value.split([n * config.head_size for n in heads])
+    return value.chunk(2) if ".mlp.gate_up." in name else (value,)
+
+
+def _files(model: TidarModel) -> Iterator[dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    held = 0
+    parameters = dict(model.named_parameters())
+    for ours, theirs in _names(model):
+        value = parameters[ours].detach()
+        size = value.numel() * value.element_size()
+        if tensors and held + size > FILE_BYTES:
+            yield tensors
+            tensors, held = {}, 0
+        tensors |= {name: part.cpu().contiguous() for name, part in zip(theirs, _parts(model, ours, value))}
+        held += size
+    yield tensors
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _empty_model(config: ModelConfig) -> TidarModel:
+    """A model whose weights have shapes and no values."""
+    with torch.device("meta"):
+        return TidarModel(config)
+
+
+def _weight_files(folder: Path, settings: dict[str, Any], model: TidarModel) -> WeightFiles:
+    """The folder's files, held to the shapes of an empty model."""
+    parameters = dict(model.named_parameters())
+    wanted = {
+        name: part.shape
+        for ours, theirs in _names(model)
+        for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
+    }
+    return WeightFiles(folder, wanted, scaling_of(settings), tied=model.config.tied_head)
+
+
+def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
+    path, wanted = folder / LINK, {name: tuple(value.shape) for name, value in link.named_parameters()}
+    found = {name: stored.shape for name, stored in stored_in(path).items()}
+    if found != wanted:
+        raise WeightsError(f"{path} holds {found}; config.json asks for {wanted}; use weights and config of one model")
+    return {name: read_tensor(name, path) for name in wanted}
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise StorageError(f"{path} cannot be written: {reason}; make room there, or give another place") from error

@@ -1,0 +1,101 @@
+"""The champions of a model in their order, whatever was interrupted.
+
+Which version is champion, and which was it before?
+
+A promotion is a number on a version, one above all others, in two tags. `promoting` is written before the alias
+changes, `promotion` after it; so a version whose promotion was killed in between was never champion, and no rollback
+chooses it. The alias follows the highest number under either tag. Every write can be the last of a killed process: the
+next promotion or rollback completes or removes what it left.
+"""
+
+from typing import TYPE_CHECKING
+
+from tidar_core.artifacts.registry.alias_order import follow, numbered
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["CHAMPION", "PROMOTION", "promote_version", "roll_back_from"]
+
+CHAMPION = "champion"
+PROMOTION = "promotion"
+"""Tag: the number of a promotion that was completed."""
+PROMOTING = "promoting"
+"""Tag: the number of a promotion that has begun."""
+
+
+def promote_version(client: "MlflowClient", name: str, version: int, champion: int | None) -> int:
+    """Make the version champion and return the champion: another version where that was promoted at the same time.
+
+    champion  the version that the alias names now
+    """
+    if champion == version:
+        _forget_unfinished(client, name, version)
+    if champion is not None:
+        _complete(client, name, champion)
+    if champion != version:
+        last = max(_all(client, name).values(), default=0)
+        client.set_model_version_tag(name, str(version), PROMOTING, str(1 + last))
+        _follow(client, name)
+        _complete(client, name, version)
+    return _follow(client, name)  # a rollback at the same moment has removed what it took for unfinished
+
+
+def roll_back_from(client: "MlflowClient", name: str, champion: int) -> int | None:
+    """Make the version champion that was it before `champion`, and return it; None where there was none."""
+    own, completed = _all(client, name).get(champion), numbered(client, name, PROMOTION)
+    before = completed.keys() - {champion}
+    if own is not None:  # else it was made champion by hand, after all promotions
+        before = {version for version in before if (completed[version], version) < (own, champion)}
+    if not before:
+        return None
+    _forget_unfinished(client, name, champion)
+    _remove(client, name, champion)
+    return _follow(client, name)
+
+
+def _all(client: "MlflowClient", name: str) -> dict[int, int]:
+    """Version -> the number of its promotion, completed or not."""
+    found = numbered(client, name, PROMOTION)
+    for version, number in numbered(client, name, PROMOTING).items():
+        found[version] = max(number, found.get(version, number))
+    return found
+
+
+def _complete(client: "MlflowClient", name: str, version: int) -> None:
+    """Number a version that is, or has been, champion: as its promotion began, or last where none did."""
+    begun, completed = numbered(client, name, PROMOTING), numbered(client, name, PROMOTION)
+    if version in begun:
+        client.set_model_version_tag(name, str(version), PROMOTION, str(begun[version]))
+        client.delete_model_version_tag(name, str(version), PROMOTING)
+    elif version not in completed:
+        last = max((begun | completed).values(), default=-1)
+        client.set_model_version_tag(name, str(version), PROMOTION, str(1 + last))
+
+
+def _forget_unfinished(client: "MlflowClient", name: str, champion: int) -> None:
+    """Remove promotions that never reached the alias: those begun, and those numbered above the champion's."""
+    own = _all(client, name).get(champion)
+    for version in numbered(client, name, PROMOTING).keys() - {champion}:
+        client.delete_model_version_tag(name, str(version), PROMOTING)
+    for version, number in numbered(client, name, PROMOTION).items():
+        if own is not None and (number, version) > (own, champion):
+            client.delete_model_version_tag(name, str(version), PROMOTION)
+
+
+def _remove(client: "MlflowClient", name: str, version: int) -> None:
+    for tag in (PROMOTING, PROMOTION):
+        if version in numbered(client, name, tag):
+            client.delete_model_version_tag(name, str(version), tag)
+
+
+def _follow(client: "MlflowClient", name: str) -> int:
+    """Put the alias where the highest promotion is; return its version."""
+
+    def highest() -> int:
+        found = _all(client, name)
+        return max(found, key=lambda version: (found[version], version))
+
+    version = follow(client, name, CHAMPION, highest)
+    assert version is not None, "a version has just been promoted, or stays so"
+    return version

@@ -1,0 +1,1 @@
+"""Files and folders: locations, compression, atomic outputs, locks, provenance."""

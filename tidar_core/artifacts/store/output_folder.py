@@ -1,0 +1,124 @@
+"""How does a folder that a job makes appear, whole or not at all?
+
+A folder of this project is complete when its marker file is there (manifest.json, tidar.json, report.json). It is
+written under another name beside its place, `.NAME.xxxx`, and put there at the end, so that a reader never takes a
+half-written one. An older folder is moved to `.NAME.xxxx.old` first and removed last. A swap that was interrupted
+between the two is completed by `finish_swap`, or undone where the new folder is not whole.
+
+An output that is a link to a folder is followed: the folder changes, the link stays.
+"""
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tidar_core.artifacts.store import locations
+from tidar_core.errors import UserError
+
+__all__ = ["REPLACING", "finish_swap", "put_in_place", "refuse_stranger", "staged_folder", "work_folder"]
+
+REPLACING = ".replacing"
+"""Lies in a folder on an object store while its files are exchanged, and names the folder that they come from."""
+OLD = ".old"
+
+
+def work_folder(uri: str, key: str) -> str:
+    """A folder beside `uri`, hidden, that every process that can reach `uri` can write in."""
+    uri = locations.followed(uri)
+    return locations.join(uri.rpartition("/")[0], f".{locations.name_of(uri)}.{key}")
+
+
+@contextmanager
+def staged_folder(uri: str, marker: str) -> Iterator[str]:
+    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes."""
+    finish_swap(uri, marker)
+    refuse_stranger(uri, marker)
+    staged = work_folder(uri, secrets.token_hex(4))
+    try:
+        with locations.in_one_line(uri):
+            yield staged
+        put_in_place(staged, uri, marker)
+    finally:
+        locations.remove(staged)
+
+
+def refuse_stranger(uri: str, marker: str) -> None:
+    """Raise UserError if something lies at `uri` that is neither empty nor has the file `marker`."""
+    if any(locations.exists(place) for place in (locations.join(uri, marker), locations.join(uri, REPLACING))):
+        return
+    path = locations.local_path(uri)
+    with locations.in_one_line(uri):
+        if locations.exists(uri) and (path is None or not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{uri} exists and holds no {marker}, so it was not made by this command; "
+                "remove it or give another output folder"
+            )
+
+
+def put_in_place(staged: str, uri: str, marker: str) -> None:
+    """Let the folder `staged` become `uri`, in the place of what lies there.
+
+    staged  a `work_folder` of `uri`, or a folder directly in one
+    marker  the file whose presence means that a folder is whole
+    """
+    uri = locations.followed(uri)
+    assert locations.exists(locations.join(staged, marker)), f"{marker} was not written"
+    refuse_stranger(uri, marker)
+    if locations.local_path(uri) is None:
+        _replace_remote(staged, uri, marker)
+    else:
+        with locations.in_one_line(uri):
+            _replace_local(Path(staged), Path(uri))
+
+
+def finish_swap(uri: str, marker: str) -> None:
+    """Complete or undo a swap at `uri` that was interrupted. No other job may be writing there."""
+    uri = locations.followed(uri)
+    if locations.local_path(uri) is None:
+        if locations.exists(locations.join(uri, REPLACING)):
+            staged = locations.read_json(locations.join(uri, REPLACING))["by"]
+            if locations.exists(locations.join(staged, marker)):
+                _replace_remote(staged, uri, marker)
+                locations.remove(staged)
+        return
+    parent, name = uri.rpartition("/")[0], locations.name_of(uri)
+    pattern = re.compile(re.escape(f".{name}.") + r"[0-9a-f]+" + re.escape(OLD))
+    for old in sorted(filter(pattern.fullmatch, locations.names_in(parent or "/"))):
+        with locations.in_one_line(uri):
+            _finish_local(Path(parent or "/") / old, Path(uri), marker)
+
+
+def _replace_local(staged: Path, target: Path) -> None:
+    for path in staged.rglob(".*"):  # what a writer that was killed left
+        path.unlink()
+    if not target.exists():
+        staged.rename(target)
+        return
+    work = staged if staged.parent == target.parent else staged.parent
+    old = work.with_name(work.name + OLD)
+    target.rename(old)
+    staged.rename(target)
+    shutil.rmtree(old)
+
+
+def _finish_local(old: Path, target: Path, marker: str) -> None:
+    if not target.exists():
+        work = old.with_name(old.name.removesuffix(OLD))
+        staged = [path.parent for path in (work / marker, *work.glob(f"*/{marker}")) if path.exists()]
+        (staged[0] if staged else old).rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_remote(staged: str, target: str, marker: str) -> None:
+    """Object stores have no rename: the old marker goes first and the new one comes last; REPLACING lies between."""
+    locations.write_json(locations.join(target, REPLACING), {"by": staged})
+    locations.remove(locations.join(target, marker))
+    for entry in locations.list_files(target):
+        locations.remove(entry.uri)
+    names = [entry.name for entry in locations.list_files(staged) if entry.name != marker]
+    for some in filter(None, (names, [marker])):
+        locations.copy_files(*([locations.join(folder, name) for name in some] for folder in (staged, target)))
+    locations.remove(locations.join(target, REPLACING))

@@ -1,0 +1,1 @@
+"""Text at rest: tokenizers, chat templates, conversations, grammars, prompts."""

@@ -1,0 +1,308 @@
+"""How does text become token ids, and ids text?
+
+`Tokenizer` wraps a Hugging Face fast tokenizer. Text is plain text unless a method says otherwise: nothing is added to
+it (no BOS, no EOS), and a string in it that looks like a special token, such as <|endoftext|>, is split like any other
+word. Conversations, whose templates speak special tokens: `chat_tokens`. Added tokens that
+the tokenizer does not call special (Qwen's <think>, for one) stay single tokens. The mask token is no token of the
+tokenizer: it is a row of the vocabulary at or above `vocab_len`, so no text can ever contain it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.text.chat_template import (
+    DEFAULT,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    ChatTemplate,
+    content_of,
+    template_sources,
+    tokenizer_config,
+)
+from tidar_core.artifacts.text.detokenizer import Detokenizer, TextStream, parts_of
+from tidar_core.errors import TokenizerError, UserError
+
+__all__ = ["Tokenizer", "load_tokenizer", "train_bpe"]
+
+TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
+END_OF_TEXT = "<|endoftext|>"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Pieces within which BPE merges: words with the space before them, up to three digits, runs of signs, runs of white
+space, so that an indentation is one token."""
+
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+"""The class that `save` names, in which transformers takes tokenizer.json as it is; any other may rebuild it."""
+SIGNS_BEFORE = ("\n", ".", "a", "0")
+"""Signs for `encode_behind`: the first is taken that no token joins with the text behind it."""
+WHITE_SPACE = "".join(sign for sign in map(chr, range(0x3001)) if sign.isspace() and not "\x1c" <= sign <= "\x1f")
+"""Signs that an added token takes with it where its name says so (lstrip, rstrip)."""
+NOT_SAVED = ("chat_template", "auto_map", "add_bos_token", "add_eos_token")
+"""Settings that lie elsewhere, or that would have transformers use anything but tokenizer.json."""
+
+
+def load_tokenizer(uri: str | Path) -> "Tokenizer":
+    """The tokenizer in a Hugging Face folder: what tokenizer.json says, whatever class other files name.
+
+    The end-of-text token and the chat templates come from tokenizer_config.json. Never goes to the network.
+    """
+    folder = locations.local_copy(str(uri))
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise TokenizerError(f"{uri} holds no {TOKENIZER_JSON}; give the folder of a Hugging Face fast tokenizer")
+    try:
+        fast = FastTokenizer.from_file(str(folder / TOKENIZER_JSON))
+        config, templates = tokenizer_config(folder), template_sources(folder)
+        _require_added_tokens(fast, config, str(uri))
+        if config.get("eos_token") is None:
+            config["eos_token"] = _end_of_text_of_model(fast, folder / "config.json")
+    except TokenizerError:
+        raise
+    except Exception as error:  # the parser of `tokenizers` raises Exception itself
+        raise TokenizerError(f"the tokenizer in {uri} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if (name := config["eos_token"]) is None:
+        raise TokenizerError(
+            f"the tokenizer in {uri} names no end-of-text token; documents cannot be told apart without one: "
+            f"set eos_token in its {CONFIG_JSON}"
+        )
+    if fast.token_to_id(content_of(name)) is None:
+        raise TokenizerError(
+            f"the end-of-text token {content_of(name)!r} of {uri} is no token of its {TOKENIZER_JSON}; mend eos_token"
+        )
+    return Tokenizer(fast, config, templates)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, <|endoftext|> (id 0) included.
+
+    Deterministic: the same texts give the same tokenizer, whatever the number of threads.
+    """
+    if vocab_size < 257:
+        raise TokenizerError(f"vocab_size is {vocab_size}; 256 bytes and {END_OF_TEXT} need at least 257")
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    fast.train_from_iterator(texts, trainer)
+    return Tokenizer(fast, {"eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False})
+
+
+class Tokenizer:
+    """Text to ids and back, always the same way."""
+
+    def __init__(
+        self, fast: FastTokenizer, config: Mapping[str, Any], templates: Mapping[str, str] | None = None
+    ) -> None:
+        """config     what tokenizer_config.json says; its eos_token is one of the tokenizer's
+        templates  sources of chat templates by name
+        """
+        self._fast, self._config = _reading_names_as_text(fast), dict(config)
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._tokens = Detokenizer(fast)
+        self.templates = dict(templates or {})
+        """Sources of the chat templates by name, which `save` writes beside the tokenizer."""
+        eos_id = fast.token_to_id(content_of(config["eos_token"]))
+        assert eos_id is not None, "the end-of-text token is no token"
+        self.eos_id: int = eos_id
+        """The end-of-text token: put after every document, ends every generation."""
+        self.vocab_len: int = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        """Rows of the vocabulary that can stand for text; a model's rows from here on are unused."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides ids: equal for tokenizers that encode alike."""
+        content = locations.canonical_json([json.loads(self.fast_json), self.eos_id])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def fast_json(self) -> str:
+        """The fast tokenizer as Hugging Face writes it into tokenizer.json."""
+        return self._fast.to_str()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, nothing added. Raises UserError for half a character (a lone surrogate)."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
+        """The ids of each text: `encode`, many at once.
+
+        framed  with the special tokens that the tokenizer puts around a text, such as Llama's <|begin_of_text|>
+        """
+        for text in texts:
+            _require_characters(text)
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=framed)]
+
+    def encode_part(self, text: str, *, before: str, after: str = "") -> list[int]:
+        """The ids of a part of a text, as the whole has them there: no space is added where the whole has none.
+
+        before, after  the whole text on both sides of `text`, or as much of it as any added token's name is long
+        """
+        left, right = (self._added_at(before, str.endswith), self._added_at(after, str.startswith))
+        text = text.lstrip(WHITE_SPACE) if left is not None and left.rstrip else text
+        text = text.rstrip(WHITE_SPACE) if right is not None and right.lstrip else text
+        if not text:
+            return []
+        begins_anew = not before or (left is not None and self._prefix != "first")
+        return self.encode(text) if begins_anew else self.encode_behind(text)
+
+    def encode_behind(self, text: str) -> list[int]:
+        """The ids of `text` where other text stands before it: no space is added to its beginning."""
+        if self._prefix == "none":
+            return self.encode(text)
+        for sign in SIGNS_BEFORE:
+            alone, ids = self.encode_batch([sign, sign + text])
+            if ids[: len(alone)] == alone:
+                return ids[len(alone) :]
+        return self.encode(text)
+
+    def places(self, text: str, *, framed: bool = False) -> list[int]:
+        """Where the text of each token of `encode_batch` begins in `text`, in characters."""
+        begins, end = [], 0
+        for token_begin, token_end in self._plain.encode(text, add_special_tokens=framed).offsets:
+            trimmed = text[end:token_begin].isspace()  # by a post-processor; the space is the token's all the same
+            begins.append(end if trimmed or not token_end else token_begin)  # a token that frames has no place
+            end = max(end, token_end)
+        return begins
+
+    def encode_spoken(self, text: str) -> list[int]:
+        """The ids of `text`, in which a special token's name is that token. Never for what a user wrote."""
+        _require_characters(text)
+        return self._special_reader.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Special tokens by their names."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`. Unused rows have none; bytes that are no UTF-8 become U+FFFD.
+
+        skip_special  special tokens have none either; otherwise their names
+        """
+        return self._fast.decode(list(ids), skip_special_tokens=skip_special)
+
+    def continued(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of `ids` behind that of `prompt`; special tokens have none."""
+        stream = self.stream(after=prompt)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def spell(self, token_id: int) -> str:
+        """A name that no other token has: the text of the token; bytes that are no UTF-8 as `bytes:\\xe2\\x80`."""
+        return self._tokens.name(token_id)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token's name; nothing for an unused row."""
+        return self._tokens.bytes_of(token_id)
+
+    def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for ids that come one by one, behind the text of the ids `after`."""
+        return TextStream(self._tokens, skip_special=skip_special, after=after)
+
+    def adopt_chat_template(self, template: ChatTemplate | None) -> None:
+        """From now on `save` writes this chat template beside the tokenizer; None: none."""
+        self.templates = {} if template is None else dict(template.sources)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that `load_tokenizer` opens, and that transformers opens to the same ids."""
+        where = Path(folder)
+        where.mkdir(parents=True, exist_ok=True)
+        (where / TOKENIZER_JSON).write_text(self._fast.to_str(pretty=True), encoding="utf-8")
+        config = {name: value for name, value in self._config.items() if name not in NOT_SAVED}
+        locations.write_json(str(where / CONFIG_JSON), config | {"tokenizer_class": GENERIC_CLASS})
+        for name, source in self.templates.items():
+            file = where / (TEMPLATE_FILE if name == DEFAULT else f"{TEMPLATE_FOLDER}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(source, encoding="utf-8")
+
+    @cached_property
+    def _prefix(self) -> Literal["none", "first", "each"]:
+        """The texts to which the tokenizer adds a space: none; the first part of a text that holds added tokens; each.
+
+        Also "each" where white space at the beginning of a text is dropped.
+        """
+        found = set()
+        for part in [*parts_of(self._fast.normalizer), *parts_of(self._fast.pre_tokenizer)]:
+            if part["type"] == "Metaspace":
+                found.add({"first": "first", "always": "each"}.get(part["prepend_scheme"], "none"))
+            if part["type"] == "Prepend" or part.get("add_prefix_space") or part.get("strip_left"):
+                found.add("each")
+        return "each" if "each" in found else "first" if "first" in found else "none"
+
+    def _added_at(self, text: str, at: Callable[[str, str], bool]) -> AddedToken | None:
+        """The longest added token whose name stands at an end of `text`."""
+        return next((token for token in self._added if at(text, token.content)), None)
+
+    @cached_property
+    def _added(self) -> list[AddedToken]:
+        added = self._fast.get_added_tokens_decoder().values()
+        return sorted(added, key=lambda token: len(token.content), reverse=True)
+
+    @cached_property
+    def _plain(self) -> FastTokenizer:
+        """A twin in which no text is a special token; the tokenizer itself where its model finds none in a text.
+
+        A Unigram model holds its special tokens among its pieces, so text that spells one would become it.
+        """
+        spec = json.loads(self.fast_json) if isinstance(self._fast.model, models.Unigram) else {"model": {"vocab": []}}
+        special = [piece for piece in spec["model"]["vocab"] if piece[0] in self.special_ids]
+        if not special:
+            return self._fast
+        for place, piece in enumerate(special):
+            piece[0] = f"\0 {place} \0"  # no text is this piece: a space becomes another sign before the model sees it
+        return _reading_names_as_text(FastTokenizer.from_str(json.dumps(spec)))
+
+    @cached_property
+    def _special_reader(self) -> FastTokenizer:
+        """A twin that takes special tokens by their names; the setting is no argument of `encode`."""
+        return FastTokenizer.from_str(self.fast_json)
+
+
+def _reading_names_as_text(fast: FastTokenizer) -> FastTokenizer:
+    fast.encode_special_tokens = True
+    return fast
+
+
+def _require_added_tokens(fast: FastTokenizer, config: Mapping[str, Any], uri: str) -> None:
+    """Refuse tokens that tokenizer_config.json adds and tokenizer.json lacks; transformers would add them."""
+    added = {token_id: token.content for token_id, token in fast.get_added_tokens_decoder().items()}
+    for token_id, token in dict(config.get("added_tokens_decoder") or {}).items():
+        if added.get(int(token_id)) != content_of(token):
+            raise TokenizerError(
+                f"{CONFIG_JSON} of {uri} adds token {content_of(token)!r} as id {token_id}, and {TOKENIZER_JSON} does "
+                "not; save the tokenizer with transformers once more"
+            )
+
+
+def _end_of_text_of_model(fast: FastTokenizer, file: Path) -> str | None:
+    """The end-of-text token that config.json names; None where it names none."""
+    found = locations.read_json(str(file)).get("eos_token_id") if file.is_file() else None
+    first = found[0] if isinstance(found, list) and found else found
+    return fast.id_to_token(first) if isinstance(first, int) else None
+
+
+def _require_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text holds half a character at {error.start}, which no text can; give valid UTF-8") from error

@@ -1,0 +1,1 @@
+"""The decoder: requests, plans, pages, sampling, verification, the scheduler."""

@@ -1,0 +1,53 @@
+"""How large is a decoder, in sequences, tokens and pages?
+
+Settled before anything is allocated, so that what cannot be is refused in one line.
+"""
+
+from dataclasses import dataclass
+
+from tidar_core.config import DraftConfig, ModelConfig
+from tidar_core.decoding.page_pool import page_count
+from tidar_core.errors import ConfigError
+
+__all__ = ["DecoderSize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSize:
+    """Sizes of a decoder's cache and batch."""
+
+    rows: int
+    """Sequences that may run together."""
+    context_len: int
+    """Most tokens of prompt and completion."""
+    page_len: int
+    """Tokens of a page."""
+    max_pages: int
+    """Most pages of one sequence."""
+    pages: int
+    """Of the cache."""
+
+    @staticmethod
+    def of(
+        config: ModelConfig, draft: DraftConfig, *, rows: int, context_len: int | None, pages: int | None, page_len: int
+    ) -> "DecoderSize":
+        """Sizes for a model and its drafts, as `Decoder` takes them. Raises ConfigError if they do not fit together."""
+        if draft.block_len > 1 and config.mask_id is None:
+            raise ConfigError(
+                f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
+                "or decode with block_len 1"
+            )
+        context_len = context_len or config.context_len
+        if max(context_len, draft.block_len) > config.context_len:
+            raise ConfigError(
+                f"a context of {context_len} and a block of {draft.block_len} were asked for; the model was built "
+                f"for {config.context_len} positions; ask for no more"
+            )
+        max_pages = page_count(context_len + draft.block_len, page_len)
+        pages = pages or rows * max_pages
+        if pages < max_pages:
+            raise ConfigError(
+                f"the cache has {pages} pages of {page_len} tokens; one context of {context_len} and a "
+                f"block of {draft.block_len} take {max_pages}; give it as many or shorten the context"
+            )
+        return DecoderSize(rows=rows, context_len=context_len, page_len=page_len, max_pages=max_pages, pages=pages)

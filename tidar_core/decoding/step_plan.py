@@ -1,0 +1,101 @@
+"""Which rows does a mode spend on a decode step?
+
+Every mode is a choice, made anew for each step, of how many pending tokens are verified and for which outcomes the next
+block is drafted. The cache is the same for all, so any step may follow any other.
+
+    autoregressive   verify d_1 alone, draft nothing                               1 row a token
+    single-pass      verify all, draft for every outcome (TiDAR, section 3.2)      K + K * K rows
+                     or for some: an outcome without a group takes the next lower group's later masks
+                     or with fewer masks in a block: drafts are guesses, so any number of them is exact
+    two-pass         draft behind d_1, then verify, in turns                       1 + K, then K rows
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tidar_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tidar_core.decoding.request import DecodeStep
+
+__all__ = ["MODES", "FixedMode", "Planner", "StepPlan"]
+
+MODES = ("autoregressive", "single-pass", "two-pass")
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rows of one decode step, the same for every sequence of the batch."""
+
+    clean_len: int
+    """Pending tokens read, d_1 first, 1..K."""
+    groups: tuple[int, ...] = ()
+    """Assumed accepted lengths, ascending, within 1..clean_len, that a block of masks is spent on."""
+    width: int = 0
+    """Masks of each block, up to K; 0 stands for K."""
+
+    def masks(self, block_len: int) -> int:
+        """Masks of each block, where the longest has `block_len`."""
+        return self.width or block_len
+
+    def rows(self, block_len: int) -> int:
+        """Rows of one sequence."""
+        return self.clean_len + len(self.groups) * self.masks(block_len)
+
+
+class Planner(Protocol):
+    """Chooses the plan of each step."""
+
+    @property
+    def drafts_at_prefill(self) -> bool:
+        """Whether a prefill drafts the first block."""
+        ...
+
+    def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
+        """The next step's plan, given how many tokens (d_1 and its drafts) each running request has pending, and how
+        many the longest has in the cache."""
+        ...
+
+    def observe(self, steps: "Sequence[DecodeStep]") -> None:
+        """Learn what came of the plan; a sequence that was preempted brought no step."""
+        ...
+
+    def facts(self) -> dict[str, Any] | None:
+        """What it holds to and why, for reports; None where nothing was chosen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedMode:
+    """One mode for all steps."""
+
+    mode: str
+    block_len: int
+    groups: tuple[int, ...] = ()
+    """single-pass: the groups drafted for; all by default."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.groups != tuple(sorted(set(self.groups) & set(range(1, self.block_len + 1)))):
+            raise ConfigError(f"groups are {self.groups}; they must ascend within 1..{self.block_len}")
+
+    @property
+    def drafts_at_prefill(self) -> bool:
+        """In single-pass mode; in two-pass mode the first step drafts, so that all sequences keep one rhythm."""
+        return self.mode == "single-pass" and self.block_len > 1
+
+    def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
+        """The mode's plan."""
+        if self.mode == "autoregressive" or self.block_len == 1:
+            return StepPlan(1)
+        if self.mode == "single-pass":
+            return StepPlan(self.block_len, self.groups or tuple(range(1, self.block_len + 1)))
+        return StepPlan(self.block_len) if max(pending.values()) > 1 else StepPlan(1, (1,))
+
+    def observe(self, steps: "Sequence[DecodeStep]") -> None:
+        """A fixed mode has nothing to learn."""
+
+    def facts(self) -> None:
+        """It chose nothing."""

@@ -1,0 +1,1 @@
+"""The choice of a decode mode: latencies, acceptance rates, the planner, benchmarks."""

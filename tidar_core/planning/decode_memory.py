@@ -1,0 +1,196 @@
+"""How much memory does a decoder take at most, before it takes any?
+
+Weights, cache and tables have known sizes. What a forward and its sampling take for a while is found by running them on
+tensors without memory (torch's `meta` device), at the largest batch and context. Not counted: what libraries take for
+themselves (a CUDA context, cuBLAS), partial sums of attention kernels, and what an allocator cannot use again.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
+from tidar_core.decoding.batch_state import BatchState
+from tidar_core.decoding.decode_step import ROWS_TOGETHER, DecodeStepRunner
+from tidar_core.decoding.decoder import PREFILL_TOKENS
+from tidar_core.decoding.decoder_size import DecoderSize
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.kernels import PLAIN, reference
+from tidar_core.planning.candidate_plans import few_ways, timed_plans
+from tidar_core.planning.decode_step_benchmark import random_model
+from tidar_core.planning.planner import AUTO
+from tidar_core.transformer.kv_cache import KVCache
+from tidar_core.transformer.model import TidarModel
+
+__all__ = ["LiveBytes", "MemoryBound", "memory_bound"]
+
+META = torch.device("meta")
+SORT_BYTES = 32
+"""Of an element that a CUDA device sorts, besides the two results: CUB's keys, values and indices, each twice."""
+SAMPLED = SamplingConfig(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1)
+"""The sampling that takes most memory."""
+MOST_TOP = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBound:
+    """Bytes on the device, by what takes them."""
+
+    weights: int
+    cache: int
+    """Keys and values of all pages."""
+    tables: int
+    """State of the running sequences, rotations, and products that are looked up."""
+    captured_steps: int
+    """Memory that all captured steps compute in, and their outcomes; 0 where none are captured."""
+    forwards: int
+    """What the largest forward without a capture takes while it runs: a prefill, or a step with rules."""
+    sampling: int
+    """What temperature, top-k, top-p, min-p and beta add to it."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.tables + self.captured_steps + self.forwards + self.sampling
+
+
+@torch.inference_mode()
+def memory_bound(
+    config: ModelConfig, draft: DraftConfig, size: DecoderSize, *, dtype: torch.dtype, mode: str, device: str
+) -> MemoryBound:
+    """The bound of a decoder that runs in `mode` on a device of that kind."""
+    cuda = device == "cuda"
+    weights = sum(p.numel() * p.element_size() for p in random_model(config, dtype, META).parameters())
+    cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META).bytes
+    one_layer = replace(config, layers=1)  # what a forward takes does not depend on their number
+    model = random_model(one_layer, dtype, META)
+    with LiveBytes(META, sort_bytes=SORT_BYTES if cuda else 0) as live:
+        tested = _Tested(model, draft, size, cuda)
+        tables = live.bytes - tested.stepper.cache.bytes
+        greedy, sampled = (live.above(tested.runs(mode, sampling)) for sampling in (SamplingConfig(), SAMPLED))
+    captured = 0
+    if cuda:
+        logits = size.rows * draft.block_len * config.vocab_size * dtype.itemsize
+        captured = max(greedy, sampled) + logits + 8 * size.rows * (1 + draft.block_len)
+    return MemoryBound(
+        weights=weights, cache=cache, tables=tables, captured_steps=captured,
+        forwards=greedy, sampling=max(0, sampled - greedy),
+    )  # fmt: skip
+
+
+class _Tested:
+    """A decoder's device side without memory, full of sequences."""
+
+    def __init__(self, model: TidarModel, draft: DraftConfig, size: DecoderSize, cuda: bool) -> None:
+        self.model, self.size, self.block_len = model, size, draft.block_len
+        config, dtype = model.config, model.embedding.weight.dtype
+        cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META)
+        vocab = config.vocab_size if draft.kind == "sampled" else None
+        state = BatchState(size.rows, draft.block_len, size.max_pages, proposal_vocab=vocab, device=META)
+        kernels = replace(PLAIN, gathering=_no_copy if cuda else _Copying)
+        self.stepper = DecodeStepRunner(self.model, draft, cache, state, kernels)
+
+    def runs(self, mode: str, sampling: SamplingConfig) -> list[Callable[[], object]]:
+        """The largest prefill, and the steps of a mode with and without rules."""
+        plans, most = _plans(mode, self.block_len), self.block_len
+        runs: list[Callable[[], object]] = [self.prefill]
+        runs += [partial(self.step, plan, sampling) for plan in plans]
+        runs.append(partial(self.step, max(plans, key=lambda plan: plan.rows(most)), sampling, Tensor.clone))
+        if sampling is SAMPLED:  # a beta below 1 brings a group for each row
+            runs.append(partial(self.step, StepPlan(most, tuple(range(1, most + 1))), replace(sampling, beta=0.5)))
+        return runs
+
+    def step(
+        self, plan: StepPlan, sampling: SamplingConfig, adjust: Callable[[Tensor], Tensor] | None = None
+    ) -> object:
+        """One decode step of the whole batch."""
+        state = self.stepper.state
+        state.gather_sampling([sampling] * state.rows)
+        copies = state.snapshot()  # as before a capture
+        return copies, self.stepper.step(state.rows, self.stepper.tensors_of(plan), self.size.max_pages, adjust)
+
+    def prefill(self) -> object:
+        """The last chunk of the longest prompt, every token of it scored."""
+        count = min(PREFILL_TOKENS, self.size.context_len - 1)
+        pages = torch.zeros((1, self.size.max_pages), dtype=torch.long, device=META)
+        chunk = torch.zeros((1, count), dtype=torch.long, device=META)
+        plan = StepPlan(count, (count,))
+        hidden = self.stepper.read(pages, self.size.context_len - count, chunk, plan)
+        logprob = self.model.head(hidden[0, :count]).float().log_softmax(-1)
+        return logprob.topk(min(MOST_TOP, logprob.shape[-1]), -1)
+
+
+def _plans(mode: str, block_len: int) -> Sequence[StepPlan]:
+    """The largest plans of a mode: by rows, and by rows that one product with the head serves together."""
+    K = block_len
+    if mode == "autoregressive" or K == 1:
+        return [StepPlan(1)]
+    whole = [StepPlan(1, (1,)), StepPlan(K), StepPlan(K, tuple(range(1, K + 1)))]
+    if mode != AUTO:
+        return {"two-pass": whole[:2], "single-pass": whole[2:]}[mode]
+    together = [plan for plan in timed_plans(few_ways(K)) if plan.rows(K) <= ROWS_TOGETHER]
+    return [*whole, max(together, key=lambda plan: plan.rows(K))]
+
+
+def _no_copy(*_: object) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Attention that reads the cache where it is."""
+    return lambda q, k, v, pages: torch.empty_like(q)
+
+
+class _Copying(reference.Gathering):
+    """Attention that copies one layer's prefixes, as `plain` does."""
+
+    def __call__(self, q_BRHD: Tensor, k_BRGD: Tensor, v_BRGD: Tensor, kv_pages: Tensor) -> Tensor:
+        if self._bias_B1MK is None:
+            share = q_BRHD.shape[2] // k_BRGD.shape[2]
+            self._prepare(share if self._rows > 1 else 1, q_BRHD.dtype, kv_pages)
+        return torch.empty_like(q_BRHD)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made in this context and are still there."""
+
+    def __init__(self, device: torch.device, *, sort_bytes: int = 0) -> None:
+        """device      whose tensors are counted
+        sort_bytes  that a sort takes for an element while it runs
+        """
+        super().__init__()
+        self._device, self._sort_bytes, self.bytes, self._most = device, sort_bytes, 0, 0
+        self._made: dict[int, weakref.ref[Any]] = {}
+
+    def above(self, runs: Sequence[Callable[[], object]]) -> int:
+        """The most that one of `runs` adds to what is there before it."""
+        found = 0
+        for run in runs:
+            before = self._most = self.bytes
+            run()
+            found = max(found, self._most - before)
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.device == self._device]
+        for tensor in made:
+            self._count(tensor.untyped_storage())
+        scratch = self._sort_bytes * made[0].numel() if func._schema.name == "aten::sort" else 0
+        self._most = max(self._most, self.bytes + scratch)
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._made:
+            return
+
+        def gone(_: object) -> None:
+            del self._made[key]
+            self.bytes -= size
+
+        self._made[key] = weakref.ref(storage, gone)
+        self.bytes += size

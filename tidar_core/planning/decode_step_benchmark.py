@@ -1,0 +1,159 @@
+"""What does a decode step of a model cost on this device, by mode, batch and context, and what must it cost?
+
+Weights and cache are random: the time of a step does not depend on what it computes. The floor is what the memory bus
+allows: every weight that a step multiplies with, and every key and value of the prefixes, read once.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tidar_core.config import DraftConfig, ModelConfig
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.transformer.model import TidarModel
+
+__all__ = ["StepCost", "StepShape", "copy_bandwidth", "random_model", "step_costs", "step_plans"]
+
+MEMORY_SHARE = 0.9
+"""Of what is free on the device, the most that a cache may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """A step to be timed."""
+
+    name: str
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """One timed step."""
+
+    step: str
+    rows: int
+    """Of one sequence."""
+    batch: int
+    context: int
+    seconds: float
+    """Median, the copy of the committed tokens to the host included."""
+    over_ar: float
+    """Over the autoregressive step of the same batch and context."""
+    floor_share: float
+    """Time that the memory bus needs for weights, keys and values over the time taken."""
+
+
+def step_plans(block_len: int) -> list[StepShape]:
+    """The steps of every mode: autoregressive first, dense single-pass last; the first alone where K is 1."""
+    K = block_len
+    if K == 1:
+        return [StepShape("autoregressive", StepPlan(1))]
+    some = sorted({1, 2, max(1, K // 4), max(1, K // 2)} - {K})
+    return [
+        StepShape("autoregressive", StepPlan(1)),
+        StepShape("two-pass: draft", StepPlan(1, (1,))),
+        StepShape("two-pass: verify", StepPlan(K)),
+        *(StepShape(f"single-pass, {m} of {K} groups", StepPlan(K, tuple(range(1, m + 1)))) for m in some),
+        StepShape(f"single-pass, all {K} groups", StepPlan(K, tuple(range(1, K + 1)))),
+    ]
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TidarModel:
+    """A model of that shape that was never trained, made on the device."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = TidarModel(config)
+    finally:
+        torch.set_default_dtype(previous)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+    return model.eval()
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 2**30) -> float:
+    """Bytes per second of a large copy on the device, read and written bytes both counted."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * nbytes / _median_seconds(lambda: target.copy_(source), device, 10)
+
+
+def step_costs(
+    model: TidarModel,
+    *,
+    block_len: int,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    bandwidth: float,
+    page_len: int = 16,
+    repeats: int = 15,
+    on_step: Callable[[StepCost], None] = lambda cost: None,
+) -> list[StepCost]:
+    """Time the steps of every mode; batches and contexts whose cache does not fit in memory are left out.
+
+    bandwidth  bytes per second that the floor is reckoned with
+    """
+    costs: list[StepCost] = []
+    for context in contexts:
+        for batch in batches:
+            if not _fits(model, batch, context + block_len):
+                continue
+            decoder = Decoder(
+                model, DraftConfig(block_len=block_len), rows=batch, context_len=context + block_len, page_len=page_len
+            )
+            floor = _bytes_read(decoder, batch, context) / bandwidth
+            ar_seconds = 0.0
+            with decoder.rehearsal(batch, context) as step:
+                for shape in step_plans(block_len):
+                    seconds = _median_seconds(partial(step, shape.plan), decoder.device, repeats)
+                    ar_seconds = ar_seconds or seconds
+                    cost = StepCost(
+                        step=shape.name, rows=shape.plan.rows(block_len), batch=batch, context=context,
+                        seconds=seconds, over_ar=seconds / ar_seconds, floor_share=floor / seconds,
+                    )  # fmt: skip
+                    costs.append(cost)
+                    on_step(cost)
+            del decoder, step
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return costs
+
+
+def _bytes_read(decoder: Decoder, batch: int, context: int) -> int:
+    """Of weights and prefixes, by a step of one row."""
+    config, weight = decoder.model.config, decoder.model.embedding.weight
+    read = sum(p.numel() * p.element_size() for p in decoder.model.parameters())
+    if not config.tied_head:
+        read -= weight.numel() * weight.element_size()  # a few rows of the table are looked up
+    token = 2 * config.layers * config.kv_heads * config.head_size * weight.element_size()
+    return read + batch * context * token
+
+
+def _fits(model: TidarModel, batch: int, tokens: int) -> bool:
+    weight, config = model.embedding.weight, model.config
+    if weight.device.type != "cuda":
+        return True
+    need = 2 * config.layers * config.kv_heads * config.head_size * weight.element_size() * batch * (tokens + 16)
+    return need < MEMORY_SHARE * torch.cuda.mem_get_info(weight.device)[0]
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of `repeats` runs after three to warm up; the device is idle before and after each."""
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    times = []
+    for index in range(3 + repeats):
+        synchronize()
+        began = time.perf_counter()
+        run()
+        synchronize()
+        if index >= 3:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)

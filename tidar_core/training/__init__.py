@@ -1,0 +1,1 @@
+"""Dual-mode training: rows, layouts, losses, schedules, the trainer of one device."""

@@ -1,0 +1,185 @@
+"""What does a packed row become when it is trained in both modes at once?
+
+The clean half is read causally and predicts the next token; the mask half predicts, at each position, the token that
+belongs there (TiDAR, section 3.1: full masking, no shift on the mask half). Other recipes hide less, weigh otherwise,
+or compute some of the blocks.
+
+Shape letters: B rows, S tokens of a row, M tokens of its mask half (S, or fewer), L tokens of a layout (S or S + M).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tidar_core.training.recipe import LEAST_HIDDEN, Draws, Recipe
+from tidar_core.transformer.layout import PADDING, TokenLayout, causal_layout, training_layout
+
+__all__ = ["IGNORED", "TrainBatch", "ar_batch", "dual_mode_batch"]
+
+IGNORED = -100
+"""Target of a row that no loss looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Input tokens, who they are, and what each half must predict."""
+
+    token_BL: Tensor
+    layout: TokenLayout
+    ar_target_BS: Tensor
+    """Next token of the same document, for the first S rows; IGNORED at the end of a document."""
+    diffusion_target_BM: Tensor | None
+    """Token at the mask's own position, for the last M rows; IGNORED in a document's first block, whose masks see
+    nothing. None when there is no mask half."""
+    diffusion_weight_BM: Tensor | None = None
+    """Weight of each such label, fp32; None: all weigh 1."""
+    diffusion_total: Tensor | None = None
+    """What these weights add up to, on average over the recipe's draws, fp64; None: the number of labels."""
+    before_BM: Tensor | None = None
+    """Token before each mask's own; None when there is no mask half."""
+    teacher_BM: Tensor | None = None
+    """Index in the clean half of the token that predicts the same token as the mask; None: no distillation."""
+    distillation: float = 0.0
+    """Share of the diffusion loss that compares with that token's distribution and not with the label."""
+    whole: TokenLayout | None = None
+    """Of whole rows, where several workers share them and this is the part of one; None: this is all."""
+
+
+def ar_batch(input_ids_BS: Tensor, document_BS: Tensor, trained_BS: Tensor | None = None) -> TrainBatch:
+    """Packed rows for ordinary next-token training.
+
+    trained_BS  whether a token is a label; None: all are
+    """
+    target_BS = _next_token(_labels(input_ids_BS, trained_BS), document_BS)
+    return TrainBatch(input_ids_BS, causal_layout(document_BS), target_BS, None)
+
+
+def dual_mode_batch(
+    input_ids_BS: Tensor,
+    document_BS: Tensor,
+    block_len: int,
+    mask_id: int,
+    trained_BS: Tensor | None = None,
+    *,
+    recipe: Recipe | None = None,
+    seed_B: Sequence[int] | None = None,
+) -> TrainBatch:
+    """Packed rows, doubled: clean tokens, then mask tokens at the same positions.
+
+    trained_BS  whether a token is a label, of either half; None: all are
+    recipe      None: the paper's
+    seed_B      a number for each row that its draws follow from; needed where the recipe draws
+    """
+    recipe = recipe or Recipe()
+    S, device = input_ids_BS.shape[1], input_ids_BS.device
+    assert not recipe.draws or seed_B is not None, "this recipe draws: each row needs a seed"
+    draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
+    layout = training_layout(document_BS, _block_len(recipe, block_len, draws))
+    label_BS = _labels(input_ids_BS, trained_BS)
+    masks = _MaskHalf(
+        layout[..., S:],
+        torch.full_like(input_ids_BS, mask_id),
+        torch.where((document_BS != PADDING) & (layout.block[:, S:] > 0), label_BS, IGNORED),
+        torch.arange(S, device=device).expand_as(input_ids_BS),
+        torch.ones((), device=device),
+    )
+    total = None
+    if recipe.weighs:
+        masks = masks.decayed(recipe.position_decay)
+        total = (masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64)
+    if draws is not None and recipe.masking == "random":
+        masks = masks.partly_shown(input_ids_BS, draws)
+    if draws is not None and recipe.block_share < 1:
+        masks = masks.some_blocks(recipe.mask_len(S, block_len), draws)
+    before_BM = (masks.place - 1).clamp(min=0)
+    return TrainBatch(
+        torch.cat([input_ids_BS, masks.token], 1),
+        layout[..., :S].then(masks.layout),
+        _next_token(label_BS, document_BS),
+        masks.target,
+        masks.weight if recipe.weighs else None,
+        total,
+        input_ids_BS.gather(1, before_BM),
+        before_BM if recipe.distillation else None,
+        recipe.distillation,
+    )
+
+
+def _block_len(recipe: Recipe, block_len: int, draws: Draws | None) -> int | Tensor:
+    """One length for all rows, or one for each [B, 1]."""
+    if len(recipe.block_lens) > 1 and draws is not None:
+        lengths = torch.tensor(recipe.block_lens, device=draws.length_B1.device)
+        return lengths[(draws.length_B1 * len(lengths)).long()]
+    return recipe.block_lens[0] if recipe.block_lens else block_len
+
+
+def _labels(input_ids_BS: Tensor, trained_BS: Tensor | None) -> Tensor:
+    return input_ids_BS if trained_BS is None else torch.where(trained_BS, input_ids_BS, IGNORED)
+
+
+def _next_token(label_BS: Tensor, document_BS: Tensor) -> Tensor:
+    target_BS = torch.full_like(label_BS, IGNORED)
+    goes_on = (document_BS[:, 1:] == document_BS[:, :-1]) & (document_BS[:, 1:] != PADDING)
+    target_BS[:, :-1] = torch.where(goes_on, label_BS[:, 1:], IGNORED)
+    return target_BS
+
+
+@dataclass(frozen=True, slots=True)
+class _MaskHalf:
+    """What the recipe may change of it; all [B, M]."""
+
+    layout: TokenLayout
+    token: Tensor
+    target: Tensor
+    place: Tensor
+    """Index in the row."""
+    weight: Tensor
+
+    def block_start(self) -> Tensor:
+        """Index in the row of the first token of each token's block."""
+        return self.place - (self.layout.position - self.layout.horizon - 1)
+
+    def decayed(self, decay: float | None) -> "_MaskHalf":
+        """Later tokens of a block weigh less."""
+        offset = self.place - self.block_start()
+        weight = torch.ones_like(offset).float() if decay is None else torch.exp(offset.float() / -decay)
+        return replace(self, weight=weight)
+
+    def partly_shown(self, input_ids_BS: Tensor, draws: Draws) -> "_MaskHalf":
+        """Of each block a drawn share stays hidden and weighs its inverse; the rest is shown to the block."""
+        t = (1 - draws.share_BS.gather(1, self.block_start())).clamp(min=LEAST_HIDDEN)
+        hidden = draws.hidden_BS < t
+        return replace(
+            self,
+            token=torch.where(hidden, self.token, input_ids_BS),
+            target=torch.where(hidden, self.target, IGNORED),
+            weight=self.weight / t,
+        )
+
+    def some_blocks(self, mask_len: int, draws: Draws) -> "_MaskHalf":
+        """`mask_len` tokens: as many drawn blocks as surely fit, weighing as many times more as there were; padding."""
+        start = self.block_start()
+        block_len = (self.place - start).amax(1, keepdim=True) + 1
+        has_label = torch.zeros_like(start).scatter_add_(1, start, (self.target != IGNORED).long()) > 0
+        rank = torch.where(has_label, draws.rank_BS, 2.0).argsort(1).argsort(1)
+        count = has_label.sum(1, keepdim=True)
+        kept = torch.minimum(count, mask_len // block_len)
+        chosen = (has_label & (rank < kept)).gather(1, start)
+        index = (~chosen).long().argsort(dim=1, stable=True)[:, :mask_len]
+        held = chosen.gather(1, index)
+
+        def picked(fact: Tensor, otherwise: int) -> Tensor:
+            return torch.where(held, fact.gather(1, index), otherwise)
+
+        weight = self.weight * count / kept.clamp(min=1)
+        layout = TokenLayout(
+            picked(self.layout.document, PADDING),
+            picked(self.layout.position, 0),
+            picked(self.layout.horizon, -1),
+            picked(self.layout.block, 0),
+        )
+        return _MaskHalf(
+            layout, self.token.gather(1, index), picked(self.target, IGNORED), index, weight.gather(1, index)
+        )

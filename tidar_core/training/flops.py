@@ -1,0 +1,65 @@
+"""How much arithmetic does a train step need, and how much can the device do?
+
+Needed, not done: what is computed twice (checkpointing) or in vain (masked scores of a tile) does not count, so that a
+share of the device's peak (MFU) can be compared between methods. A multiplication and its addition are two operations;
+the backward pass needs twice those of the forward pass.
+
+Shape letters: B rows, S tokens of a row.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from tidar_core.config import ModelConfig
+from tidar_core.transformer.layout import CLEAN, PADDING, TokenLayout, causal_layout, training_layout
+
+__all__ = ["layout_pairs", "matmul_peak", "matmul_weights", "train_flops", "visible_pairs"]
+
+
+def matmul_weights(config: ModelConfig) -> int:
+    """Weights that every token is multiplied with: layers and head; not embedding, norms, biases and links."""
+    attention = 2 * (config.heads + config.kv_heads) * config.head_size
+    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+    return config.layers * layer + config.hidden_size * config.vocab_size
+
+
+def visible_pairs(document_BS: Tensor, block_len: int | None = None) -> int:
+    """Pairs of a token and one that it sees, in packed rows; with `block_len`, in the doubled rows. Padding aside."""
+    layout = causal_layout(document_BS) if block_len is None else training_layout(document_BS, block_len)
+    return int(layout_pairs(layout))
+
+
+def layout_pairs(layout: TokenLayout) -> Tensor:
+    """The same of rows that are laid out for training; stays on the device."""
+    offset = layout.position - layout.horizon - 1  # a block of n masks sees n^2 pairs: the first n odd numbers
+    in_block = torch.where(layout.block != CLEAN, 2 * offset + 1, 0)
+    return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
+
+
+def train_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
+    """Operations of forward and backward.
+
+    tokens  that go through the model: those of the doubled row count twice
+    pairs   from `visible_pairs`; each costs a product along the head width for its score and one for its value
+    """
+    return 6 * matmul_weights(config) * tokens + 12 * config.layers * config.heads * config.head_size * pairs
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int = 8192, repeats: int = 10) -> float:
+    """Operations per second of a large square product on this device, random numbers in: the ceiling for MFU."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    _wait(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,95 @@
+"""What does one training forward compute, start to end, for either objective?
+
+A module of its own, so that an engine that shards parameters sees every use of them inside one forward.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tidar_core.training.dual_mode import TrainBatch, ar_batch, dual_mode_batch
+from tidar_core.training.flex_attention import FlexAttention
+from tidar_core.training.losses import LossSums, chunk_loss, loss_sums
+from tidar_core.training.recipe import Recipe
+from tidar_core.training.sequence_parallel import SequenceParallel
+from tidar_core.transformer.attention import Attention, PiecewiseAttention
+from tidar_core.transformer.layout import TokenLayout
+from tidar_core.transformer.model import TidarModel
+
+__all__ = ["Objective"]
+
+
+class Objective(nn.Module):
+    """Packed rows -> sums of the losses."""
+
+    def __init__(
+        self,
+        model: TidarModel,
+        *,
+        dual: bool,
+        block_len: int,
+        recipe: Recipe | None = None,
+        attention: Callable[[TokenLayout], Attention] | None = None,
+        shared: SequenceParallel | None = None,
+    ) -> None:
+        """dual       both halves; otherwise next-token prediction alone
+        recipe     of both halves; None: the paper's
+        attention  form for a batch's layout; None chooses by device
+        shared     the workers that share each row with this one; batches and sums are then this worker's part
+        """
+        super().__init__()
+        assert not dual or model.config.mask_id is not None, "the dual objective needs a model with a mask token"
+        self.model, self.dual, self.block_len, self.recipe = (
+            model,
+            dual,
+            block_len,
+            (recipe or Recipe()).checked(block_len),
+        )
+        self.chunk_loss, self._shared = chunk_loss, shared
+        self._attention = attention or self._attention_of_device
+
+    def batch(
+        self,
+        input_ids_BS: Tensor,
+        document_BS: Tensor,
+        trained_BS: Tensor | None = None,
+        *,
+        seed_B: Sequence[int] | None = None,
+    ) -> TrainBatch:
+        """Inputs and labels of packed rows.
+
+        trained_BS  whether a token is a label; None: all are
+        seed_B      a number for each row that its draws follow from; needed where the recipe draws
+        """
+        if self.dual:
+            mask_id = self.model.config.mask_id
+            assert mask_id is not None
+            batch = dual_mode_batch(
+                input_ids_BS, document_BS, self.block_len, mask_id, trained_BS, recipe=self.recipe, seed_B=seed_B
+            )
+        else:
+            batch = ar_batch(input_ids_BS, document_BS, trained_BS)
+        return self._shared.part(batch) if self._shared else batch
+
+    def compile_parts(self) -> None:
+        """Compile each layer and the loss, in place, for shapes that stay. All layers share one compiled form."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False)
+
+    def forward(self, batch: TrainBatch) -> LossSums:
+        """Loss sums over the labels of `batch`."""
+        head, link, attention = self.model.head, self.model.link, self._attention(batch.whole or batch.layout)
+        if self._shared is None:
+            hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
+            return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link)
+        attention = self._shared.attention(attention, batch.ar_target_BS.shape[1])
+        hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
+        return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered)
+
+    def _attention_of_device(self, layout: TokenLayout) -> Attention:
+        table = self.model.embedding.weight
+        if FlexAttention.suits(table.device, layout.position.shape[-1], self.model.config.head_size):
+            return FlexAttention(layout)
+        return PiecewiseAttention(layout, table.dtype)

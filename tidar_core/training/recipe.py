@@ -1,0 +1,162 @@
+"""By which choices is a model trained in both modes?
+
+The defaults are the paper's; each other choice is an experiment (docs/experiments.md). A choice that draws does so from
+one number per row, so that a resumed run, also on another number of workers, draws the same.
+
+Shape letters: B rows, S tokens of a row, E embedding, R rows of a table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tidar_core.config import ModelConfig
+from tidar_core.errors import ConfigError
+from tidar_core.transformer.model import DraftLink, TidarModel
+
+__all__ = [
+    "MASKINGS",
+    "MASK_STARTS",
+    "Draws",
+    "Recipe",
+    "linked_config",
+    "mask_embedding",
+    "start_draft_link",
+    "start_mask_token",
+]
+
+MASKINGS = ("full", "random")
+MASK_STARTS = ("mean", "normal", "zero")
+LEAST_HIDDEN = 1e-3
+"""Least share of a block that random masking hides, so that its inverse, the weight, stays finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How the doubled row is made and weighed."""
+
+    alpha: float = 1.0
+    """Weight of the AR loss against the diffusion loss (TiDAR, equation 3)."""
+    masking: str = "full"
+    """`full`: the mask half is mask tokens alone. `random`: for each block a share t in (0, 1] is drawn, each of its
+    tokens is hidden with that chance, and the loss of those that are weighs 1 / t (block diffusion's objective)."""
+    block_lens: tuple[int, ...] = ()
+    """Lengths of blocks; each row draws one. Empty: the objective's block length alone."""
+    position_decay: float | None = None
+    """The token at offset i of its block weighs exp(-i / position_decay); None: all weigh the same."""
+    distillation: float = 0.0
+    """Share of the diffusion loss that compares with the model's own AR distribution of the same token, through which
+    no gradient flows, and not with the label."""
+    block_share: float = 1.0
+    """Share of a row's mask half that is computed: blocks are drawn, and weigh as many times more."""
+    mask_start: str | None = None
+    """The mask token's embedding before the first train step: `mean` of the others, plus noise a tenth as wide as they
+    are spread; `normal`: mean and spread of the others; `zero`. None: as it is in the weights, or `mean` where they
+    have no mask token."""
+    link_rank: int | None = None
+    """Rank of what links each draft of a block to the token before it (`tidar_core.transformer.model.DraftLink`). None:
+    as it is in the weights, and those of an AR checkpoint have no link: drafts are independent."""
+
+    def __post_init__(self) -> None:
+        _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")
+        _require(self.masking in MASKINGS, f"masking is {self.masking!r}; it must be one of {MASKINGS}")
+        _require(all(n >= 1 for n in self.block_lens), f"block_lens is {self.block_lens}; each must be at least 1")
+        decay = self.position_decay
+        _require(decay is None or decay > 0, f"position_decay is {decay}; it must be above 0, or left out")
+        _require(0 <= self.distillation <= 1, f"distillation is {self.distillation}; it must be within 0..1")
+        _require(0 < self.block_share <= 1, f"block_share is {self.block_share}; it must be above 0, at most 1")
+        _require(
+            self.mask_start is None or self.mask_start in MASK_STARTS,
+            f"mask_start is {self.mask_start!r}; it must be one of {MASK_STARTS}, or left out",
+        )
+        _require(
+            self.link_rank is None or self.link_rank >= 1,
+            f"link_rank is {self.link_rank}; it must be 1 or more, or left out",
+        )
+
+    def checked(self, block_len: int) -> "Recipe":
+        """This recipe, if it is one for blocks of at most `block_len`."""
+        longest = max(self.block_lens, default=block_len)
+        _require(
+            longest == block_len,
+            f"block_lens is {self.block_lens}; the longest of them must be block_len, {block_len}: change either",
+        )
+        return self
+
+    def mask_len(self, row_len: int, block_len: int) -> int:
+        """Tokens of the mask half of a row; `block_len` where the recipe names no lengths of its own."""
+        if self.block_share == 1:
+            return row_len
+        return max(max(self.block_lens, default=block_len), int(self.block_share * row_len))
+
+    @property
+    def draws(self) -> bool:
+        """Whether a row needs a number that its choices follow from."""
+        return self.masking == "random" or len(self.block_lens) > 1 or self.block_share < 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether labels of the mask half weigh differently."""
+        return self.masking == "random" or self.position_decay is not None or self.block_share < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Numbers in [0, 1) that the choices of each row follow from; in every recipe the same ones."""
+
+    length_B1: Tensor
+    """Which block length."""
+    share_BS: Tensor
+    """t of the block that begins at a token is one less this number."""
+    hidden_BS: Tensor
+    """A token is hidden where this is below t."""
+    rank_BS: Tensor
+    """Blocks are computed in the order of this number at their first token."""
+
+    @classmethod
+    def of(cls, seed_B: Sequence[int], row_len: int, device: torch.device) -> "Draws":
+        """Those of rows with these seeds, whatever they are batched with."""
+        rows = [torch.rand(1 + 3 * row_len, generator=torch.Generator().manual_seed(seed)) for seed in seed_B]
+        return cls(*torch.stack(rows).to(device).split([1, row_len, row_len, row_len], 1))
+
+
+@torch.no_grad()
+def start_mask_token(model: TidarModel, how: str, *, seed: int) -> None:
+    """Set the mask token's embedding, as `Recipe.mask_start` says; tokens of text are the rows before it."""
+    mask_id, table = model.config.mask_id, model.embedding.weight
+    assert mask_id, "the model needs a mask token behind those of text"
+    noise_E = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
+    table[mask_id] = mask_embedding(table[:mask_id].float(), how, noise_E).to(table.dtype)
+
+
+def linked_config(config: ModelConfig, rank: int) -> ModelConfig:
+    """The same with a link of this rank. Raises ConfigError where there is one of another."""
+    held = config.link_rank
+    _require(held in (0, rank), f"link_rank is {rank}; the weights have a link of rank {held}; leave link_rank out")
+    return replace(config, link_rank=rank)
+
+
+def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
+    """Give a model a link that says nothing yet; one of the same rank stays as it is."""
+    table, model.config = model.embedding.weight, linked_config(model.config, rank)
+    if model.link is not None:
+        return
+    model.link = DraftLink(model.config.vocab_size, rank)
+    model.link.start(torch.Generator().manual_seed(seed))
+    model.link.to(table.device, table.dtype)
+
+
+def mask_embedding(real_RE: Tensor, how: str, noise: Tensor) -> Tensor:
+    """A new row, or new rows, for a table whose other rows are `real_RE`.
+
+    noise  standard normal [.., E]
+    """
+    width = {"mean": 0.1, "normal": 1.0}
+    return torch.zeros_like(noise) if how == "zero" else real_RE.mean(0) + width[how] * real_RE.std(0) * noise
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,1 @@
+"""The model and what its tokens may attend to."""

@@ -1,0 +1,247 @@
+"""What logits does a transformer give for tokens at positions, whatever surrounds them?
+
+One decoder-only transformer for the Llama, Qwen2, Qwen2.5 and Qwen3 families. It does not know whether it is trained or
+decodes: who sees whom, and which keys are remembered, is the business of the `Attention` it is called with.
+
+Shape letters: B sequences, L tokens, E embedding, H heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tidar_core.config import ModelConfig
+from tidar_core.transformer.attention import Attention
+
+__all__ = ["DraftLink", "TidarModel", "rotary_frequencies"]
+
+LOOKED_UP_TOKENS = 1024
+"""Up to so large a vocabulary, a decoder keeps what a link says of each token: 4 MiB in fp32."""
+
+
+class TidarModel(nn.Module):
+    """Tokens and positions -> hidden states; `head` turns those that are needed into logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config)
+        self.link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
+        self.tie()
+        self.recompute = False
+        """Keep of a forward only what goes into each layer; the backward pass computes the rest again."""
+        self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
+
+    def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [B, L, E] after the last norm; pass the rows you sample from to `head`."""
+        hidden = self.embedding(token_BL)
+        rotation = self.rotation(position_BL, hidden.dtype)
+        recompute = self.recompute and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rotation, attention)
+        return self.norm(hidden)
+
+    def linked(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Logits of masks [.., V], now that the tokens before theirs [..] are known."""
+        return logits if self.link is None else logits + self.link(before)
+
+    def tie(self) -> None:
+        """Make the head the embedding table, where the config says so."""
+        if self.config.tied_head:
+            self.head.weight = self.embedding.weight  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Random weights: normal, 0.02 wide; narrower where a layer adds to the residual stream (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.link is not None:
+            self.link.start(generator)
+        for name, parameter in self.named_parameters():
+            if name.startswith("link."):
+                continue
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                scale = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+    def rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, L, 1, D] in fp32, then rounded; frequencies are kept outside the weights, which other
+        dtypes and engines move."""
+        device = position_BL.device
+        if device not in self._rotary:
+            frequency, scale = rotary_frequencies(self.config)
+            self._rotary[device] = frequency.to(device), scale
+        frequency, scale = self._rotary[device]
+        angle = position_BL[..., None].float() * frequency
+        angle = torch.cat([angle, angle], -1)[:, :, None]
+        return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+
+class Head(nn.Module):
+    """Hidden states -> logits. The mask token's logit is minus infinity: no loss and no sampler can meet it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.mask_id = config.mask_id
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[.., E] -> [.., V]."""
+        return F.linear(hidden, self.weight, self._mask_bias(hidden))
+
+    def _mask_bias(self, hidden: Tensor) -> Tensor | None:
+        if self.mask_id is None:
+            return None
+        bias = hidden.new_zeros(self.weight.shape[0])
+        bias[self.mask_id].fill_(float("-inf"))  # a store of a number would copy it from the host
+        return bias
+
+
+class DraftLink(nn.Module):
+    """Token -> what it says of the one behind it: logits to add to a mask's, from a table of low rank.
+
+    The masks of a block cannot know each other's tokens, so the likeliest of each do not belong together. One product
+    of rank r makes each follow from the draft before it (as the heads of Hydra do, arXiv 2402.05109).
+    """
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.before = nn.Parameter(torch.empty(vocab_size, rank))
+        self.after = nn.Parameter(torch.empty(vocab_size, rank))
+
+    def forward(self, before: Tensor) -> Tensor:
+        """[..] -> [.., V]."""
+        return F.linear(F.embedding(before, self.before), self.after)
+
+    @torch.no_grad()
+    def final(self) -> Callable[[Tensor], Tensor]:
+        """The same, of weights that change no more: a small vocabulary's products are looked up."""
+        vocab_size = len(self.before)
+        if vocab_size > LOOKED_UP_TOKENS:
+            return self
+        table_VV = self(torch.arange(vocab_size, device=self.before.device))
+        return lambda before: F.embedding(before, table_VV)
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        """Say nothing yet: the model is then the one without a link."""
+        self.before.copy_(torch.randn(self.before.shape, generator=generator))
+        self.after.zero_()
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.hidden_size, config.norm_eps)
+        self.attention = SelfAttention(config, index)
+        self.mlp_norm = RmsNorm(config.hidden_size, config.norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[B, L, E] -> [B, L, E]."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class SelfAttention(nn.Module):
+    """Projections and rotation around whatever `Attention` gathers."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
+        width = (config.heads + 2 * config.kv_heads) * config.head_size
+        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.output = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RmsNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RmsNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[B, L, E] -> [B, L, E]."""
+        qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_size))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        gathered = attention(self.index, _rotate(q, *rotation), _rotate(k, *rotation), v)
+        return self.output(gathered.flatten(2))
+
+
+class Mlp(nn.Module):
+    """SwiGLU; gate and up projection in one product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, L, E] -> [B, L, E]."""
+        gate, up = self.gate_up(hidden).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class RmsNorm(nn.Module):
+    """Divides by the root mean square, then scales."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., size] -> [.., size]."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Radians per position for each pair of a head's dimensions [D / 2], and the factor on cosine and sine.
+
+    Scaling follows the published forms: linear interpolation, Llama 3's, YaRN (arXiv 2309.00071, section 3.2).
+    """
+    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency, 1.0
+    slowed = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slowed, 1.0
+    if scaling.kind == "llama3":
+        rotations = scaling.original_context_len * frequency / (2 * math.pi)
+        keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = keep.clamp(0, 1)
+        return keep * frequency + (1 - keep) * slowed, 1.0
+    first, last = (
+        _yarn_dimension(config, scaling.original_context_len, b) for b in (scaling.beta_fast, scaling.beta_slow)
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), config.head_size - 1)
+    index = torch.arange(config.head_size // 2, dtype=torch.float32)
+    slow = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    return (1 - slow) * frequency + slow * slowed, scaling.attention_factor
+
+
+def _yarn_dimension(config: ModelConfig, context_len: int, rotations: float) -> float:
+    """Dimension whose frequency makes `rotations` turns within the original context."""
+    turns = math.log(context_len / (rotations * 2 * math.pi))
+    return config.head_size * turns / (2 * math.log(config.rope_theta))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
