@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "serve_apps": "tidar_core/ serve_apps/",
     "serve_apps/api": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/messages",
     "serve_apps/messages": "tidar_core tidar_core/decoding tidar_core/planning serve_apps/api serve_apps/replica",
-    "serve_apps/streaming": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/api serve_apps/messages",
+    "serve_apps/streaming": "tidar_core tidar_core/decoding tidar_core/artifacts/ serve_apps/api serve_apps/messages",
     "serve_apps/rollout": "tidar_core tidar_core/artifacts/ serve_apps/settings.py serve_apps/api serve_apps/messages",
     "serve_apps/telemetry": "tidar_core serve_apps/settings.py serve_apps/messages serve_apps/rollout",
     "serve_apps/replica": "tidar_core/ serve_apps/settings.py serve_apps/api serve_apps/messages serve_apps/streaming"
