@@ -1,6 +1,6 @@
 """Plain English in every text of the project, and examples of each rule.
 
-`python tests/english.py PATH...` lists what a path still breaks.
+`python tests/support/english.py PATH...` lists what a path still breaks.
 """
 
 import pytest

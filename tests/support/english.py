@@ -1,6 +1,6 @@
 """Rules of plain English for docstrings, comments, messages, names and documents.
 
-`python tests/english.py PATH...` lists every problem as `file:line: rule: text`; without a path it reads everything.
+`python tests/support/english.py PATH...` lists every problem as `file:line: rule: text`; without a path it reads everything.
 """
 
 import ast
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOMS = ("tidar_core", "pipelines", "serve_apps", "infra", "tests")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "infra/README.md")
 
