@@ -131,6 +131,10 @@ def test_a_sentence_begins_with_its_noun(head):
     assert docstring_rules(f"Table. {head} here.") == ["a sentence begins with its noun"]
 
 
+def test_a_question_may_begin_with_its_pronoun_and_a_legend_of_shapes_may_be_long():
+    assert docstring_rules("Table.\n\nWhat is in it?\n\nShape letters: " + "B rows, " * 20) == []
+
+
 def test_one_may_count_a_noun_and_none_be_a_value():
     assert docstring_rules("Table. One forward of the decoder. `None`: no limit.") == []
 

@@ -27,7 +27,7 @@ FRAGMENT = re.compile(r"(?:Of|By|For|From|With|Where|Whose|What|Who|In which) ")
 QUESTION = re.compile(r"(?:How|Which|Whom|Why|When|Do|Does|Did|May|Has|Have|Are|Is|Was|Can|Must|Should|Will) ")
 """Words that begin no docstring of a module: its question may be the second line only."""
 HEADS = ("That", "Those", "None", "What", "Whoever", "Whatever", "Who")
-"""Pronouns that begin no sentence; the noun is repeated instead. The value `None` has backticks."""
+"""Pronouns that begin no sentence but a question; the noun is repeated instead. The value `None` has backticks."""
 ONE_AS_HEAD = re.compile(r"One (that|who|which|whose|is|was|has|had|with|without|in|on|at|by|from|to|may|must|can)\b")
 
 SPEECH = dict.fromkeys(("say", "says", "said", "saying"), "report, state, define, contain")
@@ -124,7 +124,7 @@ def document_problems(text: str) -> list[Problem]:
 
 
 def prose_problems(parts: list[Block]) -> Iterator[Problem]:
-    """Long sentences, banned words and pronouns at the head of a sentence."""
+    """Long sentences, banned words and pronouns at the head of a sentence; a legend of shape letters may be long."""
     for block in parts:
         plain = LINK.sub(r"\1", CODE.sub("Code", block.text))
         for word in sorted({*re.findall(r"[a-z]+", plain.lower())} & set(WORDS)):
@@ -133,9 +133,10 @@ def prose_problems(parts: list[Block]) -> Iterator[Problem]:
         if block.kind == "literal":
             continue
         for sentence in sentences(block.text):
-            if (count := word_count(sentence)) > MOST_WORDS:
+            if (count := word_count(sentence)) > MOST_WORDS and not sentence.startswith("Shape letters:"):
                 yield Problem("", block.line, f"a sentence has at most {MOST_WORDS} words, not {count}", sentence)
-            if sentence.partition(" ")[0].rstrip(",:;.") in HEADS or ONE_AS_HEAD.match(sentence):
+            pronoun = sentence.partition(" ")[0].rstrip(",:;.") in HEADS and not sentence.endswith("?")
+            if pronoun or ONE_AS_HEAD.match(sentence):
                 yield Problem("", block.line, "a sentence begins with its noun", _short(sentence))
 
 
