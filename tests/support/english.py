@@ -1,6 +1,7 @@
 """Rules of plain English for docstrings, comments, messages, names and documents.
 
-`python tests/support/english.py PATH...` lists every problem as `file:line: rule: text`; without a path it reads everything.
+`python tests/support/english.py PATH...` lists every problem as `file:line: rule: text`. Without a path it reads
+everything.
 """
 
 import ast
