@@ -47,7 +47,7 @@ def test_the_text_of_a_page_is_what_its_reader_sees(corpus):
 
 @pytest.mark.slow
 def test_a_corpus_becomes_a_trained_bundle_with_curves(corpus, tmp_path):
-    sources = sorted((SCRIPTS.parents[1] / "tidar_core").glob("*.py"))
+    sources = sorted((SCRIPTS.parents[1] / "tidar_core/decoding").glob("*.py"))
     documents = [corpus.Document(f"venv:tidar/{path.name}", path.read_text()) for path in sources]
     held_out = corpus.Document("venv:tidar/x.py", documents[0].text)
     held_out = next(d for i in range(5000) if (d := corpus.Document(f"venv:t/{'x' * i}.py", held_out.text)).held_out)

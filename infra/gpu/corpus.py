@@ -15,13 +15,14 @@ import gzip
 import hashlib
 import json
 import lzma
-import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -127,8 +128,8 @@ def write_corpus(documents: list[Document], folder: Path) -> dict[str, int]:
     for document in documents:
         shards[min(int(passed / per_shard), SHARDS - 1)].append(document)
         passed += len(document.text)
-    with multiprocessing.Pool() as pool:
-        pool.starmap(_write_shard, [(folder / f"{i:02d}.jsonl.xz", shard) for i, shard in enumerate(shards)], 1)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compression leaves the interpreter free
+        list(pool.map(_write_shard, [folder / f"{i:02d}.jsonl.xz" for i in range(SHARDS)], shards))
     prompts = [json.dumps({"prompt": _beginning(d.text)}) for d in documents if d.held_out and d.name.endswith(".py")]
     (folder / "prompts.jsonl").write_text("\n".join(prompts[:: max(1, len(prompts) // 128)][:128]) + "\n")
     counts = {
@@ -147,8 +148,8 @@ def read_corpus(folder: Path) -> dict[str, list[str]]:
     paths = sorted(folder.glob("*.jsonl.xz"))
     if not paths:
         raise SystemExit(f"{folder} holds no *.jsonl.xz; run `real_model.py corpus --out {folder}` first")
-    with multiprocessing.Pool(min(len(paths), multiprocessing.cpu_count())) as pool:
-        shards = pool.map(_read_shard, paths, 1)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shards = list(pool.map(_read_shard, paths))
     return {split: [text for shard in shards for text in shard[split]] for split in ("train", "held_out")}
 
 
