@@ -12,7 +12,7 @@ from serve_apps.api.generation_fields import GenerationFields, shown
 from serve_apps.api.grammar_fields import check_size
 from serve_apps.api.json_text import count_values
 from serve_apps.api.parsing import Body
-from serve_apps.messages.generation_request import Chat, GenerationRequest, ToolUse
+from serve_apps.messages.generation_request import Chat, ToolUse
 from tidar_core.config import MOST_LOGPROBS, SamplingConfig
 
 __all__ = ["ChatFields", "ChatRequest", "Messages", "Tool"]
@@ -195,26 +195,9 @@ class ChatRequest(ChatFields, GenerationFields):
         self.chat()
         self.tool_use()
 
-    def prompts(self, reply_id: str) -> list[GenerationRequest]:
-        """One request for each of the n choices."""
-        chat, tools = self.chat(show_tools=self.tool_choice != "none"), self.tool_use()
-        same = self._same_for_all()
-        return [
-            GenerationRequest(
-                request_id=f"{reply_id}-{choice}",
-                prompt=chat,
-                sampling=self.sampling(self._seed(choice)),
-                to_the_end=self._most_tokens is None,
-                tools=tools,
-                logprobs=self.top_logprobs if self.logprobs else None,
-                **same,
-            )
-            for choice in range(self.n)
-        ]
-
     def sampling(self, seed: int) -> SamplingConfig:
         """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
-        most = self._most_tokens
+        most = self.most_tokens
         return self._sampling(
             max_tokens=max(self.min_tokens, 1) if most is None else most,
             seed=seed,
@@ -251,5 +234,6 @@ class ChatRequest(ChatFields, GenerationFields):
         return ToolUse(functions=tuple(functions), required=required, parallel=parallel)
 
     @property
-    def _most_tokens(self) -> int | None:
+    def most_tokens(self) -> int | None:
+        """Most tokens of a text, under either name; None: all that the context has room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

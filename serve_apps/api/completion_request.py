@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field
 from serve_apps.api.bounds import PROMPTS, check_ids_len, check_text_len
 from serve_apps.api.errors import ParameterError, shortened
 from serve_apps.api.generation_fields import GenerationFields, shown
-from serve_apps.messages.generation_request import GenerationRequest
 from tidar_core.config import SamplingConfig
 
 __all__ = ["CompletionRequest"]
@@ -87,25 +86,6 @@ class CompletionRequest(GenerationFields):
                 "unsupported_parameter",
             )
         super().check(given)
-
-    def prompts(self, reply_id: str) -> list[GenerationRequest]:
-        """One request per choice: the n choices of the first prompt, then those of the next."""
-        same = self._same_for_all()
-        return [
-            GenerationRequest(
-                request_id=f"{reply_id}-{place * self.n + choice}",
-                prompt=prompt,
-                sampling=self.sampling(self._seed(choice)),
-                framed=self.add_special_tokens,
-                echo=self.echo,
-                prompt_alone=self.max_tokens == 0,
-                logprobs=self.logprobs,
-                decoding=self.return_decoding,
-                **same,
-            )
-            for place, prompt in enumerate(self.prompt)
-            for choice in range(self.n)
-        ]
 
     def sampling(self, seed: int) -> SamplingConfig:
         """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""

@@ -3,7 +3,6 @@
 OpenAI's with vLLM's extensions. How a body becomes a request, or is refused: `reading`.
 """
 
-import secrets
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from tidar_core.errors import RequestError
 
 __all__ = ["GenerationFields", "StreamOptions", "said_as", "shown"]
 
-SEED_BITS = 63
 LONGEST_VOCABULARY = 2**31 - 1
 
 Name = Annotated[str, Field(max_length=bounds.NAME_CHARS)]
@@ -193,28 +191,6 @@ class GenerationFields(Body):
             logprobs=max(wanted, default=None),
             prompt_logprobs=self.prompt_logprobs is not None or of_prompt,
         )
-
-    def _same_for_all(self) -> dict[str, Any]:
-        """What every choice of every prompt is asked with."""
-        return {
-            "ignore_eos": self.ignore_eos,
-            "pieces": self.stream,
-            "stop": tuple(self.stop),
-            "include_stop": self.include_stop_str_in_output,
-            "skip_special": self.skip_special_tokens,
-            "bad_words": tuple(self.bad_words),
-            "grammar": self.grammar(),
-            "prompt_logprobs": self.prompt_logprobs,
-            "token_ids": self.return_token_ids,
-            "speculative": self.speculative,
-        }
-
-    def _seed(self, choice: int) -> int:
-        """As in vLLM the i-th choice of a prompt has the seed plus i. Without a seed each gets a fresh one."""
-        if self.seed is None:
-            return secrets.randbits(SEED_BITS)
-        seed = self.seed + choice
-        return seed if seed < 2**SEED_BITS else seed - 2 ** (SEED_BITS + 1) + 1  # beyond the last comes the first
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""How does the body of a request come to the ingress?
+"""The way of a request's body from Serve's proxy to the ingress.
 
-Serve's proxy sends an ingress the head of a request, and the ingress asks the proxy's actor for the body: a call that
-takes longer than all that is done with most bodies. So a body that is there at once goes along with the head:
-`PrefetchBody` puts it into the ASGI scope, in the proxy, and `ReplayBody` hands it out in the ingress. Other bodies
-go Serve's way.
+Serve's proxy sends an ingress the head of a request, and the ingress fetches the body from the proxy's actor. This call
+takes longer than the rest of the work on most bodies. So a body that is there at once goes along with the head.
+`PrefetchBody` in the proxy puts it into the ASGI scope, and `ReplayBody` in the ingress returns it. Serve carries all
+other bodies.
 """
 
 import asyncio
@@ -21,17 +21,17 @@ __all__ = ["PrefetchBody", "ReplayBody"]
 KEY = "tidar.body"
 MOST_BYTES = 2**20
 WAIT_SECONDS = 0.01
-"""What is not there by then goes Serve's way."""
+"""Time for a body to arrive. Serve carries a body that arrives later."""
 
 
 class PrefetchBody:
-    """In the proxy."""
+    """ASGI middleware of the proxy."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._unfinished = 0
-        """Requests whose bodies are on their way. Each holds one of the calls that Serve's actor of the proxy can take,
-        1000 in all, so that many more would stop every other request."""
+        """Requests with an incomplete body. Each holds one of the 1000 calls that Serve's actor of the proxy can take.
+        Many more would stop all other requests."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its body if that is here and not large."""
@@ -77,7 +77,7 @@ class PrefetchBody:
 
 
 class ReplayBody:
-    """In the ingress."""
+    """ASGI middleware of the ingress."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -91,8 +91,9 @@ class ReplayBody:
 
 
 def _until_gone(receive: Receive) -> Receive:
-    """What `receive` gives. A client that hangs up in its body cancels Serve's own call for it, where the proxy is
-    called as an actor: that is a disconnection."""
+    """Messages of `receive`, with a disconnection in place of a cancelled call.
+
+    If the proxy is called as an actor, a client that hangs up in its body cancels Serve's own call for the body."""
 
     async def next_message() -> Message:
         try:
@@ -104,7 +105,7 @@ def _until_gone(receive: Receive) -> Receive:
 
 
 def _after(first: Message, receive: Receive) -> Receive:
-    """`first`, and then what `receive` gives."""
+    """The message `first`, and then the messages of `receive`."""
     waiting = [first]
 
     async def next_message() -> Message:

@@ -1,7 +1,7 @@
-"""What becomes of a text when its replica dies?
+"""The failover of texts and calls to another replica when their replica dies.
 
-As long as the client was sent nothing of it, another replica writes it, or the one that takes the dead one's place. A
-text of which something was sent cannot be begun again: it ends with one error.
+As long as no part of a text was sent to the client, another replica generates it, or the successor of the dead replica.
+A text that was sent in part cannot begin again: it ends with one error.
 """
 
 import logging
@@ -18,76 +18,76 @@ from serve_apps.messages.text_delta import GenerationFailed, TextDelta
 __all__ = ["TRIES", "Text", "answer"]
 
 TRIES = 3
-"""Replicas that may die of one request; it could be what kills them."""
+"""Number of replicas that may die during one request: the request could be the cause."""
 LOST = (RayActorError, AioRpcError)
-"""What Serve raises of a replica that is gone: its own error where gRPC says UNAVAILABLE, gRPC's for its other codes.
-What a replica itself raises never comes as either."""
+"""Errors that Serve raises for a lost replica: its own error for gRPC's UNAVAILABLE, and gRPC's error for other codes.
+An error that a replica itself raises never has these types."""
 GONE = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
 RESET = "RST_STREAM"
-"""gRPC's word for a connection that ended within a call; its code is INTERNAL."""
+"""gRPC's detail of a connection that ended within a call; its code is INTERNAL."""
 
 logger = logging.getLogger("ray.serve")
 
 
 class Text:
-    """One text, from whichever replica writes it."""
+    """A text, from the replica that generates it at the time."""
 
-    def __init__(self, ask: Callable[[], Any]) -> None:
-        """ask  has Serve choose a replica; returns the stream of its pieces"""
-        self._ask = ask
+    def __init__(self, call: Callable[[], Any]) -> None:
+        """call  has Serve choose a replica; returns the stream of the replica's deltas"""
+        self._call = call
         self._attempt = 0
-        self.told = False
-        """The client was sent something of it. Whoever sends sets this."""
+        self.sent = False
+        """A part of the text was sent to the client. The sender sets this."""
 
-    def counts(self, piece: TextDelta) -> bool:
-        """The replica that wrote `piece` still writes the text, or has ended it."""
-        return piece.attempt == self._attempt
+    def counts(self, delta: TextDelta) -> bool:
+        """Whether the replica that sent `delta` still generates the text, or has ended it."""
+        return delta.attempt == self._attempt
 
-    async def pieces(self) -> AsyncGenerator[TextDelta | GenerationFailed, None]:
-        """Pieces of the text; closing this frees its row in the replica."""
+    async def deltas(self) -> AsyncGenerator[TextDelta | GenerationFailed, None]:
+        """Deltas of the text. Closing the generator frees the slot of the text in the replica."""
         for left in reversed(range(TRIES)):
-            stream, finished = self._ask(), False
+            stream, finished = self._call(), False
             try:
-                async for piece in stream:
-                    finished = isinstance(piece, GenerationFailed) or piece.finish_reason is not None
-                    yield piece if isinstance(piece, GenerationFailed) or not self._attempt else self._again(piece)
+                async for delta in stream:
+                    finished = isinstance(delta, GenerationFailed) or delta.finish_reason is not None
+                    yield delta if isinstance(delta, GenerationFailed) or not self._attempt else self._again(delta)
                 return
             except LOST as error:
                 if finished:
                     return
                 if not _is_lost(error):
                     raise
-                finished = True  # nobody is left to be told that it is not wanted
-                _give_up_or_go_on(error, told=self.told, left=left)
+                finished = True  # the replica is gone: there is no call to cancel
+                _give_up_or_go_on(error, sent=self.sent, left=left)
                 self._attempt += 1
             finally:
                 if not finished:
                     stream.cancel()
 
-    def _again(self, piece: TextDelta) -> TextDelta:
-        return piece._replace(attempt=self._attempt)
+    def _again(self, delta: TextDelta) -> TextDelta:
+        return delta._replace(attempt=self._attempt)
 
 
-async def answer(ask: Callable[[], Any]) -> Any:
-    """What a replica answers; one that dies of it is not the last to be asked."""
+async def answer(call: Callable[[], Any]) -> Any:
+    """Result of one call of a replica. If the replica dies, another replica is called."""
     left = TRIES
     while True:
         left -= 1
         try:
-            return await ask()
+            return await call()
         except LOST as error:
             if not _is_lost(error):
                 raise
-            _give_up_or_go_on(error, told=False, left=left)
+            _give_up_or_go_on(error, sent=False, left=left)
 
 
 def _is_lost(error: Exception) -> bool:
-    """False for what gRPC says of a replica that lives, such as RESOURCE_EXHAUSTED of a message that is too large."""
+    """Whether the replica is gone. Other gRPC errors come from live replicas, such as RESOURCE_EXHAUSTED."""
     return not isinstance(error, AioRpcError) or error.code() in GONE or RESET in (error.details() or "")
 
 
-def _give_up_or_go_on(error: Exception, *, told: bool, left: int) -> None:
-    if told:
+def _give_up_or_go_on(error: Exception, *, sent: bool, left: int) -> None:
+    if sent:
         raise ReplicaLostError("the replica that wrote this text has died; what was sent of it is all") from error
     if not left:
         raise ReplicaLostError(f"{TRIES} replicas have died with this request; it is not tried again") from error

@@ -1,27 +1,24 @@
-"""How is a request for text answered?
+"""The route of requests for text: a decoder replica generates each text, and the deltas become a response.
 
-Each of its texts is written by a decoder replica. Their pieces become one body, or the events of a stream.
+The response is one body, or the events of a stream.
 """
 
 import logging
-import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serve_apps.api.chat_request import ChatRequest
-from serve_apps.api.completion_request import CompletionRequest
 from serve_apps.api.errors import problem_of
 from serve_apps.ingress import failover
 from serve_apps.ingress.request_limits import Limits
+from serve_apps.ingress.translate import GenerationBody, routed_requests
+from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import TextDelta
-from serve_apps.messages.version_routing import route_of
 from serve_apps.streaming.completion_stream import DONE, Reply, error_event, interleave
 from serve_apps.telemetry.metrics import Counters
 
@@ -32,84 +29,99 @@ BY_GRPC: dict[str, Any] = {
     "request_serialization": "pickle",
     "response_serialization": "pickle",
 }
-"""Pieces of text do not go through Ray's object store, whatever the process prefers in which the handle was made."""
+"""Deltas never go through Ray's object store, whatever the default of the process that made the handle."""
 STREAM_HEADERS: Mapping[str, str] = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""nginx and its like pass each event on at once, and caches keep none."""
+"""Proxies such as nginx pass each event on at once, and caches keep no event."""
 
 logger = logging.getLogger("ray.serve")
 
 Pieces = AsyncGenerator[tuple[int, TextDelta], None]
 
 
-@dataclass(frozen=True, slots=True)
 class Generation:
-    """The decoder, as an ingress sees it."""
+    """The decoder deployment, from the point of view of an ingress."""
 
-    decoder: DeploymentHandle
-    limits: Limits
-    counters: Counters
+    def __init__(self, decoder: DeploymentHandle, limits: Limits, counters: Counters) -> None:
+        self._decoder, self._limits, self._counters = decoder, limits, counters
 
-    async def answer(self, http: Request, reply: Reply, asked: CompletionRequest | ChatRequest) -> Response:
-        """The response to a request that was read. Raises what a client gets as a status."""
+    async def answer(self, http: Request, reply: Reply, body: GenerationBody) -> Response:
+        """The response to a request whose body was read. Raises the error of a request that gets no text at all."""
         http.state.reply = reply  # for the log
-        route = route_of(http.headers, asked.user, reply.reply_id)
-        name = f"{http.headers.get('x-request-id', '')}-{secrets.token_hex(4)}"  # a client may repeat its own
-        prompts = [replace(prompt, route=route) for prompt in asked.prompts(name)]
-        generate = self.decoder.options(stream=True, **BY_GRPC).generate.remote
-        texts = [failover.Text(partial(generate, prompt)) for prompt in prompts]
-        pieces = interleave([text.pieces() for text in texts])
-        heard = self.counters.timed(pieces, streamed=asked.stream)
-        timed = self.limits.timed(heard, http.headers, len(prompts))
-        first = await _until_admitted(timed, len(prompts))
-        if asked.stream:
+        requests = routed_requests(body, http.headers, reply.reply_id)
+        texts = [failover.Text(partial(self._generate, request)) for request in requests]
+        pieces = self._counters.timed(interleave([text.deltas() for text in texts]), streamed=body.stream)
+        timed = self._limits.timed(pieces, http.headers, len(texts))
+        first = await _until_admitted(timed, len(texts))
+        if body.stream:
             events = self._events(reply, texts, first, timed)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         async with aclosing(timed):
             items = [*first, *[item async for item in timed]]
         whole = reply.body((index, piece) for index, piece in items if texts[index].counts(piece))
-        self.counters.count_tokens(reply.tally)
+        self._counters.count_tokens(reply.usage)
         return JSONResponse(whole)
+
+    @cached_property
+    def _generate(self) -> Callable[[GenerationRequest], Any]:
+        """Choice of a replica by Serve. A call returns the stream of the replica's deltas."""
+        generate: Callable[[GenerationRequest], Any] = self._decoder.options(stream=True, **BY_GRPC).generate.remote
+        return generate
 
     async def _events(
         self, reply: Reply, texts: list[failover.Text], first: list[tuple[int, TextDelta]], pieces: Pieces
     ) -> AsyncGenerator[str, None]:
-        """Server-sent events of a stream of texts, whose first pieces are there already."""
-        unfinished, events, ended = len(texts), "", False
+        """Server-sent events of a stream of texts, whose first deltas have come already."""
+        stream, ended = _HeldEvents(reply, texts), False
         try:
             async with aclosing(pieces):
-                async for index, piece in _chained(first, pieces):
-                    if not texts[index].counts(piece):
-                        continue
-                    events += "".join(reply.events(index, piece))
-                    texts[index].told = index in reply.told
-                    unfinished -= piece.finish_reason is not None
-                    if events and unfinished:  # the last ones go with the end: each message costs on its way
+                for item in first:
+                    stream.add(*item)
+                if events := stream.take():
+                    yield events
+                async for index, piece in pieces:
+                    stream.add(index, piece)
+                    if events := stream.take():
                         yield events
-                        events = ""
             ended = True
             if reply.options.include_usage:
-                events += reply.usage_event()
-            yield events + DONE
+                stream.held += reply.usage_event()
+            yield stream.held + DONE
         except Exception as error:
             logger.exception("a stream broke off")
             ended = True
-            self.counters.count_break()
-            yield events + error_event(problem_of(error))
+            self._counters.count_break()
+            yield stream.held + error_event(problem_of(error))
         finally:
-            self.counters.count_tokens(reply.tally)
+            self._counters.count_tokens(reply.usage)
             if not ended:
-                self.counters.count_abandoned("stream")
+                self._counters.count_abandoned("stream")
 
 
-async def _chained(first: list[tuple[int, TextDelta]], pieces: Pieces) -> Pieces:
-    for item in first:
-        yield item
-    async for item in pieces:
-        yield item
+class _HeldEvents:
+    """The events of one stream until they are sent."""
+
+    def __init__(self, reply: Reply, texts: Sequence[failover.Text]) -> None:
+        self._reply, self._texts, self._unfinished = reply, texts, len(texts)
+        self.held = ""
+
+    def add(self, index: int, delta: TextDelta) -> None:
+        """Add the events of a delta, unless its replica has died and another one generates the text."""
+        if not self._texts[index].counts(delta):
+            return
+        self.held += "".join(self._reply.events(index, delta))
+        self._texts[index].sent = index in self._reply.sent
+        self._unfinished -= delta.finish_reason is not None
+
+    def take(self) -> str:
+        """Events to be sent now. The last ones wait for the end of the stream: each message has a cost on its way."""
+        if not self._unfinished:
+            return ""
+        events, self.held = self.held, ""
+        return events
 
 
 async def _until_admitted(pieces: Pieces, prompts: int) -> list[tuple[int, TextDelta]]:
-    """Pieces up to the first one of the prompt that was admitted last; an error until then still has its status."""
+    """Deltas up to the moment when all texts are admitted. An error until then still becomes a status."""
     first: list[tuple[int, TextDelta]] = []
     while len({index for index, _ in first}) < prompts:
         first.append(await anext(pieces))

@@ -1,7 +1,7 @@
-"""How does an ingress end without cutting anybody short?
+"""The graceful end of an ingress: requests in flight are answered, new requests are refused.
 
-It counts who is inside: every request from its first byte to the last byte of its answer. Once it is closing, the
-routes refuse who comes, and whoever ends the service waits until nobody is left.
+A request is in flight from its first byte to the last byte of its response. The service ends once no request is in
+flight.
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,32 +18,32 @@ AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class DrainGate:
-    """Of one ingress."""
+    """The gate of one ingress: a count of the requests in flight, and whether more may come."""
 
     def __init__(self) -> None:
-        self.closing = False
-        self.inside = 0
-        """Requests that are being answered."""
+        self.draining = False
+        self.in_flight = 0
+        """Number of requests in flight."""
 
     def check(self) -> None:
-        """Raise HttpError if nobody may come in any more."""
-        if self.closing:
-            raise HttpError(503, "the service is ending and takes no more requests; ask again", {"Retry-After": "1"})
+        """Raise HttpError if the ingress takes no more requests."""
+        if self.draining:
+            raise HttpError(503, "the service is ending and takes no more requests; try again", {"Retry-After": "1"})
 
 
 class InFlightMiddleware:
-    """ASGI middleware that counts for a doorway."""
+    """ASGI middleware that counts the requests in flight."""
 
-    def __init__(self, app: AsgiApp, doorway: DrainGate) -> None:
-        self._app, self._doorway = app, doorway
+    def __init__(self, app: AsgiApp, gate: DrainGate) -> None:
+        self._app, self._gate = app, gate
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Let one request through; what Serve tells the application of its life is none."""
+        """Count an HTTP request while it is in flight; lifespan events are not counted."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._doorway.inside += 1
+        self._gate.in_flight += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._doorway.inside -= 1
+            self._gate.in_flight -= 1

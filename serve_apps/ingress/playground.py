@@ -1,4 +1,4 @@
-"""What does a person see who opens the service in a browser?
+"""The page that a browser shows at the address of the service.
 
 A page that streams a completion, with and without drafts. It is one file beside this one and fetches from this service
 alone, which its header makes browsers hold it to.

@@ -1,4 +1,4 @@
-"""How much of a service may one request take: how long a body, how much time, how many texts at once?"""
+"""Limits of one request at an ingress: length of its body, time, number of texts."""
 
 import asyncio
 import time
@@ -19,10 +19,10 @@ __all__ = ["Limits"]
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 LONGEST_CONTEXT = 2**31 - 1
 FIRST = 0.7
-"""Of the time that a client's header gives: Serve's proxy reads that header too, and would answer in plain text."""
+"""Share of the time in a client's header. Serve's proxy reads the header too, and would answer in plain text."""
 
 AT_ONCE_SECONDS = 0.01
-"""A body that is whole by then needs no place among those that are waited for."""
+"""A body that is complete by then does not count as a body that is waited for."""
 
 SMALL_BYTES = 2**16
 """A body up to this length is parsed in about a millisecond."""
@@ -50,22 +50,22 @@ class Limits:
     async def read(self, http: HttpRequest, kind: type[Request]) -> Request:
         """The request in a body. Raises RequestError for the first bound that it does not keep."""
         body = await self.body(http.headers, http.stream())
-        asked = await self._parsed(body, kind)
-        if asked.choices > self.choices:
-            param = "prompt" if asked.choices // asked.copies > self.choices else "n"
+        request = await self._parsed(body, kind)
+        if request.choices > self.choices:
+            param = "prompt" if request.choices // request.copies > self.choices else "n"
             raise ParameterError(
-                f"{asked.choices} choices are asked for, prompts times n; at most {self.choices} are written for one "
-                "request; send several requests",
+                f"{request.choices} choices are requested, prompts times n; at most {self.choices} are generated for "
+                "one request; send several requests",
                 param,
             )
-        if asked.copies * len(body) > bounds.COPIES * self.body_bytes:
+        if request.copies * len(body) > bounds.COPIES * self.body_bytes:
             raise ParameterError(
-                f"n is {asked.copies} and the body has {len(body)} bytes; n times the bytes may be "
-                f"{bounds.COPIES * self.body_bytes}; ask for fewer choices",
+                f"n is {request.copies} and the body has {len(body)} bytes; n times the bytes may be "
+                f"{bounds.COPIES * self.body_bytes}; request fewer choices",
                 "n",
             )
-        asked.check_context(self.context_len)
-        return asked
+        request.check_context(self.context_len)
+        return request
 
     async def _parsed(self, body: bytes, kind: type[Request]) -> Request:
         """The request in a body. Large bodies are parsed one after another, and after each the event loop belongs to
@@ -93,7 +93,7 @@ class Limits:
             whole.cancel()
 
     async def in_time(self, work: Awaitable[Item], headers: Mapping[str, str]) -> Item:
-        """What `work` gives. RequestTimeoutError if that takes too long, CapacityError as of `timed`."""
+        """Result of `work`. Raises RequestTimeoutError if that takes too long, and CapacityError as `timed` does."""
         seconds = self._seconds(headers)
         with self._room(1):
             return await _in_seconds(work, seconds, _timeout(seconds))
@@ -160,12 +160,12 @@ class Limits:
         if stated is None:
             return self.seconds
         try:
-            asked = float(stated)
+            seconds = float(stated)
         except ValueError:
-            asked = float("nan")
-        if not asked > 0:
+            seconds = float("nan")
+        if not seconds > 0:
             raise ParameterError(f"the header {TIMEOUT_HEADER} is {stated!r}; it must be a number above 0; drop it")
-        return min(self.seconds, FIRST * asked)
+        return min(self.seconds, FIRST * seconds)
 
 
 async def _in_seconds(work: Awaitable[Item], seconds: float, late: RequestTimeoutError) -> Item:
@@ -177,5 +177,5 @@ async def _in_seconds(work: Awaitable[Item], seconds: float, late: RequestTimeou
 
 def _timeout(seconds: float) -> RequestTimeoutError:
     return RequestTimeoutError(
-        f"the request took longer than {seconds:g} s and was aborted; ask for fewer tokens or come back later"
+        f"the request took longer than {seconds:g} s and was aborted; request fewer tokens or try again later"
     )

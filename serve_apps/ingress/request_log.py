@@ -1,7 +1,6 @@
-"""What does the log say of each request?
+"""The log of requests: one line for each response that has ended, however it ended.
 
-One line when its answer has ended, however it ended: Serve's JSON encoding makes an object of it, with `request_id`,
-which the client finds in X-Request-Id.
+Serve's JSON encoding makes an object of the line. Its `request_id` is in the client's header X-Request-Id.
 """
 
 import asyncio
@@ -16,13 +15,13 @@ from serve_apps.telemetry.tracing import note
 __all__ = ["RequestLog"]
 
 PROBES = ("/health", "/ready", "/metrics")
-"""Asked every few seconds by machines; nobody wants to read that."""
+"""Routes that monitoring calls every few seconds. Such calls are not logged."""
 
 logger = logging.getLogger("ray.serve")
 
 
 class RequestLog:
-    """The outermost layer of the ingress. Whoever answers may leave its reply in the request's state."""
+    """ASGI middleware that logs; the outermost of the ingress. A route may leave its reply in the request's state."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -59,13 +58,13 @@ class RequestLog:
                 note(
                     gen_ai__response__id=reply.reply_id,
                     gen_ai__response__model=reply.card.id,
-                    gen_ai__usage__input_tokens=reply.tally.prompt_tokens,
-                    gen_ai__usage__output_tokens=reply.tally.completion_tokens,
+                    gen_ai__usage__input_tokens=reply.usage.prompt_tokens,
+                    gen_ai__usage__output_tokens=reply.usage.completion_tokens,
                     tidar__complete=complete,
                 )
                 facts |= {
                     "reply_id": reply.reply_id,
-                    "prompt_tokens": reply.tally.prompt_tokens,
-                    "completion_tokens": reply.tally.completion_tokens,
+                    "prompt_tokens": reply.usage.prompt_tokens,
+                    "completion_tokens": reply.usage.completion_tokens,
                 }
             logger.info("answered" if complete else "the client hung up", extra=facts)

@@ -1,7 +1,7 @@
-"""What do Serve's proxies do with a request before the ingress sees it?
+"""The work of Serve's proxies on a request before the ingress receives it.
 
-Serve calls `of_proxies` in each proxy as it starts. From then on the proxy's HTTP server bounds the head of a request,
-bodies go along with their requests, and errors of the proxy itself have the envelope of all others.
+Serve calls `of_proxies` in each proxy as it starts. From then on the proxy's HTTP server limits the head of
+a request, and bodies go along with their requests. Errors of the proxy itself have the envelope of all other errors.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class BoundedHeads(HttpToolsProtocol):
         self._refusal: HttpError | None = None
         self._fed = 0
         self._head_len: int | None = 0
-        """None while a body is read."""
+        """Length of the head so far; `None` while a body is read."""
         self._deadline = self.loop.call_later(HEAD_SECONDS, self._refuse_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -72,7 +72,7 @@ class BoundedHeads(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        """What the client sent; a header that has no end is bounded by the chunks that hold nothing else."""
+        """Feed data of the client to the parser. Chunks that complete no header count against the limit."""
         self._begun = False
         super().data_received(data)
         self._fed = 0 if self._begun or self._head_len is None else self._fed + len(data)
@@ -147,5 +147,5 @@ def _is_plain_error(start: Any) -> bool:
 
 
 def _words(text: bytes) -> str:
-    said = " ".join(text.decode(errors="replace").split()).strip("'\"")
-    return f"the proxy of the service says: {said or 'nothing'}; ask again"
+    words = " ".join(text.decode(errors="replace").split()).strip("'\"")
+    return f"the proxy of the service reports: {words or 'nothing'}; try again"

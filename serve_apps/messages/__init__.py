@@ -1,1 +1,1 @@
-"""What crosses the border of a process: plain dataclasses."""
+"""Messages that cross the border of a process: plain dataclasses and tuples."""

@@ -1,4 +1,4 @@
-"""What is a decoder replica asked to write?"""
+"""The request for one text, from the ingress to a decoder replica."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,77 +13,77 @@ __all__ = ["Chat", "GenerationRequest", "ToolUse"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """Which functions a model may call."""
+    """Functions that a model may call."""
 
     functions: tuple[Mapping[str, Any], ...]
-    """Each as OpenAI has it: name, parameters, strict."""
+    """Each in OpenAI's form: name, parameters, strict."""
     required: bool = False
-    """One of them must be called, and nothing else said."""
+    """The text must be a call of one of the functions, and nothing else."""
     parallel: bool = True
-    """Several calls may come in one answer."""
+    """One response may have several calls."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the functions."""
+        """Names of the functions."""
         return frozenset(function["name"] for function in self.functions)
 
     @property
     def strict(self) -> bool:
-        """Arguments of some of them must keep to their schemas."""
+        """At least one function requires that arguments match its schema."""
         return any(function.get("strict") for function in self.functions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A conversation to be continued; the replica renders and encodes it."""
+    """A conversation to be continued. The replica renders and encodes it."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
-    """As the template is shown them."""
+    """Tools in the form that the template receives."""
     add_generation_prompt: bool = True
     leave_open: bool = False
-    """The last message is to be continued."""
+    """The last message is continued."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the template reads."""
+    """Further variables of the template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One text to be written, as it is asked of a decoder replica."""
+    """The request for one text."""
 
     request_id: str
     prompt: str | tuple[int, ...] | Chat
     sampling: SamplingConfig
-    """Its eos_ids are the request's own stop tokens; the replica adds the end tokens of the model, and the tokens
-    of bad words. Its logprobs are the most that any part of the answer wants."""
+    """Sampling parameters. `eos_ids` has only the request's own stop tokens: the replica adds the model's end tokens.
+    It also adds the tokens of bad words. `logprobs` is the largest count that any part of the response needs."""
     framed: bool = False
-    """A prompt of text is read with the special tokens that the tokenizer puts around texts."""
+    """A prompt of text is encoded with the special tokens that the tokenizer puts around texts."""
     to_the_end: bool = False
-    """Of the context: max_tokens is whatever room the prompt leaves."""
+    """max_tokens is the room that the prompt leaves in the context."""
     ignore_eos: bool = False
     pieces: bool = True
-    """Text is wanted as it comes; otherwise all at the end."""
+    """Text is sent while it is generated; otherwise at the end."""
     stop: tuple[str, ...] = ()
     include_stop: bool = False
-    """The stop string, or the stop token's text, is part of the text."""
+    """The text keeps its stop string, or the text of its stop token."""
     skip_special: bool = True
-    """Special tokens have no text."""
+    """Special tokens add no text."""
     bad_words: tuple[str, ...] = ()
     grammar: AskedGrammar | None = None
     tools: ToolUse | None = None
     echo: bool = False
-    """The prompt is the beginning of the text."""
+    """The text begins with the prompt."""
     prompt_alone: bool = False
-    """max_tokens was 0: nothing is written after the prompt."""
+    """max_tokens was 0: no token follows the prompt."""
     logprobs: int | None = None
-    """How many of the likeliest tokens are told for each token of the text."""
+    """Number of likeliest tokens in the response for each token of the text."""
     prompt_logprobs: int | None = None
-    """And for each token of the prompt."""
+    """The same number for each token of the prompt."""
     token_ids: bool = False
-    """The ids of all tokens are told too."""
+    """The response has the ids of all tokens."""
     decoding: bool = False
-    """And how they came to be."""
+    """The response has the origin of each token (`api/token_origins.py`)."""
     speculative: bool = True
     """False: one token per forward, without drafts."""
     route: Route = field(default_factory=Route)
-    """Which version shall write it."""
+    """Decides which model version generates the text."""

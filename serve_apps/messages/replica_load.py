@@ -1,6 +1,7 @@
-"""How busy is a decoder replica, and what has its cache spared it?
+"""The load of a decoder replica.
 
-Read beside the decoder's thread, without stopping it: each number is right, together they may be a step apart.
+It is read beside the decoder's thread, without stopping the thread. So each number is right, but two of them may belong
+to successive forwards.
 """
 
 import os
@@ -17,41 +18,41 @@ __all__ = ["Load", "load_of", "together"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One replica at one moment."""
+    """Load of one replica at one moment."""
 
     replica: str
     pid: int
-    """Its process."""
+    """Process of the replica."""
     decoder_pid: int
-    """That of its decoder."""
+    """Process of its decoder."""
     rows: int
-    """Sequences that it decodes together."""
+    """Slots: sequences that it decodes together."""
     running: int
-    """Sequences that hold a row."""
+    """Sequences that hold a slot."""
     waiting: int
-    """Sequences that wait for one."""
+    """Sequences that wait for a slot."""
     waiting_tokens: int
-    """Tokens that those bring and are expected to write."""
+    """Tokens of the waiting sequences: their prompts and the expected length of their texts."""
     tokens_per_forward: float
-    """Read and written lately, over all sequences; 0 before the first forward."""
+    """Recent throughput over all sequences, prompt tokens included; 0 before the first forward."""
     forwards_per_second: float
     pages_held: int
     """Pages of the KV cache that sequences hold."""
     pages: int
     shared_tokens: int
-    """Prompt tokens found in the cache since the replica began."""
+    """Prompt tokens found in the cache since the start of the replica."""
     preemptions: int
-    """Sequences that gave up their pages since then."""
+    """Sequences that gave up their pages since the start of the replica."""
     mode: str
-    """The planner's present choice."""
+    """Mode that the planner has chosen."""
     expected_over_ar: float | None
-    """Tokens per second that it promises over the autoregressive mode's; None where the mode is fixed."""
+    """Expected speedup of that mode over the autoregressive mode; None if the mode is fixed."""
 
 
 def load_of(batcher: Scheduler, pace: ThroughputEstimate, replica: str) -> Load:
-    """What a batcher and its decoder are at.
+    """Load of an engine, under the name of its replica.
 
-    pace  that the decoder is measured to have
+    pace  measured throughput of the decoder
     """
     decoder, planner = batcher.decoder, batcher.planner
     mode, expected = "", None
@@ -79,6 +80,6 @@ def load_of(batcher: Scheduler, pace: ThroughputEstimate, replica: str) -> Load:
 
 
 def together(loads: Sequence[Load]) -> Load:
-    """The load of a replica with several engines, each of which said its own; the rest is the first one's."""
+    """Load of a replica with several engines: counts are sums, other values belong to the first engine."""
     counted = ("rows", "running", "waiting", "waiting_tokens", "pages_held", "pages", "shared_tokens", "preemptions")
     return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in counted})

@@ -1,7 +1,4 @@
-"""How long did each part of a text take?
-
-Marked by the decoder's thread, told when the text is complete.
-"""
+"""Durations of the phases of one request. The decoder's thread records them; the last delta carries them."""
 
 from dataclasses import dataclass
 
@@ -10,32 +7,32 @@ __all__ = ["RequestTiming", "TimingRecorder"]
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """Of one text in its replica, in seconds."""
+    """Durations of one text in its replica, in seconds."""
 
     queue: float
-    """From when it was asked for until it had a row."""
+    """Time from the request until it had a slot."""
     prefill: float
-    """From then until its first token."""
+    """Time from there to the first token."""
     decode: float
-    """From then until its last."""
+    """Time from the first to the last token."""
 
 
 @dataclass(slots=True)
 class TimingRecorder:
-    """When what happened to one text, by one clock."""
+    """Times of the events of one request, by one clock."""
 
-    asked: float | None = None
+    requested: float | None = None
     begun: float | None = None
     first: float | None = None
     last: float | None = None
 
-    def hear(self, now: float) -> None:
-        """Tokens have come."""
+    def record_tokens(self, now: float) -> None:
+        """Record that tokens have come."""
         self.first, self.last = self.first or now, now
 
     @property
-    def lap(self) -> RequestTiming | None:
-        """Once tokens have come."""
-        if self.asked is None or self.begun is None or self.first is None or self.last is None:
+    def timing(self) -> RequestTiming | None:
+        """Durations so far; None before the first token."""
+        if self.requested is None or self.begun is None or self.first is None or self.last is None:
             return None
-        return RequestTiming(self.begun - self.asked, self.first - self.begun, self.last - self.first)
+        return RequestTiming(self.begun - self.requested, self.first - self.begun, self.last - self.first)

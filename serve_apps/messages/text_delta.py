@@ -1,7 +1,7 @@
-"""What does a decoder replica tell the ingress of one text?
+"""The messages of one text on its way from the decoder to the ingress.
 
-Pieces, each with the new text and with all that it has cost so far; or that it has failed. They are tuples, which are
-pickled in C, since the decoder waits for whatever its event loop does.
+A delta has the new text and the cost of the text so far. The messages are tuples, which Python pickles in C, because
+the decoder and the event loops pay for every delta.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ __all__ = ["GenerationFailed", "TextDelta", "UsageCounts"]
 
 
 class UsageCounts(NamedTuple):
-    """What prompts have cost so far, and how their drafts fared."""
+    """Cost of one or several texts so far, and the fate of their drafts."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     histogram: tuple[int, ...] = ()
-    """At index j, the decode steps in which j speculative tokens stood; K entries."""
+    """At index j, the number of decode steps that accepted j speculative tokens; K entries."""
     cached_tokens: int = 0
-    """Of the prompts' tokens, those that were in the cache already."""
+    """Prompt tokens that were in the cache already."""
 
     def __add__(self, other: "UsageCounts") -> "UsageCounts":  # type: ignore[override]
         return UsageCounts(
@@ -42,8 +42,8 @@ class UsageCounts(NamedTuple):
             self.cached_tokens + other.cached_tokens,
         )
 
-    def usage(self) -> Usage:
-        """Tokens read and written."""
+    def for_response(self) -> Usage:
+        """Tokens of prompts and texts, for a response."""
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -52,7 +52,7 @@ class UsageCounts(NamedTuple):
         )
 
     def metrics(self) -> Metrics | None:
-        """How the drafts fared; None in the autoregressive mode, which has none."""
+        """Statistics of the drafts; None in the autoregressive mode, which has no drafts."""
         spec_tokens, steps = len(self.histogram) - 1, sum(self.histogram)
         if spec_tokens < 1:
             return None
@@ -71,36 +71,38 @@ class UsageCounts(NamedTuple):
 
 
 class TextDelta(NamedTuple):
-    """What has come of one text since its last piece; the first says that it was admitted and may have no text."""
+    """New text since the last delta. The first delta means that the request was admitted, and may have no text."""
 
     text: str
     finish_reason: FinishReason | None
-    """Set on the last piece."""
-    tally: UsageCounts
+    """Set in the last delta."""
+    usage: UsageCounts
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the text."""
     logprobs: Logprobs | list[ChatTokenLogprob] | None = None
-    """Of the tokens whose text has been told by now, where asked for."""
+    """Logprobs of the tokens whose text has been sent by now, if requested."""
     prompt_logprobs: PromptScores | None = None
-    """With the first text, where asked for."""
+    """Logprobs of the prompt, with the first text, if requested."""
     token_ids: tuple[int, ...] | None = None
-    """New tokens, where asked for."""
+    """New tokens, if requested."""
     prompt_token_ids: tuple[int, ...] | None = None
-    """With the first piece, where asked for."""
+    """Tokens of the prompt, in the first delta, if requested."""
     decoding: Decoding | None = None
-    """Of new tokens, where asked for."""
+    """Origins of new tokens, if requested."""
     tool_form: str | None = None
-    """With the first piece, where functions may be called: how calls are written (`tool_forms.FORMS`)."""
-    lap: RequestTiming | None = None
-    """With the last piece."""
+    """Form of calls (`tool_call_formats.FORMS`), in the first delta, if functions may be called."""
+    timing: RequestTiming | None = None
+    """Durations of the request, in the last delta."""
     fingerprint: str = ""
-    """With the first piece: of the weights that write the text, and of how they are decoded."""
+    """Identifies the weights and the way of decoding; in the first delta."""
+    forwards: int = 0
+    """Forwards so far that gave the text tokens."""
     attempt: int = 0
-    """Replicas that had died before this one wrote the text."""
+    """Number of replicas that died before this replica began the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationFailed:
-    """The end of a text that cannot be completed."""
+    """The end of a text that failed."""
 
     error: Exception

@@ -1,4 +1,4 @@
-"""How has one version of a model done?"""
+"""Counts of the texts that one model version generated."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -11,16 +11,16 @@ __all__ = ["Since", "VersionReport", "VersionStats"]
 
 @dataclass(slots=True)
 class VersionStats:
-    """Of the texts that a version has written at one replica, or at several together."""
+    """Counts of one version at one replica, or at several replicas together."""
 
     texts: int = 0
-    """Written to their ends."""
+    """Texts generated to their end."""
     errors: int = 0
-    """Texts that the server failed to write."""
+    """Texts that failed by an error of the server."""
     refused: int = 0
-    """Texts that could not be asked for in that way, or not then."""
+    """Texts refused for a wrong request or a lack of capacity."""
     aborted: int = 0
-    """Texts that the client did not wait for."""
+    """Texts whose client left before the end."""
     tokens: int = 0
     forwards: int = 0
     """Forwards that gave a text tokens, counted for each text."""
@@ -28,13 +28,13 @@ class VersionStats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     seconds: float = 0.0
-    """From a text's arrival to its end, over all that were written to their ends."""
+    """Sum of the times from arrival to end, over `texts`."""
     first_seconds: float = 0.0
-    """From a text's arrival to its first token, over all that had one."""
+    """Sum of the times from arrival to first token, over `firsts`."""
     firsts: int = 0
     """Texts that had a first token."""
     plain_tokens: int = 0
-    """Of texts that were to be written without drafts: a forward each, which says nothing about a version."""
+    """Tokens of texts that were requested without drafts. Each takes one forward, whatever the version."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -43,19 +43,19 @@ class VersionStats:
         return type(self)(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     def count_first(self, seconds: float) -> None:
-        """A text has its first token, so long after it was asked for."""
+        """Count the first token of a text, `seconds` after its arrival."""
         self.firsts += 1
         self.first_seconds += seconds
 
-    def count(self, outcome: str, tally: UsageCounts, seconds: float) -> None:
-        """A text has ended, so long after it was asked for.
+    def count(self, outcome: str, usage: UsageCounts, seconds: float) -> None:
+        """Count the end of a text, `seconds` after its arrival.
 
-        outcome  `texts`, `errors`, `refused` or `aborted`, as the fields are called
+        outcome  name of a field: `texts`, `errors`, `refused` or `aborted`
         """
         setattr(self, outcome, getattr(self, outcome) + 1)
         self.seconds += seconds if outcome == "texts" else 0.0
-        self.tokens += tally.completion_tokens
-        if (metrics := tally.metrics()) is not None:
+        self.tokens += usage.completion_tokens
+        if (metrics := usage.metrics()) is not None:
             drafts = metrics.speculative_decoding
             self.drafts += drafts.num_spec_steps
             self.draft_tokens += drafts.num_draft_tokens
@@ -63,40 +63,40 @@ class VersionStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Of texts that may be drafted. 1 is autoregressive; 0 before the first forward."""
+        """Mean over texts with drafts. 1 means autoregressive; 0 before the first forward."""
         forwards = self.forwards - self.plain_tokens
         return (self.tokens - self.plain_tokens) / forwards if forwards > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionReport:
-    """One version at one replica."""
+    """State and counts of one version at one replica."""
 
     replica: str
     version: str
-    """What logs and metrics call it."""
+    """Label of the version in logs and metrics."""
     fingerprint: str
     bundle_hash: str
     state: str
-    """`champion`, `challenger`, `loading`, `leaving` while it ends its last texts, `failed` to load, or `gone`."""
+    """`champion`, `challenger`, `loading`, `leaving` while its last texts end, `failed` to load, or `gone`."""
     problem: str
-    """Why it failed to load; empty if it did not."""
+    """Error of a version that failed to load; otherwise empty."""
     totals: VersionStats
 
 
 class Since:
-    """Totals over all replicas since a moment, those that have died included."""
+    """Counts over all replicas since a moment. Replicas that have died since are included."""
 
     def __init__(self, reports: Iterable[VersionReport]) -> None:
-        """reports  of that moment"""
+        """reports  reports of that moment"""
         self._then = {(report.replica, report.bundle_hash): report.totals for report in reports}
         self._now = dict(self._then)
 
-    def hear(self, reports: Iterable[VersionReport]) -> None:
-        """Take in later reports."""
+    def update(self, reports: Iterable[VersionReport]) -> None:
+        """Add later reports."""
         self._now |= {(report.replica, report.bundle_hash): report.totals for report in reports}
 
     def totals(self, bundle_hash: str) -> VersionStats:
-        """Of one version."""
+        """Counts of one version."""
         grown = (now - self._then.get(key, VersionStats()) for key, now in self._now.items() if key[1] == bundle_hash)
         return sum(grown, VersionStats())

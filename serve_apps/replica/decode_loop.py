@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from serve_apps.messages.request_timing import TimingRecorder
 from serve_apps.replica.throughput import ThroughputEstimate
@@ -22,7 +23,7 @@ from tidar_core.decoding.request import DecodeStep, Request
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.errors import CapacityError, TidarError
 
-__all__ = ["DecodeLoop"]
+__all__ = ["DecodeLoop", "StepReceiver"]
 
 FAILURES_TOLERATED = 3
 """Forwards that may fail in a row before the loop counts as broken; one good forward clears the count."""
@@ -38,47 +39,55 @@ PROBE = "health check"
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True, slots=True)
-class _News:
-    steps: list[DecodeStep]
-    last: bool = False
+class StepReceiver(Protocol):
+    """Receiver of the decode steps of one request. Every method is called in the decoder's thread."""
 
+    def take(self, step: DecodeStep) -> bool:
+        """Take one step. Returns True if the request ends with it, whatever the step itself says."""
 
-Answer = _News | Exception
+    def deliver(self, *, last: bool) -> None:
+        """Hand on all steps taken since the last call. The first call means that the request was admitted, and may
+        have no step."""
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
 
 
 @dataclass(slots=True, eq=False)
 class _Caller:
     request: Request
-    loop: asyncio.AbstractEventLoop
-    until: Callable[[DecodeStep], bool] | None
+    receiver: StepReceiver
     watch: TimingRecorder
-    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
-    untold: list[DecodeStep] = field(default_factory=list)
+    pending: bool = False
+    """Steps were taken and not delivered."""
     told_at: float = 0.0
     heard: bool = False
     """It knows that it was admitted."""
     written: int = 0
 
-    def tell(self, answer: Answer) -> None:
-        self.heard = True
-        with suppress(RuntimeError):  # its event loop is closed: nobody listens
-            self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
-
-    def tell_steps(self, now: float, *, last: bool) -> None:
-        steps, self.untold, self.told_at = self.untold, [], now
-        self.tell(_News(steps, last))
+    def deliver(self, now: float, *, last: bool = False) -> None:
+        self.pending, self.heard, self.told_at = False, True, now
+        self.receiver.deliver(last=last)
 
 
 class DecodeLoop:
     """A batcher at work in its own thread."""
 
-    def __init__(self, batcher: Scheduler, *, interval: float = 0.0, max_waiting_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        batcher: Scheduler,
+        *,
+        interval: float = 0.0,
+        max_waiting_tokens: int | None = None,
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
         """interval            seconds between two lists of steps of one request, at least; its last steps never wait.
                             Requests beside others wait `PATIENCE` times as long
         max_waiting_tokens  expected of the requests that may wait for a row; beyond them CapacityError
+        flush               called after each round of deliveries, so that receivers may send theirs together
         """
         self._batcher, self._interval, self._max_waiting_tokens = batcher, interval, max_waiting_tokens
+        self._flush = flush
         self.pace = ThroughputEstimate()
         self._forwards = 0
         self._callers: dict[str, _Caller] = {}
@@ -104,23 +113,24 @@ class DecodeLoop:
         until  asked of each step, in the decoder's thread; True makes it the last, and frees the row at once
         watch  told when the request had a row and tokens
         """
-        caller = _Caller(request, asyncio.get_running_loop(), until, watch or TimingRecorder())
-        self._post(partial(self._admit, caller))
+        receiver = _StepQueue(until)
+        end = self.start(request, receiver, watch)
         try:
             finished = False
             while not finished:
-                answers = [await caller.answers.get()]
-                while not caller.answers.empty():
-                    answers.append(caller.answers.get_nowait())
-                steps: list[DecodeStep] = []
-                for answer in answers:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    steps += answer.steps
-                    finished = answer.last
+                steps, finished = await receiver.next_steps()
                 yield steps
         finally:
-            self._post(partial(self._drop, caller))
+            end()
+
+    def start(
+        self, request: Request, receiver: StepReceiver, watch: TimingRecorder | None = None
+    ) -> Callable[[], None]:
+        """Admit `request` before the next forward; returns a function that ends it, if it has not ended, and frees its
+        row before the next forward. Callable in any thread."""
+        caller = _Caller(request, receiver, watch or TimingRecorder())
+        self._post(partial(self._admit, caller))
+        return lambda: self._post(partial(self._drop, caller))
 
     @property
     def running(self) -> int:
@@ -171,6 +181,7 @@ class DecodeLoop:
                 self._wake.notify()
                 return
         command()  # no thread is left to race with
+        self._flush()
 
     def _run(self) -> None:
         try:
@@ -181,6 +192,7 @@ class DecodeLoop:
                     logger.exception("a forward of the decoder failed")
                     self._failures += 1
                     self._end_affected(error)
+                self._flush()
         finally:
             self._end_all()
 
@@ -191,6 +203,8 @@ class DecodeLoop:
             commands, self._inbox = self._inbox, []
         for command in commands:
             command()
+        if commands:
+            self._flush()
         return not self._stopping
 
     def _admit(self, caller: _Caller) -> None:
@@ -200,9 +214,9 @@ class DecodeLoop:
             self._check_tokens(caller.request)
             self._batcher.submit(caller.request)
         except TidarError as error:
-            caller.tell(error)
+            caller.receiver.fail(error)
         else:
-            caller.watch.asked = time.monotonic()
+            caller.watch.requested = time.monotonic()
             self._callers[caller.request.request_id] = caller
 
     def _check_tokens(self, request: Request) -> None:
@@ -235,22 +249,23 @@ class DecodeLoop:
                 caller.watch.begun = before
         for step in steps:
             caller = self._callers[step.request_id]
-            caller.untold.append(step)
-            caller.watch.hear(now)
+            caller.pending = True
+            caller.watch.record_tokens(now)
             ended = step.finish_reason is not None
-            if not ended and caller.until is not None and caller.until(step):
+            if caller.receiver.take(step) and not ended:
                 ended = self._batcher.abort(step.request_id)
             if ended:
                 del self._callers[step.request_id]
                 if caller.written:
                     self.pace.count_text(caller.written)
-                caller.tell_steps(now, last=True)
+                caller.deliver(now, last=True)
         interval = self._interval * (PATIENCE if len(self._callers) > 1 else 1)
         for caller in self._callers.values():
-            if caller.untold and now - caller.told_at >= interval:
-                caller.tell_steps(now, last=False)
+            if caller.pending and now - caller.told_at >= interval:
+                caller.deliver(now)
             elif not caller.heard:
-                caller.tell(_News([]))
+                caller.heard = True
+                caller.receiver.deliver(last=False)
         self._failures = 0
         self._forwards += 1
 
@@ -275,15 +290,55 @@ class DecodeLoop:
         failed = [caller for request_id, caller in self._callers.items() if request_id not in left]
         self._callers = {request_id: caller for request_id, caller in self._callers.items() if request_id in left}
         for caller in failed:
-            caller.tell(TidarError(f"the decoder failed on this request's batch: {type(error).__name__}"))
+            caller.receiver.fail(TidarError(f"the decoder failed on this request's batch: {type(error).__name__}"))
 
     def _end_all(self) -> None:
         """Nobody waits for a thread that has ended."""
         for caller in self._callers.values():
-            caller.tell(TidarError("the decoder has stopped"))
+            caller.receiver.fail(TidarError("the decoder has stopped"))
         self._callers = {}
         with self._wake:
             self._ended = True
             commands, self._inbox = self._inbox, []
         for command in commands:
             command()
+        self._flush()
+
+
+class _StepQueue:
+    """Receiver for a caller in an event loop: steps that come faster than they are read arrive together."""
+
+    def __init__(self, until: Callable[[DecodeStep], bool] | None) -> None:
+        self._loop, self._until = asyncio.get_running_loop(), until
+        self._answers = asyncio.Queue[tuple[list[DecodeStep], bool] | Exception]()
+        self._taken: list[DecodeStep] = []
+
+    def take(self, step: DecodeStep) -> bool:
+        self._taken.append(step)
+        return step.finish_reason is None and self._until is not None and self._until(step)
+
+    def deliver(self, *, last: bool) -> None:
+        steps, self._taken = self._taken, []
+        self._put((steps, last))
+
+    def fail(self, error: Exception) -> None:
+        self._put(error)
+
+    async def next_steps(self) -> tuple[list[DecodeStep], bool]:
+        """All steps that have come by now, at least one delivery, and whether they are the last. Raises the error that
+        ended the request."""
+        answers = [await self._answers.get()]
+        while not self._answers.empty():
+            answers.append(self._answers.get_nowait())
+        joined: list[DecodeStep] = []
+        finished = False
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            steps, finished = answer
+            joined += steps
+        return joined, finished
+
+    def _put(self, answer: tuple[list[DecodeStep], bool] | Exception) -> None:
+        with suppress(RuntimeError):  # its event loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)

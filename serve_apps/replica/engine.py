@@ -1,30 +1,30 @@
-"""What does it take to decode with one set of weights?
+"""An engine: one set of weights at work.
 
-A bundle, a decoder on one device, and a loop that batches all requests that reach it. Weights are never changed: other
-weights are another engine. A replica has it in a process of its own (`engine_process`), or in its own.
+It has a bundle, a decoder on one device, and a loop that batches all requests that reach it. Its weights never change:
+other weights are another engine. A replica has its engine in a process of its own (`engine_client.py`), or in its own.
 """
 
 import asyncio
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
 from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load, load_of
-from serve_apps.messages.request_timing import RequestTiming, TimingRecorder
+from serve_apps.messages.request_timing import TimingRecorder
+from serve_apps.messages.text_delta import GenerationFailed, TextDelta
 from serve_apps.replica.decode_loop import DecodeLoop
+from serve_apps.replica.delta_queue import DeltaQueue
+from serve_apps.replica.delta_receiver import DeltaReceiver
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.replica.prompt_lanes import PromptLanes
 from serve_apps.replica.replica_memory import replica_memory
 from serve_apps.rollout.model_version import ModelVersion
-from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from serve_apps.streaming.tool_call_formats import form_of
 from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.model.latency_file import bundle_planner
@@ -32,34 +32,30 @@ from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.request import DecodeStep, Request
+from tidar_core.decoding.request import Request
 from tidar_core.decoding.scheduler import Scheduler, complete
 from tidar_core.errors import BundleError, ConfigError
 
-__all__ = ["Engine", "Heard"]
+__all__ = ["Engine"]
 
 SWITCH_SECONDS = 0.0005
-"""How long the event loop may keep the interpreter while a decoder's thread waits for it; Python's own 5 ms are a whole
-decode step of a small model."""
-
-
-class Heard(NamedTuple):
-    """What has come of one request since it was last heard of; a tuple, to cross to another process at little cost."""
-
-    steps: list[DecodeStep]
-    lap: RequestTiming | None
-    """Once it has tokens."""
-    prompt: tuple[int, ...] = ()
-    """Its tokens, the first time."""
+"""Longest time that the event loop may keep the interpreter lock while the decoder's thread waits for it. Python's
+default of 5 ms is a whole decode step of a small model."""
 
 
 class Engine:
-    """One bundle at work."""
+    """A bundle at work."""
 
-    def __init__(self, served: ModelVersion, report: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        served: ModelVersion,
+        report: Callable[[str], None] = lambda line: None,
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
         """Loads the weights and runs them once. Raises BundleError or ConfigError.
 
         report  takes one line at the start of each stage
+        flush   called in the decoder's thread after each forward that sent deltas
         """
         self.served = served
         settings = served.settings
@@ -78,6 +74,7 @@ class Engine:
                 f"{served.bundle_hash}; restart it to serve the new bundle"
             )
         self._tokenizer = bundle.tokenizer
+        self._tokenizer.spell(self._tokenizer.eos_id)  # all names are made now, and not while texts are sent
         draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
         decoder = Decoder(
             bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages
@@ -105,18 +102,19 @@ class Engine:
             self.batcher,
             interval=settings.stream_interval_seconds,
             max_waiting_tokens=settings.max_waiting_tokens,
+            flush=flush,
         )
 
     async def check_health(self) -> None:
-        """Raise unless a forward succeeds; one of its own where no text is being written."""
+        """Raise unless a forward succeeds: a forward of texts in flight, or else a forward of its own."""
         await self.loop.prove(self._tokenizer.eos_id, self.served.settings.hang_seconds)
 
     async def load(self, replica: str) -> Load:
-        """How busy it is, for the replica of that name."""
+        """Load of this engine, under the name of its replica."""
         return load_of(self.batcher, self.loop.pace, replica)
 
     async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
-        """The tokens of a prompt, as `pieces` reads it; with their names if they are wanted `spelled`."""
+        """Tokens of a prompt, as `generate` encodes it; with their names if `spelled` is set."""
         tokens = await self._lanes.tokens(prompt, framed=framed)
         return Tokenized(
             count=len(tokens),
@@ -129,34 +127,51 @@ class Engine:
         return [self._tokenizer.spell(token) for token in tokens]
 
     async def detokenize(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones by their names. Raises RequestError."""
+        """Text of tokens; special tokens appear by their names. Raises RequestError."""
         self._prompts.check_ids("tokens", tokens)
         return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special=False)
 
-    async def steps(self, asked: GenerationRequest) -> AsyncGenerator[Heard, None]:
-        """Decode steps of what is asked for, once it is admitted, and none at first if they are to come yet. Raises
-        RequestError."""
-        wanted = await self._lanes.request(asked)
-        watch, prompt = TimingRecorder(), wanted.prompt
-        async with aclosing(self.loop.steps(wanted, self._until(asked, wanted), watch)) as batches:
-            async for steps in batches:
-                if steps and steps[-1].finish_reason == "stop":
-                    self._prompts.check_grammar(asked, wanted)
-                yield Heard(steps, watch.lap, prompt)
-                prompt = ()
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
+        """Deltas of the text of `request`, the first once it is admitted. Closed early, it frees the slot of the text.
+        Raises RequestError, CapacityError or TidarError."""
+        queue = DeltaQueue()
+        end = await self.submit(request, queue.put)
+        try:
+            finished = False
+            while not finished:
+                delta = await queue.get()
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            end()
+
+    async def submit(
+        self, request: GenerationRequest, send: Callable[[TextDelta | GenerationFailed], None]
+    ) -> Callable[[], None]:
+        """Encode the prompt of `request` and start its text. Returns a function that ends the text early. Raises
+        RequestError.
+
+        send  called in the decoder's thread with each delta; the last one has a finish_reason or is an error
+        """
+        encoded = await self._lanes.request(request)
+        timing = TimingRecorder()
+        receiver = DeltaReceiver(
+            self._tokenizer,
+            request,
+            encoded.prompt,
+            send,
+            block_len=self.served.block_len,
+            fingerprint=self.served.fingerprint,
+            tool_form=self.tool_form,
+            timing=timing,
+            check_end=partial(self._prompts.check_grammar, request, encoded),
+        )
+        return self.loop.start(encoded, receiver, timing)
 
     def stop(self) -> None:
         """End after the forward in flight; requests that still run fail."""
         self.loop.stop()
         self._lanes.stop()
-
-    def _until(self, asked: GenerationRequest, wanted: Request) -> Callable[[DecodeStep], bool] | None:
-        """Says in the decoder's thread which step completes a stop string, so that the row is free before the next."""
-        if not asked.stop:
-            return None
-        silent = replace(asked, echo=False, logprobs=None, prompt_logprobs=None)
-        twin = IncrementalDetokenizer(self._tokenizer, silent, wanted.prompt, block_len=self.served.block_len)
-        return lambda step: twin.add([step]).finish_reason is not None
 
 
 def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> TokenizerInfo:
@@ -167,6 +182,6 @@ def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> Tokenizer
 
 
 def _warm_up(batcher: Scheduler, token_id: int) -> None:
-    """One prefill and one decode step, so that the first client does not pay for what is compiled or allocated late."""
+    """Run one prefill and one decode step, so that the first client does not wait for compilation and allocation."""
     sampling = SamplingConfig(max_tokens=2)
     complete(batcher, [Request(request_id="warm-up", prompt=(token_id,), sampling=sampling)])

@@ -1,9 +1,9 @@
-"""How does a replica speak with an engine that has a process of its own?
+"""Client of an `Engine` in a child process, with the same methods.
 
-Whatever the replica does, Serve's streams above all, takes the interpreter from who else is in its process; a decoder
-there waits for it many times a second. So the engine is elsewhere (`engine_child`), and the replica hands on what it
-says. Calls go out by number, over a pipe that only the two have; each is answered by items and an end. Either process
-ends with the other, however that one ended.
+Why another process? The event loop of the replica holds the interpreter lock, above all for Serve's streams. A decoder
+in the same process would wait for the lock many times a second. The messages of both processes
+(`messages/engine_calls.py`) go over a pipe that only the two have. Either process ends with the
+other, however the other ended.
 """
 
 import asyncio
@@ -13,59 +13,57 @@ import os
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
+from serve_apps.messages.engine_calls import (
+    CallFailed,
+    CallResult,
+    CancelCall,
+    CheckHealth,
+    Detokenize,
+    EngineCall,
+    EngineStarted,
+    Generate,
+    GetLoad,
+    LogMessage,
+    StageReached,
+    StartFailed,
+    StopEngine,
+    TextDeltas,
+    Tokenize,
+)
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load
-from serve_apps.replica.engine import Heard
+from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.replica.delta_queue import DeltaQueue, put_all
 from serve_apps.rollout.model_version import ModelVersion
 
-__all__ = ["BEGUN", "DROP", "LOG", "STAGE", "STOP", "End", "EngineClient"]
+__all__ = ["EngineClient"]
 
-DROP, STOP = "drop", "stop"
-"""Said of a call that nobody waits for any more, and to the process."""
-LOG, BEGUN, STAGE = -1, -2, -3
-"""In the place of a call's number: a record for this process' log, what the engine is or why there is none, and a line
-about the stage that the start has reached."""
 STOP_SECONDS = 10.0
-"""How long a process that is told to end may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The last answer to a call."""
-
-    error: Exception | None
-
-
-@dataclass(slots=True)
-class _Call:
-    loop: asyncio.AbstractEventLoop
-    answers: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-
-    def tell(self, answer: Any) -> None:
-        with suppress(RuntimeError):  # its event loop is closed: nobody listens
-            self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
+"""Time for a process to end after `StopEngine`."""
 
 
 class EngineClient:
-    """An `Engine` elsewhere; what it has of it says the same."""
+    """An engine in a process of its own."""
 
     def __init__(
         self, served: ModelVersion, lost: Callable[[str], None], report: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Starts the process, and raises what it meets while it loads.
+        """Starts the process, and raises the error that the process meets while it loads.
 
-        lost    told the error, in a thread of its own, when the process ends without having been told to
-        report  takes one line at the start of each stage, in a thread of its own
+        lost    called with a message, in a thread of the client, when the process ends without having been stopped
+        report  called with one line at the start of each stage, in a thread of the client
         """
         self.served, self._lost, self._report = served, lost, report
-        self._calls: dict[int, _Call] = {}
+        self._texts: dict[int, DeltaQueue] = {}
+        self._answers: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
         self._numbers = itertools.count()
         self._sending = threading.Lock()
         self._stopping = False
@@ -76,77 +74,84 @@ class EngineClient:
         self._thread.start()
         self._send(served)
         self._begun.wait()
-        if isinstance(self._first, Exception):
+        if isinstance(self._first, StartFailed):
             self._thread.join()
-            raise self._first
-        self.tokenizer_info, self.tool_form = self._first
+            raise self._first.error
+        self.tokenizer_info: TokenizerInfo = self._first.tokenizer_info
+        self.tool_form = self._first.tool_form
 
-    def steps(self, asked: GenerationRequest) -> AsyncGenerator[Heard, None]:
-        """See `Engine.steps`."""
-        return self._answers("steps", asked)
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta, None]:
+        """See `Engine.generate`."""
+        call, queue, finished = next(self._numbers), DeltaQueue(), False
+        self._texts[call] = queue
+        try:
+            self._check()
+            self._send(Generate(call, request))
+            while not finished:
+                delta = await queue.get()
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            if self._texts.pop(call, None) is not None and not finished:
+                self._send(CancelCall(call))
 
     async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
         """See `Engine.tokenize`."""
-        tokenized: Tokenized = await self._answer("tokenize", prompt, framed=framed, spelled=spelled)
+        tokenized: Tokenized = await self._answer(Tokenize(next(self._numbers), prompt, framed, spelled))
         return tokenized
 
     async def detokenize(self, tokens: list[int]) -> str:
         """See `Engine.detokenize`."""
-        return str(await self._answer("detokenize", tokens))
+        text: str = await self._answer(Detokenize(next(self._numbers), tokens))
+        return text
 
     async def load(self, replica: str) -> Load:
         """See `Engine.load`."""
-        load: Load = await self._answer("load", replica)
+        load: Load = await self._answer(GetLoad(next(self._numbers), replica))
         return replace(load, pid=os.getpid())
 
     async def check_health(self) -> None:
-        """See `Engine.check_health`; a process that says nothing is no better than one whose decoder hangs."""
+        """See `Engine.check_health`. A process that does not answer is unhealthy too."""
         seconds = self.served.settings.hang_seconds * 7 / 6  # a little more than the process gives itself
         try:
             async with asyncio.timeout(seconds):
-                await self._answer("check_health")
+                await self._answer(CheckHealth(next(self._numbers)))
         except TimeoutError as error:
             raise RuntimeError(f"the decoder's process has not answered for {seconds:g} s") from error
 
     def stop(self) -> None:
         """End the process after the forward in flight; requests that still run fail."""
         self._stopping = True
-        self._send(STOP)
+        self._send(StopEngine())
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             self._process.kill()
             self._thread.join()
 
-    async def _answer(self, name: str, *arguments: Any, **named: Any) -> Any:
-        async with aclosing(self._answers(name, *arguments, **named)) as answers:
-            return await anext(answers, None)
-
-    async def _answers(self, name: str, *arguments: Any, **named: Any) -> AsyncGenerator[Any, None]:
-        """What the process says to one call. Raises what it raised. Closed early, the call is dropped."""
-        number, call = next(self._numbers), _Call(asyncio.get_running_loop())
-        self._calls[number] = call
+    async def _answer(self, message: Tokenize | Detokenize | GetLoad | CheckHealth) -> Any:
+        """The result of a call. Raises what the process raised. Cancelled early, the call is cancelled there too."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        self._answers[message.call] = loop, answer
         try:
-            if self._problem is not None:
-                raise RuntimeError(self._problem)
-            self._send((number, name, arguments, named))
-            while True:
-                answer = await call.answers.get()
-                if isinstance(answer, End):
-                    del self._calls[number]
-                    if answer.error is not None:
-                        raise answer.error
-                    return
-                yield answer
+            self._check()
+            self._send(message)
+            return await answer
         finally:
-            if self._calls.pop(number, None) is not None:
-                self._send((number, DROP, (), {}))
+            if self._answers.pop(message.call, None) is not None and not answer.done():
+                self._send(CancelCall(message.call))
 
-    def _send(self, message: Any) -> None:
-        with self._sending, suppress(OSError):  # a process that is gone is told of by who reads
+    def _check(self) -> None:
+        """Raise RuntimeError if the process has ended."""
+        if self._problem is not None:
+            raise RuntimeError(self._problem)
+
+    def _send(self, message: EngineCall | ModelVersion) -> None:
+        with self._sending, suppress(OSError):  # the reading thread reports a process that is gone
             self._connection.send(message)
 
     def _run(self, theirs: Connection) -> None:
-        """Start the process and hear it out: its life is this thread's, as its kernel sees it (PR_SET_PDEATHSIG)."""
+        """Start the process and read its messages. The kernel ends it with this thread (PR_SET_PDEATHSIG)."""
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         try:
             self._process = subprocess.Popen(
@@ -154,39 +159,71 @@ class EngineClient:
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path},
             )  # fmt: skip
         except OSError as error:
-            self._hear(error)
+            self._note_start(StartFailed(error))
             return
         theirs.close()
         try:
             while True:
-                number, answer = self._connection.recv()
-                if number == LOG:
-                    logging.getLogger(answer.name).handle(answer)
-                elif number == STAGE:
-                    self._report(answer)
-                elif number == BEGUN:
-                    self._hear(answer)
-                elif (call := self._calls.get(number)) is not None:
-                    call.tell(answer)
+                self._receive(self._connection.recv())
         except (EOFError, OSError):
             self._end(self._process.wait())
 
-    def _hear(self, first: tuple[TokenizerInfo, str | None] | Exception) -> None:
-        """The process has loaded its bundle, or could not."""
+    def _receive(self, message: Any) -> None:
+        match message:
+            case TextDeltas():
+                self._put(message.deltas)
+            case CallResult():
+                self._resolve(message.call, message.value, None)
+            case CallFailed():
+                self._resolve(message.call, None, message.error)
+            case LogMessage():
+                logging.getLogger(message.record.name).handle(message.record)
+            case StageReached():
+                self._report(message.line)
+            case EngineStarted() | StartFailed():
+                self._note_start(message)
+
+    def _put(self, deltas: list[tuple[int, TextDelta | GenerationFailed]]) -> None:
+        """Add deltas to their queues: one wake-up of each event loop."""
+        by_loop = defaultdict(list)
+        for call, delta in deltas:
+            if (queue := self._texts.get(call)) is not None:
+                by_loop[queue.loop].append((queue, delta))
+        for loop, those in by_loop.items():
+            put_all(loop, those)
+
+    def _resolve(self, call: int, value: Any, error: Exception | None) -> None:
+        if (waiting := self._answers.get(call)) is not None:
+            loop, answer = waiting
+            with suppress(RuntimeError):  # the event loop is closed: nobody waits
+                loop.call_soon_threadsafe(_set, answer, value, error)
+
+    def _note_start(self, first: EngineStarted | StartFailed) -> None:
+        """Let the constructor go on: the process has loaded its bundle, or could not."""
         self._first = first
-        if not isinstance(first, Exception):
+        if isinstance(first, EngineStarted):
             self._problem = None
         self._begun.set()
 
     def _end(self, code: int) -> None:
-        """The process has ended: so have its calls. `lost` comes first, for it may end the replica before a text is
-        told an error that another replica would have spared it."""
+        """Fail all calls: the process has ended. `lost` comes first: if it ends the replica, a text never gets an error
+        that another replica would have spared it."""
         self._connection.close()
         problem = f"the decoder's process has ended with {'signal' if code < 0 else 'exit code'} {abs(code)}"
         if not self._begun.is_set():
-            self._hear(RuntimeError(problem))
-        elif not self._stopping and not isinstance(self._first, Exception):
+            self._note_start(StartFailed(RuntimeError(problem)))
+        elif not self._stopping and isinstance(self._first, EngineStarted):
             self._lost(problem)
         self._problem = problem
-        for call in list(self._calls.values()):
-            call.tell(End(RuntimeError(problem)))
+        self._put([(call, GenerationFailed(RuntimeError(problem))) for call in list(self._texts)])
+        for call in list(self._answers):
+            self._resolve(call, None, RuntimeError(problem))
+
+
+def _set(answer: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(value)
+    else:
+        answer.set_exception(error)

@@ -1,8 +1,9 @@
-"""Which engines does a replica run, and how does it change them without dropping a text?
+"""The engines of a replica, and their change without dropping a text.
 
-The champion's, perhaps a challenger's. New weights are loaded beside the old ones and run once; then new texts go to
-them, and the old engine ends with its last text. So a replica needs memory for one engine more than it serves; it waits
-for one that is leaving before it loads another. What cannot be loaded changes nothing but the report.
+A replica has the champion's engine, and may have a challenger's. New weights are loaded beside the old ones and run
+once. Then new texts go to them, and the old engine ends with its last text. So a replica needs memory for one engine
+more than it serves. It waits for an engine that is leaving before it loads another. A version that cannot be loaded
+changes only the report.
 """
 
 import asyncio
@@ -24,13 +25,12 @@ from serve_apps.replica.engine_client import EngineClient
 from serve_apps.replica.text_generator import TextGenerator
 from serve_apps.rollout.model_version import ModelVersion, ServingTarget
 from serve_apps.telemetry import start_stage
-from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import TidarError
 
 __all__ = ["EnginePool"]
 
 RETRY_SECONDS = 300.0
-"""After which a bundle that could not be loaded is tried again."""
+"""Time until a bundle that could not be loaded is tried again."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,37 +42,37 @@ class _Problem:
 
 
 class EnginePool:
-    """The engines of one replica. All but `start` belong to its event loop."""
+    """The engines of one replica. All methods but `start` belong to its event loop."""
 
     def __init__(self, replica: str) -> None:
         self._replica = replica
-        self._writers: dict[str, TextGenerator] = {}
-        """By the hash of their bundles, those that leave included."""
+        self._generators: dict[str, TextGenerator] = {}
+        """Generators by the hash of their bundles, leaving ones included."""
         self._roles: dict[str, str] = {}
         """Hash of the bundle that has each role."""
         self._problems: dict[str, _Problem] = {}
         self._known: dict[str, tuple[ModelVersion, VersionStats]] = {}
-        """Every version that was ever to be loaded, with what it has done."""
+        """Every version that was ever to be loaded, with its counts."""
         self._target: ServingTarget | None = None
         self._reached: ServingTarget | None = None
         self._loading: ModelVersion | None = None
         self._work: asyncio.Task[None] | None = None
         self._left = asyncio.Event()
-        """An engine has ended, or something else is wanted: look again."""
+        """An engine has ended, or the target has changed: look again."""
 
     @property
     def champion(self) -> TextGenerator:
-        """The engine that answers unless another is asked for."""
-        return self._writers[self._roles[CHAMPION]]
+        """Generator of the champion, which answers by default."""
+        return self._generators[self._roles[CHAMPION]]
 
     @property
-    def writers(self) -> tuple[TextGenerator, ...]:
-        """All, the champion first; none before the start."""
+    def generators(self) -> tuple[TextGenerator, ...]:
+        """All generators, the champion first; empty before the start."""
         champion = self._roles.get(CHAMPION)
-        return tuple(self._writers[key] for key in sorted(self._writers, key=lambda key: key != champion))
+        return tuple(self._generators[key] for key in sorted(self._generators, key=lambda key: key != champion))
 
     def start(self, candidates: Sequence[ModelVersion]) -> None:
-        """Load the first of several that can be loaded. Raises the first one's error if none can."""
+        """Load the first candidate that can be loaded. Raises the error of the first candidate if all fail."""
         errors = []
         for served in candidates:
             if served.bundle_hash in self._problems:
@@ -86,18 +86,18 @@ class EnginePool:
         raise errors[0]
 
     @contextmanager
-    def writer(self, route: Route) -> Iterator[TextGenerator]:
-        """Who answers a request; it is there for as long as the context is open."""
-        writer = self._writers[self._chosen(route)]
-        writer.texts += 1
+    def lease(self, route: Route) -> Iterator[TextGenerator]:
+        """The generator for a request. Its engine stays for as long as the context is open."""
+        generator = self._generators[self._chosen(route)]
+        generator.texts += 1
         try:
-            yield writer
+            yield generator
         finally:
-            writer.texts -= 1
+            generator.texts -= 1
             self._end_unneeded()
 
     def follow(self, target: ServingTarget) -> None:
-        """Begin to serve `target`; what is loaded already goes on, and what failed is tried again at times."""
+        """Begin to serve `target`. A loaded engine goes on; a version that failed is tried again at times."""
         now = time.monotonic()
         retry = [key for key, problem in self._problems.items() if now - problem.since > RETRY_SECONDS]
         for key in retry:
@@ -110,27 +110,27 @@ class EnginePool:
             self._work = asyncio.create_task(self._catch_up())
 
     async def followed(self) -> None:
-        """Wait until what was to be served is, as far as it can be loaded."""
+        """Wait until the target is served, as far as it can be loaded."""
         if self._work is not None:
             await self._work
 
     async def check_health(self) -> None:
-        """Raise if the champion does not decode; another engine that does not is given up, and the champion goes on."""
-        for writer in self.writers:
-            bundle_hash = writer.served.bundle_hash
+        """Raise if the champion does not decode. Another engine that does not decode is given up."""
+        for generator in self.generators:
+            bundle_hash = generator.served.bundle_hash
             try:
-                await writer.engine.check_health()
+                await generator.engine.check_health()
             except Exception as error:
-                if self._writers.get(bundle_hash) is not writer:
+                if self._generators.get(bundle_hash) is not generator:
                     continue  # it has ended meanwhile, as it should
-                if writer is self.champion:
+                if generator is self.champion:
                     raise
                 self._give_up(bundle_hash, error)
 
     def reports(self) -> list[VersionReport]:
-        """Every version that was ever here, and those that are to come."""
+        """State and counts of every version that was here, is here, or is to come."""
         states = dict.fromkeys(self._known, "gone")
-        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._writers, "leaving")
+        states |= dict.fromkeys(self._problems, "failed") | dict.fromkeys(self._generators, "leaving")
         if self._loading is not None:
             states[self._loading.bundle_hash] = "loading"
         states |= {bundle_hash: role for role, bundle_hash in self._roles.items()}
@@ -143,11 +143,11 @@ class EnginePool:
             if route.role == CHALLENGER:
                 raise ParameterError("no challenger is served here now; drop the header x-tidar-version")
             return self._roles[CHAMPION]
-        trial = self._writers[challenger].served.settings.challenger
-        return self._roles[role_of(route, challenger, trial.weight if trial is not None else 0.0)]
+        canary = self._generators[challenger].served.settings.challenger
+        return self._roles[role_of(route, challenger, canary.weight if canary is not None else 0.0)]
 
     async def _catch_up(self) -> None:
-        """Reach the target, which may be another one by then."""
+        """Reach the target, which may change meanwhile."""
         while (target := self._target) is not None and target is not self._reached:
             wanted = {CHAMPION: target.champion, CHALLENGER: target.challenger}
             if self._roles.get(CHALLENGER) not in {s.bundle_hash for s in wanted.values() if s is not None}:
@@ -160,8 +160,8 @@ class EnginePool:
                 self._reached = target
 
     async def _loaded(self, served: ModelVersion | None, target: ServingTarget) -> bool:
-        """Load what is not there, as soon as no engine is leaving; False if something else is wanted by then."""
-        if served is None or served.bundle_hash in self._writers:
+        """Load a version, as soon as no engine is leaving. Returns False if the target has changed by then."""
+        if served is None or served.bundle_hash in self._generators:
             return True
         self._end_unneeded()
         while self._leaving():
@@ -177,23 +177,23 @@ class EnginePool:
         return self._target is target
 
     def _keep(self, served: ModelVersion, made: TextGenerator | Exception) -> None:
-        """Of a bundle that could not be loaded, remember why."""
+        """Keep a generator, or the error of a bundle that could not be loaded."""
         if not isinstance(made, Exception):
-            self._writers[served.bundle_hash] = made
+            self._generators[served.bundle_hash] = made
             return
         self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), time.monotonic())
         logger.warning("version %s of %s cannot be loaded: %s", served.label, served.bundle_uri, problem.message)
 
     def _totals(self, served: ModelVersion) -> VersionStats:
-        """Of all engines that a version has had here."""
+        """Counts of all engines that a version has had here."""
         _, totals = self._known.get(served.bundle_hash, (served, VersionStats()))
         self._known[served.bundle_hash] = served, totals
         return totals
 
     def _take(self, role: str, served: ModelVersion | None) -> None:
-        """From now on the engine of `served` has the role; one that is not there leaves the champion as it is."""
+        """Give the role to the engine of `served`. If that engine is missing, the champion stays."""
         before = self._roles.get(role)
-        if served is not None and served.bundle_hash in self._writers:
+        if served is not None and served.bundle_hash in self._generators:
             self._roles[role] = served.bundle_hash
         elif role == CHALLENGER:
             self._roles.pop(role, None)
@@ -204,11 +204,11 @@ class EnginePool:
         self._end_unneeded()
 
     def _give_up(self, bundle_hash: str, error: Exception) -> None:
-        """End an engine whose texts will fail anyway."""
+        """End an engine that is broken: its texts would fail anyway."""
         self._problems[bundle_hash] = problem = _Problem(_in_words(error), time.monotonic())
         logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
         self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
-        asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
+        asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash))
         self._left.set()
 
     def _wanted(self) -> set[str]:
@@ -219,25 +219,23 @@ class EnginePool:
         return roles | {served.bundle_hash for served in coming if served is not None}
 
     def _leaving(self) -> list[str]:
-        return [bundle_hash for bundle_hash in self._writers if bundle_hash not in self._wanted()]
+        return [bundle_hash for bundle_hash in self._generators if bundle_hash not in self._wanted()]
 
     def _end_unneeded(self) -> None:
-        """Give back the memory of engines that nobody needs and that write no text any more."""
+        """End engines that have no role and no text in flight, which frees their memory."""
         for bundle_hash in self._leaving():
-            if not self._writers[bundle_hash].texts:
-                asyncio.get_running_loop().run_in_executor(None, _end, self._writers.pop(bundle_hash))
+            if not self._generators[bundle_hash].texts:
+                asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash))
                 self._left.set()
 
     def _made(self, served: ModelVersion, totals: VersionStats) -> TextGenerator | Exception:
         try:
-            tokenizer = load_tokenizer(served.bundle_uri)
-            tokenizer.spell(tokenizer.eos_id)  # all names are made now, and not while texts are sent
             lost = partial(self._lost, served.bundle_hash)
             if served.settings.own_process:
                 engine: EngineClient | Engine = EngineClient(served, lost, self._report_stage)
             else:
                 engine = Engine(served, self._report_stage)
-            return TextGenerator(served, engine, tokenizer, totals)
+            return TextGenerator(served, engine, totals)
         except Exception as error:  # out of memory, a damaged file: the old weights go on
             traceback.clear_frames(error.__traceback__)  # what was made so far is given back
             return error
@@ -249,8 +247,8 @@ class EnginePool:
         start_stage.publish(self._replica, line)
 
     def _lost(self, bundle_hash: str, problem: str) -> None:
-        """An engine's process has died. Without the champion's the replica is none: its end is seen at once, and what
-        it had not begun goes to others. Any other engine is given up when its health is looked at."""
+        """End the replica if the champion's process has died: Serve notices at once, and waiting texts go to other
+        replicas. Any other engine is given up at its next health check."""
         if bundle_hash == self._roles.get(CHAMPION):
             logger.critical("replica %s ends: %s", self._replica, problem)
             logging.shutdown()
@@ -270,11 +268,11 @@ class EnginePool:
         )
 
 
-def _end(writer: TextGenerator) -> None:
-    writer.engine.stop()
+def _end(generator: TextGenerator) -> None:
+    generator.engine.stop()
     gc.collect()  # frames in which torch made the weights refer to each other, and to the engine
 
 
 def _in_words(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return said if isinstance(error, TidarError) else f"{type(error).__name__}: {said}"
+    words = " ".join(str(error).split())
+    return words if isinstance(error, TidarError) else f"{type(error).__name__}: {words}"

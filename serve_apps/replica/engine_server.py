@@ -1,9 +1,9 @@
-"""What does the process of an engine do?
+"""The process of an engine: it loads one model version and answers calls over a pipe.
 
     python -m serve_apps.replica.engine_server FILE_DESCRIPTOR
 
-It loads what it is told to, answers calls over the pipe, and ends when it is told to, or with the process that started
-it (`engine_process`).
+It ends with a `StopEngine` message, or with the process that started it (`engine_client.py`). Deltas are sent by the
+decoder's own thread, all of one forward in one message. All other work belongs to an event loop.
 """
 
 import asyncio
@@ -14,15 +14,29 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from functools import partial
+from collections.abc import Callable, Coroutine
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from typing import Any
 
+from serve_apps.messages.engine_calls import (
+    CallFailed,
+    CallResult,
+    CancelCall,
+    CheckHealth,
+    Detokenize,
+    EngineStarted,
+    Generate,
+    GetLoad,
+    LogMessage,
+    StageReached,
+    StartFailed,
+    StopEngine,
+    TextDeltas,
+    Tokenize,
+)
+from serve_apps.messages.text_delta import GenerationFailed, TextDelta
 from serve_apps.replica.engine import Engine
-from serve_apps.replica.engine_client import BEGUN, DROP, LOG, STAGE, STOP, End
 
 __all__ = ["main"]
 
@@ -31,92 +45,128 @@ PR_SET_PDEATHSIG = 1
 
 
 class _Outbox:
-    """What this process says, whichever thread says it. Serves as the queue of a log's handler."""
+    """Sends messages to the replica, from any thread. Serves as the queue of a log handler."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
+        self._deltas: list[tuple[int, TextDelta | GenerationFailed]] = []
 
     def send(self, message: Any) -> None:
         with self._lock:
             try:
                 self._connection.send(message)
-            except OSError:  # nobody is left to hear it
+            except OSError:  # the replica is gone
                 os._exit(0)
 
     def put_nowait(self, record: logging.LogRecord) -> None:
-        self.send((LOG, record))
+        self.send(LogMessage(record))
+
+    def add(self, call: int, delta: TextDelta | GenerationFailed) -> None:
+        """Keep a delta for the next `flush`. Both belong to the decoder's thread."""
+        self._deltas.append((call, delta))
+
+    def flush(self) -> None:
+        """Send all deltas since the last flush."""
+        if self._deltas:
+            deltas, self._deltas = self._deltas, []
+            self.send(TextDeltas(deltas))
 
 
 def main(descriptor: int) -> None:
-    """Live for as long as the process at the other end of the pipe wants it."""
+    """Load the version that comes first, and answer calls until the replica stops this process."""
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, signal.SIG_IGN)  # sent to a whole group; the replica says when its texts have ended
+        signal.signal(which, signal.SIG_IGN)  # sent to a whole group; the replica decides when its texts have ended
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(descriptor)
     outbox = _Outbox(connection)
     logging.getLogger().addHandler(QueueHandler(outbox))  # type: ignore[arg-type]
     try:
-        engine = Engine(connection.recv(), report=lambda line: outbox.send((STAGE, line)))
+        version = connection.recv()
+        engine = Engine(version, report=lambda line: outbox.send(StageReached(line)), flush=outbox.flush)
     except Exception as error:
-        outbox.send((BEGUN, _sendable(error)))
+        outbox.send(StartFailed(_sendable(error)))
         return
-    outbox.send((BEGUN, (engine.tokenizer_info, engine.tool_form)))
-    asyncio.run(_answer_all(engine, connection, outbox))
+    outbox.send(EngineStarted(engine.tokenizer_info, engine.tool_form))
+    asyncio.run(_Calls(engine, connection, outbox).run())
     os._exit(0)  # nothing is left to be tidied up
 
 
-async def _answer_all(engine: Engine, connection: Connection, outbox: _Outbox) -> None:
-    loop, inbox, work = asyncio.get_running_loop(), asyncio.Queue[Any](), dict[int, asyncio.Task[None]]()
-    threading.Thread(target=_listen, args=(connection, loop, inbox), daemon=True).start()
-    while (message := await inbox.get()) != STOP:
-        number, name, arguments, named = message
-        if name == DROP:
-            if number in work:
-                work[number].cancel()
-            continue
-        answers = _answers(getattr(engine, name)(*arguments, **named))
-        work[number] = loop.create_task(_answer(number, answers, outbox))
-        work[number].add_done_callback(partial(_forget, work, number))
-    engine.stop()
+class _Calls:
+    """The calls in flight. Belongs to the event loop."""
 
+    def __init__(self, engine: Engine, connection: Connection, outbox: _Outbox) -> None:
+        self._engine, self._connection, self._outbox = engine, connection, outbox
+        self._cancel: dict[int, Callable[[], Any]] = {}
+        """Functions that end a call early, by call."""
+        self._stopped = asyncio.Event()
 
-def _forget(work: dict[int, asyncio.Task[None]], number: int, _: asyncio.Task[None]) -> None:
-    del work[number]
+    async def run(self) -> None:
+        """Answer calls until `StopEngine`."""
+        asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
+        await self._stopped.wait()
+        self._engine.stop()
 
+    def _read(self) -> None:
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):  # the replica is gone
+            os._exit(0)
+        engine = self._engine
+        match message:
+            case Generate():
+                self._begin(message.call, self._generate(message))
+            case Tokenize():
+                tokens = engine.tokenize(message.prompt, framed=message.framed, spelled=message.spelled)
+                self._begin(message.call, self._answer(message.call, tokens))
+            case Detokenize():
+                self._begin(message.call, self._answer(message.call, engine.detokenize(message.tokens)))
+            case GetLoad():
+                self._begin(message.call, self._answer(message.call, engine.load(message.replica)))
+            case CheckHealth():
+                self._begin(message.call, self._answer(message.call, engine.check_health()))
+            case CancelCall():
+                if (cancel := self._cancel.pop(message.call, None)) is not None:
+                    cancel()
+            case StopEngine():
+                self._stopped.set()
 
-def _listen(connection: Connection, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Any]) -> None:
-    try:
-        while True:
-            loop.call_soon_threadsafe(inbox.put_nowait, connection.recv())
-    except (EOFError, OSError):
-        os._exit(0)
+    def _begin(self, call: int, work: Coroutine[Any, Any, None]) -> None:
+        self._cancel[call] = asyncio.get_running_loop().create_task(work).cancel
 
+    async def _answer(self, call: int, work: Coroutine[Any, Any, Any]) -> None:
+        """Send the result of a call, or its error."""
+        try:
+            self._outbox.send(CallResult(call, await work))
+        except Exception as error:
+            self._outbox.send(CallFailed(call, _sendable(error)))
+        finally:
+            self._cancel.pop(call, None)
 
-async def _answers(called: Any) -> AsyncGenerator[Any, None]:
-    """One answer, or as many as there are."""
-    if asyncio.iscoroutine(called):
-        yield await called
-        return
-    async with aclosing(called):
-        async for answer in called:
-            yield answer
+    async def _generate(self, message: Generate) -> None:
+        """Start a text; the decoder's thread sends its deltas, and ends its call."""
+        ended = threading.Event()
 
+        def send(delta: TextDelta | GenerationFailed) -> None:
+            if isinstance(delta, GenerationFailed):
+                delta = GenerationFailed(_sendable(delta.error))
+            self._outbox.add(message.call, delta)
+            if isinstance(delta, GenerationFailed) or delta.finish_reason is not None:
+                ended.set()
+                self._cancel.pop(message.call, None)
 
-async def _answer(number: int, answers: AsyncGenerator[Any, None], outbox: _Outbox) -> None:
-    error = None
-    try:
-        async with aclosing(answers):
-            async for answer in answers:
-                outbox.send((number, answer))
-    except Exception as met:
-        error = _sendable(met)
-    finally:
-        outbox.send((number, End(error)))
+        try:
+            self._cancel[message.call] = await self._engine.submit(message.request, send)
+        except Exception as error:
+            self._cancel.pop(message.call, None)
+            self._outbox.send(TextDeltas([(message.call, GenerationFailed(_sendable(error)))]))
+        else:
+            if ended.is_set():  # the text was faster than this event loop
+                self._cancel.pop(message.call, None)
 
 
 def _sendable(error: Exception) -> Exception:
-    """The same error, or its words where it cannot cross to another process."""
+    """The same error, or its words if it cannot cross to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

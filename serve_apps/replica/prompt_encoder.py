@@ -1,6 +1,6 @@
-"""How does what is asked in words become what is asked in tokens?
+"""The encoder of requests: prompt, grammar, stop tokens and bad words become tokens.
 
-In the decoder's replica, where the tokenizer and the chat template are, and off its event loop.
+It runs in the engine, which has the tokenizer and the chat template.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ __all__ = ["PromptEncoder"]
 
 
 class PromptEncoder:
-    """Reads prompts for one model."""
+    """Encoder of requests for one model."""
 
     def __init__(
         self,
@@ -37,26 +37,26 @@ class PromptEncoder:
         tool_form: str | None,
     ) -> None:
         """end_ids    tokens that end any text, besides the tokenizer's end-of-text token
-        template   None for a model that knows no conversations
-        tool_form  how it writes calls; None where it knows none
+        template   chat template; `None` for a model without conversations
+        tool_form  form in which the model writes calls; `None` for a model without calls
         """
         self._tokenizer, self._template, self._end_ids = tokenizer, template, tuple(end_ids)
         self._vocab_size, self._context_len = vocab_size, context_len
         self.tool_form = tool_form
         self._turn_end = None if template is None else turn_end_id(template, tokenizer)
 
-    def request(self, asked: GenerationRequest) -> Request:
-        """What is asked, in tokens. Raises RequestError."""
-        self.check_ids("stop_token_ids", asked.sampling.eos_ids)
-        prompt = self.tokens(asked.prompt, framed=asked.framed)
-        grammar = self.grammar(asked)
-        named = stop_tokens(asked.stop, self._tokenizer.special_ids)
+    def request(self, request: GenerationRequest) -> Request:
+        """The request in tokens. Raises RequestError."""
+        self.check_ids("stop_token_ids", request.sampling.eos_ids)
+        prompt = self.tokens(request.prompt, framed=request.framed)
+        grammar = self.grammar(request)
+        named = stop_tokens(request.stop, self._tokenizer.special_ids)
         sampling = replace(
-            asked.sampling,
-            eos_ids=tuple(dict.fromkeys([*self._ends(asked, grammar), *asked.sampling.eos_ids, *named])),
-            bad_words=token_sequences(asked.bad_words, self._tokenizer.encode_behind),
+            request.sampling,
+            eos_ids=tuple(dict.fromkeys([*self._ends(request, grammar), *request.sampling.eos_ids, *named])),
+            bad_words=token_sequences(request.bad_words, self._tokenizer.encode_behind),
         )
-        if asked.to_the_end:
+        if request.to_the_end:
             sampling = replace(sampling, max_tokens=max(self._context_len - len(prompt), sampling.max_tokens))
         with said_as():
             logit_rules.check(sampling, self._vocab_size)
@@ -66,23 +66,23 @@ class PromptEncoder:
                 compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
             constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
         return Request(
-            request_id=asked.request_id, prompt=prompt, sampling=sampling,
-            constraint=constraint, speculative=asked.speculative,
+            request_id=request.request_id, prompt=prompt, sampling=sampling,
+            constraint=constraint, speculative=request.speculative,
         )  # fmt: skip
 
     def check_ids(self, field: str, tokens: Sequence[int]) -> None:
-        """Raise ParameterError for the first of `tokens` that the model does not have."""
+        """Raise ParameterError for the first of `tokens` that is not in the vocabulary."""
         for token in tokens:
             if not 0 <= token < self._vocab_size:
                 raise ParameterError(f"{field} names token {token}; ids are 0..{self._vocab_size - 1}; drop it", field)
 
-    def _ends(self, asked: GenerationRequest, grammar: AskedGrammar | None) -> list[int]:
-        """The model's tokens that end this text; with a grammar, which knows its own end, special tokens alone."""
-        if asked.ignore_eos:
+    def _ends(self, request: GenerationRequest, grammar: AskedGrammar | None) -> list[int]:
+        """Tokens of the model that end this text. With a grammar, which has its own end, only special tokens end it."""
+        if request.ignore_eos:
             return []
         special = self._tokenizer.special_ids.values()
         ends = [token for token in self._end_ids if grammar is None or token in special]
-        if isinstance(asked.prompt, Chat) and self._turn_end is not None:
+        if isinstance(request.prompt, Chat) and self._turn_end is not None:
             ends.append(self._turn_end)
         return [self._tokenizer.eos_id, *ends]
 
@@ -95,7 +95,7 @@ class PromptEncoder:
             return tuple(self._tokenizer.encode_batch([prompt], framed=framed)[0])
         if self._template is None:
             raise ParameterError(
-                "this model has no chat template; ask /v1/completions, or serve it with one", "messages"
+                "this model has no chat template; use /v1/completions, or serve the model with a template", "messages"
             )
         if prompt.tools is not None and self.tool_form is None:
             raise ParameterError(
@@ -115,21 +115,21 @@ class PromptEncoder:
             )
         return tuple(ids)
 
-    def grammar(self, asked: GenerationRequest) -> AskedGrammar | None:
-        """What the text must keep to."""
-        if asked.grammar is not None or asked.tools is None or self.tool_form is None:
-            return asked.grammar
-        return call_grammar(FORMS[self.tool_form], asked.tools)
+    def grammar(self, request: GenerationRequest) -> AskedGrammar | None:
+        """Grammar of the text."""
+        if request.grammar is not None or request.tools is None or self.tool_form is None:
+            return request.grammar
+        return call_grammar(FORMS[self.tool_form], request.tools)
 
-    def check_grammar(self, asked: GenerationRequest, wanted: Request) -> None:
-        """Raise ParameterError if a text ended because its grammar asks for too much work."""
-        if not isinstance(wanted.constraint, GrammarConstraint):
+    def check_grammar(self, request: GenerationRequest, encoded: Request) -> None:
+        """Raise ParameterError if a text ended because its grammar takes too much work."""
+        if not isinstance(encoded.constraint, GrammarConstraint):
             return
-        wanted.constraint.allowed([])  # a failure that was met beside drafts went with them; it is met again
-        if wanted.constraint.failure is not None:
-            grammar = self.grammar(asked)
+        encoded.constraint.allowed([])  # a failure beside drafts was dropped with them; this call repeats it
+        if encoded.constraint.failure is not None:
+            grammar = self.grammar(request)
             assert grammar is not None
             raise ParameterError(
-                f"{grammar.param} cannot be followed to its end: {wanted.constraint.failure}; simplify it",
+                f"{grammar.param} cannot be followed to its end: {encoded.constraint.failure}; simplify it",
                 grammar.param,
             )

@@ -1,7 +1,8 @@
-"""In which order are prompts read, so that short ones never wait for long ones?
+"""Threads in which prompts are encoded, so that short prompts never wait for long ones.
 
-Reading a prompt is work of the processor. Grammars have a thread of their own, long prompts another, and all else the
-threads of asyncio. What waits for its turn is dropped when its client has left.
+Encoding a prompt is work of the processor. Grammars have one thread, long prompts another, and other prompts share the
+threads of asyncio. A short prompt of text or tokens is encoded at once: a change of threads would take longer. A prompt
+that still waits when its client has left is dropped.
 """
 
 import asyncio
@@ -18,39 +19,43 @@ from tidar_core.decoding.request import Request
 __all__ = ["PromptLanes"]
 
 LONG = 2**15
-"""Characters from which on a prompt is a long one; fewer are read in some 30 ms."""
+"""A prompt with more characters is long. Up to this length encoding takes about 30 ms."""
+SHORT = 2**10
+"""A prompt of text or tokens up to this length is short. Encoding it takes less than 1 ms."""
 
 
 class PromptLanes:
-    """Reads what is asked of one engine. Belongs to an event loop."""
+    """Encoder of the requests of one engine. Belongs to an event loop."""
 
     def __init__(self, prompts: PromptEncoder, grammars: GrammarPool) -> None:
         self._prompts, self._grammars = prompts, grammars
         self._of_grammars = ThreadPoolExecutor(1, "grammars")
         self._of_long = ThreadPoolExecutor(1, "long-prompts")
 
-    async def request(self, asked: GenerationRequest) -> Request:
-        """What is asked, in tokens. Raises RequestError."""
+    async def request(self, request: GenerationRequest) -> Request:
+        """The request in tokens. Raises RequestError."""
         loop = asyncio.get_running_loop()
-        grammar = self._prompts.grammar(asked)
-        lane = self._of_long if _is_long(asked.prompt) or sum(map(len, asked.bad_words)) > LONG else None
+        grammar = self._prompts.grammar(request)
+        if grammar is None and _is_short(request):
+            return self._prompts.request(request)
+        lane = self._of_long if _is_long(request.prompt) or sum(map(len, request.bad_words)) > LONG else None
         if grammar is not None:
             lane = self._of_grammars
             await loop.run_in_executor(lane, self._grammars.check, grammar)
-        return await loop.run_in_executor(lane, self._prompts.request, asked)
+        return await loop.run_in_executor(lane, self._prompts.request, request)
 
     async def tokens(self, prompt: str | Chat, *, framed: bool) -> tuple[int, ...]:
-        """The ids of a prompt, to be told. Raises RequestError, also for more than can be told."""
+        """Ids of a prompt, for a response. Raises RequestError, also for more ids than a response may hold."""
         lane = self._of_long if _is_long(prompt) else None
         read = partial(self._prompts.tokens, prompt, framed=framed)
         tokens = await asyncio.get_running_loop().run_in_executor(lane, read)
         if len(tokens) > VALUES:
             param = "messages" if isinstance(prompt, Chat) else "prompt"
-            raise ParameterError(f"{param} has {len(tokens)} tokens; at most {VALUES} are told; send less", param)
+            raise ParameterError(f"{param} has {len(tokens)} tokens; at most {VALUES} are returned; send less", param)
         return tokens
 
     def stop(self) -> None:
-        """End the threads as soon as they are idle, and the process that tries grammars."""
+        """End the threads as soon as they are idle, and the process that probes grammars."""
         for lane in (self._of_grammars, self._of_long):
             lane.shutdown(wait=False, cancel_futures=True)
         self._grammars.stop()
@@ -60,3 +65,7 @@ def _is_long(prompt: str | tuple[int, ...] | Chat) -> bool:
     if isinstance(prompt, Chat):
         return sum(len(str(message.get("content") or "")) for message in prompt.messages) > LONG
     return isinstance(prompt, str) and len(prompt) > LONG
+
+
+def _is_short(request: GenerationRequest) -> bool:
+    return not isinstance(request.prompt, Chat) and len(request.prompt) <= SHORT and not request.bad_words

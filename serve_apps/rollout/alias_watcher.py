@@ -130,7 +130,7 @@ class AliasWatcher:
             return False
         if self._trial is None:
             self._trial = Since(reports)
-        self._trial.hear(reports)
+        self._trial.update(reports)
         totals = [self._trial.totals(served.bundle_hash) for served in (challenger, champion)]
         why = failure(settings.challenger, *totals)
         if why is None:

@@ -1,6 +1,6 @@
-"""How do the pieces of texts become what a client reads: server-sent events, or one body?
+"""The way from text deltas to a response of /v1/completions: server-sent events, or one body.
 
-What completions and chats have in common, and completions; chats: `chat_events`.
+`Reply` is what completions and chats have in common. For chats see `chat_stream.py`.
 """
 
 import asyncio
@@ -12,6 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from serve_apps.api.completion_response import Answer, Choice, Completion, Logprobs, ModelCard
 from serve_apps.api.errors import Problem
 from serve_apps.api.generation_fields import StreamOptions
@@ -21,149 +23,179 @@ from serve_apps.messages.text_delta import GenerationFailed, TextDelta, UsageCou
 __all__ = ["DONE", "CompletionReply", "Reply", "error_event", "event", "interleave"]
 
 DONE = "data: [DONE]\n\n"
+ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(slots=True, kw_only=True)
 class Reply(ABC):
-    """One response, from the pieces of all its choices."""
+    """A response, made of the deltas of all its choices."""
 
     reply_id: str
     card: ModelCard
     n: int = 1
-    """Choices of a prompt, which is paid for once."""
+    """Choices of each prompt. A prompt counts once, whatever the number of its choices."""
     options: StreamOptions = field(default_factory=StreamOptions)
     created: int = field(default_factory=lambda: int(time.time()))
-    tallies: dict[int, UsageCounts] = field(default_factory=dict)
+    usages: dict[int, UsageCounts] = field(default_factory=dict)
     fingerprints: dict[int, str] = field(default_factory=dict)
-    """Of the weights that write each choice."""
-    told: set[int] = field(default_factory=set)
-    """Choices of whose text an event has been made."""
+    """Fingerprint of the weights that generate each choice."""
+    sent: set[int] = field(default_factory=set)
+    """Choices with an event that has some of their text."""
     attempts: dict[int, int] = field(default_factory=dict)
-    """Of each choice: see `TextDelta.attempt`."""
+    """`TextDelta.attempt` of each choice."""
 
-    def events(self, index: int, piece: TextDelta) -> Iterator[str]:
-        """Server-sent events for a piece of choice `index`; none if there is nothing in it to tell."""
-        self._note(index, piece)
-        for chunk in self._chunks(index, piece):
+    def events(self, index: int, delta: TextDelta) -> Iterator[str]:
+        """Server-sent events of a delta of choice `index`. A delta without news has no event."""
+        self._record(index, delta)
+        for chunk in self._chunks(index, delta):
             if self.options.continuous_usage_stats:
-                chunk["usage"] = self.tally.usage().model_dump()
+                chunk["usage"] = self.usage.for_response().model_dump()
             elif not self.options.include_usage:
                 chunk.pop("usage")
             chunk.pop("metrics")
             yield event(chunk)
 
     def usage_event(self) -> str:
-        """The server-sent event that says what the whole request cost."""
+        """The server-sent event with the usage of the whole request."""
         return event(self._last_chunk().model_dump(mode="json"))
 
-    def body(self, pieces: Iterable[tuple[int, TextDelta]]) -> dict[str, Any]:
-        """The whole response, of all pieces of all choices, each with the index of its choice."""
+    def body(self, deltas: Iterable[tuple[int, TextDelta]]) -> dict[str, Any]:
+        """The whole response, from all deltas of all choices, each with the index of its choice."""
         choices: dict[int, list[TextDelta]] = {}
-        for index, piece in pieces:
-            self._note(index, piece)
-            choices.setdefault(index, []).append(piece)
+        for index, delta in deltas:
+            self._record(index, delta)
+            choices.setdefault(index, []).append(delta)
         return self._whole([choices[index] for index in sorted(choices)])
 
     @property
-    def tally(self) -> UsageCounts:
-        """Over all choices."""
-        return sum((self._paid(*entry) for entry in self.tallies.items()), UsageCounts())
+    def usage(self) -> UsageCounts:
+        """Usage of all choices together."""
+        return sum((self._paid(*entry) for entry in self.usages.items()), UsageCounts())
 
     @abstractmethod
-    def _chunks(self, index: int, piece: TextDelta) -> Iterator[dict[str, Any]]:
-        """JSON of what a stream tells of a piece."""
+    def _chunks(self, index: int, delta: TextDelta) -> Iterator[dict[str, Any]]:
+        """JSON of the chunks of a delta."""
 
     @abstractmethod
     def _last_chunk(self) -> Answer:
-        """The chunk without choices."""
+        """The last chunk, which has no choices."""
 
     @abstractmethod
     def _whole(self, choices: list[list[TextDelta]]) -> dict[str, Any]:
-        """JSON of the response, from the pieces of each choice."""
+        """JSON of the response, from the deltas of each choice."""
 
-    def _paid(self, index: int, tally: UsageCounts) -> UsageCounts:
-        return tally if index % self.n == 0 else tally._replace(prompt_tokens=0, cached_tokens=0)
+    def _paid(self, index: int, usage: UsageCounts) -> UsageCounts:
+        return usage if index % self.n == 0 else usage._replace(prompt_tokens=0, cached_tokens=0)
 
-    def _forget(self, index: int) -> None:
-        """What came of a choice is void: its replica has died, and another begins it again."""
-        self.tallies.pop(index, None)
+    def _reset(self, index: int) -> None:
+        """Drop the state of a choice: its replica has died, and another replica begins the text again."""
+        self.usages.pop(index, None)
         self.fingerprints.pop(index, None)
 
-    def _note(self, index: int, piece: TextDelta) -> None:
-        if piece.attempt > self.attempts.get(index, 0):
-            self.attempts[index] = piece.attempt
-            self._forget(index)
-        self.tallies[index] = piece.tally
-        if piece.fingerprint:
-            self.fingerprints[index] = piece.fingerprint
+    def _record(self, index: int, delta: TextDelta) -> None:
+        if delta.attempt > self.attempts.get(index, 0):
+            self.attempts[index] = delta.attempt
+            self._reset(index)
+        self.usages[index] = delta.usage
+        if delta.fingerprint:
+            self.fingerprints[index] = delta.fingerprint
 
     def _heading(self, index: int | None = None) -> dict[str, Any]:
-        """Of what is said of choice `index`, or of all: weights may change between two choices of a response."""
-        writers = self.fingerprints.values() if index is None else [self.fingerprints.get(index, "")]
+        """First fields of a chunk of choice `index`, or of all choices: their weights may differ."""
+        fingerprints = self.fingerprints.values() if index is None else [self.fingerprints.get(index, "")]
         return {
             "id": self.reply_id,
             "created": self.created,
             "model": self.card.id,
-            "system_fingerprint": "+".join(dict.fromkeys(writers)),
+            "system_fingerprint": "+".join(dict.fromkeys(fingerprints)),
         }
 
+    def _chunk(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+        """JSON of a chunk with one choice, its fields in the order of the response models. A chunk is made for every
+        delta, so no model is built."""
+        return {**self._heading(choice["index"]), "usage": None, "metrics": None, "object": kind, "choices": [choice]}
+
     def _cost(self) -> dict[str, Any]:
-        return {"usage": self.tally.usage(), "metrics": self.tally.metrics()}
+        return {"usage": self.usage.for_response(), "metrics": self.usage.metrics()}
 
 
 class CompletionReply(Reply):
     """A response of /v1/completions."""
 
-    def _chunks(self, index: int, piece: TextDelta) -> Iterator[dict[str, Any]]:
-        if piece.text or piece.finish_reason is not None:
-            self.told.add(index)
-            yield Completion(**self._heading(index), choices=[_choice(index, [piece])]).model_dump(mode="json")
+    def _chunks(self, index: int, delta: TextDelta) -> Iterator[dict[str, Any]]:
+        if delta.text or delta.finish_reason is not None:
+            self.sent.add(index)
+            yield self._chunk("text_completion", _choice_json(index, delta))
 
     def _last_chunk(self) -> Completion:
         return Completion(**self._heading(), **self._cost(), choices=[])
 
     def _whole(self, choices: list[list[TextDelta]]) -> dict[str, Any]:
-        told = [_choice(index, pieces) for index, pieces in enumerate(choices)]
-        return Completion(**self._heading(), **self._cost(), choices=told).model_dump(mode="json")
+        whole = [_choice(index, deltas) for index, deltas in enumerate(choices)]
+        return Completion(**self._heading(), **self._cost(), choices=whole).model_dump(mode="json")
 
 
 def event(data: Any) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {ENCODE(data)}\n\n"
 
 
 def error_event(problem: Problem) -> str:
-    """The server-sent event that ends a stream which cannot go on; no [DONE] follows it."""
+    """The server-sent event that ends a failed stream. No [DONE] follows it."""
     return event(problem.body())
 
 
-def _choice(index: int, pieces: Sequence[TextDelta]) -> Choice:
-    last = pieces[-1]
-    told = [piece.logprobs for piece in pieces if isinstance(piece.logprobs, Logprobs)]
-    logprobs = {name: [entry for each in told for entry in getattr(each, name)] for name in Logprobs.model_fields}
-    ids = [piece.token_ids for piece in pieces if piece.token_ids is not None]
-    ways = [piece.decoding for piece in pieces if piece.decoding is not None]
-    decoding = {name: [entry for each in ways for entry in getattr(each, name)] for name in Decoding.model_fields}
+def _choice(index: int, deltas: Sequence[TextDelta]) -> Choice:
+    last = deltas[-1]
+    scored = [delta.logprobs for delta in deltas if isinstance(delta.logprobs, Logprobs)]
+    logprobs = {name: [entry for each in scored for entry in getattr(each, name)] for name in Logprobs.model_fields}
+    ids = [delta.token_ids for delta in deltas if delta.token_ids is not None]
+    origins = [delta.decoding for delta in deltas if delta.decoding is not None]
+    decoding = {name: [entry for each in origins for entry in getattr(each, name)] for name in Decoding.model_fields}
     return Choice(
         index=index,
-        text="".join(piece.text for piece in pieces),
-        logprobs=Logprobs(**logprobs) if told else None,
+        text="".join(delta.text for delta in deltas),
+        logprobs=Logprobs(**logprobs) if scored else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), None),
-        prompt_token_ids=next((list(p.prompt_token_ids) for p in pieces if p.prompt_token_ids is not None), None),
+        prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), None),
+        prompt_token_ids=next((list(p.prompt_token_ids) for p in deltas if p.prompt_token_ids is not None), None),
         token_ids=[token for each in ids for token in each] if ids else None,
-        decoding=Decoding(**decoding) if ways else None,
+        decoding=Decoding(**decoding) if origins else None,
     )
+
+
+def _choice_json(index: int, delta: TextDelta) -> dict[str, Any]:
+    """JSON of the `Choice` of one delta."""
+    return {
+        "index": index,
+        "text": delta.text,
+        "logprobs": to_jsonable_python(delta.logprobs),
+        "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason,
+        "prompt_logprobs": to_jsonable_python(delta.prompt_logprobs or None),
+        "prompt_token_ids": None if delta.prompt_token_ids is None else list(delta.prompt_token_ids),
+        "token_ids": None if delta.token_ids is None else list(delta.token_ids),
+        "decoding": to_jsonable_python(delta.decoding),
+    }
 
 
 async def interleave(
     sources: Sequence[AsyncGenerator[TextDelta | GenerationFailed, None]],
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    """Pieces of all sources as they come, each with the index of its source.
+    """Deltas of all sources as they come, each with the index of its source.
 
     The first failure is raised and ends all: a source that has not finished is closed before this returns.
     """
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as deltas:
+            async for delta in deltas:
+                if isinstance(delta, GenerationFailed):
+                    raise delta.error
+                yield 0, delta
+                if delta.finish_reason is not None:
+                    return
+        raise AssertionError("a source ended before its text did")
     queue: asyncio.Queue[tuple[int, TextDelta | GenerationFailed]] = asyncio.Queue()
 
     async def pump(index: int, source: AsyncGenerator[TextDelta | GenerationFailed, None]) -> None:

@@ -1,7 +1,7 @@
-"""How do the decode steps of one request become its text?
+"""The incremental detokenizer: the way from the decode steps of one request to its text.
 
 Only final tokens become text, and a character only when all its bytes have come. The text ends at the first stop
-string, wherever the steps that brought it begin and end: tokens after the one that completes it do not count.
+string, however the tokens are divided into steps. Tokens after the token that completes the stop string do not count.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,17 +22,17 @@ __all__ = ["IncrementalDetokenizer"]
 
 
 class TextStream(Protocol):
-    """An incremental detokenizer: see `tidar_core.artifacts.text.detokenizer.TextStream`."""
+    """The interface of `tidar_core.artifacts.text.detokenizer.TextStream`."""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now."""
+        """Text that is certain now."""
 
     def flush(self) -> str:
-        """What was held back."""
+        """Text that was held back."""
 
 
 class Tokenizer(Protocol):
-    """What a transcript asks of a `tidar_core.artifacts.text.tokenizer.Tokenizer`."""
+    """The part of `tidar_core.artifacts.text.tokenizer.Tokenizer` that a detokenizer uses."""
 
     eos_id: int
 
@@ -41,20 +41,20 @@ class Tokenizer(Protocol):
         """Special tokens by their names."""
 
     def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
-        """A decoder for ids that come one by one, behind the text of the ids `after`."""
+        """A decoder for ids that come one after another, behind the text of the ids `after`."""
 
     def places(self, text: str, *, framed: bool = False) -> list[int]:
-        """Where the text of each token of `text` begins in it."""
+        """Offset of each token of `text`, in characters."""
 
     def spell(self, token_id: int) -> str:
-        """The name of a token."""
+        """Name of a token."""
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to a text."""
+        """Bytes that a token adds to a text."""
 
 
 class IncrementalDetokenizer:
-    """The text of one request's tokens, as they come."""
+    """The text of one request, which grows with its tokens."""
 
     def __init__(
         self, tokenizer: Tokenizer, request: GenerationRequest, prompt: Sequence[int], *, block_len: int
@@ -74,51 +74,51 @@ class IncrementalDetokenizer:
         self._new_ids: list[int] = []
         self._forwards = 0
         self._decoding = Decoding()
-        self._prompt_told = False
+        self._prompt_sent = False
         self._completion_tokens = self._cached_tokens = 0
         self._histogram = [0] * block_len
         self._begun = False
         self._text = ""
-        self._heard_len = self._told_len = 0
-        """Characters of the text so far, and of those taken; a stop string that is cut off counts as heard."""
+        self._text_len = self._sent_len = 0
+        """Characters of the text so far, a stop string that is cut off included; and characters taken."""
         self._prompt_scores: PromptScores | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
     def add(self, steps: "Iterable[DecodeStep]") -> Self:
-        """Take in more steps. A stop token is counted, but is no part of the text unless that is asked for."""
+        """Add steps. A stop token counts as a token, but its text is left out unless `include_stop` is set."""
         for step in steps:
             if self.finish_reason is None:
-                self._hear(step)
+                self._add_step(step)
         return self
 
     @property
     def pending(self) -> bool:
-        """There is something to tell the client."""
+        """There is text to send, or the text has ended."""
         return bool(self._text) or self.finish_reason is not None
 
     def take(self) -> TextDelta:
-        """All since the last piece."""
-        tally = UsageCounts(len(self._prompt), self._completion_tokens, tuple(self._histogram), self._cached_tokens)
-        prompt_ids = tuple(self._prompt) if self._request.token_ids and not self._prompt_told else None
-        self._prompt_told = True
+        """The delta of everything since the last call."""
+        usage = UsageCounts(len(self._prompt), self._completion_tokens, tuple(self._histogram), self._cached_tokens)
+        prompt_ids = tuple(self._prompt) if self._request.token_ids and not self._prompt_sent else None
+        self._prompt_sent = True
         if not self.pending:
-            return TextDelta("", None, tally, prompt_token_ids=prompt_ids)
+            return TextDelta("", None, usage, prompt_token_ids=prompt_ids)
         text, self._text = self._text, ""
         scores, self._prompt_scores = self._prompt_scores, None
-        self._told_len += len(text)
+        self._sent_len += len(text)
         logprobs = None
         if self._sheet is not None:
-            logprobs = self._sheet.take(self._told_len if self.finish_reason is None else None)
+            logprobs = self._sheet.take(self._sent_len if self.finish_reason is None else None)
         new_ids, self._new_ids = tuple(self._new_ids) if self._request.token_ids else None, []
         decoding = None
         if self._request.decoding:
             decoding, self._decoding = self._decoding, Decoding()
         return TextDelta(
-            text, self.finish_reason, tally, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding
+            text, self.finish_reason, usage, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding
         )
 
-    def _hear(self, step: "DecodeStep") -> None:
+    def _add_step(self, step: "DecodeStep") -> None:
         self._cached_tokens += step.cached
         if not self._begun:
             self._begin(step.prompt_logprobs)
@@ -130,19 +130,19 @@ class IncrementalDetokenizer:
             self._histogram[step.accepted - 1] += 1
         ending = step.finish_reason == "stop"
         self._forwards += 1
-        ways = origins(step) if self._request.decoding else []
+        token_origins = origins(step) if self._request.decoding else []
         for place, token in enumerate(step.token_ids):
             last = ending and place == len(step.token_ids) - 1
-            if ways:
-                self._note(ways[place])
-            self._say(token, step.logprobs[place] if step.logprobs else None, ending=last)
+            if token_origins:
+                self._add_origin(token_origins[place])
+            self._add_token(token, step.logprobs[place] if step.logprobs else None, ending=last)
             if self._stops.found is not None:
                 return
         if step.finish_reason is not None:
             self._end(step)
 
     def _begin(self, scored: "Sequence[TokenLogprob]") -> None:
-        """What the client is told of the prompt."""
+        """Add the prompt to the text and to the scores, if requested."""
         self._begun = True
         if self._request.prompt_logprobs is not None:
             self._prompt_scores = prompt_scores(scored, self._request.prompt_logprobs, self._tokenizer.spell)
@@ -152,50 +152,50 @@ class IncrementalDetokenizer:
         if self._sheet is not None:
             for place, token in enumerate(self._prompt):
                 self._sheet.add(token, scored[place - 1] if place else None, begins[place], begins[place + 1])
-        self._heard_len = len(self._text)
+        self._text_len = len(self._text)
 
     def _echo(self) -> list[int]:
-        """Begin the text with the prompt. Returns where the text of each token of it begins, and where the last ends.
+        """Begin the text with the prompt. Returns the offset of each of its tokens, and the end of the last.
 
-        A prompt of text is as it was written, whatever a tokenizer makes of it.
+        A prompt of text keeps its own spelling, which the text of its tokens may change.
         """
         written = self._request.prompt
         stream = self._stream if self._echoes_ids else self._tokenizer.stream(skip_special=self._request.skip_special)
-        pieces = [stream.push(token) for token in self._prompt]
-        self._text = "".join(pieces)
+        texts = [stream.push(token) for token in self._prompt]
+        self._text = "".join(texts)
         if isinstance(written, str) and self._text != written:
             self._text = written
             return [*self._tokenizer.places(written, framed=self._request.framed), len(written)]
-        return list(accumulate(map(len, pieces), initial=0))
+        return list(accumulate(map(len, texts), initial=0))
 
-    def _note(self, origin: Origin) -> None:
-        """How the token that is said next came to be."""
+    def _add_origin(self, origin: Origin) -> None:
+        """Note the origin of the next token."""
         self._decoding.forward.append(self._forwards - 1)
         self._decoding.origin.append(origin)
-        self._decoding.text_offset.append(self._heard_len)
+        self._decoding.text_offset.append(self._text_len)
 
-    def _say(self, token: int, scored: "TokenLogprob | None", *, ending: bool) -> None:
+    def _add_token(self, token: int, scored: "TokenLogprob | None", *, ending: bool) -> None:
         self._completion_tokens += 1
         self._new_ids.append(token)
-        if ending and token in self._stop_tokens:  # its name is a stop string, and completes it
-            piece = self._stream.flush() + self._stop_tokens[token]
+        if ending and token in self._stop_tokens:  # the name of the token is a stop string
+            text = self._stream.flush() + self._stop_tokens[token]
         elif ending and not self._request.include_stop:
-            piece = ""
+            text = ""
         else:
-            piece = self._stream.push(token)
+            text = self._stream.push(token)
         if self._sheet is not None:
-            self._sheet.add(token, scored, self._heard_len, self._heard_len + len(piece))
-        self._hold_to_stops(piece)
+            self._sheet.add(token, scored, self._text_len, self._text_len + len(text))
+        self._hold_to_stops(text)
 
-    def _hold_to_stops(self, piece: str) -> None:
-        """Add text, as far as no stop string may begin in it; as in vLLM, none ends within the first min_tokens."""
-        self._heard_len += len(piece)
-        self._text += self._stops.push(piece, looked_for=self._completion_tokens > self._request.sampling.min_tokens)
+    def _hold_to_stops(self, text: str) -> None:
+        """Add text up to the possible begin of a stop string. As in vLLM, no stop string ends within min_tokens."""
+        self._text_len += len(text)
+        self._text += self._stops.push(text, looked_for=self._completion_tokens > self._request.sampling.min_tokens)
         if self._stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.found
 
     def _end(self, step: "DecodeStep") -> None:
-        """The decoder has ended the text; what was held back is told, unless it completes a stop string."""
+        """Add the text that was held back, unless it completes a stop string: the decoder has ended the text."""
         self._hold_to_stops(self._stream.flush())
         if self._stops.found is not None:
             return

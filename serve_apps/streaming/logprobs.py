@@ -1,6 +1,6 @@
-"""How is a client told how likely tokens were?
+"""The log probabilities of tokens, in the form of the responses.
 
-A token goes by its text. Where its bytes are no text by themselves, and for special tokens: see `Tokenizer.spell`.
+A token appears by its text. For special tokens, and for tokens whose bytes are no text, see `Tokenizer.spell`.
 """
 
 from collections import deque
@@ -16,40 +16,40 @@ if TYPE_CHECKING:
 __all__ = ["ChatScoreSheet", "ScoreSheet", "prompt_scores"]
 
 LEAST = -9999.0
-"""What vLLM writes for minus infinity, which JSON has no word for."""
+"""Value for minus infinity, as in vLLM: JSON has no such number."""
 
 Spell = Callable[[int], str]
 
 
 class ScoreSheet:
-    """The tokens of one text and their scores, told when their text is, as completions tell them."""
+    """The scored tokens of one text, in the form of completions. Each is taken with its text."""
 
     def __init__(self, spell: Spell, top: int) -> None:
-        """top  how many of the likeliest tokens are told for each."""
+        """top  number of likeliest tokens in the response for each token"""
         self._spell, self._top = spell, top
         self._waiting: deque[tuple[int, int, int, TokenLogprob | None]] = deque()
 
     def add(self, token_id: int, scored: "TokenLogprob | None", start: int, end: int) -> None:
-        """The next token, and where its text begins and ends; not scored where nothing stands before it."""
+        """Add the next token, and where its text begins and ends. A token without a predecessor has no score."""
         self._waiting.append((start, end, token_id, scored))
 
-    def take(self, told_len: int | None) -> "Logprobs | list[ChatTokenLogprob]":
-        """Tokens not taken yet whose text ends within the first `told_len` characters; None: all."""
+    def take(self, sent_len: int | None) -> "Logprobs | list[ChatTokenLogprob]":
+        """Tokens not taken yet whose text ends within the first `sent_len` characters; all if it is None."""
         taken = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
-        for start, token_id, scored in self._taken(told_len):
+        for start, token_id, scored in self._taken(sent_len):
             taken.text_offset.append(start)
             taken.tokens.append(self._spell(token_id))
             taken.token_logprobs.append(None if scored is None else max(scored.logprob, LEAST))
             taken.top_logprobs.append(None if scored is None else self._likeliest(scored))
         return taken
 
-    def _taken(self, told_len: int | None) -> "Iterator[tuple[int, int, TokenLogprob | None]]":
-        while self._waiting and (told_len is None or self._waiting[0][1] <= told_len):
+    def _taken(self, sent_len: int | None) -> "Iterator[tuple[int, int, TokenLogprob | None]]":
+        while self._waiting and (sent_len is None or self._waiting[0][1] <= sent_len):
             start, _, token_id, scored = self._waiting.popleft()
             yield start, token_id, scored
 
     def _likeliest(self, scored: "TokenLogprob") -> dict[str, float]:
-        """By text, and the token itself beside them. Of two tokens with one text, the likelier."""
+        """Likeliest tokens and the token itself, by text. Two tokens with the same text count as the likelier."""
         likeliest: dict[str, float] = {}
         for token_id, logprob in (*scored.top[: self._top], (scored.token_id, scored.logprob)):
             likeliest.setdefault(self._spell(token_id), max(logprob, LEAST))
@@ -57,39 +57,39 @@ class ScoreSheet:
 
 
 class ChatScoreSheet(ScoreSheet):
-    """The same, as chats tell them: with bytes, and the likeliest in their order."""
+    """The scored tokens of one text, in the form of chats: with bytes, and the likeliest tokens in order."""
 
     def __init__(self, spell: Spell, top: int, bytes_of: Callable[[int], bytes]) -> None:
         super().__init__(spell, top)
         self._bytes_of = bytes_of
 
-    def take(self, told_len: int | None) -> list[ChatTokenLogprob]:
-        """Tokens not taken yet whose text ends within the first `told_len` characters; None: all."""
+    def take(self, sent_len: int | None) -> list[ChatTokenLogprob]:
+        """Tokens not taken yet whose text ends within the first `sent_len` characters; all if it is None."""
         taken = []
-        for _, token_id, scored in self._taken(told_len):
+        for _, token_id, scored in self._taken(sent_len):
             assert scored is not None, "a chat has no echo"
-            top = [self._told(*likely) for likely in scored.top[: self._top]]
-            taken.append(ChatTokenLogprob(**self._told(token_id, scored.logprob).model_dump(), top_logprobs=top))
+            top = [self._scored(*likely) for likely in scored.top[: self._top]]
+            taken.append(ChatTokenLogprob(**self._scored(token_id, scored.logprob).model_dump(), top_logprobs=top))
         return taken
 
-    def _told(self, token_id: int, logprob: float) -> ChatLogprob:
+    def _scored(self, token_id: int, logprob: float) -> ChatLogprob:
         return ChatLogprob(
             token=self._spell(token_id), logprob=max(logprob, LEAST), bytes=list(self._bytes_of(token_id))
         )
 
 
 def prompt_scores(scored: "Sequence[TokenLogprob]", top: int, spell: Spell) -> PromptScores:
-    """One entry for each token of a prompt, in vLLM's form.
+    """Scores of a prompt in vLLM's form: an entry for each token.
 
-    scored  one for each token but the first
+    scored  scores of all tokens but the first
     """
     return [None, *(_prompt_token(token, top, spell) for token in scored)]
 
 
 def _prompt_token(scored: "TokenLogprob", top: int, spell: Spell) -> dict[int, TokenScore]:
     ranks = {token_id: rank for rank, (token_id, _) in enumerate(scored.top, 1)}
-    told = ((scored.token_id, scored.logprob), *scored.top[:top])
+    chosen = ((scored.token_id, scored.logprob), *scored.top[:top])
     return {
         token_id: TokenScore(logprob=max(logprob, LEAST), rank=ranks.get(token_id), decoded_token=spell(token_id))
-        for token_id, logprob in told
+        for token_id, logprob in chosen
     }

@@ -1,4 +1,4 @@
-"""In what form does a model call a function?
+"""The forms in which models call functions.
 
 Hermes' (Qwen2.5, Qwen3, Hermes): <tool_call>{"name": .., "arguments": {..}}</tool_call>, words before it allowed.
 Llama 3's: {"name": .., "parameters": {..}} is the whole text; several are separated by "; ".
@@ -22,16 +22,16 @@ WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 @dataclass(frozen=True, slots=True)
 class ToolForm:
-    """How calls are written."""
+    """Form of calls."""
 
     arguments: str
-    """The key of the arguments."""
+    """Key of the arguments."""
     opening: str = ""
-    """Before a call; empty where a call begins the text."""
+    """Mark before a call; empty if a call begins the text."""
     closing: str = ""
-    """After a call."""
+    """Mark after a call."""
     between: str = ""
-    """Between two calls."""
+    """Text between two calls."""
 
 
 FORMS = {
@@ -41,7 +41,7 @@ FORMS = {
 
 
 def form_of(template: "ChatTemplate", setting: str) -> str | None:
-    """The name of the form that a template teaches; None where it knows no tools, or another form.
+    """Name of the form that a template teaches; None if the template knows no tools, or uses another form.
 
     setting  `auto`, or the name of the form
     """
@@ -57,9 +57,9 @@ def form_of(template: "ChatTemplate", setting: str) -> str | None:
 
 
 def call_grammar(form: ToolForm, use: ToolUse) -> AskedGrammar | None:
-    """What a text must keep to so that functions are called as asked; None where anything may be said.
+    """Grammar of texts that call functions as requested; None if any text is allowed.
 
-    Where no call is required but arguments must be strict: any text, in which what begins as a call is a right one.
+    If no call is required and arguments must be strict, any text is allowed, but every call in it must be valid.
     """
     if not use.required and not use.strict:
         return None
@@ -81,11 +81,11 @@ def _start(form: ToolForm, use: ToolUse) -> list[str]:
         return [f"start: {first} ({between} {first})*" if use.parallel else f"start: {first}"]
     if not form.opening:
         more = f" ({between} calls)*" if use.parallel else ""
-        return [f"start: calls{more} | SAID", r"SAID: /(\s*[^\s{](?s:.*))?/"]
+        return [f"start: calls{more} | TEXT", r"TEXT: /(\s*[^\s{](?s:.*))?/"]
     return [
-        "start: (lead calls)* SAID" if use.parallel else "start: (lead calls)? SAID",
+        "start: (lead calls)* TEXT" if use.parallel else "start: (lead calls)? TEXT",
         f"lead[lazy]: /(?s:.*){form.opening}/",
-        f"SAID: /(?s:.*)/ & ~/(?s:.*){form.opening}(?s:.*)/",
+        f"TEXT: /(?s:.*)/ & ~/(?s:.*){form.opening}(?s:.*)/",
     ]
 
 
@@ -99,9 +99,9 @@ def _tail(form: ToolForm) -> str:
 
 
 def _schema(function: Mapping[str, Any], *, free: bool) -> dict[str, Any]:
-    """Of a function's arguments: an object, whatever else it says.
+    """JSON schema of a function's arguments, which are always an object.
 
-    free  any object will do
+    free  every object is allowed
     """
     schema = {} if free else dict(function.get("parameters") or {})
     return {"type": "object", "x-guidance": {"whitespace_pattern": WHITE_SPACE}} | schema

@@ -1,7 +1,7 @@
-"""Which parts of a text are calls of functions, as it comes?
+"""The parser of function calls in a text that is still being generated.
 
-What is no call of an offered function is told as it stands. The name of a call is told once its arguments begin, and
-these as they come, so that all the pieces join to what the model wrote.
+Text that calls no offered function stays as it is. The name of a call is sent once its arguments begin. The arguments
+follow as they come, so that all deltas join to the model's text.
 """
 
 import json
@@ -13,41 +13,41 @@ from typing import Any
 
 from serve_apps.streaming.tool_call_formats import FORMS, ToolForm
 
-__all__ = ["CallPiece", "Said", "ToolCallReader"]
+__all__ = ["CallDelta", "ParsedText", "ToolCallParser"]
 
 NOTHING = "{}"
-"""Arguments of a call that has none."""
+"""Arguments of a call without arguments."""
 HEAD_KEYS = frozenset({"name", "type"})
 ARGUMENT_KEYS = tuple(form.arguments for form in FORMS.values())
-"""Models mix the forms up; whichever key a call has, its arguments are not lost."""
+"""Keys of arguments in all forms: models mix the forms up, and no arguments may be lost."""
 
 
 @dataclass(frozen=True, slots=True)
-class CallPiece:
-    """A piece of one call."""
+class CallDelta:
+    """New text of one call."""
 
     index: int
-    """Of the call in its message."""
+    """Index of the call in its message."""
     arguments: str
     name: str | None = None
-    """With the first piece."""
+    """Set in the first delta of the call."""
     call_id: str | None = None
-    """With the first piece."""
+    """Set in the first delta of the call."""
 
 
 @dataclass(slots=True)
-class Said:
-    """What a piece of text has brought."""
+class ParsedText:
+    """Content and calls in a delta of the text."""
 
     content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
 
 
-class ToolCallReader:
-    """Reads one text."""
+class ToolCallParser:
+    """Parser of one text."""
 
     def __init__(self, form: ToolForm, names: Collection[str], *, parallel: bool = True) -> None:
-        """names  of the functions that are offered
+        """names     names of the offered functions
         parallel  False: calls after the first are dropped
         """
         self._form, self._names, self._parallel = form, names, parallel
@@ -56,50 +56,50 @@ class ToolCallReader:
         self._unread = ""
         self._state = self._in_text if form.opening else self._at_call
         self._opened = ""
-        """What came before the call that is being read: content, if it is none."""
+        """Text before the call that is being parsed. It is content if there is no call."""
         self._object = _JsonObject()
         self._name: str | None = None
-        self._said = Said()
+        self._parsed = ParsedText()
         self.count = 0
-        """Calls so far."""
+        """Number of calls so far."""
 
-    def push(self, text: str) -> Said:
-        """What is certain now."""
+    def push(self, text: str) -> ParsedText:
+        """Add text. Returns content and calls that are certain now."""
         self._unread += text
         while self._state():
             pass
-        said, self._said = self._said, Said()
-        return said
+        parsed, self._parsed = self._parsed, ParsedText()
+        return parsed
 
-    def end(self) -> Said:
-        """What was held back of a text that has ended."""
+    def end(self) -> ParsedText:
+        """Content that was held back: the text has ended."""
         if self._state == self._in_call and self._name is None:
             self._give_up(self._object.text)
         elif self._state == self._at_call:
             self._give_up("")
         if self._state == self._in_text and (self._unread.strip() or not self.count):
-            self._said.content += self._unread
+            self._parsed.content += self._unread
         self._unread = ""
-        said, self._said = self._said, Said()
-        return said
+        parsed, self._parsed = self._parsed, ParsedText()
+        return parsed
 
     def _in_text(self) -> bool:
-        """Content, up to what may open a call; white space around calls belongs to none of them."""
+        """Parse content up to a possible mark of a call. White space around calls is dropped."""
         opening = self._form.opening
         if opening and (found := self._unread.find(opening)) >= 0:
             end, content = found + len(opening), self._unread[:found].rstrip()
-            self._said.content += content
+            self._parsed.content += content
             self._opened, self._unread = self._unread[len(content) : end], self._unread[end:]
             self._state = self._at_call
             return True
         held = max((n for n in range(1, len(opening)) if self._unread.endswith(opening[:n])), default=0)
         sure = self._unread[: len(self._unread) - held]
         sure = sure.rstrip() if opening else sure
-        self._said.content, self._unread = self._said.content + sure, self._unread[len(sure) :]
+        self._parsed.content, self._unread = self._parsed.content + sure, self._unread[len(sure) :]
         return False
 
     def _at_call(self) -> bool:
-        """Where a call must begin."""
+        """Parse the begin of a call."""
         bare = self._unread.lstrip()
         if not bare:
             return False
@@ -117,7 +117,7 @@ class ToolCallReader:
         if self._name is None:
             self._begin()
         if self._name is not None and (arguments := read.take_inner()):
-            self._tell(arguments)
+            self._add_arguments(arguments)
         if not read.ended:
             return False
         if self._name is None:
@@ -127,7 +127,7 @@ class ToolCallReader:
         return True
 
     def _begin(self) -> None:
-        """See whether the object has said which function it calls."""
+        """Start the call as soon as the object has named its function."""
         head = self._head.match(self._object.text)
         if head is None:
             return
@@ -137,20 +137,20 @@ class ToolCallReader:
             self._start(name)
 
     def _read_whole(self) -> None:
-        """An object that did not begin as calls do may be a call: in another order, or without arguments."""
+        """Parse a whole object: a call may have its keys in another order, or no arguments."""
         call = _object(self._object.text)
         name, arguments = call.get("name"), self._arguments(call)
         if not isinstance(name, str) or name not in self._names or arguments is None:
             self._give_up(self._object.text)
             return
         self._start(name)
-        self._tell(arguments)
+        self._add_arguments(arguments)
         self._state = self._after_call
 
     def _arguments(self, call: Mapping[str, Any]) -> str | None:
-        """The arguments of a call as JSON text, `{}` where the call has none; None: the object is no call.
+        """Arguments of a call as JSON text, `{}` if the call has no arguments; None if the object is no call.
 
-        Marks say that an object is a call; without marks an object with other keys is an answer.
+        Marks identify an object as a call. Without marks an object with other keys is content.
         """
         key = next((key for key in ARGUMENT_KEYS if key in call), None)
         if key is None:
@@ -161,7 +161,7 @@ class ToolCallReader:
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
     def _after_call(self) -> bool:
-        """The rest of a call, and what comes between it and the next."""
+        """Parse the end of a call, and the text before the next."""
         bare = self._unread.lstrip()
         sign = self._form.closing or self._form.between.strip()
         if len(bare) < len(sign) and sign.startswith(bare):
@@ -176,26 +176,26 @@ class ToolCallReader:
     def _start(self, name: str) -> None:
         self._name = name
         self.count += 1
-        if self._spoken:
-            self._said.calls.append(CallPiece(self.count - 1, "", name, f"call_{secrets.token_hex(12)}"))
+        if self._wanted:
+            self._parsed.calls.append(CallDelta(self.count - 1, "", name, f"call_{secrets.token_hex(12)}"))
 
-    def _tell(self, arguments: str) -> None:
-        if self._spoken:
-            self._said.calls.append(CallPiece(self.count - 1, arguments))
+    def _add_arguments(self, arguments: str) -> None:
+        if self._wanted:
+            self._parsed.calls.append(CallDelta(self.count - 1, arguments))
 
     @property
-    def _spoken(self) -> bool:
+    def _wanted(self) -> bool:
         return self._parallel or self.count == 1
 
     def _give_up(self, read: str) -> None:
-        """It was no call."""
-        self._said.content += self._opened + read
+        """Treat the parsed text as content: there is no call."""
+        self._parsed.content += self._opened + read
         self._opened = ""
         self._state = self._in_text
 
 
 class _JsonObject:
-    """A JSON object that comes in pieces: where it ends, and where an object inside it does."""
+    """A JSON object that comes in parts: it finds the end of the object, and of an object inside."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -206,7 +206,7 @@ class _JsonObject:
         self._in_string = self._escaped = False
 
     def push(self, text: str) -> str:
-        """Read up to the end of the object; what comes after it is given back."""
+        """Add text up to the end of the object. Returns the text after the end."""
         before = len(self.text)
         for place, sign in enumerate(text, 1):
             self._read(sign)
@@ -219,14 +219,14 @@ class _JsonObject:
         return ""
 
     def follow(self, start: int) -> None:
-        """The object inside begins there; `take_inner` gives it as it comes."""
+        """Note the begin of the object inside. `take_inner` returns its text as it comes."""
         inner = _JsonObject()
         rest = inner.push(self.text[start:])
         self._inner_from = start
         self._inner_to = len(self.text) - len(rest) if inner.ended else None
 
     def take_inner(self) -> str:
-        """What has come of the object inside since the last time."""
+        """Text of the object inside since the last call."""
         assert self._inner_from is not None
         end = len(self.text) if self._inner_to is None else self._inner_to
         taken, self._inner_from = self.text[self._inner_from : end], end

@@ -104,11 +104,11 @@ class Counters:
         """The client of one request hung up."""
         self._count("requests_abandoned", 1, phase)
 
-    def count_tokens(self, tally: UsageCounts) -> None:
+    def count_tokens(self, usage: UsageCounts) -> None:
         """What one request has cost."""
-        self._count("prompt_tokens", tally.prompt_tokens)
-        self._count("generation_tokens", tally.completion_tokens)
-        if (metrics := tally.metrics()) is not None:
+        self._count("prompt_tokens", usage.prompt_tokens)
+        self._count("generation_tokens", usage.completion_tokens)
+        if (metrics := usage.metrics()) is not None:
             drafts = metrics.speculative_decoding
             self._count("spec_decode_num_drafts", drafts.num_spec_steps)
             self._count("spec_decode_num_draft_tokens", drafts.num_draft_tokens)
@@ -128,11 +128,11 @@ class Counters:
         async with aclosing(pieces):
             async for index, piece in pieces:
                 now = time.monotonic()
-                if piece.tally.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
+                if piece.usage.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
                     if (text := (index, piece.attempt)) in heard:
                         self._spread("inter_token_latency_seconds", now - heard[text])
                     else:
-                        written = 0.0 if piece.lap is None else piece.lap.decode  # all of it came at once
+                        written = 0.0 if piece.timing is None else piece.timing.decode  # all of it came at once
                         self._spread("time_to_first_token_seconds", now - began - written)
                     heard[text] = now
                 if piece.finish_reason is not None:
@@ -149,17 +149,17 @@ class Counters:
 
     def _count_text(self, last: TextDelta) -> None:
         self._count("request_success", 1, str(last.finish_reason))
-        tokens = last.tally.completion_tokens
-        self._spread("request_prompt_tokens", last.tally.prompt_tokens)
+        tokens = last.usage.completion_tokens
+        self._spread("request_prompt_tokens", last.usage.prompt_tokens)
         self._spread("request_generation_tokens", tokens)
-        if last.lap is None:
+        if last.timing is None:
             return
-        self._spread("request_queue_time_seconds", last.lap.queue)
-        self._spread("request_prefill_time_seconds", last.lap.prefill)
-        self._spread("request_decode_time_seconds", last.lap.decode)
-        self._spread("request_inference_time_seconds", last.lap.prefill + last.lap.decode)
+        self._spread("request_queue_time_seconds", last.timing.queue)
+        self._spread("request_prefill_time_seconds", last.timing.prefill)
+        self._spread("request_decode_time_seconds", last.timing.decode)
+        self._spread("request_inference_time_seconds", last.timing.prefill + last.timing.decode)
         if tokens > 1:
-            self._spread("request_time_per_output_token_seconds", last.lap.decode / (tokens - 1))
+            self._spread("request_time_per_output_token_seconds", last.timing.decode / (tokens - 1))
 
     def _count(self, name: str, more: float, *labels: str) -> None:
         self._totals[name].labels(self._model_name, *labels).inc(more)

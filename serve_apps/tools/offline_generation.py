@@ -15,6 +15,7 @@ from serve_apps.api.completion_response import Logprobs, PromptScores
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.parsing import parse_request
 from serve_apps.api.token_origins import Decoding
+from serve_apps.ingress.translate import generation_requests
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from tidar_core.artifacts.model.bundle import Bundle
@@ -47,7 +48,7 @@ class OneText:
         report     takes a line about what is done before the first token
         """
         body = parse_request(json.dumps({"model": bundle_uri, **fields}).encode(), CompletionRequest)
-        if len(asked := body.prompts("text")) != 1:
+        if len(asked := generation_requests(body, "text")) != 1:
             raise ParameterError(f"{len(asked)} texts are asked for; one is written here; give one prompt and n = 1")
         self._asked, self._mode = asked[0], mode
         decoder = Decoder(bundle.model, DraftConfig(block_len=block_len or bundle.info.block_len), rows=1)

@@ -11,7 +11,6 @@ from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.replica.engine import Engine
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from serve_apps.tools.offline_generation import OneText
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.text.end_tokens import EndTokens
@@ -57,33 +56,33 @@ def engine(ending):
     engine.stop()
 
 
-def written(engine, tokenizer, *, ignore_eos=False, grammar=None, **sampling):
+def written(engine, *, ignore_eos=False, grammar=None, **sampling):
     """The answer of a replica's engine."""
     asked = GenerationRequest(
         request_id="r", prompt=PROMPT, sampling=SamplingConfig(max_tokens=LENGTH, **sampling), ignore_eos=ignore_eos,
         grammar=grammar,
     )  # fmt: skip
 
-    async def steps():
-        async with aclosing(engine.steps(asked)) as heard:
-            return [step async for one in heard for step in one.steps]
+    async def deltas():
+        async with aclosing(engine.generate(asked)) as deltas:
+            return [delta async for delta in deltas]
 
-    transcript = IncrementalDetokenizer(tokenizer, asked, tokenizer.encode(PROMPT), block_len=4)
-    piece = transcript.add(asyncio.run(steps())).take()
-    return piece.text, piece.tally.completion_tokens, piece.finish_reason, piece.stop_reason
+    told = asyncio.run(deltas())
+    piece = told[-1]._replace(text="".join(delta.text for delta in told))
+    return piece.text, piece.usage.completion_tokens, piece.finish_reason, piece.stop_reason
 
 
 def test_a_text_ends_at_any_end_token(engine, tokenizer, said, place):
     expected = (tokenizer.decode(said[:place]), place + 1, "stop", said[place])
-    assert written(engine, tokenizer) == expected
+    assert written(engine) == expected
 
 
 def test_ignore_eos_ignores_every_end_token(engine, tokenizer, said):
-    assert written(engine, tokenizer, ignore_eos=True) == (tokenizer.decode(said), LENGTH, "length", None)
+    assert written(engine, ignore_eos=True) == (tokenizer.decode(said), LENGTH, "length", None)
 
 
 def test_no_end_token_comes_before_min_tokens(engine, tokenizer, said, place):
-    text, count, _, _ = written(engine, tokenizer, min_tokens=place + 3)
+    text, count, _, _ = written(engine, min_tokens=place + 3)
     assert count >= place + 3
     assert text.startswith(tokenizer.decode(said[:place]))
 
@@ -93,7 +92,7 @@ def test_a_text_that_keeps_to_a_grammar_ends_with_it_though_an_end_token_spells_
 ):
     word = tokenizer.decode([said[place]])
     asked = AskedGrammar("guided_choice", "choice", [word + word])
-    text, _, reason, _ = written(engine, tokenizer, grammar=asked)
+    text, _, reason, _ = written(engine, grammar=asked)
     assert (text, reason) == (word + word, "stop")
 
 

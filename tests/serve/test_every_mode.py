@@ -8,6 +8,7 @@ import pytest
 
 from serve_apps.api.completion_request import CompletionRequest
 from serve_apps.api.parsing import parse_request
+from serve_apps.ingress.translate import generation_requests
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.rollout.model_version import ModelVersion
@@ -55,7 +56,7 @@ def answers(app, bodies):
 
 def prompts(name, body):
     whole = {"model": "m", "prompt": PROMPT, "temperature": 0, "max_tokens": 24} | body
-    return parse_request(json.dumps(whole).encode(), CompletionRequest).prompts(name)
+    return generation_requests(parse_request(json.dumps(whole).encode(), CompletionRequest), name)
 
 
 def whole(events):
@@ -63,7 +64,7 @@ def whole(events):
     assert not isinstance(events[-1], GenerationFailed), events[-1].error
     last = events[-1]
     text = "".join(piece.text for piece in events)
-    return text, last.finish_reason, last.stop_reason, last.tally.completion_tokens
+    return text, last.finish_reason, last.stop_reason, last.usage.completion_tokens
 
 
 def scores(events):
@@ -134,7 +135,7 @@ def test_a_stop_string_from_any_offset_ends_every_modes_text_at_its_first_occurr
     events = answers(replica("autoregressive", 1), [body | {"logprobs": 0}])[0]
     text, ends = whole(events)[0], scores(events)["text_offset"][1:]
     assert {"日", "🎉"} & set(text)
-    drafted = answers(replica("single-pass", 4), [body])[0][-1].tally.histogram
+    drafted = answers(replica("single-pass", 4), [body])[0][-1].usage.histogram
     assert sum(drafted[1:]) > 3  # blocks that brought several tokens
     cuts = [(i, n) for i in range(0, len(text) - 1, stride) for n in (1, 3, 7)]
     stops = [text[i : i + n] for i, n in cuts]
@@ -267,20 +268,20 @@ def test_what_only_the_replica_can_see_is_refused_with_the_fields_name(replica, 
 def test_a_stop_string_frees_row_and_pages_before_the_next_forward(replica, mode):
     app = replica(*mode)
     text = text_of(replica, **VARIED)
-    decoder = app.fleet.champion.engine.batcher.decoder
+    decoder = app.pool.champion.engine.batcher.decoder
     forwards = []
-    advance = app.fleet.champion.engine.batcher.advance
+    advance = app.pool.champion.engine.batcher.advance
 
     def counted():
         steps = advance()
         forwards.append(decoder.running)
         return steps
 
-    app.fleet.champion.engine.batcher.advance = counted
+    app.pool.champion.engine.batcher.advance = counted
     try:
         (events,) = answers(app, [VARIED | {"max_tokens": 100, "stop": text[6:9]}])
     finally:
-        del app.fleet.champion.engine.batcher.advance
+        del app.pool.champion.engine.batcher.advance
     assert whole(events)[1] == "stop"
     load = asyncio.run(app.load())
     assert (load.running, load.waiting, load.pages_held) == (0, 0, 0)

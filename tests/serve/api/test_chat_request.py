@@ -9,6 +9,7 @@ from serve_apps.api.chat_request import ChatRequest
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.parsing import parse_request
 from serve_apps.api.tokenize_api import TokenizeRequest
+from serve_apps.ingress.translate import generation_requests
 
 SMALLEST = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
 NEUTRAL = ChatRequest.NEUTRAL
@@ -28,7 +29,7 @@ def refusal(**fields):
 
 
 def test_the_smallest_conversation_writes_to_the_end_of_the_context():
-    (prompt,) = read().prompts("r")
+    (prompt,) = generation_requests(read(), "r")
     assert (prompt.request_id, prompt.prompt.messages) == ("r-0", ({"role": "user", "content": "a"},))
     assert (prompt.to_the_end, prompt.sampling.temperature, prompt.logprobs, prompt.tools) == (True, 1.0, None, None)
     assert (prompt.prompt.add_generation_prompt, prompt.prompt.leave_open) == (True, False)
@@ -36,7 +37,7 @@ def test_the_smallest_conversation_writes_to_the_end_of_the_context():
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_the_number_of_tokens_has_two_names(name):
-    (prompt,) = read(**{name: 7}).prompts("r")
+    (prompt,) = generation_requests(read(**{name: 7}), "r")
     assert (prompt.to_the_end, prompt.sampling.max_tokens) == (False, 7)
     assert refusal(max_tokens=7, max_completion_tokens=8) == ("max_completion_tokens", None)
 
@@ -55,7 +56,7 @@ def test_messages_reach_the_template_as_it_reads_them():
          "annotations": [], "tool_calls": [CALL | {"index": 0}]},
         {"role": "tool", "content": "2", "tool_call_id": "c"},
     ]  # fmt: skip
-    (prompt,) = read(messages=messages).prompts("r")
+    (prompt,) = generation_requests(read(messages=messages), "r")
     function = {"name": "add", "arguments": {"a": 1}}
     assert prompt.prompt.messages == (
         {"role": "developer", "content": "a\nb"},
@@ -119,7 +120,7 @@ CALLED = {"type": "function", "function": {"name": "now", "arguments": {}}}
     ids=str,
 )  # fmt: skip
 def test_what_clients_send_back_and_asks_for_nothing_is_taken(echoed, shown):
-    (prompt,) = read(messages=[echoed]).prompts("r")
+    (prompt,) = generation_requests(read(messages=[echoed]), "r")
     assert prompt.prompt.messages == (shown,)
 
 
@@ -138,22 +139,24 @@ def test_what_clients_send_back_and_asks_for_nothing_is_taken(echoed, shown):
 )
 def test_a_call_without_arguments_has_an_empty_object_and_a_null_inside_them_stays(arguments, shown):
     call = {"id": "c", "function": {"name": "now", "arguments": arguments}}
-    (prompt,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).prompts("r")
+    (prompt,) = generation_requests(read(messages=[{"role": "assistant", "tool_calls": [call]}]), "r")
     assert prompt.prompt.messages[0]["tool_calls"][0]["function"] == {"name": "now", "arguments": shown}
     del call["function"]["arguments"]
-    (prompt,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).prompts("r")
+    (prompt,) = generation_requests(read(messages=[{"role": "assistant", "tool_calls": [call]}]), "r")
     assert prompt.prompt.messages[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_tools_reach_the_template_and_the_reader_of_calls():
-    (prompt,) = read(tools=[TOOL, OTHER]).prompts("r")
+    (prompt,) = generation_requests(read(tools=[TOOL, OTHER]), "r")
     assert prompt.prompt.tools == (TOOL, OTHER)
     assert (prompt.tools.names, prompt.tools.required, prompt.tools.parallel) == ({"add", "now"}, False, True)
-    (prompt,) = read(tools=[TOOL, OTHER], tool_choice="required", parallel_tool_calls=False).prompts("r")
+    (prompt,) = generation_requests(read(tools=[TOOL, OTHER], tool_choice="required", parallel_tool_calls=False), "r")
     assert (prompt.tools.required, prompt.tools.parallel, prompt.tools.strict) == (True, False, False)
-    (prompt,) = read(tools=[TOOL, OTHER], tool_choice={"type": "function", "function": {"name": "now"}}).prompts("r")
+    (prompt,) = generation_requests(
+        read(tools=[TOOL, OTHER], tool_choice={"type": "function", "function": {"name": "now"}}), "r"
+    )
     assert (prompt.tools.names, prompt.tools.required, len(prompt.prompt.tools)) == ({"now"}, True, 2)
-    (prompt,) = read(tools=[TOOL], tool_choice="none").prompts("r")
+    (prompt,) = generation_requests(read(tools=[TOOL], tool_choice="none"), "r")
     assert (prompt.prompt.tools, prompt.tools) == (None, None)
 
 
@@ -215,30 +218,34 @@ def test_what_asks_for_nothing_is_taken(fields):
     ids=str,
 )  # fmt: skip
 def test_what_can_change_no_text_is_taken(fields):
-    assert read(seed=1, **fields).prompts("r") == read(seed=1).prompts("r")
+    assert generation_requests(read(seed=1, **fields), "r") == generation_requests(read(seed=1), "r")
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
 def test_a_choice_of_tools_may_be_spelled_as_an_object(choice):
     asked = [read(seed=1, tools=[TOOL], tool_choice=spelled) for spelled in (choice, {"type": choice})]
-    assert asked[0].prompts("r") == asked[1].prompts("r")
+    assert generation_requests(asked[0], "r") == generation_requests(asked[1], "r")
     assert refusal(tools=[TOOL], tool_choice={"type": "perhaps"}) == ("tool_choice", None)
 
 
 def test_a_tool_may_carry_the_cache_marks_of_other_services_which_no_template_sees():
     mark = {"cache_control": {"type": "ephemeral"}}
     marked = TOOL | mark | {"function": TOOL["function"] | mark}
-    assert read(seed=1, tools=[marked]).prompts("r") == read(seed=1, tools=[TOOL]).prompts("r")
+    assert generation_requests(read(seed=1, tools=[marked]), "r") == generation_requests(
+        read(seed=1, tools=[TOOL]), "r"
+    )
 
 
 def test_the_last_message_may_be_left_open():
-    (prompt,) = read(continue_final_message=True, chat_template_kwargs={"enable_thinking": False}).prompts("r")
+    (prompt,) = generation_requests(
+        read(continue_final_message=True, chat_template_kwargs={"enable_thinking": False}), "r"
+    )
     assert (prompt.prompt.leave_open, prompt.prompt.add_generation_prompt) == (True, False)
     assert prompt.prompt.variables == {"enable_thinking": False}
 
 
 def test_each_choice_has_the_next_seed_and_scores_where_asked():
-    prompts = read(n=2, seed=5, logprobs=True, top_logprobs=3).prompts("r")
+    prompts = generation_requests(read(n=2, seed=5, logprobs=True, top_logprobs=3), "r")
     assert [(p.request_id, p.sampling.seed, p.sampling.logprobs) for p in prompts] == [("r-0", 5, 3), ("r-1", 6, 3)]
 
 

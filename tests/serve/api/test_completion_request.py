@@ -8,6 +8,7 @@ from openai.types import CompletionCreateParams
 from serve_apps.api.completion_request import CompletionRequest
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.parsing import parse_request
+from serve_apps.ingress.translate import generation_requests
 
 NEUTRAL = CompletionRequest.NEUTRAL
 SMALLEST = {"model": "m", "prompt": "a"}
@@ -25,7 +26,7 @@ def refusal(**fields):
 
 def test_the_smallest_request_has_openais_defaults():
     request = read()
-    (prompt,) = request.prompts("cmpl-1")
+    (prompt,) = generation_requests(request, "cmpl-1")
     assert prompt.request_id == "cmpl-1-0"
     assert prompt.prompt == "a"
     sampling = prompt.sampling
@@ -44,7 +45,7 @@ def test_the_smallest_request_has_openais_defaults():
     ],
 )
 def test_a_prompt_has_four_forms(given, read_as):
-    assert [p.prompt for p in read(prompt=given).prompts("id")] == read_as
+    assert [p.prompt for p in generation_requests(read(prompt=given), "id")] == read_as
 
 
 @pytest.mark.parametrize("given", [[], [[]], ["a", 1], [1, "a"], [[1], 2], 7, {"a": 1}, [True], [1.5], [["a"]]])
@@ -58,7 +59,7 @@ def test_all_that_is_honoured_reaches_the_sampler():
         "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 0.5,
     }  # fmt: skip
     request = read(**fields, ignore_eos=True, stop_token_ids=[4, 9], logit_bias={"5": 1, "07": -100}, user="me")
-    (prompt,) = request.prompts("id")
+    (prompt,) = generation_requests(request, "id")
     assert {name: getattr(prompt.sampling, name) for name in fields} == fields
     assert prompt.sampling.eos_ids == (4, 9)
     assert prompt.sampling.logit_bias == ((5, 1), (7, -100))
@@ -66,14 +67,19 @@ def test_all_that_is_honoured_reaches_the_sampler():
 
 
 def test_all_that_the_replica_does_reaches_it():
-    (prompt,) = read(
-        stop=["a", "b"], include_stop_str_in_output=True, bad_words=["c"], echo=True, logprobs=5, prompt_logprobs=2
-    ).prompts("id")
+    (prompt,) = generation_requests(
+        read(
+            stop=["a", "b"], include_stop_str_in_output=True, bad_words=["c"], echo=True, logprobs=5, prompt_logprobs=2
+        ),
+        "id",
+    )
     assert (prompt.stop, prompt.include_stop, prompt.bad_words, prompt.echo) == (("a", "b"), True, ("c",), True)
     assert (prompt.logprobs, prompt.prompt_logprobs) == (5, 2)
     assert (prompt.sampling.logprobs, prompt.sampling.prompt_logprobs) == (5, True)
-    assert read(stop="a").prompts("id")[0].stop == ("a",)
-    (prompt,) = read(add_special_tokens=True, skip_special_tokens=False, return_token_ids=True).prompts("id")
+    assert generation_requests(read(stop="a"), "id")[0].stop == ("a",)
+    (prompt,) = generation_requests(
+        read(add_special_tokens=True, skip_special_tokens=False, return_token_ids=True), "id"
+    )
     assert (prompt.framed, prompt.skip_special, prompt.token_ids) == (True, False, True)
 
 
@@ -94,22 +100,22 @@ def test_the_sampler_reports_what_any_part_of_the_answer_needs(fields, sampling)
 
 
 def test_with_echo_no_new_token_may_be_asked_for():
-    (prompt,) = read(echo=True, max_tokens=0).prompts("id")
+    (prompt,) = generation_requests(read(echo=True, max_tokens=0), "id")
     assert (prompt.prompt_alone, prompt.sampling.max_tokens) == (True, 1)
     assert refusal(max_tokens=0) == ("max_tokens", None)
 
 
 def test_the_choices_of_a_prompt_come_together_and_each_has_its_own_seed():
-    prompts = read(prompt=["a", "b"], n=3, seed=7, best_of=3).prompts("x")
+    prompts = generation_requests(read(prompt=["a", "b"], n=3, seed=7, best_of=3), "x")
     assert [(p.request_id, p.prompt, p.sampling.seed) for p in prompts] == [
         ("x-0", "a", 7), ("x-1", "a", 8), ("x-2", "a", 9), ("x-3", "b", 7), ("x-4", "b", 8), ("x-5", "b", 9),
     ]  # fmt: skip
     last = 2**63 - 1
-    assert [p.sampling.seed for p in read(n=2, seed=last).prompts("x")] == [last, -last]
+    assert [p.sampling.seed for p in generation_requests(read(n=2, seed=last), "x")] == [last, -last]
 
 
 def test_without_a_seed_every_text_gets_a_fresh_one():
-    prompts = read(prompt=["a", "a"], n=2).prompts("x") + read(prompt=["a", "a"]).prompts("y")
+    prompts = generation_requests(read(prompt=["a", "a"], n=2), "x") + generation_requests(read(prompt=["a", "a"]), "y")
     assert len({p.sampling.seed for p in prompts}) == 6
 
 
@@ -140,7 +146,7 @@ SCHEMA = {"type": "object"}
     ],
 )  # fmt: skip
 def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
-    (prompt,) = read(**fields).prompts("id")
+    (prompt,) = generation_requests(read(**fields), "id")
     grammar = prompt.grammar
     assert (grammar and (grammar.param, grammar.kind, grammar.content)) == asked
 
@@ -215,7 +221,7 @@ def test_what_asks_for_nothing_is_taken(fields, stream):
 
 @pytest.mark.parametrize("fields", ITS_OWN_BOOKS, ids=str)
 def test_what_is_for_the_clients_own_books_changes_no_text(fields):
-    assert read(seed=1, **fields).prompts("id") == read(seed=1).prompts("id")
+    assert generation_requests(read(seed=1, **fields), "id") == generation_requests(read(seed=1), "id")
 
 
 @pytest.mark.parametrize(

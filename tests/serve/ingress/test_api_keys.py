@@ -1,4 +1,4 @@
-"""Who has a key may ask, as often as it may."""
+"""Clients with a key are answered, up to the limit of the key."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ def bearer(key):
     return {"authorization": f"Bearer {key}"}
 
 
-def test_without_keys_everyone_may_ask():
+def test_without_keys_requests_of_everyone_are_answered():
     assert Access().admit({}) is None
 
 
@@ -59,12 +59,12 @@ def test_nothing_else_does(headers, words):
         Access(keys=HASHES).admit(headers)
 
 
-def test_a_key_that_asks_too_often_waits_until_its_next_request_is_due():
+def test_a_key_with_too_many_requests_waits_until_its_next_request_is_due():
     clock = Clock()
     access = Access(keys=HASHES, per_minute=3, clock=clock)
     for _ in range(3):
         access.admit(bearer("sk-first"))
-    with pytest.raises(RateLimitError, match="3 times a minute") as caught:
+    with pytest.raises(RateLimitError, match="3 requests a minute") as caught:
         access.admit(bearer("sk-first"))
     assert caught.value.seconds == pytest.approx(20)
     problem = problem_of(pickle.loads(pickle.dumps(caught.value)))
@@ -81,57 +81,57 @@ def test_a_key_that_asks_too_often_waits_until_its_next_request_is_due():
         access.admit(bearer("sk-first"))
 
 
-def asked(path, *, access, origins=(), method="GET", headers=()):
-    """What the ingress answers by itself: no decoder is behind it."""
+def sent_header(path, *, access, origins=(), method="GET", headers=()):
+    """Response of an ingress without a decoder."""
     card = ModelCard(id="m", created=0, max_model_len=8, block_len=4, bundle_hash="h", mode="auto")
     plain = HttpApp.__mro__[1]  # without Serve's wrapping
     api = plain(None, card, Limits(seconds=1, body_bytes=9), access, origins).__serve_build_asgi_app__()
 
-    async def ask():
+    async def send():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
             return await client.request(method, path, headers=dict(headers))
 
-    return asyncio.run(ask())
+    return asyncio.run(send())
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/tokenizer_info"])
-def test_routes_ask_for_a_key(path):
-    answer = asked(path, access=Access(keys=HASHES))
+def test_routes_require_a_key(path):
+    answer = sent_header(path, access=Access(keys=HASHES))
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
-def test_routes_ask_for_a_key_before_they_read_a_body(path):
-    assert asked(path, access=Access(keys=HASHES), method="POST").status_code == 401
-    answer = asked(path, access=Access(keys=HASHES), method="POST", headers=bearer("sk-first"))
+def test_routes_require_a_key_before_they_read_a_body(path):
+    assert sent_header(path, access=Access(keys=HASHES), method="POST").status_code == 401
+    answer = sent_header(path, access=Access(keys=HASHES), method="POST", headers=bearer("sk-first"))
     assert answer.status_code == 400  # there is no body
 
 
 def test_a_key_is_answered():
-    answer = asked("/v1/models", access=Access(keys=HASHES), headers=bearer("sk-second"))
+    answer = sent_header("/v1/models", access=Access(keys=HASHES), headers=bearer("sk-second"))
     assert answer.json()["data"][0]["id"] == "m"
 
 
 @pytest.mark.parametrize("path", ["/health", "/version", "/docs", "/openapi.json"])
 def test_who_watches_the_service_needs_no_key(path):
-    assert asked(path, access=Access(keys=HASHES)).status_code == 200
+    assert sent_header(path, access=Access(keys=HASHES)).status_code == 200
 
 
-def test_the_document_says_that_a_key_is_needed_where_one_is():
-    assert asked("/openapi.json", access=Access(keys=HASHES)).json()["security"] == [{"key": []}]
-    assert "security" not in asked("/openapi.json", access=Access()).json()
+def test_the_document_states_whether_a_key_is_needed():
+    assert sent_header("/openapi.json", access=Access(keys=HASHES)).json()["security"] == [{"key": []}]
+    assert "security" not in sent_header("/openapi.json", access=Access()).json()
 
 
-def test_pages_of_named_origins_may_ask_from_a_browser():
+def test_pages_of_named_origins_may_send_requests_from_a_browser():
     headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
     for path in ("/v1/models", "/v1/completions"):
-        allowed = asked(
+        allowed = sent_header(
             path, access=Access(keys=HASHES), origins=["https://a.example"], method="OPTIONS", headers=headers
         )
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
-        refused = asked(
+        refused = sent_header(
             path, access=Access(keys=HASHES), origins=["https://b.example"], method="OPTIONS", headers=headers
         )
         assert "access-control-allow-origin" not in refused.headers

@@ -1,4 +1,4 @@
-"""A body that is there goes along with its request; any other is asked for by the ingress, as Serve does."""
+"""A body that is there goes along with its request; the ingress fetches any other body, as Serve does."""
 
 import asyncio
 import pickle
@@ -18,13 +18,13 @@ END = {"type": "http.disconnect"}
 
 
 class Client:
-    """What uvicorn gives a proxy: messages, each after some seconds."""
+    """Messages of uvicorn for a proxy, each after some seconds."""
 
     def __init__(self, *messages):
-        self.asked, self._messages = 0, list(messages)
+        self.calls, self._messages = 0, list(messages)
 
     async def __call__(self):
-        self.asked += 1
+        self.calls += 1
         seconds, message = self._messages[0]
         await asyncio.sleep(seconds)
         del self._messages[0]
@@ -36,14 +36,14 @@ def part(body, more=False, after=0.0):
 
 
 def through(client, method="POST"):
-    """How often the client was asked for the body before the ingress began, and what the application read."""
-    asked, sent = [], []
+    """Number of reads of the client's body before the ingress began, and the body that the application read."""
+    calls, sent = [], []
 
     async def application(scope, receive, send):
         await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
 
     async def to_ingress(scope, receive, send):
-        asked.append(client.asked)
+        calls.append(client.calls)
         await ReplayBody(application)(pickle.loads(pickle.dumps(scope)), receive, send)
 
     async def send(message):
@@ -51,27 +51,27 @@ def through(client, method="POST"):
 
     scope = {"type": "http", "method": method, "path": "/", "headers": [], "query_string": b""}
     asyncio.run(PrefetchBody(to_ingress)(scope, client, send))
-    return asked, b"".join(message.get("body", b"") for message in sent)
+    return calls, b"".join(message.get("body", b"") for message in sent)
 
 
 @pytest.mark.parametrize("body", [BODY, b""])
 def test_a_body_that_is_there_goes_along(body):
     client = Client(part(body), (0.0, END))
     assert through(client) == ([1], body)
-    assert client.asked == 1, "the ingress asks the proxy for no body"
+    assert client.calls == 1, "the ingress fetches no body from the proxy"
 
 
-def test_a_body_in_parts_goes_serves_way_from_its_first_part_on():
+def test_serve_carries_a_body_in_parts_from_its_first_part_on():
     assert through(Client(part(BODY[:4], more=True), part(BODY[4:], after=0.05))) == ([1], BODY)
 
 
 def test_a_body_that_is_late_is_not_waited_for_in_the_proxy():
     client = Client(part(BODY, after=30 * body_forwarding.WAIT_SECONDS))
     assert through(client) == ([1], BODY)
-    assert client.asked == 2
+    assert client.calls == 2
 
 
-def test_a_large_body_goes_serves_way(monkeypatch):
+def test_serve_carries_a_large_body(monkeypatch):
     monkeypatch.setattr(body_forwarding, "MOST_BYTES", len(BODY) - 1)
     seen = []
 
@@ -86,16 +86,16 @@ def test_a_request_that_brings_no_body_is_left_alone():
     client, seen = Client((0.0, END)), []
 
     async def to_ingress(scope, receive, send):
-        seen.append((scope, await receive(), client.asked))
+        seen.append((scope, await receive(), client.calls))
 
     asyncio.run(PrefetchBody(to_ingress)({"type": "http", "method": "GET"}, client, None))
     assert seen == [({"type": "http", "method": "GET"}, END, 1)]
 
 
-def test_so_many_bodies_may_be_on_their_way_and_one_more_is_refused_in_the_proxy(monkeypatch):
+def test_bodies_may_be_incomplete_up_to_the_limit_and_one_more_is_refused_in_the_proxy(monkeypatch):
     monkeypatch.setattr(body_forwarding, "BODIES", 2)
 
-    async def scene():
+    async def crowd():
         end, statuses = asyncio.Event(), []
 
         async def ingress(scope, receive, send):
@@ -107,7 +107,7 @@ def test_so_many_bodies_may_be_on_their_way_and_one_more_is_refused_in_the_proxy
 
         loader = PrefetchBody(ReplayBody(ingress))
 
-        async def ask(*messages):
+        async def send_body(*messages):
             waiting = list(messages)
 
             async def receive():
@@ -122,17 +122,17 @@ def test_so_many_bodies_may_be_on_their_way_and_one_more_is_refused_in_the_proxy
             await loader({"type": "http", "method": "POST", "headers": []}, receive, send)
 
         half = {"body": b"{", "more_body": True}
-        unfinished = [asyncio.create_task(ask(half)), asyncio.create_task(ask())]
+        unfinished = [asyncio.create_task(send_body(half)), asyncio.create_task(send_body())]
         await asyncio.sleep(5 * body_forwarding.WAIT_SECONDS)
-        await ask(half)
-        await ask({"body": b"{}", "more_body": False})
+        await send_body(half)
+        await send_body({"body": b"{}", "more_body": False})
         assert statuses == [429, 200]
         end.set()
         await asyncio.gather(*unfinished)
-        await ask(half, {"body": b"}", "more_body": False})
+        await send_body(half, {"body": b"}", "more_body": False})
         assert statuses == [429, 200, 200, 200, 200]
 
-    asyncio.run(scene())
+    asyncio.run(crowd())
 
 
 @pytest.mark.ray
@@ -145,9 +145,9 @@ def test_a_late_body_in_parts_is_read_by_a_running_service(service):
         for piece in (head.encode(), body[:9], body[9:]):
             connection.sendall(piece)
             time.sleep(3 * body_forwarding.WAIT_SECONDS)
-        said = b"".join(iter(lambda: connection.recv(4096), b""))
-    assert said.startswith(b"HTTP/1.1 200"), said
-    assert b'"completion_tokens":2' in said
+        status_lines = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert status_lines.startswith(b"HTTP/1.1 200"), status_lines
+    assert b'"completion_tokens":2' in status_lines
 
 
 @pytest.mark.ray
@@ -158,5 +158,5 @@ def test_a_body_that_never_comes_ends_with_408(service, begun):
     url = httpx.URL(service)
     with socket.create_connection((url.host, url.port), timeout=10) as connection:
         connection.sendall(head + begun)
-        said = connection.recv(4096)
-    assert said.startswith(b"HTTP/1.1 408"), said
+        status_lines = connection.recv(4096)
+    assert status_lines.startswith(b"HTTP/1.1 408"), status_lines

@@ -24,29 +24,29 @@ RESET = AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Received RST_S
 
 
 class Stream:
-    """What one replica says, in the place of Serve's stream of it."""
+    """Items of one replica, in the place of Serve's stream."""
 
-    def __init__(self, said):
-        self.said, self.cancelled = list(said), False
+    def __init__(self, items):
+        self.items, self.cancelled = list(items), False
 
     def cancel(self):
         self.cancelled = True
 
     async def __aiter__(self):
-        for one in self.said:
+        for one in self.items:
             if isinstance(one, Exception):
                 raise one
             yield one
 
 
-def ask(*replicas):
-    """A way to ask, which gives each time what the next replica says; and those streams."""
-    streams = [Stream(said) for said in replicas]
+def calls_of(*replicas):
+    """A call that returns the stream of the next replica each time; and all streams."""
+    streams = [Stream(items) for items in replicas]
     return iter(streams).__next__, streams
 
 
-async def collected(asking):
-    return [piece async for piece in failover.Text(asking).pieces()]
+async def collected(call):
+    return [piece async for piece in failover.Text(call).deltas()]
 
 
 def again(attempt, *pieces):
@@ -54,29 +54,29 @@ def again(attempt, *pieces):
 
 
 @pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET])
-@pytest.mark.parametrize("heard", [(), (ADMITTED,), (ADMITTED, HELD_BACK), (SOME,)])
-def test_a_text_of_which_nothing_was_sent_is_written_elsewhere_whatever_its_replica_had_said(death, heard):
-    asking, streams = ask([death], [*heard, death], [ADMITTED, SOME, LAST])
-    assert asyncio.run(collected(asking)) == again(1, *heard) + again(2, ADMITTED, SOME, LAST)
+@pytest.mark.parametrize("received", [(), (ADMITTED,), (ADMITTED, HELD_BACK), (SOME,)])
+def test_a_text_of_which_nothing_was_sent_is_generated_elsewhere_whatever_its_replica_had_sent(death, received):
+    call, streams = calls_of([death], [*received, death], [ADMITTED, SOME, LAST])
+    assert asyncio.run(collected(call)) == again(1, *received) + again(2, ADMITTED, SOME, LAST)
     assert not any(stream.cancelled for stream in streams)
 
 
 def test_what_a_dead_replica_wrote_counts_for_nothing_once_another_writes():
     async def read():
-        text = failover.Text(ask([SOME, DEATH], [SOME, LAST])[0])
-        return [(piece.text, text.counts(piece), text.counts(SOME)) async for piece in text.pieces()]
+        text = failover.Text(calls_of([SOME, DEATH], [SOME, LAST])[0])
+        return [(piece.text, text.counts(piece), text.counts(SOME)) async for piece in text.deltas()]
 
     assert asyncio.run(read()) == [("a", True, True), ("a", True, False), ("b", True, False)]
 
 
 @pytest.mark.parametrize("death", [DEATH, RESET])
 def test_a_text_of_which_something_was_sent_ends_with_one_error_which_no_client_repeats(death):
-    asking, streams = ask([ADMITTED, SOME, death], [LAST])
+    call, streams = calls_of([ADMITTED, SOME, death], [LAST])
 
     async def send():
-        text = failover.Text(asking)
-        async for piece in text.pieces():
-            text.told = bool(piece.text)
+        text = failover.Text(call)
+        async for piece in text.deltas():
+            text.sent = bool(piece.text)
 
     with pytest.raises(ReplicaLostError, match="what was sent of it is all") as caught:
         asyncio.run(send())
@@ -87,18 +87,18 @@ def test_a_text_of_which_something_was_sent_ends_with_one_error_which_no_client_
 
 
 def test_a_request_that_three_replicas_died_of_is_not_tried_again():
-    asking, streams = ask([DEATH], [DEATH], [DEATH], [LAST])
+    call, streams = calls_of([DEATH], [DEATH], [DEATH], [LAST])
     with pytest.raises(ReplicaLostError, match="3 replicas have died"):
-        asyncio.run(collected(asking))
-    assert asking() is streams[3]
+        asyncio.run(collected(call))
+    assert call() is streams[3]
 
 
 @pytest.mark.parametrize("code", [code for code in StatusCode if code not in failover.GONE])
-def test_what_grpc_says_of_a_replica_that_lives_is_no_death(code):
+def test_a_grpc_error_of_a_live_replica_is_no_death(code):
     error = AioRpcError(code, Metadata(), Metadata(), TOO_LARGE.details())
-    asking, (stream, _) = ask([error], [LAST])
+    call, (stream, _) = calls_of([error], [LAST])
     with pytest.raises(AioRpcError) as caught:
-        asyncio.run(collected(asking))
+        asyncio.run(collected(call))
     assert caught.value is error
     assert stream.cancelled
     assert problem_of(error).code is None
@@ -111,24 +111,24 @@ def test_what_grpc_says_of_a_replica_that_lives_is_no_death(code):
 
 
 def test_a_replica_that_dies_after_the_end_of_a_text_is_not_missed():
-    asking, _ = ask([ADMITTED, LAST, DEATH])
-    assert asyncio.run(collected(asking)) == [ADMITTED, LAST]
+    call, _ = calls_of([ADMITTED, LAST, DEATH])
+    assert asyncio.run(collected(call)) == [ADMITTED, LAST]
 
 
 def test_a_refusal_is_an_answer_and_other_errors_are_not_tried_again():
     refused = GenerationFailed(CapacityError("full"))
-    assert asyncio.run(collected(ask([refused])[0])) == [refused]
-    asking, (stream, _) = ask([ZeroDivisionError()], [LAST])
+    assert asyncio.run(collected(calls_of([refused])[0])) == [refused]
+    call, (stream, _) = calls_of([ZeroDivisionError()], [LAST])
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(collected(asking))
+        asyncio.run(collected(call))
     assert stream.cancelled
 
 
-def test_who_leaves_in_the_middle_cancels_what_he_asked_for():
-    asking, (stream,) = ask([ADMITTED, SOME, LAST])
+def test_a_reader_that_leaves_in_the_middle_cancels_its_call():
+    call, (stream,) = calls_of([ADMITTED, SOME, LAST])
 
     async def leave():
-        pieces = failover.Text(asking).pieces()
+        pieces = failover.Text(call).deltas()
         await anext(pieces)
         await pieces.aclose()
 
@@ -136,7 +136,7 @@ def test_who_leaves_in_the_middle_cancels_what_he_asked_for():
     assert stream.cancelled
 
 
-def test_a_short_answer_is_asked_for_three_times_at_most():
+def test_a_short_call_is_tried_three_times_at_most():
     async def answering(deaths):
         left = iter([DEATH] * deaths)
 

@@ -1,4 +1,4 @@
-"""What a client reads of texts whose replicas die before it has read anything, and in which headers a stream comes."""
+"""Responses when replicas die before the client has read anything, and the headers of a stream."""
 
 import asyncio
 import json
@@ -44,13 +44,13 @@ class Stream:
         self._script = script
 
     async def __aiter__(self):
-        for said in self._script:
-            if isinstance(said, Exception):
-                raise said
-            if isinstance(said, float):
-                await asyncio.sleep(said)
+        for items in self._script:
+            if isinstance(items, Exception):
+                raise items
+            if isinstance(items, float):
+                await asyncio.sleep(items)
             else:
-                yield said
+                yield items
 
     def cancel(self):
         pass
@@ -60,11 +60,11 @@ def answered(path, body, *scripts):
     api = HttpApp.__mro__[1](Decoder(*scripts), CARD, Limits(seconds=9, body_bytes=999), Access())
     transport = httpx.ASGITransport(api.__serve_build_asgi_app__())
 
-    async def ask():
+    async def post():
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, json=body)
 
-    return asyncio.run(ask())
+    return asyncio.run(post())
 
 
 def events(answer):
@@ -124,16 +124,16 @@ def test_a_stream_of_which_text_was_sent_ends_with_one_error(path):
     assert last["error"]["code"] == "replica_lost"
 
 
-@pytest.mark.parametrize(("said", "broken"), [([0.05, DEATH], 1), ([written(2, "b", "stop")], 0)])
-def test_a_stream_that_breaks_off_is_counted_as_one_and_a_whole_one_is_not(said, broken):
+@pytest.mark.parametrize(("items", "broken"), [([0.05, DEATH], 1), ([written(2, "b", "stop")], 0)])
+def test_a_stream_that_breaks_off_is_counted_as_one_and_a_whole_one_is_not(items, broken):
     counters = Counters("m")
-    generation = Generation(Decoder([written(1, "a"), *said]), Limits(seconds=9, body_bytes=999), counters)
+    generation = Generation(Decoder([written(1, "a"), *items]), Limits(seconds=9, body_bytes=999), counters)
     reply = CompletionReply(reply_id="cmpl-1", card=CARD)
     http = Request({"type": "http", "headers": [], "state": {}})
 
     async def read():
-        asked = CompletionRequest.model_validate(ROUTES["/v1/completions"] | {"stream": True})
-        answer = await generation.answer(http, reply, asked)
+        body = CompletionRequest.model_validate(ROUTES["/v1/completions"] | {"stream": True})
+        answer = await generation.answer(http, reply, body)
         return [part async for part in answer.body_iterator]
 
     asyncio.run(read())
@@ -141,7 +141,7 @@ def test_a_stream_that_breaks_off_is_counted_as_one_and_a_whole_one_is_not(said,
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_a_stream_is_neither_kept_nor_held_back_on_its_way(path):
+def test_a_stream_is_neither_cached_nor_buffered_by_proxies(path):
     done = [written(1, "a", "stop")]
     headers = answered(path, ROUTES[path] | {"stream": True}, done).headers
     assert headers["content-type"].startswith("text/event-stream")

@@ -46,16 +46,16 @@ class Ingress:
         self.app = HttpApp.__mro__[1](decoder, CARD, limits, access, **options)
         self._api = self.app.__serve_build_asgi_app__()
 
-    def ask(self, method, path, **options):
-        async def asked():
+    def post(self, method, path, **options):
+        async def body():
             transport = httpx.ASGITransport(self._api)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 return await client.request(method, path, **options)
 
-        return asyncio.run(asked())
+        return asyncio.run(body())
 
     def metrics(self):
-        families = text_string_to_metric_families(self.ask("GET", "/metrics").text)
+        families = text_string_to_metric_families(self.post("GET", "/metrics").text)
         return {(s.name, *sorted(s.labels.items())): s.value for f in families for s in f.samples}
 
 
@@ -65,7 +65,7 @@ def named(metrics, *words):
 
 def test_each_ingress_reports_all_replicas_and_counts_its_own_requests_from_0():
     one, other = Ingress(Decoder(**READY)), Ingress(Decoder(**READY))
-    assert one.ask("POST", "/v1/completions", json={"model": "m"}).status_code == 400
+    assert one.post("POST", "/v1/completions", json={"model": "m"}).status_code == 400
     ours, theirs = one.metrics(), other.metrics()
     replicas = {key: value for key, value in ours.items() if "replica" in dict(key[1:])}
     assert {dict(key[1:])["replica"] for key in replicas} == {"a"}
@@ -78,18 +78,18 @@ def test_each_ingress_reports_all_replicas_and_counts_its_own_requests_from_0():
 def test_each_ingress_counts_the_requests_of_a_key_for_itself():
     access = Access(per_minute=2)
     ingresses = Ingress(Decoder(), access), Ingress(Decoder(), access)
-    statuses = [[ingress.ask("GET", "/v1/models").status_code for _ in range(3)] for ingress in ingresses]
+    statuses = [[ingress.post("GET", "/v1/models").status_code for _ in range(3)] for ingress in ingresses]
     assert statuses == [[200, 200, 429], [200, 200, 429]]
 
 
 def test_readiness_names_the_stage_of_a_start_and_sleep(monkeypatch):
     monkeypatch.setattr(start_stage, "latest", lambda: "weights are loaded from s3://m")
-    starting = Ingress(Decoder()).ask("GET", "/ready")
+    starting = Ingress(Decoder()).post("GET", "/ready")
     assert starting.status_code == 503
     assert "weights are loaded from s3://m" in starting.json()["error"]["message"]
-    asleep = Ingress(Decoder(), sleeps=True).ask("GET", "/ready")
+    asleep = Ingress(Decoder(), sleeps=True).post("GET", "/ready")
     assert (asleep.status_code, asleep.json()) == (200, {"status": "asleep"})
-    assert Ingress(Decoder(**READY)).ask("GET", "/ready").json() == {"status": "ready"}
+    assert Ingress(Decoder(**READY)).post("GET", "/ready").json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
@@ -97,4 +97,4 @@ def test_probes_and_scrapes_are_answered_when_no_choice_and_no_body_more_is_take
     limits = Limits(seconds=9, body_bytes=999, choices=1, bodies=1)
     limits._choices, limits._bodies = 2, 1  # all that it takes is in flight
     ingress = Ingress(Decoder(**READY), limits=limits, access=Access(keys=("0" * 64,), per_minute=1))
-    assert [ingress.ask("GET", path).status_code for _ in range(3)] == [200] * 3
+    assert [ingress.post("GET", path).status_code for _ in range(3)] == [200] * 3

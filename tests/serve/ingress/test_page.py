@@ -42,17 +42,17 @@ def browser(service):
 
 @pytest.fixture
 def shown(browser, service):
-    """The page, and all that it has asked for."""
+    """The page, and all of its requests."""
     context = browser.new_context()
     tab = context.new_page()
     tab.set_default_timeout(WAIT)
-    asked, problems = [], []
-    tab.on("request", lambda request: asked.append(request))
+    requests, problems = [], []
+    tab.on("request", lambda request: requests.append(request))
     tab.on("pageerror", lambda problem: problems.append(problem))
     tab.goto(service)
-    yield tab, asked
+    yield tab, requests
     assert not problems
-    assert {request.url.removeprefix(service) for request in asked} <= {"/", "/v1/models", "/v1/completions"}
+    assert {request.url.removeprefix(service) for request in requests} <= {"/", "/v1/models", "/v1/completions"}
     context.close()
 
 
@@ -77,8 +77,8 @@ def figure(tab, run, name):
 
 
 def answer(service, **fields):
-    asked = {"model": "tiny-model", "return_decoding": True, "return_token_ids": True} | fields
-    answer = httpx.post(f"{service}/v1/completions", json=asked, timeout=60).json()
+    requests = {"model": "tiny-model", "return_decoding": True, "return_token_ids": True} | fields
+    answer = httpx.post(f"{service}/v1/completions", json=requests, timeout=60).json()
     return answer["choices"][0], answer["metrics"]["speculative_decoding"]
 
 
@@ -93,33 +93,33 @@ def test_it_shows_the_text_and_of_each_token_whether_it_was_a_draft(shown, servi
     write(tab, **how)
     finished(tab)
     choice, drafts = answer(service, **how)
-    told = tokens(tab, DRAFTED)
-    assert "".join(text for _, text in told) == choice["text"]
-    assert [kind for kind, _ in told] == choice["decoding"]["origin"]
-    assert len(told) == len(choice["token_ids"]) == int(figure(tab, DRAFTED, "tokens"))
-    assert {kind for kind, _ in told} >= {"plain", "correction", *(["draft"] if how is HOT else [])}
-    assert [kind for kind, _ in told].count("draft") == drafts["num_accepted_draft_tokens"]
+    spans = tokens(tab, DRAFTED)
+    assert "".join(text for _, text in spans) == choice["text"]
+    assert [kind for kind, _ in spans] == choice["decoding"]["origin"]
+    assert len(spans) == len(choice["token_ids"]) == int(figure(tab, DRAFTED, "tokens"))
+    assert {kind for kind, _ in spans} >= {"plain", "correction", *(["draft"] if how is HOT else [])}
+    assert [kind for kind, _ in spans].count("draft") == drafts["num_accepted_draft_tokens"]
     forwards = drafts["num_spec_steps"] + 1  # the prefill
-    assert figure(tab, DRAFTED, "per_forward") == f"{len(told) / forwards:.2f}"
+    assert figure(tab, DRAFTED, "per_forward") == f"{len(spans) / forwards:.2f}"
     accepted, of = drafts["num_accepted_draft_tokens"], drafts["num_draft_tokens"]
     assert figure(tab, DRAFTED, "mode").startswith(f"{accepted} of {of} drafts stood")
 
 
 def test_beside_it_stands_the_same_text_one_token_at_a_time(shown, service):
-    tab, asked = shown
+    tab, requests = shown
     write(tab, **GREEDY)
     finished(tab)
     plain, drafts = answer(service, **GREEDY, speculative=False)
     assert drafts["num_spec_steps"] == 0
     assert plain["decoding"]["forward"] == list(range(len(plain["token_ids"])))
-    told = tokens(tab, PLAIN)
-    assert "".join(text for _, text in told) == plain["text"] == answer(service, **GREEDY)[0]["text"]
-    assert {kind for kind, _ in told} == {"plain"}
+    spans = tokens(tab, PLAIN)
+    assert "".join(text for _, text in spans) == plain["text"] == answer(service, **GREEDY)[0]["text"]
+    assert {kind for kind, _ in spans} == {"plain"}
     assert (figure(tab, PLAIN, "per_forward"), figure(tab, PLAIN, "mode")) == ("1.00", "no drafts")
     for run in (DRAFTED, PLAIN):
         assert float(figure(tab, run, "per_second")) > 0
-    assert tab.inner_text("#verdict").startswith(f"Same text, token for token: {len(told)} of {len(told)}.")
-    bodies = [json.loads(request.post_data) for request in asked if request.url.endswith("/v1/completions")]
+    assert tab.inner_text("#verdict").startswith(f"Same text, token for token: {len(spans)} of {len(spans)}.")
+    bodies = [json.loads(request.post_data) for request in requests if request.url.endswith("/v1/completions")]
     assert [body.pop("speculative") for body in bodies] == [True, False]
     assert bodies[0] == bodies[1]
 
@@ -147,28 +147,28 @@ def test_stop_ends_the_request_and_frees_its_row(shown, service):
         assert time.monotonic() < deadline
 
 
-def test_what_the_server_refuses_is_said_in_its_words(shown, service):
+def test_a_refusal_of_the_server_appears_in_its_words(shown, service):
     tab, _ = shown
     write(tab, prompt=PROMPT, max_tokens=100_000)
     finished(tab)
-    asked = {"model": "tiny-model", "prompt": PROMPT, "max_tokens": 100_000}
-    message = httpx.post(f"{service}/v1/completions", json=asked).json()["error"]["message"]
+    requests = {"model": "tiny-model", "prompt": PROMPT, "max_tokens": 100_000}
+    message = httpx.post(f"{service}/v1/completions", json=requests).json()["error"]["message"]
     assert tab.inner_text(f"{DRAFTED} .problem") == f"400: {message}"
     assert tab.get_attribute(f"{DRAFTED} .problem", "role") == "alert"
 
 
 def test_the_key_goes_with_every_request_and_nowhere_else(shown):
-    tab, asked = shown
+    tab, requests = shown
     write(tab, compare=False, key="my-key", prompt=PROMPT, max_tokens=2)
     finished(tab)
     assert tab.query_selector(PLAIN) is None
-    sent = [request.headers.get("authorization") for request in asked]
+    sent = [request.headers.get("authorization") for request in requests]
     assert sent[-2:] == ["Bearer my-key"] * 2
     assert set(sent[:-2]) == {None}
     assert tab.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
 
 
-def test_text_can_never_be_markup_and_browsers_may_ask_this_service_alone(service):
+def test_text_can_never_be_markup_and_browsers_may_call_only_this_service(service):
     answer = httpx.get(service)
     assert answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]

@@ -29,7 +29,7 @@ def test_a_body_is_read_up_to_its_limit():
         body({}, b"12345", b"678901")
 
 
-def test_a_body_that_says_that_it_is_too_long_is_not_read():
+def test_a_body_that_declares_a_length_above_the_limit_is_not_read():
     async def never():
         pytest.fail("it was read")
         yield b""
@@ -83,7 +83,7 @@ def test_what_ends_in_time_is_whole():
     assert asyncio.run(SHORT.in_time(five(), {})) == 5
 
 
-def test_a_client_may_ask_for_less_time_and_gets_no_more():
+def test_a_client_may_request_less_time_and_gets_no_more():
     long = Limits(seconds=60, body_bytes=10)
     with pytest.raises(RequestTimeoutError, match=r"0\.035"):
         asyncio.run(taken(long, Slow().run(), {"x-request-timeout-seconds": "0.05"}))
@@ -116,7 +116,7 @@ def test_a_body_has_less_time_than_a_request():
 
 
 def test_so_many_half_sent_bodies_are_waited_for_and_whole_ones_are_read_all_the_same():
-    async def scene():
+    async def crowd():
         limits = Limits(seconds=60, body_bytes=10, bodies=2)
         tasks = await waiting(limits, 2)
         with pytest.raises(CapacityError, match="2 bodies are on their way"):
@@ -129,7 +129,7 @@ def test_so_many_half_sent_bodies_are_waited_for_and_whole_ones_are_read_all_the
         for task in tasks:
             task.cancel()
 
-    asyncio.run(scene())
+    asyncio.run(crowd())
 
 
 def test_a_body_in_a_million_parts_is_read_in_a_time_that_grows_with_its_length():
@@ -138,7 +138,7 @@ def test_a_body_in_a_million_parts_is_read_in_a_time_that_grows_with_its_length(
 
 
 def test_so_many_texts_are_in_flight_and_no_more():
-    async def scene():
+    async def crowd():
         limits = Limits(seconds=60, body_bytes=10, choices=2)
         running = limits.timed(pieces(1, 2), {}, 3)
         await anext(running)
@@ -148,7 +148,7 @@ def test_so_many_texts_are_in_flight_and_no_more():
         await running.aclose()
         assert [item async for item in limits.timed(pieces(1), {}, 4)] == [1]
 
-    asyncio.run(scene())
+    asyncio.run(crowd())
 
 
 def read(limits, **fields):

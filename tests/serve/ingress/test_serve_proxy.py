@@ -19,9 +19,9 @@ async def application(scope, receive, send):
 
 
 def answers(*parts):
-    """What one connection is sent back for what it sends, part by part."""
+    """Bytes that a connection gets back for the parts that it sends."""
 
-    async def scene():
+    async def exchange():
         serve_proxy.of_proxies()
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
@@ -37,24 +37,24 @@ def answers(*parts):
                     await writer.drain()
                 except ConnectionError:  # refused before all was sent
                     break
-            heard = b""
+            received = b""
             try:
                 async with asyncio.timeout(3):
                     while chunk := await reader.read(4096):
-                        heard += chunk
+                        received += chunk
             except (TimeoutError, ConnectionError):
                 pass
             writer.close()
             server.should_exit = True
             await serving
-            return heard
+            return received
 
-    return asyncio.run(scene())
+    return asyncio.run(exchange())
 
 
-def refusal(heard):
+def refusal(received):
     """Status and the envelope's message of a connection that was closed with an error."""
-    head, _, body = heard.partition(b"\r\n\r\n")
+    head, _, body = received.partition(b"\r\n\r\n")
     assert b"connection: close" in head
     return int(head.split()[1]), json.loads(body)["error"]
 
@@ -74,18 +74,18 @@ def test_a_head_that_is_too_large_is_answered_431_before_it_is_whole(parts):
 @pytest.mark.parametrize("parts", [[b""], [HEAD], [HEAD + b"Connection: keep-alive\r\n\r\n" + HEAD]])
 def test_a_head_that_does_not_come_is_not_awaited(parts, monkeypatch):
     monkeypatch.setattr(serve_proxy, "HEAD_SECONDS", 0.3)
-    heard = answers(*parts)
+    received = answers(*parts)
     if parts[0].count(b"GET") == 2:
-        heard = heard[heard.index(b"/x") + 2 :]
-    status, error = refusal(heard)
+        received = received[received.index(b"/x") + 2 :]
+    status, error = refusal(received)
     assert (status, "0.3 s" in error["message"]) == (408, True)
 
 
 def test_a_head_within_the_bounds_and_a_body_of_any_size_pass():
     large = HEAD + b"A: " + b"a" * (HEAD_BYTES - 100) + b"\r\n\r\n"
     body = b"POST /y HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n"
-    heard = answers(large, large, body, b"a" * 100_000, b"a" * 100_000, HEAD + b"Connection: close\r\n\r\n")
-    assert heard.count(b"HTTP/1.1 200") == 4
+    received = answers(large, large, body, b"a" * 100_000, b"a" * 100_000, HEAD + b"Connection: close\r\n\r\n")
+    assert received.count(b"HTTP/1.1 200") == 4
 
 
 def test_what_is_no_http_is_refused_in_the_envelope():

@@ -1,4 +1,4 @@
-"""Who answers a request."""
+"""Choice of the version that answers a request."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_a_client_is_known_by_its_session_else_its_user_else_its_key_else_each_r
 
 @pytest.mark.parametrize("role", ["champion", "challenger"])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_version_that_is_asked_for_by_header_answers_whatever_the_weight(role, weight):
+def test_a_version_that_a_header_names_answers_whatever_the_weight(role, weight):
     route = route_of(SESSION | {"x-tidar-version": role}, None, "cmpl-1")
     assert role_of(route, "abc", weight) == role
 

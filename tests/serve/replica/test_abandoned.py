@@ -19,11 +19,11 @@ from serve_apps.ingress.request_limits import Limits
 from serve_apps.messages.text_delta import TextDelta, UsageCounts
 
 CARD = ModelCard(id="m", created=0, max_model_len=8, block_len=4, bundle_hash="h", mode="auto")
-ASKED = {"model": "m", "prompt": "a", "max_tokens": 4}
+BODY = {"model": "m", "prompt": "a", "max_tokens": 4}
 
 
 class Decoder:
-    """In the place of a handle: says some pieces, then nothing more."""
+    """Stand-in for a handle: sends some deltas, then nothing more."""
 
     def __init__(self, *pieces):
         self._pieces = pieces
@@ -59,13 +59,13 @@ def logged():
 
 
 def hung_up(decoder, *, path="/v1/completions", body=None, cancelled=False):
-    """What is counted and sent for a client that hangs up after its body, or within a body that is not given."""
+    """Counts and messages for a client that hangs up after its body, or within a body that is not given."""
     app = HttpApp.__mro__[1](decoder, CARD, Limits(seconds=9, body_bytes=999), Access())  # without Serve's wrapping
-    api, sent, asked = app.__serve_build_asgi_app__(), [], []
+    api, sent, request_options = app.__serve_build_asgi_app__(), [], []
 
     async def receive():
-        asked.append(1)
-        if len(asked) == 1:
+        request_options.append(1)
+        if len(request_options) == 1:
             return {"type": "http.request", "body": b"{" if body is None else json.dumps(body).encode(),
                     "more_body": body is None}  # fmt: skip
         if cancelled:
@@ -76,15 +76,15 @@ def hung_up(decoder, *, path="/v1/completions", body=None, cancelled=False):
     async def send(message):
         sent.append(message)
 
-    async def ask():
+    async def run():
         scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
-        asking = asyncio.create_task(api(scope, receive, send))
+        response = asyncio.create_task(api(scope, receive, send))
         if cancelled:
             await asyncio.sleep(0.1)
-            asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+            response.cancel()
+        await asyncio.gather(response, return_exceptions=True)
 
-    asyncio.run(ask())
+    asyncio.run(run())
     families = text_string_to_metric_families(app._counters.exposition())
     counted = {
         (s.name.removeprefix("tidar:requests_"), s.labels.get("status") or s.labels.get("phase")): s.value
@@ -94,23 +94,23 @@ def hung_up(decoder, *, path="/v1/completions", body=None, cancelled=False):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "asked", "counted", "statuses"),
+    ("decoder", "request_options", "counted", "statuses"),
     [
         (None, {}, {("total", "499"): 1, ("abandoned_total", "body"): 1}, [499]),
         (None, {"cancelled": True}, {("total", "499"): 1, ("abandoned_total", "body"): 1}, []),
         (None, {"path": "/tokenize"}, {}, [499]),
         (None, {"path": "/detokenize"}, {}, [499]),
-        (Decoder(), {"body": ASKED, "cancelled": True}, {("total", "499"): 1, ("abandoned_total", "answer"): 1}, []),
-        (Decoder(TextDelta("", None, UsageCounts(1))), {"body": ASKED, "cancelled": True},
+        (Decoder(), {"body": BODY, "cancelled": True}, {("total", "499"): 1, ("abandoned_total", "answer"): 1}, []),
+        (Decoder(TextDelta("", None, UsageCounts(1))), {"body": BODY, "cancelled": True},
          {("total", "499"): 1, ("abandoned_total", "answer"): 1}, []),
-        (Decoder(TextDelta("b", None, UsageCounts(1, 1))), {"body": ASKED | {"stream": True}},
+        (Decoder(TextDelta("b", None, UsageCounts(1, 1))), {"body": BODY | {"stream": True}},
          {("total", "200"): 1, ("abandoned_total", "stream"): 1}, [200]),
-        (Decoder(TextDelta("b", None, UsageCounts(1, 1))), {"body": ASKED | {"stream": True}, "cancelled": True},
+        (Decoder(TextDelta("b", None, UsageCounts(1, 1))), {"body": BODY | {"stream": True}, "cancelled": True},
          {("total", "200"): 1, ("abandoned_total", "stream"): 1}, [200]),
     ],
 )  # fmt: skip
-def test_it_is_counted_by_its_phase_and_logged_in_one_line_at_info(logged, decoder, asked, counted, statuses):
-    assert hung_up(decoder, **asked) == (counted, statuses)
+def test_it_is_counted_by_its_phase_and_logged_in_one_line_at_info(logged, decoder, request_options, counted, statuses):
+    assert hung_up(decoder, **request_options) == (counted, statuses)
     (record,) = logged
     assert (record.levelname, record.getMessage(), record.exc_info) == ("INFO", "the client hung up", None)
     assert (record.status, record.complete) == (200 if statuses == [200] else 499, False)
@@ -147,10 +147,10 @@ def test_a_running_service_counts_no_failure_and_writes_no_traceback(service):
         ("requests_total", "499"): 3, ("requests_total", "200"): 1, ("requests_abandoned_total", "body"): 2,
         ("requests_abandoned_total", "answer"): 1, ("requests_abandoned_total", "stream"): 1,
     }  # fmt: skip
-    said = ""
-    while said.count("the client hung up") < 6 and time.monotonic() < deadline:
+    logged_text = ""
+    while logged_text.count("the client hung up") < 6 and time.monotonic() < deadline:
         time.sleep(0.1)
-        said = "".join(path.read_bytes()[logs.get(path, 0) :].decode() for path in folder.glob("*.log"))
-    assert said.count("the client hung up") == 6
-    assert "Traceback" not in said
-    assert '"ERROR"' not in said
+        logged_text = "".join(path.read_bytes()[logs.get(path, 0) :].decode() for path in folder.glob("*.log"))
+    assert logged_text.count("the client hung up") == 6
+    assert "Traceback" not in logged_text
+    assert '"ERROR"' not in logged_text

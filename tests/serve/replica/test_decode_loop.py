@@ -230,26 +230,26 @@ def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_firs
     told = tuple(token for step in [*first, *rest] for token in step.token_ids)
     assert told == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=400).sampling)
     assert rest[-1].finish_reason == "length"
-    lap = watch.lap
-    assert lap is not None
-    assert min(lap.queue, lap.prefill, lap.decode) > 0
+    timing = watch.timing
+    assert timing is not None
+    assert min(timing.queue, timing.prefill, timing.decode) > 0
 
 
 @pytest.mark.parametrize(("others", "intervals"), [(0, 1), (1, 2), (3, 2)])
 def test_texts_beside_others_are_told_half_as_often(model, monkeypatch, others, intervals):
     batcher, told, clock = Scheduler(Decoder(model, DraftConfig(block_len=4), rows=4)), [], SimpleNamespace(now=1000.0)
-    advance, tell = batcher.advance, _Caller.tell
+    advance, deliver = batcher.advance, _Caller.deliver
 
     def tick():
         clock.now += 1
         return advance()
 
-    def note(caller, answer):
-        told.append((caller.request.request_id, len(answer.steps)))
-        tell(caller, answer)
+    def note(caller, *now, **last):
+        told.append((caller.request.request_id, len(caller.receiver._taken)))
+        deliver(caller, *now, **last)
 
     monkeypatch.setattr(batcher, "advance", tick)
-    monkeypatch.setattr(_Caller, "tell", note)
+    monkeypatch.setattr(_Caller, "deliver", note)
     monkeypatch.setattr("serve_apps.replica.decode_loop.time", SimpleNamespace(monotonic=lambda: clock.now))
     loop = DecodeLoop(batcher, interval=2)
 
@@ -280,7 +280,7 @@ def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(batcher):
     asyncio.run(together())
     loop.stop()
     one, other, waited = watches
-    assert waited.asked < one.first
+    assert waited.requested < one.first
     assert waited.begun > max(one.first, other.first)
 
 

@@ -58,11 +58,11 @@ def test_in_every_mode_the_pieces_join_to_the_autoregressive_text(
     pieces = answer(app, prompt_request(**sampling))
     text, tokens, reason = said_by_the_oracle(PROMPT, 20, **sampling)
     assert "".join(piece.text for piece in pieces) == text
-    assert (pieces[-1].finish_reason, pieces[-1].tally.completion_tokens) == (reason, tokens)
-    assert (pieces[-1].tally.metrics() is None) == (block_len == 1)
+    assert (pieces[-1].finish_reason, pieces[-1].usage.completion_tokens) == (reason, tokens)
+    assert (pieces[-1].usage.metrics() is None) == (block_len == 1)
 
 
-def test_sampled_drafts_are_greedy_too_where_that_is_asked(served, said_by_the_oracle):
+def test_sampled_drafts_are_greedy_too_if_requested(served, said_by_the_oracle):
     app = DecoderApp(with_settings(served, draft_kind="sampled"))
     assert "".join(p.text for p in answer(app, prompt_request())) == said_by_the_oracle(PROMPT, 20)[0]
 
@@ -80,7 +80,7 @@ def test_a_refusal_is_an_event(served):
 
 
 @pytest.mark.parametrize(("mode", "block_len"), [("single-pass", 4), ("autoregressive", 1)])
-def test_a_grammar_that_asks_for_too_much_work_fails_the_request_instead_of_ending_its_text(
+def test_a_grammar_that_takes_too_much_work_fails_the_request_instead_of_ending_its_text(
     served, monkeypatch, mode, block_len
 ):
     def narrow(kind, content, tokenizer):
@@ -88,8 +88,8 @@ def test_a_grammar_that_asks_for_too_much_work_fails_the_request_instead_of_endi
 
     monkeypatch.setattr("serve_apps.replica.prompt_encoder.compile_constraint", narrow)
     grammar = AskedGrammar("guided_grammar", "grammar", 'start: x\nx: x x | "a" | "aa" | "b"')
-    asked = dataclasses.replace(prompt_request(max_tokens=60, min_tokens=60), grammar=grammar)
-    *_, refused = answer(DecoderApp(with_settings(served, block_len, mode=mode)), asked)
+    requested = dataclasses.replace(prompt_request(max_tokens=60, min_tokens=60), grammar=grammar)
+    *_, refused = answer(DecoderApp(with_settings(served, block_len, mode=mode)), requested)
     assert isinstance(refused, GenerationFailed)
     assert (refused.error.param, refused.error.code) == ("guided_grammar", None)
     assert "Too many items" in str(refused.error)
@@ -110,7 +110,7 @@ def test_a_new_replica_is_idle_and_healthy(served):
     assert (load.mode, load.expected_over_ar) == ("single-pass", None)
 
 
-def test_its_settings_say_how_many_tokens_may_wait(served):
+def test_its_settings_limit_the_tokens_that_may_wait(served):
     app = DecoderApp(with_settings(served, rows=1, max_waiting_tokens=1))
 
     async def crowd():
@@ -129,26 +129,26 @@ def test_its_settings_say_how_many_tokens_may_wait(served):
 def test_a_replica_whose_decoder_hangs_or_fails_is_not_healthy(served, monkeypatch):
     app = DecoderApp(with_settings(served, hang_seconds=0.1))
     going_on = threading.Event()
-    monkeypatch.setattr(app.fleet.champion.engine.batcher.decoder, "prefill", lambda **_: going_on.wait() / 0)
+    monkeypatch.setattr(app.pool.champion.engine.batcher.decoder, "prefill", lambda **_: going_on.wait() / 0)
     with pytest.raises(RuntimeError, match=r"no forward of the decoder has ended for 0\.1 s"):
         asyncio.run(app.check_health())
     going_on.set()
     app = DecoderApp(served)
-    monkeypatch.setattr(app.fleet.champion.engine.batcher.decoder, "prefill", lambda **_: 1 / 0)
+    monkeypatch.setattr(app.pool.champion.engine.batcher.decoder, "prefill", lambda **_: 1 / 0)
     with pytest.raises(TidarError, match="ZeroDivisionError"):
         asyncio.run(app.check_health())
 
 
-def test_a_replica_tells_the_scaling_policy_how_busy_it_is(served):
+def test_a_replica_sends_its_load_to_the_scaling_policy(served):
     app = DecoderApp(served)
     assert asyncio.run(app.record_autoscaling_stats()) == {"rows": 0, "kv": 0, "waiting_tokens": 0}
     answer(app, prompt_request())
-    told = asyncio.run(app.record_autoscaling_stats())
-    assert told["tokens_per_forward"] > 1
-    assert told["forwards_per_second"] > 0
+    stats_sent = asyncio.run(app.record_autoscaling_stats())
+    assert stats_sent["tokens_per_forward"] > 1
+    assert stats_sent["forwards_per_second"] > 0
 
 
-def test_with_few_pages_texts_are_the_same_and_the_young_give_way(served, said_by_the_oracle):
+def test_with_few_pages_texts_are_the_same_and_young_texts_are_preempted(served, said_by_the_oracle):
     app = DecoderApp(with_settings(served, pages=5, context_len=64, rows=3))
 
     async def together():
@@ -168,7 +168,7 @@ def test_fewer_pages_than_one_context_takes_are_refused(served):
         DecoderApp(with_settings(served, pages=5))
 
 
-def test_in_auto_mode_a_replica_says_what_its_planner_has_chosen_and_expects(served):
+def test_in_auto_mode_a_replica_reports_the_choice_and_the_expectation_of_its_planner(served):
     app = DecoderApp(with_settings(served, mode="auto", context_len=64))
     answer(app, prompt_request())
     load = asyncio.run(app.load())
@@ -196,10 +196,10 @@ def test_a_gpu_that_is_not_there_is_refused(served):
             DecoderApp(with_settings(served, num_gpus=1))
 
 
-def test_tokens_of_texts_without_drafts_are_counted_apart_and_say_nothing_about_a_version(served):
+def test_tokens_of_texts_without_drafts_are_counted_apart_from_those_of_a_version(served):
     app = DecoderApp(served)
-    plain = answer(app, dataclasses.replace(prompt_request(12), speculative=False))[-1].tally
-    drafted = answer(app, prompt_request(12))[-1].tally
+    plain = answer(app, dataclasses.replace(prompt_request(12), speculative=False))[-1].usage
+    drafted = answer(app, prompt_request(12))[-1].usage
     assert not sum(plain.histogram)  # no draft was verified
     (report,) = asyncio.run(app.versions())
     totals = report.totals

@@ -28,9 +28,9 @@ PROMPT = "def add(a, b):\n    return"
 REPLICA = """
 import json, sys, time
 from serve_apps.replica.engine_client import EngineClient
-from serve_apps.rollout.model_version import look_up
+from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-engine = EngineClient(look_up(ServeSettings(model=sys.argv[1], rows=2))[0], print)
+engine = EngineClient(resolve_model(ServeSettings(model=sys.argv[1], rows=2))[0], print)
 print(engine._process.pid, flush=True)
 time.sleep(600)
 """
@@ -43,7 +43,7 @@ def say():
     logging.getLogger("chatter").warning("loading %d", 7)
 threading.Thread(target=say, daemon=True).start()
 """
-"""Said by a process as soon as its log has somewhere to go."""
+"""ParsedText by a process as soon as its log has somewhere to go."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def served(bundle):
 def app(served):
     app = DecoderApp(served)
     yield app
-    app.fleet.champion.engine.stop()
+    app.pool.champion.engine.stop()
 
 
 def request(max_tokens=20, **fields):
@@ -63,8 +63,8 @@ def request(max_tokens=20, **fields):
     return GenerationRequest(**{"request_id": "r", "prompt": PROMPT, "sampling": sampling} | fields)
 
 
-async def collected(app, asked):
-    return [event async for event in app.generate(asked)]
+async def collected(app, requested):
+    return [event async for event in app.generate(requested)]
 
 
 async def decoder_pid(app):
@@ -85,21 +85,21 @@ def ends(pid, seconds=30):
 
 
 def test_texts_are_those_of_the_oracle_and_are_counted_here(app, said_by_the_oracle):
-    asked = [request(sampling=sampling) for sampling in ({}, {"temperature": 0.8, "seed": 3})]
+    requested = [request(sampling=sampling) for sampling in ({}, {"temperature": 0.8, "seed": 3})]
 
     async def together():
-        named = [dataclasses.replace(one, request_id=str(place)) for place, one in enumerate(asked)]
+        named = [dataclasses.replace(one, request_id=str(place)) for place, one in enumerate(requested)]
         return await asyncio.gather(*[collected(app, one) for one in named])
 
-    for one, pieces in zip(asked, asyncio.run(together())):
+    for one, pieces in zip(requested, asyncio.run(together())):
         options = {"temperature": one.sampling.temperature, "seed": one.sampling.seed}
         assert "".join(piece.text for piece in pieces) == said_by_the_oracle(PROMPT, 20, **options)[0]
-        assert pieces[-1].lap.decode > 0
+        assert pieces[-1].timing.decode > 0
     (report,) = asyncio.run(app.versions())
     assert (report.totals.texts, report.totals.tokens) == (2, 40)
 
 
-def test_the_process_is_another_and_says_how_busy_it_is(app):
+def test_the_process_is_another_and_reports_its_load(app):
     load = asyncio.run(app.load())
     assert load.pid == os.getpid() != load.decoder_pid
     assert asyncio.run(app.record_autoscaling_stats())["rows"] == 0
@@ -111,8 +111,8 @@ def test_prompts_are_read_and_tokens_named_as_in_one_process(app, tokenizer, mod
     assert asyncio.run(app.tokenize(PROMPT, framed=False, spelled=False)).tokens == ids
     assert asyncio.run(app.detokenize(ids)) == PROMPT
     refused = asyncio.run(app.detokenize([1, 10**6])).error
-    said = f"tokens names token 1000000; ids are 0..{model.config.vocab_size - 1}; drop it"
-    assert (refused.param, str(refused)) == ("tokens", said)
+    message = f"tokens names token 1000000; ids are 0..{model.config.vocab_size - 1}; drop it"
+    assert (refused.param, str(refused)) == ("tokens", message)
     assert asyncio.run(app.tokenizer_info()).model_dump()["chat_template"]
 
 
@@ -139,16 +139,16 @@ def test_a_text_that_nobody_waits_for_gives_its_row_back(app):
     assert asyncio.run(asyncio.wait_for(leave(), 30)).pages_held == 0
 
 
-def test_what_the_process_logs_is_heard_here_even_while_it_loads(served, tmp_path, monkeypatch, caplog):
+def test_log_records_of_the_process_arrive_here_even_while_it_loads(served, tmp_path, monkeypatch, caplog):
     (tmp_path / "sitecustomize.py").write_text(CHATTER)
     monkeypatch.syspath_prepend(tmp_path)
     app = DecoderApp(served)
     assert [record.name for record in caplog.records if record.getMessage() == "loading 7"] == ["chatter"]
     assert asyncio.run(app.tokenizer_info()).model_dump()["chat_template"]
-    app.fleet.champion.engine.stop()
+    app.pool.champion.engine.stop()
 
 
-def test_what_cannot_be_loaded_is_said_here(served):
+def test_a_load_error_of_the_process_is_raised_here(served):
     with pytest.raises(BundleError, match="restart"):
         DecoderApp(dataclasses.replace(served, bundle_hash="0" * 64))
 
@@ -182,18 +182,18 @@ def test_a_challenger_whose_process_dies_is_given_up_and_the_champion_goes_on(se
 
     async def lose():
         app = DecoderApp(served)
-        app.fleet.follow(ServingTarget(champion=served, challenger=new))
-        await app.fleet.followed()
-        champion, challenger = [(await writer.engine.load("")).decoder_pid for writer in app.fleet.writers]
+        app.pool.follow(ServingTarget(champion=served, challenger=new))
+        await app.pool.followed()
+        champion, challenger = [(await writer.engine.load("")).decoder_pid for writer in app.pool.generators]
         os.kill(challenger, signal.SIGKILL)
         assert await asyncio.to_thread(ends, challenger)
         assert (await app.load()).rows == served.settings.rows
         await app.check_health()
-        states = {report.fingerprint: report.state for report in app.fleet.reports()}
+        states = {report.fingerprint: report.state for report in app.pool.reports()}
         assert states == {served.fingerprint: "champion", new.fingerprint: "failed"}
         pieces = await collected(app, request())
         assert "".join(piece.text for piece in pieces) == said_by_the_oracle(PROMPT, 20)[0]
-        app.fleet.champion.engine.stop()
+        app.pool.champion.engine.stop()
         assert ends(champion)
 
     asyncio.run(lose())

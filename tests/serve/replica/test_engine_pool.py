@@ -37,30 +37,30 @@ def new(other_bundle, old):
 
 @pytest.fixture(scope="module")
 def texts(said_by_the_oracle, old, new, other_model):
-    """What each of them says."""
-    said = {
+    """Text of each version."""
+    texts = {
         old.fingerprint: said_by_the_oracle(PROMPT, **SAMPLING)[0],
         new.fingerprint: said_by_the_oracle(PROMPT, model=other_model, **SAMPLING)[0],
     }
-    assert len(set(said.values())) == 2
-    return said
+    assert len(set(texts.values())) == 2
+    return texts
 
 
-def asked(request_id="r", **route):
+def request(request_id="r", **route):
     sampling = SamplingConfig(**SAMPLING)
     return GenerationRequest(request_id=request_id, prompt=PROMPT, sampling=sampling, route=Route(**route))
 
 
 async def answer(app, **route):
     """Fingerprint and text; a refusal is raised."""
-    pieces = [piece async for piece in app.generate(asked(**route))]
+    pieces = [piece async for piece in app.generate(request(**route))]
     if isinstance(pieces[-1], GenerationFailed):
         raise pieces[-1].error
     return pieces[0].fingerprint, "".join(piece.text for piece in pieces)
 
 
 def states(app):
-    return {report.fingerprint: report.state for report in app.fleet.reports()}
+    return {report.fingerprint: report.state for report in app.pool.reports()}
 
 
 def damaged(served, tmp_path):
@@ -78,13 +78,13 @@ def damaged(served, tmp_path):
 def test_a_text_that_began_before_ends_on_the_old_weights_and_the_next_is_of_the_new(old, new, texts):
     async def swap():
         app = DecoderApp(old)
-        weights = weakref.ref(app.fleet.champion.engine.batcher.decoder.model)
+        weights = weakref.ref(app.pool.champion.engine.batcher.decoder.model)
         gc.collect()
         gc.freeze()  # as Serve does when a replica has started: what is in a cycle now stays for ever
-        async with aclosing(app.generate(asked("long"))) as began:
+        async with aclosing(app.generate(request("long"))) as began:
             pieces = [await anext(began)]
-            app.fleet.follow(ServingTarget(champion=new))
-            await app.fleet.followed()
+            app.pool.follow(ServingTarget(champion=new))
+            await app.pool.followed()
             assert states(app) == {old.fingerprint: "leaving", new.fingerprint: "champion"}
             assert await answer(app) == (new.fingerprint, texts[new.fingerprint])
             pieces += [piece async for piece in began]
@@ -98,20 +98,20 @@ def test_a_text_that_began_before_ends_on_the_old_weights_and_the_next_is_of_the
         assert weights() is None
     finally:
         gc.unfreeze()
-    assert [(r.totals.texts, r.totals.errors) for r in app.fleet.reports()] == [(1, 0), (1, 0)]
+    assert [(r.totals.texts, r.totals.errors) for r in app.pool.reports()] == [(1, 0), (1, 0)]
 
 
 def test_weights_that_come_back_before_they_have_left_are_not_loaded_again(old, new):
     async def there_and_back():
         app = DecoderApp(old)
-        writer = app.fleet.champion
-        async with aclosing(app.generate(asked("long"))) as began:
+        writer = app.pool.champion
+        async with aclosing(app.generate(request("long"))) as began:
             await anext(began)
-            app.fleet.follow(ServingTarget(champion=new))
-            await app.fleet.followed()
-            app.fleet.follow(ServingTarget(champion=old))
-            await app.fleet.followed()
-        assert app.fleet.champion is writer
+            app.pool.follow(ServingTarget(champion=new))
+            await app.pool.followed()
+            app.pool.follow(ServingTarget(champion=old))
+            await app.pool.followed()
+        assert app.pool.champion is writer
         assert states(app) == {old.fingerprint: "champion", new.fingerprint: "gone"}
 
     asyncio.run(there_and_back())
@@ -123,15 +123,15 @@ def test_no_third_engine_is_loaded_while_one_is_leaving(old, new, bundle, tmp_pa
 
     async def in_turn():
         app = DecoderApp(old)
-        async with aclosing(app.generate(asked("long"))) as began:
+        async with aclosing(app.generate(request("long"))) as began:
             await anext(began)
-            app.fleet.follow(ServingTarget(champion=new))
-            await app.fleet.followed()
-            app.fleet.follow(ServingTarget(champion=third))
+            app.pool.follow(ServingTarget(champion=new))
+            await app.pool.followed()
+            app.pool.follow(ServingTarget(champion=third))
             for _ in range(20):  # as often as the event loop likes: nothing may come of it
                 await asyncio.sleep(0)
             assert third.fingerprint not in states(app)
-        await app.fleet.followed()
+        await app.pool.followed()
         assert states(app)[third.fingerprint] == "failed"
 
     asyncio.run(in_turn())
@@ -143,45 +143,45 @@ def test_beside_a_challenger_a_replica_has_memory_for_three_bundles_and_no_more(
 
     async def change():
         app = DecoderApp(old)
-        app.fleet.follow(ServingTarget(champion=old, challenger=new))
-        await app.fleet.followed()
-        make = app.fleet._made
+        app.pool.follow(ServingTarget(champion=old, challenger=new))
+        await app.pool.followed()
+        make = app.pool._made
 
         def counted(*arguments):
-            loaded.append(len(app.fleet.writers) + 1)
+            loaded.append(len(app.pool.generators) + 1)
             return make(*arguments)
 
-        monkeypatch.setattr(app.fleet, "_made", counted)
-        app.fleet.follow(ServingTarget(champion=third, challenger=new))
-        await app.fleet.followed()
-        app.fleet._problems.clear()
-        app.fleet.follow(ServingTarget(champion=old, challenger=third))
-        await app.fleet.followed()
+        monkeypatch.setattr(app.pool, "_made", counted)
+        app.pool.follow(ServingTarget(champion=third, challenger=new))
+        await app.pool.followed()
+        app.pool._problems.clear()
+        app.pool.follow(ServingTarget(champion=old, challenger=third))
+        await app.pool.followed()
 
     asyncio.run(change())
     assert loaded == [3, 2]  # another challenger loads once the one before has left
 
 
-def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_without_being_loaded_again(old, new, texts):
-    trial = old.settings.model_copy(update={"challenger": Trial(weight=0.5)})
-    old, new = (dataclasses.replace(served, settings=trial) for served in (old, new))
+def test_a_challenger_answers_requests_for_it_and_its_share_and_is_promoted_without_being_loaded_again(old, new, texts):
+    canary = old.settings.model_copy(update={"challenger": Trial(weight=0.5)})
+    old, new = (dataclasses.replace(served, settings=canary) for served in (old, new))
 
     async def rise():
         app = DecoderApp(old)
         with pytest.raises(ParameterError, match="no challenger is served here now"):
             await answer(app, role=CHALLENGER)
-        app.fleet.follow(ServingTarget(champion=old, challenger=new))
-        await app.fleet.followed()
-        challenger = app.fleet.writers[1]
+        app.pool.follow(ServingTarget(champion=old, challenger=new))
+        await app.pool.followed()
+        challenger = app.pool.generators[1]
         assert await answer(app, role=CHALLENGER) == (new.fingerprint, texts[new.fingerprint])
         assert await answer(app, role=CHAMPION) == (old.fingerprint, texts[old.fingerprint])
         split = [[(await answer(app, key=f"user {n}"))[0] for n in range(8)] for _ in range(2)]
         assert split[0] == split[1]
         assert set(split[0]) == {old.fingerprint, new.fingerprint}
         assert (await app.load()).pages == 2 * challenger.engine.batcher.decoder.pool.pages
-        app.fleet.follow(ServingTarget(champion=new))
-        await app.fleet.followed()
-        assert app.fleet.champion is challenger
+        app.pool.follow(ServingTarget(champion=new))
+        await app.pool.followed()
+        assert app.pool.champion is challenger
         assert states(app) == {old.fingerprint: "gone", new.fingerprint: "champion"}
         with pytest.raises(ParameterError):
             await answer(app, role=CHALLENGER)
@@ -189,22 +189,24 @@ def test_a_challenger_answers_who_asks_for_it_and_its_share_and_is_promoted_with
     asyncio.run(rise())
 
 
-def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_why(old, new, texts, tmp_path, caplog):
+def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_reports_its_error(
+    old, new, texts, tmp_path, caplog
+):
     caplog.set_level("INFO", logger="ray.serve")
     wrong = damaged(new, tmp_path)
 
     async def fail():
         app = DecoderApp(old)
         for target in (ServingTarget(champion=wrong), ServingTarget(champion=old, challenger=wrong)):
-            app.fleet.follow(target)
-            await app.fleet.followed()
+            app.pool.follow(target)
+            await app.pool.followed()
             assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
-            (failed,) = [report for report in app.fleet.reports() if report.state == "failed"]
+            (failed,) = [report for report in app.pool.reports() if report.state == "failed"]
             assert failed.version == "9"
             assert "model.safetensors has hash" in failed.problem
         await app.check_health()
-        app.fleet.follow(ServingTarget(champion=old))  # as after a rollback
-        await app.fleet.followed()
+        app.pool.follow(ServingTarget(champion=old))  # as after a rollback
+        await app.pool.followed()
         assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
 
     asyncio.run(fail())
@@ -215,13 +217,13 @@ def test_a_bundle_that_cannot_be_loaded_leaves_the_old_weights_at_work_and_says_
 def test_a_challenger_that_does_not_decode_is_given_up_and_the_champion_goes_on(old, new, texts):
     async def break_down():
         app = DecoderApp(old)
-        app.fleet.follow(ServingTarget(champion=old, challenger=new))
-        await app.fleet.followed()
-        app.fleet.writers[1].engine.stop()
+        app.pool.follow(ServingTarget(champion=old, challenger=new))
+        await app.pool.followed()
+        app.pool.generators[1].engine.stop()
         await app.check_health()
         assert states(app) == {old.fingerprint: "champion", new.fingerprint: "failed"}
         assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
-        app.fleet.champion.engine.stop()
+        app.pool.champion.engine.stop()
         with pytest.raises(RuntimeError):
             await app.check_health()
 
@@ -233,12 +235,12 @@ def test_whoever_changes_his_mind_while_weights_are_loaded_gets_what_he_wants_in
 
     async def change():
         app = DecoderApp(old)
-        app.fleet.follow(ServingTarget(champion=new))
+        app.pool.follow(ServingTarget(champion=new))
         await asyncio.sleep(0)  # it has begun
         assert states(app)[new.fingerprint] == "loading"
-        app.fleet.follow(ServingTarget(champion=wrong, challenger=old))
-        app.fleet.follow(ServingTarget(champion=old))
-        await app.fleet.followed()
+        app.pool.follow(ServingTarget(champion=wrong, challenger=old))
+        app.pool.follow(ServingTarget(champion=old))
+        await app.pool.followed()
         assert states(app) == {old.fingerprint: "champion", new.fingerprint: "gone"}
         assert await answer(app) == (old.fingerprint, texts[old.fingerprint])
 
@@ -251,17 +253,17 @@ def test_what_failed_to_load_is_tried_again_after_five_minutes(old, new, texts, 
 
     async def mend():
         app = DecoderApp(old)
-        app.fleet.follow(ServingTarget(champion=wrong))
-        await app.fleet.followed()
+        app.pool.follow(ServingTarget(champion=wrong))
+        await app.pool.followed()
         for file in Path(new.bundle_uri).glob("*.safetensors"):
             (Path(wrong.bundle_uri) / file.name).write_bytes(file.read_bytes())
         clock.now += 300
-        app.fleet.follow(ServingTarget(champion=wrong))
-        await app.fleet.followed()
-        assert app.fleet.champion.served == old
+        app.pool.follow(ServingTarget(champion=wrong))
+        await app.pool.followed()
+        assert app.pool.champion.served == old
         clock.now += 1
-        app.fleet.follow(ServingTarget(champion=wrong))
-        await app.fleet.followed()
+        app.pool.follow(ServingTarget(champion=wrong))
+        await app.pool.followed()
         assert await answer(app) == (new.fingerprint, texts[new.fingerprint])
 
     asyncio.run(mend())
@@ -285,7 +287,7 @@ def test_a_new_replica_loads_what_its_config_names_and_needs_the_model_of_the_st
     async def start(user_config):
         app = DecoderApp(gone, configured=True)
         await app.reconfigure(user_config)
-        return app.fleet.champion.served.fingerprint, states(app)
+        return app.pool.champion.served.fingerprint, states(app)
 
     assert asyncio.run(start({"model": other_bundle})) == (new.fingerprint, {new.fingerprint: "champion"})
     with pytest.raises(TidarError, match="/deleted"):

@@ -80,8 +80,8 @@ def test_a_text_is_counted_by_how_it_ended_and_with_what_it_cost():
 
 def test_a_trial_counts_from_its_beginning_over_all_replicas_those_that_died_included():
     since = Since([report("a", "new", VersionStats(texts=5)), report("a", "old", VersionStats(texts=50))])
-    since.hear([report("a", "new", VersionStats(texts=7)), report("b", "new", VersionStats(texts=10))])
-    since.hear([report("a", "new", VersionStats(texts=8)), report("a", "old", VersionStats(texts=51))])
+    since.update([report("a", "new", VersionStats(texts=7)), report("b", "new", VersionStats(texts=10))])
+    since.update([report("a", "new", VersionStats(texts=8)), report("a", "old", VersionStats(texts=51))])
     assert since.totals("new") == VersionStats(texts=13)
     assert since.totals("old") == VersionStats(texts=1)
     assert since.totals("never seen") == VersionStats()

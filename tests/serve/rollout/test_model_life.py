@@ -151,7 +151,7 @@ def test_a_replica_that_is_started_later_serves_what_is_current(service, setting
     async def start():  # as Serve does: there, it is the only way in which this service's replicas get any weights
         replica = DecoderApp(at_the_start, serve.get_deployment_handle("watcher", app_name=app.APP_NAME))
         await replica.reconfigure({"watched": True})
-        return replica.fleet.champion.served.fingerprint
+        return replica.pool.champion.served.fingerprint
 
     assert asyncio.run(start()) == fingerprints[2]
 

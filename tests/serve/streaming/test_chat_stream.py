@@ -1,4 +1,4 @@
-"""From pieces to messages: what is streamed joins to what is whole."""
+"""Messages from text deltas: a stream joins to the whole message."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_calls_alone_have_no_content():
     )
 
 
-def test_usage_and_scores_are_told_where_asked():
+def test_usage_and_scores_are_sent_if_requested():
     token = ChatTokenLogprob(token="a", logprob=-1.0, bytes=[97], top_logprobs=[])
     pieces = [WORDS[0], TextDelta("a", None, UsageCounts(3, 1), None, [token], token_ids=(5,)), WORDS[2]]
     assert message(pieces)["logprobs"]["content"][0]["bytes"] == [97]

@@ -1,4 +1,4 @@
-"""From pieces to what a client reads."""
+"""Responses from text deltas."""
 
 import asyncio
 import json
@@ -22,8 +22,8 @@ def reply():
     return CompletionReply(reply_id="cmpl-1", card=CARD, created=9)
 
 
-def told(reply, index, piece):
-    """What the one event of a piece says."""
+def event_data(reply, index, piece):
+    """Data of the only event of a delta."""
     (event,) = reply.events(index, piece)
     return data(event)
 
@@ -38,7 +38,7 @@ def test_tallies_of_several_prompts_add_up():
     assert UsageCounts(1, 2, (3, 4)) + UsageCounts(10, 20, (30, 40)) == UsageCounts(11, 22, (33, 44))
 
 
-def test_without_drafts_there_is_nothing_to_say_about_them():
+def test_without_drafts_there_are_no_statistics_of_them():
     assert UsageCounts(1, 5, (4,)).metrics() is None
     no_decode_step = UsageCounts(1, 1, (0, 0)).metrics().speculative_decoding
     assert (no_decode_step.mean_acceptance_length, no_decode_step.draft_acceptance_rate) == (1.0, 0.0)
@@ -63,20 +63,20 @@ def test_a_body_is_a_completion_of_openai_with_a_choice_for_each_prompt(reply):
     assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 3
 
 
-def test_each_choice_says_which_weights_wrote_it_and_a_whole_response_names_all_that_did(reply):
-    assert told(reply, 0, TextDelta("a", None, UsageCounts(2), fingerprint="old"))["system_fingerprint"] == "old"
-    assert told(reply, 1, TextDelta("b", None, UsageCounts(2), fingerprint="new"))["system_fingerprint"] == "new"
-    assert told(reply, 0, TextDelta("c", "stop", UsageCounts(2)))["system_fingerprint"] == "old"
+def test_each_choice_names_its_weights_and_a_whole_response_names_all_weights(reply):
+    assert event_data(reply, 0, TextDelta("a", None, UsageCounts(2), fingerprint="old"))["system_fingerprint"] == "old"
+    assert event_data(reply, 1, TextDelta("b", None, UsageCounts(2), fingerprint="new"))["system_fingerprint"] == "new"
+    assert event_data(reply, 0, TextDelta("c", "stop", UsageCounts(2)))["system_fingerprint"] == "old"
     assert data(reply.usage_event())["system_fingerprint"] == "old+new"
 
 
 def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
     reply = CompletionReply(reply_id="cmpl-1", card=CARD, n=2)
     for index in range(4):
-        told(reply, index, TextDelta("a", "stop", UsageCounts(10, 1, cached_tokens=index + 1)))
+        event_data(reply, index, TextDelta("a", "stop", UsageCounts(10, 1, cached_tokens=index + 1)))
     cached = {"prompt_tokens_details": {"cached_tokens": 1 + 3}}
-    said = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
-    assert reply.tally.usage().model_dump() == said | cached
+    usage = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+    assert reply.usage.for_response().model_dump() == usage | cached
 
 
 def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
@@ -98,14 +98,14 @@ def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):
     assert (one.tokens, two.tokens) == (["he"], ["y"])
 
 
-def test_a_chunk_has_the_piece_and_no_usage_unless_asked(reply):
-    chunk = told(reply, 0, TextDelta("he", None, UsageCounts(3, 1)))
+def test_a_chunk_has_the_delta_and_no_usage_unless_requested(reply):
+    chunk = event_data(reply, 0, TextDelta("he", None, UsageCounts(3, 1)))
     assert chunk["choices"] == [{"index": 0, "text": "he", "logprobs": None, "finish_reason": None,
                                  "stop_reason": None, "prompt_logprobs": None, "prompt_token_ids": None,
                                  "token_ids": None, "decoding": None}]  # fmt: skip
     assert "usage" not in chunk
     assert "metrics" not in chunk
-    assert told(reply, 0, TextDelta("", "stop", UsageCounts(3, 2)))["choices"][0]["finish_reason"] == "stop"
+    assert event_data(reply, 0, TextDelta("", "stop", UsageCounts(3, 2)))["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_piece_without_news_is_no_chunk(reply):
@@ -114,9 +114,9 @@ def test_a_piece_without_news_is_no_chunk(reply):
 
 def test_with_include_usage_the_last_chunk_alone_has_it(reply):
     reply.options = USAGE
-    assert told(reply, 0, TextDelta("he", None, UsageCounts(3, 1, (0, 0))))["usage"] is None
-    told(reply, 1, TextDelta("x", "stop", UsageCounts(1, 4, (1, 1))))
-    told(reply, 0, TextDelta("y", "length", UsageCounts(3, 2, (1, 0))))
+    assert event_data(reply, 0, TextDelta("he", None, UsageCounts(3, 1, (0, 0))))["usage"] is None
+    event_data(reply, 1, TextDelta("x", "stop", UsageCounts(1, 4, (1, 1))))
+    event_data(reply, 0, TextDelta("y", "length", UsageCounts(3, 2, (1, 0))))
     last = data(reply.usage_event())
     assert last["choices"] == []
     assert last["usage"] == {
@@ -128,7 +128,7 @@ def test_with_include_usage_the_last_chunk_alone_has_it(reply):
 
 def test_continuous_usage_counts_the_tokens_so_far(reply):
     reply.options = StreamOptions(continuous_usage_stats=True)
-    assert told(reply, 0, TextDelta("he", None, UsageCounts(3, 4)))["usage"]["completion_tokens"] == 4
+    assert event_data(reply, 0, TextDelta("he", None, UsageCounts(3, 4)))["usage"]["completion_tokens"] == 4
 
 
 def test_the_ids_of_all_pieces_join(reply):
@@ -147,7 +147,7 @@ def test_an_error_in_a_stream_is_openais_envelope():
 
 
 class Source:
-    """Gives events one by one and says whether it was closed."""
+    """Source of events that records whether it was closed."""
 
     def __init__(self, *events, forever=False):
         self.events, self.forever, self.closed = events, forever, False

@@ -28,13 +28,13 @@ def tokenizer_of(form):
     return Tokenizer(FastTokenizer.from_str(tokenizer_json(form)), {"eos_token": EOS})
 
 
-def written(tokenizer, prompt, tokens, *, reason="length", scored=(), **asked):
+def written(tokenizer, prompt, tokens, *, reason="length", scored=(), **request_fields):
     """The one piece of a request whose tokens all came in one step."""
-    request = GenerationRequest(**{"request_id": "r", "prompt": prompt, "sampling": SamplingConfig()} | asked)
+    request = GenerationRequest(**{"request_id": "r", "prompt": prompt, "sampling": SamplingConfig()} | request_fields)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     logprobs = tuple(TokenLogprob(token, -1.0, ((token, -1.0),)) for token in tokens)
-    told = tuple(TokenLogprob(token, -2.0, ()) for token in ids[1:])
-    step = DecodeStep("r", tuple(tokens), reason, len(tokens), 0, len(tokens), logprobs, told)
+    chunks = tuple(TokenLogprob(token, -2.0, ()) for token in ids[1:])
+    step = DecodeStep("r", tuple(tokens), reason, len(tokens), 0, len(tokens), logprobs, chunks)
     return IncrementalDetokenizer(tokenizer, request, ids, block_len=4).add([step]).take()
 
 
@@ -43,11 +43,11 @@ def test_a_completion_keeps_its_first_space_and_names_and_places_keep_theirs(for
     tokenizer = tokenizer_of(form)
     the = tokenizer._fast.token_to_id(SPACE + "the")
     prompt = tokenizer.encode("the")
-    for asked in ("the", tuple(prompt)):
-        piece = written(tokenizer, asked, [the, the], logprobs=1)
+    for request_fields in ("the", tuple(prompt)):
+        piece = written(tokenizer, request_fields, [the, the], logprobs=1)
         assert (piece.text, piece.logprobs.text_offset) == (" the the", [0, 4])
         assert piece.logprobs.tokens == [" the", " the"]
-        echoed = written(tokenizer, asked, [the, the], logprobs=1, echo=True)
+        echoed = written(tokenizer, request_fields, [the, the], logprobs=1, echo=True)
         assert echoed.text == "the the the"
         assert echoed.logprobs.text_offset[-3:] == [0, 3, 7]
 
@@ -112,10 +112,10 @@ def test_chats_and_lm_eval_take_the_token_of_a_stop_string_as_well(bundle):
     reader = PromptEncoder(tokenizer, template, vocab_size=400, context_len=100, tool_form=None)
     chat = Chat(messages=({"role": "user", "content": "hello"},))
     for prompt in (chat, "hello", (5, 6)):
-        asked = GenerationRequest(
+        request_fields = GenerationRequest(
             request_id="r", prompt=prompt, sampling=SamplingConfig(), stop=("<|mask|>", "x"), ignore_eos=True
         )
-        assert reader.request(asked).sampling.eos_ids == (mask,)
+        assert reader.request(request_fields).sampling.eos_ids == (mask,)
     model = LmEvalModel(loaded)
     text = model._text("0", type("Instance", (), {"args": ("a", {"until": ["<|mask|>", "\n"]}), "task_name": "t"})())
     assert text.request.sampling.eos_ids == (tokenizer.eos_id, mask)

@@ -1,4 +1,4 @@
-"""From decode steps to the text of one request."""
+"""The text of one request from its decode steps."""
 
 from itertools import accumulate, pairwise, product
 
@@ -24,9 +24,9 @@ def transcript(tokenizer):
     return transcript_of(tokenizer)
 
 
-def transcript_of(tokenizer, min_tokens=0, **asked):
+def transcript_of(tokenizer, min_tokens=0, **fields):
     sampling = SamplingConfig(min_tokens=min_tokens, eos_ids=(tokenizer.eos_id, *tokenizer.encode("$")))
-    request = GenerationRequest(**{"request_id": "r", "prompt": PROMPT, "sampling": sampling} | asked)
+    request = GenerationRequest(**{"request_id": "r", "prompt": PROMPT, "sampling": sampling} | fields)
     prompt = tokenizer.encode(PROMPT) if isinstance(request.prompt, str) else request.prompt
     return IncrementalDetokenizer(tokenizer, request, prompt, block_len=4)
 
@@ -45,7 +45,7 @@ def steps_of(tokens, lengths, finish_reason, scored=False):
     return steps
 
 
-def told(transcript, steps):
+def deltas_of(transcript, steps):
     """All pieces, one taken after each step until the text ends."""
     pieces = []
     for step in steps:
@@ -61,7 +61,7 @@ def text_of(pieces):
 
 def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer, transcript):
     tokens = tokenizer.encode(TEXT)
-    pieces = told(transcript, steps_of(tokens, [3] * len(tokens), "length"))
+    pieces = deltas_of(transcript, steps_of(tokens, [3] * len(tokens), "length"))
     assert text_of(pieces) == TEXT
     assert not any("\N{REPLACEMENT CHARACTER}" in piece.text for piece in pieces)
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
@@ -85,9 +85,9 @@ def test_nothing_is_pending_until_a_character_is_whole(tokenizer, transcript):
 
 
 def test_the_speculative_metrics_are_vllms(transcript):
-    # decode steps that kept 4, 1, 1 and 2 drafts, the final first one included: 3, 0, 0 and 1 speculative tokens stood
-    tally = transcript.add(steps_of([9] * 9, [4, 1, 1, 2], "length")).take().tally
-    assert tally.metrics().speculative_decoding.model_dump() == {
+    # decode steps accepted 4, 1, 1 and 2 drafts, the final first one included: 3, 0, 0 and 1 speculative tokens
+    usage = transcript.add(steps_of([9] * 9, [4, 1, 1, 2], "length")).take().usage
+    assert usage.metrics().speculative_decoding.model_dump() == {
         "mean_acceptance_length": 2.0,  # 8 tokens in 4 steps
         "draft_acceptance_rate": 4 / 12,
         "acceptance_histogram": [2, 1, 0, 1],
@@ -96,23 +96,23 @@ def test_the_speculative_metrics_are_vllms(transcript):
         "num_draft_tokens": 12,
         "num_spec_tokens": 3,
     }
-    assert tally.usage().completion_tokens == 9
+    assert usage.for_response().completion_tokens == 9
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "words"), (True, "words$")])
-def test_a_stop_token_is_counted_named_and_spoken_only_where_that_is_asked_for(tokenizer, include, text):
+def test_a_stop_token_is_counted_and_named_and_has_text_only_if_requested(tokenizer, include, text):
     (stop,) = tokenizer.encode("$")
     tokens = [*tokenizer.encode("words"), stop]
-    pieces = told(transcript_of(tokenizer, include_stop=include), steps_of(tokens, [len(tokens)], "stop"))
+    pieces = deltas_of(transcript_of(tokenizer, include_stop=include), steps_of(tokens, [len(tokens)], "stop"))
     assert (text_of(pieces), pieces[-1].finish_reason, pieces[-1].stop_reason) == (text, "stop", stop)
-    assert pieces[-1].tally.completion_tokens == len(tokens)
+    assert pieces[-1].usage.completion_tokens == len(tokens)
 
 
 @pytest.mark.parametrize(("ignored", "reason"), [(False, None), (True, 0)])
 def test_the_end_of_text_token_is_no_stop_reason_unless_it_was_named_as_a_stop_token(tokenizer, ignored, reason):
     assert tokenizer.eos_id == 0
     tokens = [*tokenizer.encode("a"), tokenizer.eos_id]
-    piece = told(transcript_of(tokenizer, ignore_eos=ignored), steps_of(tokens, [4], "stop"))[-1]
+    piece = deltas_of(transcript_of(tokenizer, ignore_eos=ignored), steps_of(tokens, [4], "stop"))[-1]
     assert (piece.finish_reason, piece.stop_reason) == ("stop", reason)
 
 
@@ -129,25 +129,25 @@ def test_a_stop_string_at_any_place_ends_text_and_count_alike_for_every_division
         begin = TEXT.index(stop)
         count = next(n for end, n in sorted(tokens_until.items()) if end >= begin + len(stop))
         for lengths in ([1] * 40, [2] * 40, [4] * 40, [3, 1, 4] * 10, [1, 4] * 10):
-            pieces = told(
+            pieces = deltas_of(
                 transcript_of(tokenizer, stop=(stop,), include_stop=include), steps_of(tokens, lengths, "length")
             )
             assert text_of(pieces) == TEXT[: begin + len(stop) if include else begin]
             last = pieces[-1]
-            assert (last.finish_reason, last.stop_reason, last.tally.completion_tokens) == ("stop", stop, count)
+            assert (last.finish_reason, last.stop_reason, last.usage.completion_tokens) == ("stop", stop, count)
 
 
 def test_steps_after_the_stop_string_change_nothing(tokenizer):
     transcript = transcript_of(tokenizer, stop=("b",))
     steps = [DecodeStep("r", tuple(tokenizer.encode(text)), None, 4, 1, 4) for text in ("a", "b", "c")]
     piece = transcript.add(steps).take()
-    assert (piece.text, piece.tally.completion_tokens, sum(piece.tally.histogram)) == ("a", 2, 2)
+    assert (piece.text, piece.usage.completion_tokens, sum(piece.usage.histogram)) == ("a", 2, 2)
     assert transcript.add(steps).take().text == ""
 
 
-def test_what_was_held_back_is_told_when_the_text_ends_otherwise(tokenizer):
+def test_text_that_was_held_back_is_sent_when_the_text_ends_otherwise(tokenizer):
     tokens = tokenizer.encode("one ST")
-    pieces = told(transcript_of(tokenizer, stop=("STOP",)), steps_of(tokens, [1] * 9, "length"))
+    pieces = deltas_of(transcript_of(tokenizer, stop=("STOP",)), steps_of(tokens, [1] * 9, "length"))
     assert text_of(pieces) == "one ST"
     assert text_of(pieces[:-1]) == "one "
 
@@ -158,16 +158,16 @@ def test_a_stop_string_that_is_complete_within_the_first_min_tokens_is_not_looke
     assert len(tokens) == 7
     for lengths in ([1] * 9, [2] * 9, [4] * 9):
         transcript = transcript_of(tokenizer, min_tokens=min_tokens, stop=("ab",))
-        assert text_of(told(transcript, steps_of(tokens, lengths, "length"))) == text
+        assert text_of(deltas_of(transcript, steps_of(tokens, lengths, "length"))) == text
 
 
-def test_log_probabilities_come_with_their_text_and_say_where_it_begins(tokenizer):
+def test_log_probabilities_come_with_their_text_and_its_offset(tokenizer):
     tokens = tokenizer.encode("aü ST!")
     assert len(tokens) == 7
     transcript = transcript_of(tokenizer, logprobs=1, stop=("STOP",))
-    pieces = told(transcript, steps_of(tokens, [1] * 9, "length", scored=True))
-    told_tokens = [name for piece in pieces if piece.logprobs for name in piece.logprobs.tokens]
-    assert told_tokens == ["a", r"bytes:\xc3", r"bytes:\xbc", " ", "S", "T", "!"]
+    pieces = deltas_of(transcript, steps_of(tokens, [1] * 9, "length", scored=True))
+    names = [name for piece in pieces if piece.logprobs for name in piece.logprobs.tokens]
+    assert names == ["a", r"bytes:\xc3", r"bytes:\xbc", " ", "S", "T", "!"]
     offsets = [offset for piece in pieces if piece.logprobs for offset in piece.logprobs.text_offset]
     assert offsets == [0, 1, 1, 2, 3, 4, 5]
     assert [p.logprobs.tokens for p in pieces if p.text][-1] == ["S", "T", "!"]  # held back like their text
@@ -175,12 +175,12 @@ def test_log_probabilities_come_with_their_text_and_say_where_it_begins(tokenize
 
 def test_every_counted_token_has_a_log_probability_those_of_a_stop_string_too(tokenizer):
     tokens = tokenizer.encode("ab STOP cd")
-    pieces = told(
+    pieces = deltas_of(
         transcript_of(tokenizer, logprobs=0, stop=("STOP",)), steps_of(tokens, [4] * 9, "length", scored=True)
     )
     names = [name for piece in pieces if piece.logprobs for name in piece.logprobs.tokens]
     assert (text_of(pieces), "".join(names)) == ("ab ", "ab STOP")
-    assert len(names) == pieces[-1].tally.completion_tokens
+    assert len(names) == pieces[-1].usage.completion_tokens
 
 
 def test_an_echoed_prompt_begins_the_text_and_its_first_token_has_no_log_probability(tokenizer):
@@ -188,7 +188,7 @@ def test_an_echoed_prompt_begins_the_text_and_its_first_token_has_no_log_probabi
     scored = tuple(TokenLogprob(token, -10.0 - i, ((7, -0.5),)) for i, token in enumerate(prompt[1:]))
     first, *rest = steps_of(tokens, [4], "length", scored=True)
     steps = [DecodeStep("r", first.token_ids, None, 1, 0, 0, first.logprobs, scored), *rest]
-    pieces = told(transcript_of(tokenizer, echo=True, logprobs=1, prompt_logprobs=0), steps)
+    pieces = deltas_of(transcript_of(tokenizer, echo=True, logprobs=1, prompt_logprobs=0), steps)
     assert text_of(pieces) == PROMPT + "b!"
     assert pieces[0].logprobs.tokens == ["a", " ", r"bytes:\xe6", r"bytes:\x97", r"bytes:\xa5", "b"]
     assert pieces[0].logprobs.token_logprobs == [None, -10.0, -11.0, -12.0, -13.0, 0.0]
@@ -205,14 +205,14 @@ def test_an_echoed_prompt_begins_the_text_and_its_first_token_has_no_log_probabi
 
 def test_an_echoed_prompt_of_tokens_is_their_text_and_no_stop_string_ends_it(tokenizer):
     prompt = tuple(tokenizer.encode("STOP 日"))
-    asked = {"prompt": prompt, "echo": True, "stop": ("STOP", "P 日b")}
-    pieces = told(transcript_of(tokenizer, **asked), steps_of(tokenizer.encode("b"), [], "length"))
+    fields = {"prompt": prompt, "echo": True, "stop": ("STOP", "P 日b")}
+    pieces = deltas_of(transcript_of(tokenizer, **fields), steps_of(tokenizer.encode("b"), [], "length"))
     assert text_of(pieces) == "STOP 日b"
 
 
-def test_a_prompt_that_was_asked_for_alone_comes_alone(tokenizer):
+def test_a_prompt_that_was_requested_alone_comes_alone(tokenizer):
     transcript = transcript_of(tokenizer, echo=True, prompt_alone=True, logprobs=0)
     scored = tuple(TokenLogprob(token, -1.0, ()) for token in tokenizer.encode(PROMPT)[1:])
-    (piece,) = told(transcript, [DecodeStep("r", (9,), "length", 1, 0, 0, scored[:1], scored)])
+    (piece,) = deltas_of(transcript, [DecodeStep("r", (9,), "length", 1, 0, 0, scored[:1], scored)])
     assert len(piece.logprobs.tokens) == len(scored) + 1
-    assert (piece.text, piece.finish_reason, piece.tally.completion_tokens) == (PROMPT, "length", 0)
+    assert (piece.text, piece.finish_reason, piece.usage.completion_tokens) == (PROMPT, "length", 0)

@@ -1,4 +1,4 @@
-"""How likely tokens were, for clients."""
+"""Log probabilities in the form of the responses."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_the_likeliest_tokens_come_by_name_and_the_token_itself_beside_them(top,
     assert sheet(top).take(None).top_logprobs == [likeliest, None]
 
 
-def test_a_token_is_told_once_its_text_is():
+def test_a_token_is_taken_once_its_text_is_sent():
     scores = sheet(0)
     assert scores.take(1).tokens == []
     assert (taken := scores.take(2)).tokens == ["c"]

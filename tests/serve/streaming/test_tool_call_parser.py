@@ -3,7 +3,7 @@
 import pytest
 
 from serve_apps.streaming.tool_call_formats import FORMS
-from serve_apps.streaming.tool_call_parser import ToolCallReader
+from serve_apps.streaming.tool_call_parser import ToolCallParser
 
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": [1, {"b": "}\\"{</tool_call>"}], "é": "x"}}\n</tool_call>'
 ARGUMENTS = '{"a": [1, {"b": "}\\"{</tool_call>"}], "é": "x"}'
@@ -14,14 +14,14 @@ LLAMA = '{"name": "add", "parameters": {"a": 1}}'
 
 def read(form, text, size, *, parallel=True, names=("add", "now")):
     """The content and the calls that pieces of `size` characters give."""
-    reader = ToolCallReader(FORMS[form], names, parallel=parallel)
-    said = [reader.push(text[i : i + size]) for i in range(0, len(text), size)] + [reader.end()]
+    reader = ToolCallParser(FORMS[form], names, parallel=parallel)
+    parsed = [reader.push(text[i : i + size]) for i in range(0, len(text), size)] + [reader.end()]
     calls = {}
-    for piece in [piece for each in said for piece in each.calls]:
+    for piece in [piece for each in parsed for piece in each.calls]:
         assert (piece.name is None) == (piece.call_id is None) == (piece.index in calls)
         calls.setdefault(piece.index, [piece.name, ""])[1] += piece.arguments
     assert list(calls) == list(range(len(calls)))
-    return "".join(each.content for each in said), [tuple(call) for call in calls.values()]
+    return "".join(each.content for each in parsed), [tuple(call) for call in calls.values()]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -64,7 +64,7 @@ def read(form, text, size, *, parallel=True, names=("add", "now")):
         ("llama3", "  ", "  ", []),
     ],
 )  # fmt: skip
-def test_calls_are_told_apart_from_words_wherever_the_text_is_cut(form, text, content, calls, size):
+def test_calls_are_separated_from_words_wherever_the_text_is_cut(form, text, content, calls, size):
     assert read(form, text, size) == (content, calls)
 
 
@@ -73,8 +73,8 @@ def test_where_one_call_is_wanted_the_others_are_dropped(size):
     assert read("hermes", HERMES + "\n" + SECOND, size, parallel=False) == ("", [("add", ARGUMENTS)])
 
 
-def test_the_name_is_told_before_the_arguments_have_come_and_these_as_they_come():
-    reader = ToolCallReader(FORMS["hermes"], {"add"})
+def test_the_name_is_sent_before_the_arguments_and_these_as_they_come():
+    reader = ToolCallParser(FORMS["hermes"], {"add"})
     assert reader.push('<tool_call>\n{"name": "add", "arguments"').calls == []
     begun = reader.push(': {"a"')
     assert [(piece.name, piece.arguments) for piece in begun.calls] == [("add", ""), (None, '{"a"')]

@@ -94,7 +94,7 @@ def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_told():
         TextDelta("", None, UsageCounts(7, 0)),
         TextDelta("a", None, UsageCounts(7, 2)),
         TextDelta("b", None, UsageCounts(7, 3)),
-        TextDelta("c", "length", UsageCounts(7, 5), lap=RequestTiming(queue=0.25, prefill=0.5, decode=2.0)),
+        TextDelta("c", "length", UsageCounts(7, 5), timing=RequestTiming(queue=0.25, prefill=0.5, decode=2.0)),
     ]
     assert asyncio.run(pass_through(counters, pieces)) == pieces
     values = told(counters)
@@ -123,7 +123,7 @@ def test_the_first_token_of_a_text_that_is_heard_whole_is_timed_before_its_decod
     async def slowly():
         yield 0, TextDelta(early, None, UsageCounts(1, 1))  # admitted late: a token has come, its text unheard
         await asyncio.sleep(0.05)
-        yield 0, TextDelta("ab", "stop", UsageCounts(1, 2), lap=RequestTiming(queue=0.0, prefill=0.01, decode=0.04))
+        yield 0, TextDelta("ab", "stop", UsageCounts(1, 2), timing=RequestTiming(queue=0.0, prefill=0.01, decode=0.04))
 
     async def listen():
         return [piece async for piece in counters.timed(slowly(), streamed=streamed)]
