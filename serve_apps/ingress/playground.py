@@ -18,4 +18,4 @@ PAGE_HEADERS = {
 
 def page() -> str:
     """Its HTML."""
-    return files("serve_apps").joinpath("page.html").read_text(encoding="utf-8")
+    return files("serve_apps.ingress").joinpath("page.html").read_text(encoding="utf-8")

@@ -20,7 +20,9 @@ def exported():
     counters.count_answer(200)
     counters.count_abandoned("body")
     counters.count_tokens(UsageCounts(1, 2, (0, 1)))
-    asyncio.run(pass_through(counters, [TextDelta("a", "stop", UsageCounts(1, 2), timing=RequestTiming(0.1, 0.1, 0.1))]))
+    asyncio.run(
+        pass_through(counters, [TextDelta("a", "stop", UsageCounts(1, 2), timing=RequestTiming(0.1, 0.1, 0.1))])
+    )
     text = counters.exposition() + gauges("m", [Load(**{f.name: "x" if f.type is str else 1 for f in fields(Load)})])
     report = VersionReport(
         replica="a", version="1", fingerprint="f", bundle_hash="b", state="champion", problem="", totals=VersionStats()
