@@ -1,7 +1,9 @@
-"""Does training work on this GPU, and how fast is it?
+"""Checks of training on this GPU: correctness and speed.
+
+Does training work on this GPU, and how fast is it?
 
 `smoke` runs every part once: FlexAttention against the dense oracle, compiled training against plain training, both
-phases, the bundle. `mfu` times a train step by form of attention on a published shape with random weights.
+phases, the bundle. `mfu` times a train step by form of attention, on a published shape with random weights.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import Setting, fresh_model, ready_trainer, say, synthetic_rows
+from run import Setting, fresh_model, print_line, ready_trainer, synthetic_rows
 from torch import Tensor
 
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
@@ -36,13 +38,13 @@ FLEX_CASES = (
     ("dual", 1024, 64, 12, 4, torch.float32), ("dual", 1024, 64, 12, 4, torch.bfloat16),
     ("ar", 1024, 64, 12, 4, torch.bfloat16), ("dual", 300, 128, 12, 2, torch.bfloat16),
 )  # fmt: skip
-"""Mode, tokens of a row, head width, heads, key heads, dtype; the last fills no tile and has Qwen2.5-1.5B's heads."""
+"""Mode, tokens of a row, head width, heads, key heads, dtype. The last case fills no tile (Qwen2.5-1.5B's heads)."""
 FLEX_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Relative error in the 2-norm against the dense form in float64: rounding of inputs to products, not of the sums."""
+"""Relative error in the 2-norm against the dense form in float64. It bounds rounding of product inputs, not of sums."""
 
 
 def smoke(arguments: argparse.Namespace) -> None:
-    """Everything once; exits with 1 when a check fails."""
+    """Run everything once; exit with 1 when a check fails."""
     arguments.report.mkdir(parents=True, exist_ok=True)
     setting = Setting.here(arguments.device)
     facts: dict[str, Any] = {
@@ -50,7 +52,9 @@ def smoke(arguments: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "measured_matmul_flops_per_second": setting.measured_peak,
     }
-    say(arguments, f"{setting.name}, torch {torch.__version__}, matmul {setting.measured_peak / 1e12:.0f} TFLOP/s")
+    print_line(
+        arguments, f"{setting.name}, torch {torch.__version__}, matmul {setting.measured_peak / 1e12:.0f} TFLOP/s"
+    )
     parts: list[tuple[str, Callable[[argparse.Namespace, Setting], dict[str, Any]]]] = [
         ("training", _training), ("flex", _flex_equals_dense), ("losses", _losses_equal), ("bundle", _bundle),
     ]  # fmt: skip
@@ -58,19 +62,19 @@ def smoke(arguments: argparse.Namespace) -> None:
     for name, part in parts:
         try:
             facts[name] = part(arguments, setting)
-            say(arguments, f"{name}: {json.dumps(facts[name])}")
+            print_line(arguments, f"{name}: {json.dumps(facts[name])}")
         except Exception as error:
             traceback.print_exc()
             failed.append(name)
             facts[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
         (arguments.report / "smoke.json").write_text(json.dumps(facts, indent=2) + "\n")
-    say(arguments, f"failed: {', '.join(failed)}" if failed else "all of smoke is fine")
+    print_line(arguments, f"failed: {', '.join(failed)}" if failed else "all of smoke is fine")
     if failed:
         sys.exit(1)
 
 
 def mfu(arguments: argparse.Namespace) -> None:
-    """AR and dual train steps by form; what does not fit or run is reported as such."""
+    """Time AR and dual train steps by form of attention. A form that does not fit or run is reported as failed."""
     arguments.report.mkdir(parents=True, exist_ok=True)
     setting = Setting.here(arguments.device)
     rows = synthetic_rows(arguments.rows_per_step, arguments.row_len, named_shape(arguments.shape).vocab_size,
@@ -82,10 +86,10 @@ def mfu(arguments: argparse.Namespace) -> None:
             line: dict[str, Any] = {"form": form, "mode": mode}
             try:
                 line |= _timed(arguments, setting, model, form, mode, rows)
-            except Exception as error:  # out of memory, for one, is a finding here
+            except Exception as error:  # out of memory, for example, is a finding here
                 line["failed"] = f"{type(error).__name__}: {error}"[:300]
             table.append(line)
-            say(arguments, json.dumps(line))
+            print_line(arguments, json.dumps(line))
             torch._dynamo.reset()
             gc.collect()
             if setting.device.type == "cuda":
@@ -135,7 +139,7 @@ def _timed(arguments: argparse.Namespace, setting: Setting, model: TidarModel, f
 
 
 def _random_model(arguments: argparse.Namespace, setting: Setting) -> TidarModel:
-    """Weights drawn on the device: those of a large shape take long elsewhere."""
+    """Random weights, drawn on the device: drawing a large shape on the CPU takes long."""
     torch.manual_seed(arguments.seed)
     with setting.device:
         model = TidarModel(named_shape(arguments.shape)).to(setting.dtype)
@@ -149,7 +153,7 @@ def _random_model(arguments: argparse.Namespace, setting: Setting) -> TidarModel
 
 
 class _Sdpa:
-    """Every row against every row in one fused call: key heads repeated, as masked SDPA wants them."""
+    """Attention of all tokens to all tokens in one fused call. Key heads are repeated, as masked SDPA requires."""
 
     def __init__(self, layout: TokenLayout) -> None:
         self.visible_BLL = DenseAttention(layout).visible_BLL
@@ -162,7 +166,7 @@ class _Sdpa:
 
 
 def _training(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Both phases for a few steps at the real size, and what they promise for a run of 400 s."""
+    """Both phases for a few train steps at the real size, with the projected tokens of a run of 400 s."""
     config = named_shape(arguments.shape)
     rows = synthetic_rows(4 * arguments.rows_per_step, arguments.row_len, config.vocab_size, setting.device)
     phases = {name: _steps(arguments, name == "dual", arguments.steps) for name in ("ar", "dual")}
@@ -186,7 +190,7 @@ def _training(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]
 
 
 def _flex_equals_dense(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Forward and backward against the dense form in float64, on random packed layouts."""
+    """Relative errors of FlexAttention, forward and backward, against the dense form in float64 on random layouts."""
     if setting.device.type != "cuda":
         return {"skipped": "FlexAttention has no backward pass on a CPU"}
     errors = {}
@@ -199,7 +203,7 @@ def _flex_equals_dense(arguments: argparse.Namespace, setting: Setting) -> dict[
             torch.randn(*layout.position.shape, n, head_size, generator=generator, device=setting.device, dtype=dtype)
             for n in (heads, kv_heads, kv_heads, heads)
         )
-        weight = weight * (layout.document >= 0)[..., None, None]  # padding's own rows mean nothing
+        weight = weight * (layout.document >= 0)[..., None, None]  # the output at padding is undefined
         ours = _with_gradients(FlexAttention(layout), (q, k, v), weight)
         exact = _with_gradients(_Sdpa(layout), tuple(x.double() for x in (q, k, v)), weight.double())
         name = f"{mode} S={row_len} D={head_size} {str(dtype).removeprefix('torch.')}"
@@ -216,7 +220,7 @@ def _with_gradients(attention: Attention, inputs: tuple[Tensor, ...], weight: Te
 
 
 def _losses_equal(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """The compiled objective on the device against the plain one in fp32 on the CPU: same rows, same weights."""
+    """Losses of the compiled objective on the device and of the plain fp32 objective on the CPU, with equal weights."""
     shape = replace(named_shape(arguments.shape), layers=2)
     plain = TidarModel(shape)
     plain.init_weights(1)
@@ -246,7 +250,7 @@ def _losses_equal(arguments: argparse.Namespace, setting: Setting) -> dict[str, 
 
 
 def _bundle(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Saved, read back, equal."""
+    """Save a bundle, load it, and compare the weights. Returns its size in bytes."""
     tokenizer = train_bpe([Path(__file__).read_text()], 300)
     model = fresh_model(arguments, setting)
     mask_id = model.config.mask_id

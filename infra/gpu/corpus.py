@@ -1,10 +1,12 @@
-"""Which real text does this machine have, and how does it travel?
+"""A corpus of the text that this machine has, compressed to be carried to another machine.
+
+Which real text does this machine have, and how does it travel?
 
 Python sources of every interpreter and of the virtual environment, and the text of Debian's documentation packages.
 Nothing is downloaded but those packages, through apt. The same machine gives the same corpus; it is never committed.
 
-A document goes to the held-out split by the hash of its name without version numbers, so that json/decoder.py of Python
-3.8 and of 3.12 land on one side. What repeats is dropped: a document half of whose lines were seen in another one.
+The hash of a document's name without version numbers decides whether it is held out. So json/decoder.py of Python 3.8
+and of 3.12 are in the same split. A document is dropped if more than half of its lines were in an earlier document.
 
     00.jsonl.xz .. 15.jsonl.xz   {"name", "split", "text"}, one document a line; shards are opened in parallel
     prompts.jsonl                {"prompt"}: beginnings of held-out documents
@@ -32,13 +34,13 @@ __all__ = ["Document", "gather", "read_corpus", "write_corpus"]
 SHARDS = 16
 HELD_OUT_PER_MILLE = 5
 SMALLEST, LARGEST = 400, 150_000
-"""Characters of a document."""
+"""Least and most characters of a document."""
 LONGEST_LINE, LONGEST_MEAN_LINE = 1000, 90
 MOST_DIGITS = 0.15
 MOST_SEEN = 0.5
 """Share of a document's lines that may have been seen before."""
 COUNTED_LINE = 20
-"""Shorter lines say nothing about whose copy a document is."""
+"""Least characters of a line that counts: shorter lines do not identify a copy."""
 PYTHON_PLACES = (
     "/root/.pyenv/versions/3.13.*/lib/python3.*", "/root/.pyenv/versions/3.12.*/lib/python3.*",
     "/root/.pyenv/versions/3.11.*/lib/python3.*", "/root/.pyenv/versions/3.10.*/lib/python3.*",
@@ -46,7 +48,7 @@ PYTHON_PLACES = (
     "/root/.pyenv/versions/3.7.*/lib/python3.*", "/root/.pyenv/versions/3.6.*/lib/python3.*",
     "/usr/lib/python3*", "/usr/share/python3*",
 )  # fmt: skip
-"""Newest first: of copies, the newest stays."""
+"""Folders of Python sources, newest first: the newest copy is kept."""
 DOC_PACKAGES = (
     "python3.11-doc", "python-django-doc", "python-sqlalchemy-doc", "python-tornado-doc", "debian-reference-en",
     "debian-policy", "developers-reference", "maint-guide", "debian-faq", "git-doc", "bash-doc", "cmake-doc",
@@ -74,24 +76,24 @@ BREAKING_TAGS = {
     "ul",
 }
 PACKAGE_LIMITS = {"stdlib": 2**62, "venv": 6_000_000, "docs": 6_500_000}
-"""Characters taken of one package at most, so that no single one sets the tone."""
+"""Most characters of one package, so that no package dominates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it came from."""
+    """A text and its origin."""
 
     name: str
     text: str
 
     @property
     def package(self) -> str:
-        """The folder right below the root, or the Debian package."""
+        """The folder directly below the root, or the Debian package."""
         return self.name.split(":", 1)[1].lstrip("/").split("/", 1)[0]
 
     @property
     def held_out(self) -> bool:
-        """Decided by the name without its digits."""
+        """Whether it is held out, decided by its name without digits."""
         digest = hashlib.sha256(re.sub(r"\d+", "", self.name.split(":", 1)[1]).encode()).digest()
         return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PER_MILLE
 
@@ -118,7 +120,7 @@ def gather(site_packages: Path) -> list[Document]:
 
 
 def write_corpus(documents: list[Document], folder: Path) -> dict[str, int]:
-    """Sixteen compressed shards, prompts and counts; neighbours stay neighbours, which compresses best."""
+    """Write sixteen compressed shards, prompts and counts. Neighbours stay neighbours, which compresses best."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.xz"):
         old.unlink()
@@ -144,10 +146,10 @@ def write_corpus(documents: list[Document], folder: Path) -> dict[str, int]:
 
 
 def read_corpus(folder: Path) -> dict[str, list[str]]:
-    """Texts of the splits `train` and `held_out`, shards opened in parallel, order kept."""
+    """Texts of the splits `train` and `held_out`, in order. Shards are opened in parallel."""
     paths = sorted(folder.glob("*.jsonl.xz"))
     if not paths:
-        raise SystemExit(f"{folder} holds no *.jsonl.xz; run `real_model.py corpus --out {folder}` first")
+        raise SystemExit(f"{folder} has no *.jsonl.xz; run `real_model.py corpus --out {folder}` first")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shards = list(pool.map(_read_shard, paths))
     return {split: [text for shard in shards for text in shard[split]] for split in ("train", "held_out")}
@@ -172,7 +174,7 @@ def _read_shard(path: Path) -> dict[str, list[str]]:
 
 
 def _documentation(folder: Path) -> list[Path]:
-    """Debian's documentation packages, fetched and unpacked; those that cannot be had are skipped."""
+    """Folders of Debian's documentation packages, fetched and unpacked. Packages that cannot be fetched are skipped."""
     roots = []
     for package in DOC_PACKAGES:
         done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
@@ -214,7 +216,7 @@ def _texts(path: Path, suffix: str) -> Iterable[str]:
 
 
 def _is_prose_or_code(text: str) -> bool:
-    """False for tables, generated and minified files, and what is too short or too long."""
+    """Whether a text is prose or code. Tables, generated or minified files, and too short or long texts are not."""
     if not SMALLEST <= len(text) <= LARGEST or "\0" in text:
         return False
     lines = text.split("\n")
@@ -227,7 +229,7 @@ def _is_prose_or_code(text: str) -> bool:
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:
-    """Whether most lines were in no document before; if so, they now were."""
+    """Whether most lines were in no earlier document. If so, they are added to `seen`."""
     lines = {line.strip() for line in text.split("\n")}
     marks = {hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines if len(line) >= COUNTED_LINE}
     if not marks or len(marks & seen) > MOST_SEEN * len(marks):
@@ -243,7 +245,7 @@ def _beginning(text: str) -> str:
 
 
 class _TextOfHtml(HTMLParser):
-    """What a reader of a page sees, its lines as they would break."""
+    """The visible text of a page, with its line breaks."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -261,20 +263,20 @@ class _TextOfHtml(HTMLParser):
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        """Follow nesting and break lines."""
+        """Track nesting and break lines."""
         self.silent += tag in SILENT_TAGS
         self.preformatted += tag == "pre"
         if tag in BREAKING_TAGS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        """Follow nesting and break lines."""
+        """Track nesting and break lines."""
         self.silent = max(0, self.silent - (tag in SILENT_TAGS))
         self.preformatted = max(0, self.preformatted - (tag == "pre"))
         if tag in BREAKING_TAGS:
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        """Keep what is shown; white space as the page breaks it."""
+        """Keep visible text, with white space as the page breaks it."""
         if not self.silent:
             self.parts.append(data if self.preformatted else re.sub(r"\s+", " ", data))

@@ -1,7 +1,9 @@
-"""How does the carried corpus become rows of tokens?
+"""Rows of tokens from a carried corpus.
 
-The tokenizer is trained on an even sample of the training documents; then all cores encode. In a process of its own, so
-that the GPU's kernels compile meanwhile.
+How does the carried corpus become rows of tokens?
+
+The tokenizer is trained on every n-th training document; then all cores encode. This runs in a process of its own,
+while the GPU's kernels compile.
 """
 
 import json
@@ -19,7 +21,7 @@ from tidar_core.transformer.shapes import named_shape
 __all__ = ["SPARE_IDS", "load_rows", "prepare"]
 
 SPARE_IDS = 64
-"""Rows of the vocabulary that no text uses; the last is the mask token."""
+"""Ids of the vocabulary that no text uses; the last is the mask token."""
 DOCUMENTS_AT_ONCE = 2048
 PREPARED = "prepared.json"
 
@@ -30,10 +32,10 @@ def prepare(corpus: Path, out: Path, shape: str, row_len: int, sample_mb: float)
     (out / PREPARED).unlink(missing_ok=True)
     clock = _Clock()
     texts = read_corpus(corpus)
-    clock.lap("read")
+    clock.finish("read")
     tokenizer = train_bpe(_sample(texts["train"], int(sample_mb * 1e6)), named_shape(shape).vocab_size - SPARE_IDS)
     tokenizer.save(out / "tokenizer")
-    clock.lap("tokenizer")
+    clock.finish("tokenizer")
     facts: dict[str, object] = {"vocab_len": tokenizer.vocab_len}
     for split, documents in texts.items():
         tokens_T, document_len_N = _encoded(documents, tokenizer)
@@ -48,24 +50,24 @@ def prepare(corpus: Path, out: Path, shape: str, row_len: int, sample_mb: float)
             "rows": len(rows.input_ids_BS),
             "characters_per_token": round(characters / max(1, len(tokens_T)), 3),
         }
-        clock.lap(f"encode_{split}")
-    (out / PREPARED).write_text(json.dumps(facts | {"seconds": clock.laps}, indent=2) + "\n")
+        clock.finish(f"encode_{split}")
+    (out / PREPARED).write_text(json.dumps(facts | {"seconds": clock.seconds}, indent=2) + "\n")
 
 
 def load_rows(out: Path, split: str, device: torch.device) -> PackedRows:
-    """The rows that `prepare` wrote, on the device that trains on them."""
+    """The rows that `prepare` wrote, on `device`."""
     saved = torch.load(out / f"{split}.pt")
     return PackedRows(saved["input_ids"].to(device), saved["document_ids"].to(device))
 
 
 def _sample(texts: list[str], characters: int) -> list[str]:
-    """Every n-th document, so that about so many characters come together."""
+    """Every n-th document, about `characters` in total."""
     every = max(1, round(sum(map(len, texts)) / characters))
     return texts[::every]
 
 
 def _encoded(documents: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """All tokens, end of text after each document, and the length of each; int32."""
+    """All tokens (int32), with end of text after each document, and the length of each document."""
     pieces, lengths = [], []
     for first in range(0, len(documents), DOCUMENTS_AT_ONCE):
         for ids in tokenizer.encode_batch(documents[first : first + DOCUMENTS_AT_ONCE]):
@@ -75,14 +77,14 @@ def _encoded(documents: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor
 
 
 class _Clock:
-    """Seconds from lap to lap, said aloud."""
+    """Seconds of each part of the preparation, printed."""
 
     def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def finish(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = round(now - self.last, 2)
+        self.seconds[name] = round(now - self.last, 2)
         self.last = now
-        print(f"prepare: {name} {self.laps[name]} s", flush=True)
+        print(f"prepare: {name} {self.seconds[name]} s", flush=True)

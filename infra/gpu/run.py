@@ -1,4 +1,7 @@
-"""What does a whole training run do, from an empty GPU to a bundle and its curves?"""
+"""A whole training run on one GPU, from random weights to a bundle and its curves.
+
+What does a whole training run do, from an empty GPU to a bundle and its curves?
+"""
 
 import argparse
 import json
@@ -27,7 +30,7 @@ from tidar_core.transformer.layout import causal_layout
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
-__all__ = ["Setting", "fresh_model", "ready_trainer", "say", "synthetic_rows", "train"]
+__all__ = ["Setting", "fresh_model", "print_line", "ready_trainer", "synthetic_rows", "train"]
 
 H100_PEAK = 989.4e12
 """Dense bf16 operations a second of an H100 SXM, by its data sheet."""
@@ -36,18 +39,18 @@ HELD_OUT_ROWS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The device and what it can do."""
+    """The device with its dtype and peaks."""
 
     device: torch.device
     dtype: torch.dtype
     name: str
     peak: float
-    """Operations a second by the data sheet, or measured where there is none."""
+    """Operations a second by the data sheet, or measured without a data sheet."""
     measured_peak: float
 
     @staticmethod
     def here(device: str | None) -> "Setting":
-        """The device by name, or the GPU where there is one."""
+        """The named device; without a name the GPU if there is one, else the CPU."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda":
             measured = matmul_peak(place, torch.bfloat16)
@@ -59,20 +62,20 @@ class Setting:
 
 
 def train(arguments: argparse.Namespace, preparing: subprocess.Popen[bytes]) -> None:
-    """The whole run; `preparing` writes the rows meanwhile."""
+    """Train both phases, and write bundle, report and curves. The process `preparing` writes the rows meanwhile."""
     arguments.report.mkdir(parents=True, exist_ok=True)
     setting = Setting.here(arguments.device)
     config = named_shape(arguments.shape)
     placeholder = synthetic_rows(arguments.rows_per_forward, arguments.row_len, config.vocab_size, setting.device)
     phases = _phases(arguments, seconds=1.0)
     trainer, form = ready_trainer(arguments, setting, phases, placeholder)
-    say(arguments, f"kernels ready: {form}")
+    print_line(arguments, f"kernels ready: {form}")
     if preparing.wait():
         raise SystemExit("the rows could not be prepared; see above")
     rows = {split: load_rows(arguments.out, split, setting.device) for split in ("train", "held_out")}
     held_out = _whole_forwards(rows["held_out"], arguments.rows_per_forward)
     tokenizer = load_tokenizer(arguments.out / "tokenizer")
-    say(arguments, f"{len(rows['train'].input_ids_BS)} rows to train on, {len(held_out.input_ids_BS)} held out")
+    print_line(arguments, f"{len(rows['train'].input_ids_BS)} rows to train on, {len(held_out.input_ids_BS)} held out")
 
     evaluations = {"start": asdict(trainer.evaluate(held_out, rows_per_forward=arguments.rows_per_forward))}
     left = arguments.wall_seconds - arguments.reserve_seconds - (time.perf_counter() - arguments.began)
@@ -84,16 +87,16 @@ def train(arguments: argparse.Namespace, preparing: subprocess.Popen[bytes]) -> 
     last: dict[str, Progress] = {}
     try:
         for name, phase in _phases(arguments, seconds).items():
-            say(arguments, f"{name} phase: {phase.seconds:.0f} s")
+            print_line(arguments, f"{name} phase: {phase.seconds:.0f} s")
             last[name] = trainer.train(phase, rows["train"], _writer(arguments, curves, name, setting))
             evaluations[name] = asdict(trainer.evaluate(held_out, rows_per_forward=arguments.rows_per_forward))
-            say(arguments, f"after {name}: {json.dumps(evaluations[name])}")
-    finally:  # what was trained so far is kept, whatever happened
+            print_line(arguments, f"after {name}: {json.dumps(evaluations[name])}")
+    finally:  # trained weights are kept after any error
         _write_report(arguments, setting, form, evaluations, last, curves)
         _save(arguments, trainer, tokenizer, {"evaluations": evaluations})
     _plot(arguments, curves, evaluations)
     _sample_texts(arguments, setting, trainer.model, tokenizer, held_out)
-    say(arguments, f"done; the bundle is {arguments.out / 'bundle'}")
+    print_line(arguments, f"done; the bundle is {arguments.out / 'bundle'}")
 
 
 def fresh_model(arguments: argparse.Namespace, setting: Setting) -> TidarModel:
@@ -108,7 +111,7 @@ def fresh_model(arguments: argparse.Namespace, setting: Setting) -> TidarModel:
 def ready_trainer(
     arguments: argparse.Namespace, setting: Setting, phases: dict[str, Phase], rows: PackedRows
 ) -> tuple[Trainer, str]:
-    """A trainer whose kernels are compiled, in the fastest form that works here, and that form's name."""
+    """A trainer with compiled kernels, in the fastest form that works here, and the name of the form."""
     forms: list[tuple[str, dict[str, Any]]] = [
         ("compiled layers, FlexAttention", {"compiled": True}),
         ("eager layers, compiled FlexAttention", {}),
@@ -123,11 +126,11 @@ def ready_trainer(
                 began = time.perf_counter()
                 trainer.warm_up(phase, rows)
                 kind = "dual" if phase.dual else "ar"
-                say(arguments, f"{name}: first {kind} forward and backward {time.perf_counter() - began:.1f} s")
+                print_line(arguments, f"{name}: first {kind} forward and backward {time.perf_counter() - began:.1f} s")
             return trainer, name
         except Exception:
             traceback.print_exc()
-            say(arguments, f"{name} failed; trying the next form")
+            print_line(arguments, f"{name} failed; trying the next form")
         torch._dynamo.reset()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -135,15 +138,15 @@ def ready_trainer(
 
 
 def synthetic_rows(count: int, row_len: int, vocab_size: int, device: torch.device) -> PackedRows:
-    """Rows of random tokens in documents of a few hundred each."""
+    """Rows of random tokens, in documents of a few hundred tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size - 64, (count, row_len), generator=generator, dtype=torch.int32)
     documents = (torch.rand(count, row_len, generator=generator) < 1 / 400).cumsum(1).int()
     return PackedRows(tokens.to(device), documents.to(device))
 
 
-def say(arguments: argparse.Namespace, text: str) -> None:
-    """A line with the seconds since the start."""
+def print_line(arguments: argparse.Namespace, text: str) -> None:
+    """Print a line with the seconds since the start."""
     print(f"[{time.perf_counter() - arguments.began:6.1f} s] {text}", flush=True)
 
 
@@ -176,7 +179,7 @@ def _writer(arguments: argparse.Namespace, curves: Path, phase: str, setting: Se
         if progress.steps % 50 == 0:
             losses = progress.losses
             accuracy = losses.draft_accuracy_K
-            say(
+            print_line(
                 arguments,
                 f"{phase} step {progress.steps}: ar {losses.ar_loss:.3f} diffusion {losses.diffusion_loss or 0:.3f} "
                 f"draft {sum(accuracy) / max(1, len(accuracy)):.3f} norm {progress.grad_norm:.2f} "
@@ -187,7 +190,7 @@ def _writer(arguments: argparse.Namespace, curves: Path, phase: str, setting: Se
 
 
 def _whole_forwards(rows: PackedRows, rows_per_forward: int) -> PackedRows:
-    """Rows that fill their forwards, so that no other shape is compiled."""
+    """At most HELD_OUT_ROWS rows that fill their forwards, so that no other shape is compiled."""
     count = min(HELD_OUT_ROWS, len(rows.input_ids_BS)) // rows_per_forward * rows_per_forward
     if not count:
         repeats = -(-rows_per_forward // len(rows.input_ids_BS))
@@ -231,7 +234,7 @@ def _write_report(arguments: argparse.Namespace, setting: Setting, form: str, ev
 
 
 def _save(arguments: argparse.Namespace, trainer: Trainer, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
-    """Write the bundle and hold its weights to those in memory."""
+    """Write the bundle, and check that its weights equal the weights in memory."""
     where = arguments.out / "bundle"
     mask_id = trainer.model.config.mask_id
     assert mask_id is not None
@@ -243,13 +246,13 @@ def _save(arguments: argparse.Namespace, trainer: Trainer, tokenizer: Tokenizer,
     loaded = load_bundle(where, dtype=trainer.model.embedding.weight.dtype, device=trainer.device)
     theirs = dict(loaded.model.named_parameters())
     assert all(torch.equal(value, theirs[name]) for name, value in trainer.model.named_parameters()), "weights differ"
-    say(arguments, f"bundle saved and read back: {where}")
+    print_line(arguments, f"bundle saved and read back: {where}")
 
 
 @torch.no_grad()
 def _sample_texts(arguments: argparse.Namespace, setting: Setting, model: TidarModel, tokenizer: Tokenizer,
                   rows: PackedRows) -> None:  # fmt: skip
-    """Greedy continuations of held-out beginnings, the plain way: a forward over everything for each token."""
+    """Write greedy continuations of held-out beginnings, by a forward over all tokens for each new token."""
     plain = TidarModel(model.config).to(setting.device, setting.dtype)
     plain.load_state_dict(model.state_dict())
     plain.eval()

@@ -123,7 +123,8 @@ def test_job_keys_that_the_runbook_turns_exist(key):
 
 
 @pytest.mark.parametrize(("word", "source"), [
-    ("acceptance_by_position", "tidar_core/planning/mode_benchmark.py"), ("tokens_per_second", "pipelines/training/train_metrics.py"),
+    ("acceptance_by_position", "tidar_core/planning/mode_benchmark.py"),
+    ("tokens_per_second", "pipelines/training/train_metrics.py"),
     ("bundle_hash", "serve_apps/api/completion_response.py"),
 ])  # fmt: skip
 def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
@@ -164,7 +165,9 @@ def test_steps_of_a_model_s_life_that_the_runbook_names_are_counted():
     assert named <= set(STEPS)
 
 
-@pytest.mark.parametrize(("span", "source"), [("ingress", "ingress/request_log.py"), ("replica", "replica/text_generator.py")])
+@pytest.mark.parametrize(
+    ("span", "source"), [("ingress", "ingress/request_log.py"), ("replica", "replica/text_generator.py")]
+)
 def test_attributes_of_spans_in_the_runbook_are_those_that_the_code_notes(span, source):
     row = re.search(rf"^\| {span} \| (.*) \|$", RUNBOOK.split("## Traces")[1], re.M).group(1)
     by_serve = {"request_id", "http.route"}
