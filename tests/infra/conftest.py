@@ -1,4 +1,4 @@
-"""A head as `ray start --head` makes it, for this room's tests alone, and the commands that speak to it."""
+"""A Ray head by `ray start --head` for the tests of this folder alone, and commands against it."""
 
 import os
 import secrets
@@ -21,7 +21,7 @@ START_SECONDS = 90
 
 
 def free_port():
-    """A port of loopback that nobody listens on."""
+    """A free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -29,7 +29,7 @@ def free_port():
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: where its dashboard listens, and the environment that may speak to it."""
+    """A running head: the address of its dashboard, and the environment with its token."""
 
     address: str
     env: dict[str, str]
@@ -46,13 +46,13 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head():
-    """`ray start --head` on loopback with free ports, a token and a folder of its own; ended by its own process."""
+    """`ray start --head` on loopback with free ports, a token and a folder of its own. SIGTERM ends it."""
     with tempfile.TemporaryDirectory(prefix="tidar-head-") as folder:  # pytest's own paths are too long for sockets
         dashboard, agent = free_port(), free_port()
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `ray job`
-            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `serve`
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `ray job`
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `serve`
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,7 +67,7 @@ def head():
             _wait_until_up(urls, env, process, Path(folder) / "head.log")
             yield Head(env["RAY_API_SERVER_ADDRESS"], env, Path(folder))
         finally:
-            process.send_signal(signal.SIGTERM)  # with --block it ends what it started
+            process.send_signal(signal.SIGTERM)  # with --block it ends its children
             process.wait(timeout=60)
 
 
@@ -86,7 +86,7 @@ def _start(folder, dashboard, agent):
 
 
 def _wait_until_up(urls, env, process, log):
-    """Jobs need the dashboard, which takes them, and the node's agent, which starts them."""
+    """Wait for the dashboard, which accepts jobs, and the node's agent, which starts them."""
     deadline = time.monotonic() + START_SECONDS
     waiting = [
         urllib.request.Request(url, headers={"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"}) for url in urls

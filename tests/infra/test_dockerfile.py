@@ -1,6 +1,6 @@
-"""The image is built from what is there, with what the lock file says, for a Python that the project takes.
+"""The Dockerfile copies existing files, installs the versions of the lock file, and has a supported Python.
 
-Nothing here builds it: that needs a daemon and the network.
+No test builds the image, because a build needs a daemon and the network.
 """
 
 import subprocess
@@ -34,14 +34,14 @@ def copied(steps):
             for word in value.split()[:-1] if not word.startswith("--")]  # fmt: skip
 
 
-def test_hadolint_and_the_shell_find_nothing_to_object_to():
+def test_hadolint_and_the_shell_report_no_problem():
     done = subprocess.run(
         [Path(sys.executable).parent / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_base_image_has_a_python_that_the_project_takes(steps):
+def test_the_base_image_has_a_supported_python(steps):
     [version] = [value.removeprefix("PYTHON_VERSION=") for kind, value in steps if "PYTHON_VERSION=" in value]
     assert version in SpecifierSet(PROJECT["project"]["requires-python"])
     bases = [value for kind, value in steps if kind == "FROM"]
@@ -49,7 +49,7 @@ def test_the_base_image_has_a_python_that_the_project_takes(steps):
     assert len({base.split()[0] for base in bases}) == 1  # a virtual environment moves only to the same Python
 
 
-def test_all_that_is_copied_is_there_and_is_sent_to_the_build_and_all_that_is_installed_is_copied(steps):
+def test_copied_files_exist_in_the_build_context_and_installed_packages_are_copied(steps):
     ignored = PathSpec.from_lines("gitwildmatch", _as_git_reads((ROOT / ".dockerignore").read_text().splitlines()))
     for name in copied(steps):
         path = ROOT / name
@@ -66,7 +66,7 @@ def test_all_that_is_copied_is_there_and_is_sent_to_the_build_and_all_that_is_in
     }
 
 
-def test_neither_history_nor_artefacts_nor_tests_are_sent_to_the_build():
+def test_history_artefacts_and_tests_are_not_in_the_build_context():
     ignored = PathSpec.from_lines("gitwildmatch", _as_git_reads((ROOT / ".dockerignore").read_text().splitlines()))
     for name in (
         ".git/config",
@@ -82,7 +82,7 @@ def test_neither_history_nor_artefacts_nor_tests_are_sent_to_the_build():
 def test_dependencies_come_from_pyproject_at_the_versions_of_the_lock_file(steps):
     pip = [value for kind, value in steps if kind == "RUN" and "pip install" in value]
     assert "--requirement requirements.txt --constraint requirements.lock" in pip[0]
-    assert "--no-deps" in pip[1]  # of the project itself, after them
+    assert "--no-deps" in pip[1]  # the project itself, after its dependencies
     lines = (line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
     locked = {canonicalize_name(name): version for name, version in lines}
     for line in NEEDED:
@@ -107,14 +107,14 @@ def test_the_build_argument_chooses_the_index_of_torch(steps, tmp_path, torch, c
         assert done.stderr == "TORCH is rocm; give cpu or cuda\n"
 
 
-def test_the_image_runs_as_nobody_special_and_knows_its_revision(steps):
+def test_the_image_runs_without_root_and_has_its_revision(steps):
     assert [value for kind, value in steps if kind == "USER"] == ["1000"]
     assert "TIDAR_REVISION=$REVISION" in next(value for kind, value in reversed(steps) if kind == "ENV")
     last = steps[[kind for kind, _ in steps].index("USER") :]
-    assert ("WORKDIR", "/home/tidar") in last  # where `infra/jobs/...` is found
+    assert ("WORKDIR", "/home/tidar") in last  # relative paths such as `infra/jobs/...` start here
     assert ("COPY", "--chown=1000 infra /home/tidar/infra") in steps
 
 
 def _as_git_reads(lines):
-    """.dockerignore's `!name` brings a whole folder back; .gitignore needs a second line for what is in it."""
+    """.dockerignore's `!name` brings a whole folder back; .gitignore needs a second line for its content."""
     return [line for given in lines for line in ((given, f"{given}/**") if given.startswith("!") else (given,))]

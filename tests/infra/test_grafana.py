@@ -1,4 +1,4 @@
-"""The dashboard opens in Grafana, and asks Prometheus for what the service says."""
+"""The dashboard opens in Grafana, and its queries select metrics that the service exports."""
 
 import json
 import re
@@ -35,17 +35,17 @@ def expressions(panel):
 
 
 def metrics(expression):
-    """Names that an expression selects, ours without their prefix."""
+    """Names that an expression selects; TiDAR's names without their prefix."""
     return set(re.findall(r"tidar:(\w+)", expression))
 
 
 def readable(expression):
-    """The expression after Grafana has put its variables in."""
+    """The expression with Grafana's variables substituted."""
     return expression.replace("$__rate_interval", "1m").replace("$model", ".*")
 
 
 def missing(given, known, path=""):
-    """Where a key of `given` is not in `known`, or a value differs; `known` may have defaults besides."""
+    """Paths of `given` whose key is not in `known` or whose value differs. `known` may have further defaults."""
     if isinstance(given, dict) and isinstance(known, dict):
         for key, value in given.items():
             yield from missing(value, known.get(key, "no such key"), f"{path}.{key}")
@@ -65,7 +65,7 @@ def test_grafana_s_own_model_knows_every_key_and_value():
     assert DASHBOARD["schemaVersion"] >= 36
 
 
-def test_panels_have_ids_of_their_own_and_do_not_lie_on_each_other():
+def test_panels_have_unique_ids_and_do_not_overlap():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     cells = [
@@ -78,7 +78,7 @@ def test_panels_have_ids_of_their_own_and_do_not_lie_on_each_other():
     assert max(x for x, _ in cells) == 23
 
 
-def test_every_panel_asks_the_data_source_that_is_chosen_at_the_top():
+def test_every_panel_uses_the_data_source_chosen_at_the_top():
     source, model = DASHBOARD["templating"]["list"]
     assert (source["type"], source["query"]) == ("datasource", "prometheus")
     chosen = {"type": "prometheus", "uid": f"${{{source['name']}}}"}
@@ -95,7 +95,7 @@ def test_every_expression_is_promql_over_metrics_that_the_service_exports(panel)
         assert metrics(expression)
         assert metrics(expression) <= exported()
         assert expression.count('model_name=~"$model"') == expression.count("tidar:")
-        for name in metrics(expression):  # a total says something only as a rate
+        for name in metrics(expression):  # a total is useful only as a rate
             assert ("rate(tidar:" + name in expression) == name.endswith(("_total", "_bucket", "_sum", "_count"))
 
 

@@ -1,4 +1,4 @@
-"""On a head of `ray start --head`, every station runs as a job and the service as a Serve config."""
+"""Stations run as jobs, and the service as a Serve config, on a head of `ray start --head`."""
 
 import json
 import time
@@ -19,7 +19,7 @@ SERVE_SECONDS = 120
 
 
 def submitted(head, station, job):
-    """What the job printed; it has succeeded."""
+    """The output of a job that has succeeded."""
     done = head.command(
         "ray", "job", "submit", "--working-dir", ".", "--runtime-env", "infra/runtime_env.yaml", "--",
         "python", "-m", "tidar", station, str(job), "--json",
@@ -57,7 +57,7 @@ def test_pack_train_and_evaluate_run_by_ray_job_submit(head, tmp_path, text_corp
 
 
 def test_a_job_carries_the_code_and_nothing_else(head):
-    """Of the packages that the jobs before left on the head: no history, no artefacts, no environment, no tests."""
+    """Packages of earlier jobs on the head have no history, artefacts, environment or tests."""
     packages = [path.parent for path in head.temp.glob("session_2*/runtime_resources/working_dir_files/*/tidar.py")]
     assert packages
     for package in packages:
@@ -67,7 +67,7 @@ def test_a_job_carries_the_code_and_nothing_else(head):
         assert sum(path.stat().st_size for path in package.rglob("*.*") if "__pycache__" not in path.parts) < 4 * 2**20
 
 
-def test_serve_deploy_brings_the_service_up_from_a_config_of_ours(head, tmp_path):
+def test_serve_deploy_starts_the_service_from_the_written_config(head, tmp_path):
     port = head.free_port()
     settings = ServeSettings(model=str(save_tiny_bundle(tmp_path / "tiny-model")), port=port, num_cpus=1, rows=2)
     path = tmp_path / "serve.yaml"

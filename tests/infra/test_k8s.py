@@ -1,4 +1,4 @@
-"""The manifests are what KubeRay, Kubernetes and Prometheus' operator take, and fit what they carry."""
+"""The manifests follow the schemas of KubeRay, Kubernetes and Prometheus' operator, and fit their job files."""
 
 import importlib
 import tomllib
@@ -28,7 +28,7 @@ HOMES = {
     "ObjectMeta": "cloudcoil.apimachinery",
     "PodMonitor": "cloudcoil.models.prometheus_operator.v1",
 }
-"""Where the models of Kubernetes 1.32 and Prometheus' operator 0.80, made from their schemas, are found."""
+"""Modules with the models of Kubernetes 1.32 and Prometheus' operator 0.80, made from their schemas."""
 S3 = [{"secretRef": {"name": "tidar-s3"}}]
 STATIONS = {"pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob}
 
@@ -43,14 +43,14 @@ def only(name):
 
 
 def check_kubernetes(name, value):
-    """Raise FieldError where a field's value is not of its type, AssertionError where a field does not exist."""
+    """Raise FieldError if a value has the wrong type, AssertionError if a field does not exist."""
     parsed = getattr(importlib.import_module(HOMES[name]), name).model_validate(value)
     known = parsed.model_dump(mode="json", by_alias=True, exclude_unset=True)
     assert known == value
 
 
 def check_ray(manifest):
-    """Raise ValidationError where it is no RayJob or RayService; what is Kubernetes' own, see `check_kubernetes`."""
+    """Raise ValidationError if it is no RayJob or RayService. `check_kubernetes` checks Kubernetes' own parts."""
 
     def kubernetes(_validator, name, value, _schema):
         check_kubernetes(name, value)
@@ -66,7 +66,7 @@ def cluster(manifest):
 
 
 def pods(manifest):
-    """What runs: the pod of every group of a Ray cluster, of a deployment, or a pod by itself."""
+    """Pods of a manifest: of every group of a Ray cluster, of a deployment, or a pod by itself."""
     if manifest["apiVersion"] == "ray.io/v1":
         groups = [cluster(manifest)["headGroupSpec"], *cluster(manifest)["workerGroupSpecs"]]
         return [group["template"]["spec"] for group in groups]
@@ -80,7 +80,7 @@ def containers(manifest):
 
 
 def most(manifest, resource):
-    """How much of a resource the workers have when all are there."""
+    """Amount of a resource that all workers have together."""
     groups = cluster(manifest)["workerGroupSpecs"]
     limits = [(g["maxReplicas"], g["template"]["spec"]["containers"][0]["resources"]["limits"]) for g in groups]
     return sum(replicas * float(limit.get(resource, 0)) for replicas, limit in limits)
@@ -91,14 +91,14 @@ RAY = [p for p in ALL if p.values[0]["apiVersion"] == "ray.io/v1"]
 
 
 @pytest.mark.parametrize("manifest", ALL)
-def test_every_manifest_is_what_its_schema_says(manifest):
+def test_every_manifest_follows_its_schema(manifest):
     if manifest["apiVersion"] == "ray.io/v1":
         check_ray(manifest)
     else:
         check_kubernetes(manifest["kind"], manifest)
 
 
-def test_a_misspelt_or_mistyped_field_is_refused_wherever_it_stands():
+def test_a_misspelt_or_mistyped_field_is_refused_at_every_level():
     job = only("rayjob.train.yaml")
     cluster(job)["workerGroupSpecs"][0]["maxReplica"] = 1
     with pytest.raises(ValidationError, match="maxReplica"):
@@ -158,7 +158,7 @@ def test_a_job_is_cleaned_up_by_rules_or_by_both_policies_and_a_rule_waits_for_o
 
 
 @pytest.mark.parametrize("station", STATIONS)
-def test_a_rayjob_runs_its_station_and_its_workers_have_what_the_job_file_asks_for(station):
+def test_a_rayjob_runs_its_station_and_its_workers_have_the_resources_of_the_job_file(station):
     manifest = only(f"rayjob.{station}.yaml")
     assert manifest["spec"]["entrypoint"] == f"python -m tidar {station} infra/jobs/{station}.full.yaml"
     job = read_job(STATIONS[station], ROOT / f"infra/jobs/{station}.full.yaml")
@@ -179,7 +179,7 @@ def test_the_service_s_workers_have_room_for_every_replica():
     assert ports["serve"] == settings.port
 
 
-def test_a_node_that_is_taken_away_lets_its_replicas_finish_first():
+def test_a_node_that_is_removed_lets_its_replicas_finish_first():
     [pod] = [group["template"]["spec"] for group in cluster(only("rayservice.yaml"))["workerGroupSpecs"]]
     env = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
     drain = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
@@ -188,7 +188,7 @@ def test_a_node_that_is_taken_away_lets_its_replicas_finish_first():
 
 
 @pytest.mark.parametrize("manifest", RAY)
-def test_workers_scale_from_their_least_to_their_most_and_need_a_token(manifest):
+def test_workers_scale_between_their_bounds_and_need_a_token(manifest):
     spec = cluster(manifest)
     assert spec["enableInTreeAutoscaling"] is True
     assert all(group["minReplicas"] < group["maxReplicas"] for group in spec["workerGroupSpecs"])
@@ -208,14 +208,14 @@ def test_credentials_are_references_and_nothing_runs_as_root(manifest):
         assert pod["securityContext"]["runAsUser"] == 1000
 
 
-def test_whatever_reads_or_writes_s3_has_the_credentials():
+def test_every_pod_that_uses_s3_has_the_credentials():
     s3 = [containers(p.values[0]) for p in RAY] + [
         containers(m) for m in documents(FOLDER / "mlflow.yaml") if m["kind"] == "Deployment"
     ]
     assert all(container["envFrom"] == S3 for group in s3 for container in group)
 
 
-def test_every_volume_is_claimed_somewhere_and_models_lie_where_the_job_files_look():
+def test_every_volume_has_a_claim_and_models_are_at_the_path_of_the_job_files():
     everything = [m for path in MANIFESTS for m in documents(path)]
     claims = {m["metadata"]["name"] for m in everything if m["kind"] == "PersistentVolumeClaim"}
     mounts = {}
@@ -232,7 +232,7 @@ def test_every_volume_is_claimed_somewhere_and_models_lie_where_the_job_files_lo
         assert mounts[f"tidar-{station}-"] == {"/models": "tidar-models"}
 
 
-def test_images_and_ray_are_of_the_versions_that_the_project_is_tested_with():
+def test_images_and_ray_have_the_tested_versions():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     [ray] = [x[len("ray==") :] for x in (ROOT / "requirements.lock").read_text().split() if x.startswith("ray==")]
     for path in MANIFESTS:
@@ -260,7 +260,7 @@ def test_every_tracking_uri_is_the_address_of_the_mlflow_service():
     assert f"--port={port}" in container["command"]
 
 
-def test_the_nodes_of_the_service_have_the_environment_that_a_local_one_starts_ray_in():
+def test_nodes_of_the_service_have_the_environment_of_a_local_service():
     cluster = only("rayservice.yaml")["spec"]["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
@@ -275,7 +275,7 @@ def test_the_nodes_of_the_service_have_the_environment_that_a_local_one_starts_r
         )
 
 
-def test_our_metrics_are_read_from_the_head_s_proxy_alone():
+def test_tidar_metrics_are_read_from_the_head_s_proxy_alone():
     ours, rays = documents(FOLDER / "podmonitor.yaml")
     spec = cluster(only("rayservice.yaml"))
     wanted = ours["spec"]["selector"]["matchLabels"].items()

@@ -1,4 +1,4 @@
-"""The Serve config is what the command makes of the settings, and what Serve takes."""
+"""The checked-in Serve config equals the command's output, and Serve accepts it."""
 
 import shutil
 from pathlib import Path
@@ -21,13 +21,13 @@ TARGETS = ["infra/serve.yaml", "infra/k8s/rayservice.yaml"]
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of infra/ to write in."""
+    """A writable copy of infra/."""
     shutil.copytree(ROOT / "infra", tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_what_is_checked_in_is_what_the_command_writes(checkout):
+def test_the_checked_in_files_equal_the_command_s_output(checkout):
     assert main(["infra/serve.settings.yaml", *TARGETS]) == 0
     for target in TARGETS:
         assert (checkout / target).read_text() == (ROOT / target).read_text()
@@ -47,7 +47,7 @@ def test_changed_settings_reach_both_files_and_leave_the_rest_of_the_manifest(ch
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_serve_s_own_schema_takes_it_and_knows_every_key(target):
+def test_serve_s_own_schema_accepts_it_and_has_every_key(target):
     config = yaml.safe_load((ROOT / target).read_text())
     if target.endswith("rayservice.yaml"):
         config = yaml.safe_load(config["spec"]["serveConfigV2"])
@@ -60,7 +60,7 @@ def test_serve_s_own_schema_takes_it_and_knows_every_key(target):
     assert parsed.applications[0].import_path == BUILDER
 
 
-def test_serve_rolls_out_a_config_whose_model_has_changed_and_no_other():
+def test_serve_rolls_out_a_config_only_if_its_model_has_changed():
     def version(settings):
         (application,) = ServeDeploySchema.model_validate(serve_config(settings)).applications
         return get_app_code_version(application)
@@ -79,7 +79,7 @@ def test_the_import_path_is_a_builder_that_serve_calls_with_the_settings(tmp_pat
     assert built._bound_deployment.name == "http"
 
 
-def test_settings_that_are_wrong_are_refused_in_one_line_and_nothing_is_written(tmp_path, capsys):
+def test_wrong_settings_are_refused_in_one_line_and_no_file_is_written(tmp_path, capsys):
     target = tmp_path / "serve.yaml"
     (tmp_path / "bad.yaml").write_text("model: m\nrow: 3\n")
     assert main([str(tmp_path / "bad.yaml"), str(target)]) == 2

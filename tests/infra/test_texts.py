@@ -1,4 +1,4 @@
-"""What the runbook and the menu of infra/ name is there: metrics, commands, options, files, settings, figures."""
+"""Names in the documents exist in the code: metrics, commands, options, files, settings, job keys, figures."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ from ray.serve._private.constants import RAY_SERVE_TRACING_SAMPLING_RATIO
 from ray.serve.scripts import cli as serve_cli
 
 import tidar
-from pipelines.jobs import TrainJob
+from pipelines.jobs import EvaluateJob, PackJob, PublishJob, TrainJob, read_job
 from serve_apps.ingress import failover
 from serve_apps.replica import engine_pool
 from serve_apps.rollout.alias_watcher import STEPS
@@ -27,19 +27,22 @@ from tidar_core.artifacts.store import output_lock
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "docs/operations.md").read_text()
 MENU = (ROOT / "infra/README.md").read_text()
-TEXTS = {"runbook": RUNBOOK, "menu": MENU}
+FRONT = (ROOT / "README.md").read_text()
+TEXTS = {"runbook": RUNBOOK, "menu": MENU, "readme": FRONT}
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "infra/README.md"])
+BY_NAME = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
 COMMANDS = typer.main.get_command(tidar.app).commands
 
 
 def quoted(text):
-    """Everything in backticks, and every line of a fenced block."""
+    """Texts in backticks, and the lines of fenced blocks."""
     blocks = re.findall(r"```\n(.*?)```", text, re.S)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     return inline + [line.strip() for block in blocks for line in block.splitlines()]
 
 
 def tidar_commands(text):
-    """Words after `tidar` or `python -m tidar`, of every command that is quoted."""
+    """Words after `tidar` or `python -m tidar`, for every quoted command."""
     for code in quoted(text):
         words = shlex.split(code.split(" && ")[0], comments=True)
         for place, word in enumerate(words):
@@ -48,7 +51,7 @@ def tidar_commands(text):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_command_is_one_of_the_front_door_s_with_its_options(name):
+def test_every_tidar_command_exists_with_its_options(name):
     commands = list(tidar_commands(TEXTS[name]))
     assert commands
     for command, *rest in commands:
@@ -82,14 +85,43 @@ def test_every_metric_of_the_runbook_is_exported_and_every_query_is_promql():
             promql_parser.parse(code)
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_file_that_is_named_exists(name):
-    found = set(re.findall(r"\b(?:infra|docs|tests|serve_apps)/[\w./*-]*\w", TEXTS[name]))
-    assert found
-    assert not [path for path in found if not list(ROOT.glob(path))]
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"docs/LOG.md"}))
+def test_every_file_that_a_document_names_exists(name):
+    rooms = "infra|docs|tests|serve_apps|pipelines|tidar_core"
+    codes = [code for code in quoted(BY_NAME[name].read_text()) if not code.startswith(("import ", "from "))]
+    paths = {path for code in codes for path in re.findall(rf"(?<![\w/])(?:{rooms})/[\w./*-]*\w", code)}
+    assert not [path for path in paths if not list(ROOT.glob(path))]
+    bare = {code for code in codes if re.fullmatch(r"[a-z_0-9]+\.py", code)} - {"prof.py"}  # a script that was not kept
+    known = {path.name for room in rooms.split("|") for path in (ROOT / room).rglob("*.py")} | {"tidar.py"}
+    assert bare <= known
 
 
-def test_the_menu_has_every_file_of_infra():
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_link_of_a_document_leads_to_a_file(name):
+    page = BY_NAME[name]
+    links = re.findall(r"\]\(([^)#\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_index_lists_every_document():
+    index = (ROOT / "docs/index.md").read_text()
+    listed = {(ROOT / "docs" / link).resolve() for link in re.findall(r"\]\(([^)]+\.md)\)", index)}
+    assert listed == {page.resolve() for page in PAGES} - {(ROOT / "docs/index.md").resolve()}
+
+
+def test_the_readme_is_short_and_its_own_job_files_and_keys_exist():
+    assert len(FRONT.splitlines()) < 120
+    kinds = {"pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob, "publish": PublishJob}
+    shown = re.findall(r"tidar (\w+) mine/(\w+)\.small\.yaml +# (.*)", FRONT)
+    assert [command for command, _, _ in shown] == list(kinds)
+    for command, file, keys in shown:
+        job = kinds[command]
+        read_job(job, ROOT / f"infra/jobs/{file}.small.yaml")
+        named = set(re.findall(r"\b(\w+)(?=[,:;. (]|$)", keys)) & set(job.model_fields)
+        assert len(named) >= {"publish": 1}.get(command, 2)
+
+
+def test_the_readme_of_infra_lists_every_file_there():
     rows = re.findall(r"^\| `([^`]+)` \|", MENU, re.M)
     named = {path for row in rows for path in (ROOT / "infra").glob(row)}
     listed = subprocess.run(
@@ -102,7 +134,7 @@ def test_the_menu_has_every_file_of_infra():
 
 @pytest.mark.parametrize("subject", ["First cluster", "Promote", "Roll back", "A replica that runs out of memory",
                                      "A node that dies in training", "Acceptance drops"])  # fmt: skip
-def test_the_runbook_has_for_each_trouble_a_symptom_a_metric_and_a_command(subject):
+def test_the_runbook_has_a_symptom_a_metric_and_a_command_for_each_fault(subject):
     section = RUNBOOK.split(f"## {subject}\n")[1].split("\n## ")[0]
     assert [code for code in quoted(section) if re.match(r"(tidar|kubectl|ray|serve|helm) ", code)]
     if subject not in ("First cluster", "Promote"):
@@ -111,13 +143,13 @@ def test_the_runbook_has_for_each_trouble_a_symptom_a_metric_and_a_command(subje
 
 
 @pytest.mark.parametrize("key", ["pages", "rows", "context_len", "dtype", "max_replicas", "model"])
-def test_settings_that_the_runbook_turns_exist(key):
+def test_settings_that_the_runbook_names_exist(key):
     assert re.search(rf"`{key}[`:]", RUNBOOK)
     assert key in ServeSettings.model_fields
 
 
 @pytest.mark.parametrize("key", ["max_failures", "checkpoint_every", "workers", "rows_per_step", "rows_per_forward"])
-def test_job_keys_that_the_runbook_turns_exist(key):
+def test_job_keys_that_the_runbook_names_exist(key):
     assert f"`{key}`" in RUNBOOK
     assert key in TrainJob.model_fields
 
@@ -127,7 +159,7 @@ def test_job_keys_that_the_runbook_turns_exist(key):
     ("tokens_per_second", "pipelines/training/train_metrics.py"),
     ("bundle_hash", "serve_apps/api/completion_response.py"),
 ])  # fmt: skip
-def test_what_the_runbook_reads_elsewhere_is_written_there(word, source):
+def test_output_keys_that_the_runbook_names_are_written_by_the_code(word, source):
     assert f"`{word}`" in RUNBOOK
     assert any(word in path.read_text() for path in ROOT.glob(source))
 
@@ -148,7 +180,7 @@ def test_figures_of_the_runbook_are_those_of_the_code(words, figure, value):
     assert value == figure
 
 
-def test_the_settings_of_a_trial_that_the_runbook_shows_are_the_defaults():
+def test_the_canary_settings_in_the_runbook_are_the_defaults():
     [block] = [text for text in re.findall(r"```\n(.*?)```", RUNBOOK, re.S) if "challenger:" in text]
     shown = ServeSettings.model_validate({"model": "models:/m@champion"} | yaml.safe_load(block))
     assert (
@@ -159,7 +191,7 @@ def test_the_settings_of_a_trial_that_the_runbook_shows_are_the_defaults():
     )
 
 
-def test_steps_of_a_model_s_life_that_the_runbook_names_are_counted():
+def test_events_of_a_version_that_the_runbook_names_are_counted():
     named = set(re.findall(r'model_life_total\{step="(\w+)"\}', RUNBOOK))
     assert named
     assert named <= set(STEPS)
@@ -168,7 +200,7 @@ def test_steps_of_a_model_s_life_that_the_runbook_names_are_counted():
 @pytest.mark.parametrize(
     ("span", "source"), [("ingress", "ingress/request_log.py"), ("replica", "replica/text_generator.py")]
 )
-def test_attributes_of_spans_in_the_runbook_are_those_that_the_code_notes(span, source):
+def test_span_attributes_in_the_runbook_equal_the_attributes_set_by_the_code(span, source):
     row = re.search(rf"^\| {span} \| (.*) \|$", RUNBOOK.split("## Traces")[1], re.M).group(1)
     by_serve = {"request_id", "http.route"}
     named = set(re.findall(r"`((?:gen_ai|tidar)\.[\w.]+|request_id|http\.route)`", row)) - by_serve
@@ -177,7 +209,7 @@ def test_attributes_of_spans_in_the_runbook_are_those_that_the_code_notes(span, 
     assert named == {word.arg.replace("__", ".") for call in calls for word in call.keywords}
 
 
-def test_what_the_runbook_calls_in_kubernetes_is_in_the_manifests():
+def test_kubernetes_objects_that_the_runbook_names_are_in_the_manifests():
     manifests = [m for path in (ROOT / "infra/k8s").glob("*.yaml") for m in yaml.safe_load_all(path.read_text())]
     there = {(m["kind"], m["metadata"].get("name")) for m in manifests}
     kinds = {"deploy": "Deployment", "svc": "Service", "pod": "Pod"}
@@ -197,7 +229,7 @@ def test_what_the_runbook_calls_in_kubernetes_is_in_the_manifests():
 
 
 def labels_of(manifest):
-    """Labels of the pods of a Ray cluster."""
+    """Labels of a Ray cluster's pods."""
     spec = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         yield from group["template"]["metadata"]["labels"].items()
