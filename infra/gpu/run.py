@@ -1,7 +1,4 @@
-"""A whole training run on one GPU, from random weights to a bundle and its curves.
-
-What does a whole training run do, from an empty GPU to a bundle and its curves?
-"""
+"""A whole training run on one GPU, from random weights to a bundle and its curves."""
 
 import argparse
 import json

@@ -75,8 +75,8 @@ def test_serve_deploy_starts_the_service_from_the_written_config(head, tmp_path)
     done = head.command("serve", "deploy", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     _wait_until_ready(f"http://127.0.0.1:{port}/ready")
-    asked = json.dumps({"model": "tiny-model", "prompt": "def ", "max_tokens": 4, "temperature": 0}).encode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", asked, timeout=60) as answer:
+    body = json.dumps({"model": "tiny-model", "prompt": "def ", "max_tokens": 4, "temperature": 0}).encode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", body, timeout=60) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] == 4
     status = yaml.safe_load(head.command("serve", "status").stdout)
     assert status["applications"]["tidar"]["status"] == "RUNNING"

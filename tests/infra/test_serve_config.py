@@ -83,9 +83,9 @@ def test_wrong_settings_are_refused_in_one_line_and_no_file_is_written(tmp_path,
     target = tmp_path / "serve.yaml"
     (tmp_path / "bad.yaml").write_text("model: m\nrow: 3\n")
     assert main([str(tmp_path / "bad.yaml"), str(target)]) == 2
-    said = capsys.readouterr().err
-    assert "unknown key 'row'" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "unknown key 'row'" in error
+    assert error.count("\n") == 1
     assert not target.exists()
     with pytest.raises(ConfigError, match="does not exist; give the path of a YAML file"):
         read_settings(tmp_path / "none.yaml")

@@ -38,7 +38,7 @@ def quoted(text):
     """Texts in backticks, and the lines of fenced blocks."""
     blocks = re.findall(r"```\n(.*?)```", text, re.S)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    return inline + [line.strip() for block in blocks for line in block.splitlines()]
+    return inline + [line.strip() for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
 
 
 def tidar_commands(text):
