@@ -7,10 +7,6 @@ import pytest
 from english import ROOT, blocks, document_problems, problems_of, python_problems, sentences, sources, word_count
 
 NOT_YET = (
-    "CONTRIBUTING.md",
-    "README.md",
-    "docs/",
-    "infra/",
     "pipelines/",
     "serve_apps/api/",
     "serve_apps/app.py",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("tidar_core", "pipelines", "serve_apps", "infra", "tests")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "infra/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "infra/README.md")
 
 MOST_WORDS = 25
 """Words that a sentence may have."""
