@@ -250,7 +250,7 @@ def _require_end(size: int, where: str) -> None:
 
 
 def _ignore(uri: str) -> None:
-    """The actors that tokenize the file tell of it."""
+    """Ignore a file that is no text; the tasks that tokenize it report it."""
 
 
 def _is_unicode(text: str) -> bool:

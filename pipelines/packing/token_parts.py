@@ -1,6 +1,6 @@
 """How do tokenized documents lie between the two halves of packing?
 
-In parts: files with one document a row, each written whole by one actor and read by the tasks that cut shards from it.
+In parts: files with one document a row, each written whole by one task and read by the tasks that cut shards from it.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from tidar_core.artifacts.store import locations
 __all__ = ["Part", "PartTokens", "PartWriter", "read_part"]
 
 PART_TOKENS = 2**22
-"""Tokens of one part, about: what an actor holds before it writes."""
+"""Approximate tokens of a part; a task holds as many before it writes."""
 
 
 @dataclass(frozen=True, slots=True)
