@@ -124,7 +124,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.packing.pack_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=128, help="size of the corpus")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing tasks at once, and threads of the tokenizer alone")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing tasks, and threads of the bare")
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer; if not given, one is trained")
     parser.add_argument("--pairs", type=int, default=3, help="how often both halves take turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
