@@ -1,4 +1,4 @@
-"""A tiny bundle with random weights, and what its model says one token at a time."""
+"""A tiny bundle with random weights, and the texts of its model, one token at a time."""
 
 import contextlib
 import socket
@@ -86,10 +86,10 @@ def service(bundle, free_port):
 
 
 @pytest.fixture(scope="session")
-def said_by_the_oracle(model, tokenizer):
+def oracle_text(model, tokenizer):
     """Text that the plain autoregressive loop gives, with its token count and reason to end."""
 
-    def say(prompt, max_tokens, ignore_eos=False, model=model, **sampling):
+    def generate(prompt, max_tokens, ignore_eos=False, model=model, **sampling):
         ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         eos_ids = () if ignore_eos else (tokenizer.eos_id,)
         config = SamplingConfig(max_tokens=max_tokens, eos_ids=eos_ids, **sampling)
@@ -97,4 +97,4 @@ def said_by_the_oracle(model, tokenizer):
         stopped = tokens[-1] in eos_ids
         return tokenizer.decode(tokens[:-1] if stopped else tokens), len(tokens), "stop" if stopped else "length"
 
-    return say
+    return generate

@@ -23,7 +23,7 @@ from tidar_core.decoding.autoregressive import score
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NAME = "tiny-model"
-ASK = [{"role": "user", "content": "import os"}]
+QUESTION = [{"role": "user", "content": "import os"}]
 ADD = {"name": "add", "strict": True, "parameters": {
     "type": "object", "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}}, "required": ["a", "b"],
     "additionalProperties": False,
@@ -52,12 +52,12 @@ def client(service):
 
 @pytest.fixture
 def chat(client):
-    def ask(messages=ASK, **fields):
+    def create(messages=QUESTION, **fields):
         return client.chat.completions.create(
             **{"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 16} | fields
         )
 
-    return ask
+    return create
 
 
 @pytest.fixture(scope="module")
@@ -68,37 +68,37 @@ def conversation(bundle, tokenizer):
 
 
 def test_a_conversation_continues_with_the_autoregressive_text_whole_streamed_and_async(
-    chat, service, conversation, said_by_the_oracle
+    chat, service, conversation, oracle_text
 ):
-    asked = {"max_tokens": 16, "temperature": 2.0, "seed": 3}
-    text, tokens, _ = said_by_the_oracle(conversation(ASK), **asked)
-    whole = chat(**asked)
+    fields_given = {"max_tokens": 16, "temperature": 2.0, "seed": 3}
+    text, tokens, _ = oracle_text(conversation(QUESTION), **fields_given)
+    whole = chat(**fields_given)
     assert (whole.choices[0].message.content, whole.usage.completion_tokens) == (text, tokens)
-    first, *chunks, last = list(chat(**asked, stream=True, stream_options={"include_usage": True}))
+    first, *chunks, last = list(chat(**fields_given, stream=True, stream_options={"include_usage": True}))
     assert first.choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    again = chat(**asked)  # a prompt read before: all whole pages of it but its last token's are in the cache
+    again = chat(**fields_given)  # a prompt read before: all whole pages of it but its last token's are in the cache
     assert (last.usage, last.metrics) == (again.usage, whole.metrics)
     assert again.usage.prompt_tokens_details.cached_tokens == (again.usage.prompt_tokens - 1) // 16 * 16 > 0
 
     async def together():
         async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="-") as client:
-            fields = {"model": NAME, "messages": ASK} | asked
+            fields = {"model": NAME, "messages": QUESTION} | fields_given
             streamed = await client.chat.completions.create(**fields, stream=True)
             pieces = [chunk.choices[0].delta.content or "" async for chunk in streamed]
             return "".join(pieces), (await client.chat.completions.create(**fields, n=2)).choices
 
     pieces, choices = asyncio.run(together())
     assert pieces == text
-    second = said_by_the_oracle(conversation(ASK), **asked | {"seed": 4})[0]
+    second = oracle_text(conversation(QUESTION), **fields_given | {"seed": 4})[0]
     assert [choice.message.content for choice in choices] == [text, second]
 
 
-def test_a_message_may_be_left_open_and_parts_of_text_are_joined(chat, conversation, said_by_the_oracle):
-    messages = [*ASK, {"role": "assistant", "content": "def f"}]
+def test_a_message_may_be_left_open_and_parts_of_text_are_joined(chat, conversation, oracle_text):
+    messages = [*QUESTION, {"role": "assistant", "content": "def f"}]
     answer = chat(messages, extra_body={"continue_final_message": True})
-    assert answer.choices[0].message.content == said_by_the_oracle(conversation(messages, leave_open=True), 16)[0]
+    assert answer.choices[0].message.content == oracle_text(conversation(messages, leave_open=True), 16)[0]
     parts = [{"role": "user", "content": [{"type": "text", "text": "import"}, {"type": "text", "text": "os"}]}]
     joined = chat([{"role": "user", "content": "import\nos"}])
     assert chat(parts).choices[0].message.content == joined.choices[0].message.content
@@ -107,37 +107,40 @@ def test_a_message_may_be_left_open_and_parts_of_text_are_joined(chat, conversat
 def test_log_probabilities_of_a_message_are_those_of_a_plain_forward(chat, model, tokenizer, conversation):
     answer = chat(logprobs=True, top_logprobs=3, temperature=1.5, seed=1, extra_body={"return_token_ids": True})
     (choice,) = answer.choices
-    assert tuple(answer.prompt_token_ids) == conversation(ASK)
+    assert tuple(answer.prompt_token_ids) == conversation(QUESTION)
     scores = score(model, (*answer.prompt_token_ids, *choice.token_ids), top=3)
     begin = len(answer.prompt_token_ids) - 1
-    told = choice.logprobs.content
-    assert [token.logprob for token in told] == pytest.approx(scores.logprob_L[begin:].tolist(), abs=1e-4)
-    assert [bytes(token.bytes) for token in told] == [tokenizer.bytes_of(i) for i in choice.token_ids]
-    for token, expected in zip(told, scores.top_logprob_LT[begin:], strict=True):
+    scored = choice.logprobs.content
+    assert [token.logprob for token in scored] == pytest.approx(scores.logprob_L[begin:].tolist(), abs=1e-4)
+    assert [bytes(token.bytes) for token in scored] == [tokenizer.bytes_of(i) for i in choice.token_ids]
+    for token, expected in zip(scored, scores.top_logprob_LT[begin:], strict=True):
         assert [top.logprob for top in token.top_logprobs] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_required_call_keeps_to_its_schema_and_is_streamed_the_same(chat, choice):
-    asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 400, "parallel_tool_calls": False, "seed": 2}
-    (whole,) = chat(**asked).choices
+    fields_given = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 400, "parallel_tool_calls": False, "seed": 2}
+    (whole,) = chat(**fields_given).choices
     (call,) = whole.message.tool_calls
     arguments = json.loads(call.function.arguments)
     assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
     if choice != "required":
         assert (call.function.name, set(arguments)) == ("add", {"a", "b"})
         assert arguments["a"] in (1, 22)
-    chunks = [chunk.choices[0] for chunk in chat(**asked, stream=True)]
+    chunks = [chunk.choices[0] for chunk in chat(**fields_given, stream=True)]
     pieces = [piece.function for chunk in chunks for piece in chunk.delta.tool_calls or []]
     assert "".join(piece.name or "" for piece in pieces) == call.function.name
     assert "".join(piece.arguments for piece in pieces) == call.function.arguments
     assert chunks[-1].finish_reason == "tool_calls"
     answer = {"role": "tool", "tool_call_id": call.id, "content": "3"}
-    assert chat([*ASK, whole.message.model_dump(), answer], tools=TOOLS).choices[0].finish_reason in ("stop", "length")
+    assert chat([*QUESTION, whole.message.model_dump(), answer], tools=TOOLS).choices[0].finish_reason in (
+        "stop",
+        "length",
+    )
 
 
 def test_a_conversation_with_everything_in_it_is_strictly_openais(service):
-    body = {"model": NAME, "messages": ASK, "n": 2, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 1,
+    body = {"model": NAME, "messages": QUESTION, "n": 2, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 1,
             "seed": 1, "stop": ["e"], "presence_penalty": 1, "min_p": 0.01, "repetition_penalty": 1.1, "max_tokens": 9,
             "logit_bias": {"70": -5}, "bad_words": ["self"], "min_tokens": 2, "return_token_ids": True,
             "skip_special_tokens": False, "response_format": {"type": "text"}, "request_id": "mine",
@@ -152,8 +155,8 @@ def test_a_conversation_with_everything_in_it_is_strictly_openais(service):
 
 
 def test_a_json_schema_is_kept_to_in_a_conversation(chat):
-    asked = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": ADD["parameters"]}}
-    (choice,) = chat(response_format=asked, max_tokens=200).choices
+    fields_given = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": ADD["parameters"]}}
+    (choice,) = chat(response_format=fields_given, max_tokens=200).choices
     assert json.loads(choice.message.content)["a"] in (1, 22)
 
 
@@ -181,7 +184,7 @@ def test_tokens_and_text_are_exchanged_as_prompts_are_read(service, tokenizer, c
     assert read == {
         "count": len(ids), "max_model_len": 4096, "tokens": ids, "token_strs": [tokenizer.spell(i) for i in ids],
     }  # fmt: skip
-    assert post("/tokenize", model=NAME, messages=ASK)["tokens"] == list(conversation(ASK))
+    assert post("/tokenize", model=NAME, messages=QUESTION)["tokens"] == list(conversation(QUESTION))
     ids = tokenizer.encode_spoken("a<|im_end|>b")
     assert post("/detokenize", tokens=ids) == {"prompt": "a<|im_end|>b"}
     info = httpx.get(f"{service}/tokenizer_info").json()
@@ -190,10 +193,10 @@ def test_tokens_and_text_are_exchanged_as_prompts_are_read(service, tokenizer, c
 
 def test_a_stop_string_that_names_a_special_token_ends_texts_at_that_token(client, chat, tokenizer):
     end = {"stop": ["<|im_start|>"], "logit_bias": {str(tokenizer.special_ids["<|im_start|>"]): 100}}
-    asked = client.completions.create(model=NAME, prompt="hi", max_tokens=8, temperature=0, **end)
-    for answer in (asked, chat(max_tokens=8, **end)):
+    fields_given = client.completions.create(model=NAME, prompt="hi", max_tokens=8, temperature=0, **end)
+    for answer in (fields_given, chat(max_tokens=8, **end)):
         (choice,) = answer.choices
-        text = choice.text if answer is asked else choice.message.content
+        text = choice.text if answer is fields_given else choice.message.content
         assert (text, choice.finish_reason, choice.stop_reason) == ("", "stop", "<|im_start|>")
         assert answer.usage.completion_tokens == 1
 
@@ -244,8 +247,8 @@ def test_a_body_that_is_too_long_is_answered_413(client):
     assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
 
 
-def test_openais_client_comes_again_when_it_is_told_that_there_is_no_room(service, said_by_the_oracle):
-    expected = said_by_the_oracle("x", 60)[0]
+def test_openais_client_retries_if_there_is_no_room(service, oracle_text):
+    expected = oracle_text("x", 60)[0]
 
     async def flood():
         async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="-", max_retries=9) as client:
@@ -273,13 +276,13 @@ def test_lm_evals_likelihoods_over_http_are_ours_and_it_generates(service, bundl
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     likelihood = LM_TASK.format(name="likely", folder=tmp_path, kind="multiple_choice")
     likelihood += 'doc_to_choice: "{{choices}}"\n'
-    generation = LM_TASK.format(name="says", folder=tmp_path, kind="generate_until")
+    generation = LM_TASK.format(name="generated", folder=tmp_path, kind="generate_until")
     generation += "generation_kwargs: {until: ['\\n\\n\\n'], max_gen_toks: 8, temperature: 0}\n"
     (tmp_path / "likely.yaml").write_text(likelihood)
-    (tmp_path / "says.yaml").write_text(generation)
+    (tmp_path / "generated.yaml").write_text(generation)
     served = f"model={NAME},base_url={service}/v1/completions,tokenizer={bundle},tokenizer_backend=huggingface"
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = ["lm_eval", "run", "--model", "local-completions", "--model_args", served, "--tasks", "likely,says",
+    command = ["lm_eval", "run", "--model", "local-completions", "--model_args", served, "--tasks", "likely,generated",
                "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
@@ -289,14 +292,14 @@ def test_lm_evals_likelihoods_over_http_are_ours_and_it_generates(service, bundl
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    likely, says = (samples(tmp_path / "out", task) for task in ("likely", "says"))
+    likely, generated = (samples(tmp_path / "out", task) for task in ("likely", "generated"))
     for sample in likely:
         for place, (logprob,) in enumerate(sample["resps"]):
             context, continuation = sample["arguments"][f"gen_args_{place}"].values()
             tokens = tuple(tokenizer.encode(context + continuation))
             of_continuation = score(model, tokens).logprob_L[len(tokenizer.encode(context)) - 1 :]
             assert float(logprob[0]) == pytest.approx(float(of_continuation.sum()), abs=1e-4)
-    assert all(isinstance(sample["resps"][0][0], str) for sample in says)
+    assert all(isinstance(sample["resps"][0][0], str) for sample in generated)
 
 
 def samples(folder, task):
@@ -326,7 +329,7 @@ def until_logged(pattern, holds, seconds=20):
         ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 3}, 200),
         ("/v1/completions", {"model": NAME, "prompt": "x", "max_tokens": 3, "stream": True}, 200),
         ("/v1/completions", {"model": NAME, "prompt": 3}, 400),
-        ("/v1/chat/completions", {"model": "other", "messages": ASK}, 404),
+        ("/v1/chat/completions", {"model": "other", "messages": QUESTION}, 404),
         ("/v1/completions", {"model": NAME, "prompt": "x" * 200_000}, 413),
         ("/v1/nothing", {}, 404),
     ],
@@ -336,10 +339,10 @@ def test_every_answer_echoes_the_request_s_id_and_leaves_one_line_in_the_log(ser
     answer = httpx.post(f"{service}{path}", json=body, headers={"X-Request-Id": name})
     assert (answer.status_code, answer.headers["x-request-id"]) == (status, name)
     (line,) = until_logged("replica_tidar_http_*.log", lambda line: name in line and '"answered"' in line)
-    said = json.loads(line)
-    assert (said["request_id"], said["path"], said["status"], said["complete"]) == (name, path, status, True)
-    assert said["seconds"] > 0
-    assert said.get("completion_tokens") == (3 if status == 200 else None)
+    entry = json.loads(line)
+    assert (entry["request_id"], entry["path"], entry["status"], entry["complete"]) == (name, path, status, True)
+    assert entry["seconds"] > 0
+    assert entry.get("completion_tokens") == (3 if status == 200 else None)
 
 
 def test_a_request_without_an_id_is_given_one(service):

@@ -27,23 +27,25 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def said(model, tokenizer):
-    """What the model says, never ending."""
+def endless(model, tokenizer):
+    """Tokens of the model without any end."""
     return generate_autoregressive(model, tuple(tokenizer.encode(PROMPT)), SamplingConfig(max_tokens=LENGTH))
 
 
 @pytest.fixture(scope="module")
-def place(said, tokenizer):
-    """Where the model says a token for the first time that is several letters."""
-    letters = {token for token in said if (text := tokenizer.decode([token])).isalpha() and text.isascii() and text[1:]}
-    return next(n for n, token in enumerate(said) if n and token not in said[:n] and token in letters)
+def place(endless, tokenizer):
+    """First place of a new token that is several letters."""
+    letters = {
+        token for token in endless if (text := tokenizer.decode([token])).isalpha() and text.isascii() and text[1:]
+    }
+    return next(n for n, token in enumerate(endless) if n and token not in endless[:n] and token in letters)
 
 
 @pytest.fixture(scope="module")
-def ending(tmp_path_factory, tokenizer, model, said, place):
-    """Location of a bundle with three end tokens; the model says the last of them."""
+def ending(tmp_path_factory, tokenizer, model, endless, place):
+    """Location of a bundle with three end tokens; the model generates the last of them."""
     uri = str(tmp_path_factory.mktemp("bundles") / "ending")
-    ends = EndTokens((tokenizer.eos_id, tokenizer.special_ids["<|im_start|>"], said[place]))
+    ends = EndTokens((tokenizer.eos_id, tokenizer.special_ids["<|im_start|>"], endless[place]))
     save_bundle(uri, model, tokenizer, block_len=4, mask_id=model.config.mask_id, objective="dual", lineage={},
                 made_by={}, ends=ends)  # fmt: skip
     return uri
@@ -58,49 +60,49 @@ def engine(ending):
 
 def written(engine, *, ignore_eos=False, grammar=None, **sampling):
     """The answer of a replica's engine."""
-    asked = GenerationRequest(
+    request = GenerationRequest(
         request_id="r", prompt=PROMPT, sampling=SamplingConfig(max_tokens=LENGTH, **sampling), ignore_eos=ignore_eos,
         grammar=grammar,
     )  # fmt: skip
 
     async def deltas():
-        async with aclosing(engine.generate(asked)) as deltas:
+        async with aclosing(engine.generate(request)) as deltas:
             return [delta async for delta in deltas]
 
-    told = asyncio.run(deltas())
-    piece = told[-1]._replace(text="".join(delta.text for delta in told))
+    sent = asyncio.run(deltas())
+    piece = sent[-1]._replace(text="".join(delta.text for delta in sent))
     return piece.text, piece.usage.completion_tokens, piece.finish_reason, piece.stop_reason
 
 
-def test_a_text_ends_at_any_end_token(engine, tokenizer, said, place):
-    expected = (tokenizer.decode(said[:place]), place + 1, "stop", said[place])
+def test_a_text_ends_at_any_end_token(engine, tokenizer, endless, place):
+    expected = (tokenizer.decode(endless[:place]), place + 1, "stop", endless[place])
     assert written(engine) == expected
 
 
-def test_ignore_eos_ignores_every_end_token(engine, tokenizer, said):
-    assert written(engine, ignore_eos=True) == (tokenizer.decode(said), LENGTH, "length", None)
+def test_ignore_eos_ignores_every_end_token(engine, tokenizer, endless):
+    assert written(engine, ignore_eos=True) == (tokenizer.decode(endless), LENGTH, "length", None)
 
 
-def test_no_end_token_comes_before_min_tokens(engine, tokenizer, said, place):
+def test_no_end_token_comes_before_min_tokens(engine, tokenizer, endless, place):
     text, count, _, _ = written(engine, min_tokens=place + 3)
     assert count >= place + 3
-    assert text.startswith(tokenizer.decode(said[:place]))
+    assert text.startswith(tokenizer.decode(endless[:place]))
 
 
 def test_a_text_that_keeps_to_a_grammar_ends_with_it_though_an_end_token_spells_a_part_of_it(
-    engine, tokenizer, said, place
+    engine, tokenizer, endless, place
 ):
-    word = tokenizer.decode([said[place]])
-    asked = AskedGrammar("guided_choice", "choice", [word + word])
-    text, _, reason, _ = written(engine, grammar=asked)
+    word = tokenizer.decode([endless[place]])
+    request = AskedGrammar("guided_choice", "choice", [word + word])
+    text, _, reason, _ = written(engine, grammar=request)
     assert (text, reason) == (word + word, "stop")
 
 
 @pytest.mark.parametrize("mode", ["single-pass", "two-pass", "autoregressive"])
-def test_a_text_without_a_service_ends_at_any_end_token(ending, said, place, mode):
+def test_a_text_without_a_service_ends_at_any_end_token(ending, endless, place, mode):
     text = OneText(load_bundle(ending), ending, {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}, mode=mode)
     for _ in text.pieces():
         pass
     facts = text.figures()
-    assert tuple(facts["token_ids"]) == tuple(said[: place + 1])
-    assert (facts["finish_reason"], facts["stop_reason"]) == ("stop", said[place])
+    assert tuple(facts["token_ids"]) == tuple(endless[: place + 1])
+    assert (facts["finish_reason"], facts["stop_reason"]) == ("stop", endless[place])

@@ -1,4 +1,4 @@
-"""What a client asks for is the same in every mode: texts, ends, counts and log-probabilities."""
+"""Responses are the same in every mode: texts, ends, counts and log-probabilities."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from tidar_core.decoding.autoregressive import score
 PROMPT = "def add(a, b):\n    return"
 MODES = [("single-pass", 4), ("single-pass", 2), ("two-pass", 4), ("single-pass", 7)]
 VARIED = {"prompt": "x", "frequency_penalty": 2}
-"""Greedy, and yet the tiny model says more than one thing."""
+"""Greedy, and yet the tiny model has more than one text."""
 HOT = {"prompt": "x", "temperature": 3.0, "seed": 3}
 CLOSE = 1e-4
 """fp32, keys summed in another order."""
@@ -42,7 +42,7 @@ def replica(bundle):
 
 
 def answers(app, bodies):
-    """Events of every text of every body, all asked for at once."""
+    """Events of every text of every body, all requested at once."""
 
     async def collect(request):
         return [event async for event in app.generate(request)]
@@ -122,10 +122,10 @@ def test_no_stop_token_comes_before_min_tokens(replica):
     assert count <= 9 < later
 
 
-def test_bad_words_are_not_said_in_any_mode(replica):
-    ((plain, *_), (said, *_)) = same_everywhere(replica, [VARIED, VARIED | {"bad_words": ["exc", "th"]}])
+def test_bad_words_come_in_no_mode(replica):
+    ((plain, *_), (text_words, *_)) = same_everywhere(replica, [VARIED, VARIED | {"bad_words": ["exc", "th"]}])
     assert " exc" in plain
-    assert not {"exc", "th"} & set(said.split())
+    assert not {"exc", "th"} & set(text_words.split())
 
 
 @pytest.mark.parametrize(("stride", "how"), [(1, VARIED), (2, HOT)], ids=["greedy", "sampled"])
@@ -140,9 +140,9 @@ def test_a_stop_string_from_any_offset_ends_every_modes_text_at_its_first_occurr
     cuts = [(i, n) for i in range(0, len(text) - 1, stride) for n in (1, 3, 7)]
     stops = [text[i : i + n] for i, n in cuts]
     bodies = [body | {"stop": stop, "include_stop_str_in_output": n == 7} for stop, (_, n) in zip(stops, cuts)]
-    for stop, (_, n), (said, reason, stop_reason, count) in zip(stops, cuts, same_everywhere(replica, bodies)):
+    for stop, (_, n), (text_words, reason, stop_reason, count) in zip(stops, cuts, same_everywhere(replica, bodies)):
         end = text.index(stop) + len(stop)
-        assert (said, reason, stop_reason) == (text[: end if n == 7 else end - len(stop)], "stop", stop)
+        assert (text_words, reason, stop_reason) == (text[: end if n == 7 else end - len(stop)], "stop", stop)
         assert count == next((i for i, offset in enumerate(ends, 1) if offset >= end), len(ends) + 1)
 
 
@@ -150,11 +150,11 @@ def test_of_several_stop_strings_the_first_to_be_complete_ends_the_text(replica)
     text = text_of(replica, **VARIED)
     late, early, never = text[12:17], text[6:9], "\0\1"
     end = min(text.index(late) + 5, text.index(early) + 3)
-    ((said, _, stop_reason, _),) = same_everywhere(replica, [VARIED | {"stop": [late, never, early]}])
-    assert said == text[: end - len(stop_reason)]
+    ((text_words, _, stop_reason, _),) = same_everywhere(replica, [VARIED | {"stop": [late, never, early]}])
+    assert text_words == text[: end - len(stop_reason)]
 
 
-def test_no_stream_tells_the_beginning_of_a_stop_string_before_it_is_refuted(replica):
+def test_no_stream_sends_the_beginning_of_a_stop_string_before_it_is_refuted(replica):
     text = text_of(replica, **VARIED)
     stop = text[5:11]
     bodies = [VARIED | {"stop": ending, "stream": True} for ending in (stop, text[5:10] + "\0")]

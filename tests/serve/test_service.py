@@ -1,4 +1,4 @@
-"""The service from end to end: a real Ray Serve application, asked by OpenAI's own client."""
+"""The service from end to end: a real Ray Serve application, called by OpenAI's own client."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NAME = "tiny-model"
 ROWS = 3
-"""Of the service in conftest."""
+"""Name of the model of the service in conftest."""
 ENDLESS = 4000
 """Tokens that take far longer than any test waits for."""
 PROMPT = "def add(a, b):\n    return"
@@ -35,12 +35,12 @@ def client(service):
 
 @pytest.fixture
 def greedy(client):
-    def ask(prompt=PROMPT, **fields):
+    def create(prompt=PROMPT, **fields):
         return client.completions.create(
             **{"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 20} | fields
         )
 
-    return ask
+    return create
 
 
 def running_and_waiting():
@@ -60,8 +60,8 @@ def tokens_written(service):
     return next(s.value for f in families for s in f.samples if s.name == "tidar:generation_tokens_total")
 
 
-def test_a_greedy_completion_is_the_autoregressive_text(greedy, said_by_the_oracle, tokenizer):
-    text, tokens, reason = said_by_the_oracle(PROMPT, 20)
+def test_a_greedy_completion_is_the_autoregressive_text(greedy, oracle_text, tokenizer):
+    text, tokens, reason = oracle_text(PROMPT, 20)
     answer = greedy()
     (choice,) = answer.choices
     assert (choice.text, choice.finish_reason, choice.logprobs) == (text, reason, None)
@@ -74,9 +74,9 @@ def test_a_greedy_completion_is_the_autoregressive_text(greedy, said_by_the_orac
     )
 
 
-def test_a_sampled_completion_is_the_autoregressive_text_of_its_seed(greedy, said_by_the_oracle):
+def test_a_sampled_completion_is_the_autoregressive_text_of_its_seed(greedy, oracle_text):
     sampling = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
-    text, _, _ = said_by_the_oracle(PROMPT, 20, top_k=40, **sampling)
+    text, _, _ = oracle_text(PROMPT, 20, top_k=40, **sampling)
     assert greedy(**sampling, extra_body={"top_k": 40}).choices[0].text == text
 
 
@@ -84,7 +84,7 @@ def test_without_a_seed_texts_differ(greedy):
     assert len({greedy(temperature=5.0).choices[0].text for _ in range(3)}) > 1
 
 
-def test_a_response_is_strictly_openais_and_says_how_its_drafts_fared(service):
+def test_a_response_is_strictly_openais_and_has_the_statistics_of_its_drafts(service):
     body = {"model": NAME, "prompt": PROMPT, "temperature": 0}
     answer = httpx.post(f"{service}/v1/completions", json=body, headers={"X-Request-Id": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (200, "mine")
@@ -116,9 +116,9 @@ def test_a_stream_ends_with_done(service):
     assert all("usage" not in json.loads(line.removeprefix("data: ")) for line in lines[:-1])
 
 
-def test_several_prompts_of_text_or_tokens_have_a_choice_each(greedy, said_by_the_oracle, tokenizer):
+def test_several_prompts_of_text_or_tokens_have_a_choice_each(greedy, oracle_text, tokenizer):
     prompts = ["import os", PROMPT, "x"]
-    expected = [said_by_the_oracle(prompt, 12)[0] for prompt in prompts]
+    expected = [oracle_text(prompt, 12)[0] for prompt in prompts]
     for given in (prompts, [tokenizer.encode(prompt) for prompt in prompts]):
         answer = greedy(given, max_tokens=12)
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -135,8 +135,8 @@ def test_a_stop_token_ends_the_text_without_being_in_it(greedy, model):
     assert (choice.text, choice.finish_reason, answer.usage.completion_tokens) == ("", "stop", 1)
 
 
-def test_an_ignored_end_of_text_token_ends_nothing(greedy, said_by_the_oracle, tokenizer):
-    text, tokens, reason = said_by_the_oracle([tokenizer.eos_id], 40, ignore_eos=True)
+def test_an_ignored_end_of_text_token_ends_nothing(greedy, oracle_text, tokenizer):
+    text, tokens, reason = oracle_text([tokenizer.eos_id], 40, ignore_eos=True)
     answer = greedy([tokenizer.eos_id], max_tokens=40, extra_body={"ignore_eos": True})
     assert (answer.choices[0].text, answer.usage.completion_tokens, answer.choices[0].finish_reason) == (
         text,
@@ -146,17 +146,17 @@ def test_an_ignored_end_of_text_token_ends_nothing(greedy, said_by_the_oracle, t
     assert (tokens, reason) == (40, "length")
 
 
-def test_a_stop_string_ends_the_text_before_it_streamed_or_whole(greedy, said_by_the_oracle):
-    text, _, _ = said_by_the_oracle("x", 20, frequency_penalty=2.0)
+def test_a_stop_string_ends_the_text_before_it_streamed_or_whole(greedy, oracle_text):
+    text, _, _ = oracle_text("x", 20, frequency_penalty=2.0)
     stop = text[6:9]
-    asked = {"prompt": "x", "frequency_penalty": 2.0, "stop": [stop, "\0\1\2"]}
-    whole = greedy(**asked)
+    fields_given = {"prompt": "x", "frequency_penalty": 2.0, "stop": [stop, "\0\1\2"]}
+    whole = greedy(**fields_given)
     (choice,) = whole.choices
     assert (choice.text, choice.finish_reason, choice.stop_reason) == (text[: text.index(stop)], "stop", stop)
-    *chunks, last = list(greedy(**asked, stream=True, stream_options={"include_usage": True}))
+    *chunks, last = list(greedy(**fields_given, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
     assert (chunks[-1].choices[0].stop_reason, last.usage) == (stop, whole.usage)
-    included = greedy(**asked, extra_body={"include_stop_str_in_output": True}).choices[0]
+    included = greedy(**fields_given, extra_body={"include_stop_str_in_output": True}).choices[0]
     assert included.text == choice.text + stop
     until((0, 0), seconds=2)
 
@@ -195,15 +195,15 @@ def test_a_likelihood_request_of_lm_eval_is_answered_in_its_shape(greedy, model,
         assert greedy_too == pytest.approx(scores.top_logprob_LT[:, 0].tolist(), abs=1e-4)
 
 
-def test_each_of_n_choices_is_the_text_of_its_own_seed_streamed_or_whole(greedy, said_by_the_oracle):
+def test_each_of_n_choices_is_the_text_of_its_own_seed_streamed_or_whole(greedy, oracle_text):
     prompts = ["x", PROMPT]
-    expected = [said_by_the_oracle(p, 12, temperature=3.0, seed=5 + i)[0] for p in prompts for i in range(3)]
-    asked = {"temperature": 3.0, "seed": 5, "n": 3, "max_tokens": 12}
-    answer = greedy(prompts, **asked)
+    expected = [oracle_text(p, 12, temperature=3.0, seed=5 + i)[0] for p in prompts for i in range(3)]
+    fields_given = {"temperature": 3.0, "seed": 5, "n": 3, "max_tokens": 12}
+    answer = greedy(prompts, **fields_given)
     assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
     assert answer.usage.prompt_tokens == greedy(prompts, max_tokens=1).usage.prompt_tokens
     texts = [""] * 6
-    for chunk in greedy(prompts, **asked, stream=True):
+    for chunk in greedy(prompts, **fields_given, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == expected
 
@@ -222,15 +222,15 @@ def test_a_response_with_everything_in_it_is_strictly_openais(service):
 
 def test_a_json_schema_is_kept_to(greedy):
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
-    asked = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
-    (choice,) = greedy("x", max_tokens=120, extra_body={"response_format": asked}).choices
+    fields_given = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
+    (choice,) = greedy("x", max_tokens=120, extra_body={"response_format": fields_given}).choices
     assert choice.finish_reason == "stop"
     assert json.loads(choice.text)["n"] in (1, 2)
     (choice,) = greedy("x", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices
     assert choice.text in ("yes", "no")
 
 
-def test_metrics_say_what_the_replica_is_at(service, greedy):
+def test_metrics_have_the_state_of_the_replica(service, greedy):
     greedy(max_tokens=2)
     lines = httpx.get(f"{service}/metrics").text.splitlines()
     values = {line.split("{")[0]: line for line in lines if not line.startswith("#")}
@@ -239,10 +239,10 @@ def test_metrics_say_what_the_replica_is_at(service, greedy):
     assert 'mode="single-pass"' in values["tidar:decode_mode"]
 
 
-def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by_the_oracle):
+def test_concurrent_requests_of_different_lengths_are_all_exact(service, oracle_text):
     wanted = [(PROMPT + " a" * n, 3 + 9 * n, n % 2 == 0) for n in range(6)]
 
-    async def ask(client, prompt, max_tokens, stream):
+    async def create(client, prompt, max_tokens, stream):
         fields = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         if not stream:
             return (await client.completions.create(**fields)).choices[0].text
@@ -251,9 +251,9 @@ def test_concurrent_requests_of_different_lengths_are_all_exact(service, said_by
 
     async def together():
         async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
-            return await asyncio.gather(*[ask(client, *each) for each in wanted])
+            return await asyncio.gather(*[create(client, *each) for each in wanted])
 
-    assert asyncio.run(together()) == [said_by_the_oracle(prompt, n)[0] for prompt, n, _ in wanted]
+    assert asyncio.run(together()) == [oracle_text(prompt, n)[0] for prompt, n, _ in wanted]
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_a_wrong_request_raises_openais_error(greedy, fields, error, param, code
     assert (raised.param, raised.code, raised.type) == (param, code, "invalid_request_error")
 
 
-def test_a_flood_is_answered_429_with_retry_after_and_the_rest_is_exact(service, said_by_the_oracle):
-    expected = said_by_the_oracle(PROMPT, 300)[0]
+def test_a_flood_is_answered_429_with_retry_after_and_the_rest_is_exact(service, oracle_text):
+    expected = oracle_text(PROMPT, 300)[0]
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 300, "temperature": 0}
 
     async def flood():
@@ -349,7 +349,7 @@ def test_every_route_answers_and_every_refusal_has_the_envelope(service, method,
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_taken_port_is_told_in_one_line_before_ray_starts(service, bundle, free_port):
+def test_a_taken_port_is_reported_in_one_line_before_ray_starts(service, bundle, free_port):
     with pytest.raises(ConfigError, match=str(free_port)) as caught:
         app.run(ServeSettings(model=bundle, port=free_port), blocking=False)
     assert "\n" not in str(caught.value)
@@ -364,7 +364,7 @@ def test_a_missing_bundle_or_alias_keeps_its_own_error(tmp_path, bundle):
         app.build_app(ServeSettings(model="models:/nothing@champion", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
 
 
-def test_a_replica_that_dies_ends_its_streams_with_an_error_and_is_replaced(service, greedy, said_by_the_oracle):
+def test_a_replica_that_dies_ends_its_streams_with_an_error_and_is_replaced(service, greedy, oracle_text):
     stream = greedy(max_tokens=ENDLESS, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     name = next(name for name in names_of_actors() if "#decoder#" in name)
@@ -375,7 +375,7 @@ def test_a_replica_that_dies_ends_its_streams_with_an_error_and_is_replaced(serv
     deadline = time.monotonic() + 60
     while httpx.get(f"{service}/ready", timeout=30).status_code != 200:
         assert time.monotonic() < deadline
-    assert greedy().choices[0].text == said_by_the_oracle(PROMPT, 20)[0]
+    assert greedy().choices[0].text == oracle_text(PROMPT, 20)[0]
 
 
 def names_of_actors():

@@ -51,26 +51,24 @@ def answer(app, request):
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
 @pytest.mark.parametrize(("mode", "block_len"), [("single-pass", 4), ("single-pass", 2), ("autoregressive", 1)])
-def test_in_every_mode_the_pieces_join_to_the_autoregressive_text(
-    served, said_by_the_oracle, mode, block_len, sampling
-):
+def test_in_every_mode_the_pieces_join_to_the_autoregressive_text(served, oracle_text, mode, block_len, sampling):
     app = DecoderApp(with_settings(served, block_len, mode=mode))
     pieces = answer(app, prompt_request(**sampling))
-    text, tokens, reason = said_by_the_oracle(PROMPT, 20, **sampling)
+    text, tokens, reason = oracle_text(PROMPT, 20, **sampling)
     assert "".join(piece.text for piece in pieces) == text
     assert (pieces[-1].finish_reason, pieces[-1].usage.completion_tokens) == (reason, tokens)
     assert (pieces[-1].usage.metrics() is None) == (block_len == 1)
 
 
-def test_sampled_drafts_are_greedy_too_if_requested(served, said_by_the_oracle):
+def test_sampled_drafts_are_greedy_too_if_requested(served, oracle_text):
     app = DecoderApp(with_settings(served, draft_kind="sampled"))
-    assert "".join(p.text for p in answer(app, prompt_request())) == said_by_the_oracle(PROMPT, 20)[0]
+    assert "".join(p.text for p in answer(app, prompt_request())) == oracle_text(PROMPT, 20)[0]
 
 
-def test_who_wants_no_pieces_gets_all_text_at_the_end(served, said_by_the_oracle):
+def test_who_wants_no_pieces_gets_all_text_at_the_end(served, oracle_text):
     *admitted, last = answer(DecoderApp(served), prompt_request(pieces=False))
     assert len(admitted) == 1
-    assert "".join(p.text for p in [*admitted, last]) == said_by_the_oracle(PROMPT, 20)[0]
+    assert "".join(p.text for p in [*admitted, last]) == oracle_text(PROMPT, 20)[0]
 
 
 def test_a_refusal_is_an_event(served):
@@ -148,14 +146,14 @@ def test_a_replica_sends_its_load_to_the_scaling_policy(served):
     assert stats_sent["forwards_per_second"] > 0
 
 
-def test_with_few_pages_texts_are_the_same_and_young_texts_are_preempted(served, said_by_the_oracle):
+def test_with_few_pages_texts_are_the_same_and_young_texts_are_preempted(served, oracle_text):
     app = DecoderApp(with_settings(served, pages=5, context_len=64, rows=3))
 
     async def together():
         requests = [dataclasses.replace(prompt_request(max_tokens=40), request_id=str(i)) for i in range(3)]
         return await asyncio.gather(*[collected(app, request) for request in requests])
 
-    expected = said_by_the_oracle(PROMPT, 40)[0]
+    expected = oracle_text(PROMPT, 40)[0]
     assert {"".join(piece.text for piece in pieces) for pieces in asyncio.run(together())} == {expected}
     load = asyncio.run(app.load())
     assert load.pages == 5

@@ -84,7 +84,7 @@ def ends(pid, seconds=30):
     return False
 
 
-def test_texts_are_those_of_the_oracle_and_are_counted_here(app, said_by_the_oracle):
+def test_texts_are_those_of_the_oracle_and_are_counted_here(app, oracle_text):
     requested = [request(sampling=sampling) for sampling in ({}, {"temperature": 0.8, "seed": 3})]
 
     async def together():
@@ -93,7 +93,7 @@ def test_texts_are_those_of_the_oracle_and_are_counted_here(app, said_by_the_ora
 
     for one, pieces in zip(requested, asyncio.run(together())):
         options = {"temperature": one.sampling.temperature, "seed": one.sampling.seed}
-        assert "".join(piece.text for piece in pieces) == said_by_the_oracle(PROMPT, 20, **options)[0]
+        assert "".join(piece.text for piece in pieces) == oracle_text(PROMPT, 20, **options)[0]
         assert pieces[-1].timing.decode > 0
     (report,) = asyncio.run(app.versions())
     assert (report.totals.texts, report.totals.tokens) == (2, 40)
@@ -177,7 +177,7 @@ def test_a_stopped_process_is_not_healthy_and_a_killed_one_ends_its_texts_and_it
     asyncio.run(die())
 
 
-def test_a_challenger_whose_process_dies_is_given_up_and_the_champion_goes_on(served, other_bundle, said_by_the_oracle):
+def test_a_challenger_whose_process_dies_is_given_up_and_the_champion_goes_on(served, other_bundle, oracle_text):
     new = dataclasses.replace(resolve_model(ServeSettings(model=other_bundle))[0], settings=served.settings)
 
     async def lose():
@@ -192,7 +192,7 @@ def test_a_challenger_whose_process_dies_is_given_up_and_the_champion_goes_on(se
         states = {report.fingerprint: report.state for report in app.pool.reports()}
         assert states == {served.fingerprint: "champion", new.fingerprint: "failed"}
         pieces = await collected(app, request())
-        assert "".join(piece.text for piece in pieces) == said_by_the_oracle(PROMPT, 20)[0]
+        assert "".join(piece.text for piece in pieces) == oracle_text(PROMPT, 20)[0]
         app.pool.champion.engine.stop()
         assert ends(champion)
 

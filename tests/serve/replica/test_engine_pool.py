@@ -36,11 +36,11 @@ def new(other_bundle, old):
 
 
 @pytest.fixture(scope="module")
-def texts(said_by_the_oracle, old, new, other_model):
+def texts(oracle_text, old, new, other_model):
     """Text of each version."""
     texts = {
-        old.fingerprint: said_by_the_oracle(PROMPT, **SAMPLING)[0],
-        new.fingerprint: said_by_the_oracle(PROMPT, model=other_model, **SAMPLING)[0],
+        old.fingerprint: oracle_text(PROMPT, **SAMPLING)[0],
+        new.fingerprint: oracle_text(PROMPT, model=other_model, **SAMPLING)[0],
     }
     assert len(set(texts.values())) == 2
     return texts

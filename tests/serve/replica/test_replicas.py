@@ -1,4 +1,4 @@
-"""Replicas die, are added, taken away and told to stop, under a real Ray Serve; only the dead one's texts suffer."""
+"""Replicas die, are added, taken away and stopped, under a real Ray Serve; only the dead one's texts suffer."""
 
 import asyncio
 import contextlib
@@ -61,20 +61,20 @@ def decoder():
 
 
 def loads():
-    """Of all replicas that answer; none while Serve knows of none."""
+    """Loads of all replicas that answer; empty while Serve has no replica."""
     try:
-        told = decoder().broadcast("load").results(timeout_s=5, return_exceptions=True)
+        reported = decoder().broadcast("load").results(timeout_s=5, return_exceptions=True)
     except (RayServeException, RuntimeError):
         return []
-    return [load for load in told if isinstance(load, Load)]
+    return [load for load in reported if isinstance(load, Load)]
 
 
 def two_with(holds):
-    return len(told := loads()) == 2 and all(map(holds, told))
+    return len(reported := loads()) == 2 and all(map(holds, reported))
 
 
 def replicas():
-    """How many run, in Serve's own count."""
+    """Number of running replicas, by Serve's own count."""
     return serve.status().applications[app.APP_NAME].deployments["decoder"].replica_states.get("RUNNING", 0)
 
 
@@ -86,7 +86,7 @@ def until(holds, seconds=120):
 
 
 class Stream(threading.Thread):
-    """A client that reads a completion in a thread of its own, until it is told to hang up."""
+    """A client that reads a completion in a thread of its own, until it must hang up."""
 
     def __init__(self, service, max_tokens=ENDLESS):
         super().__init__(daemon=True)
@@ -121,7 +121,7 @@ def fill(service):
     return streams
 
 
-def ask(service, client, **fields):
+def post(service, client, **fields):
     body = {"model": NAME, "prompt": PROMPT, "temperature": 0, "max_tokens": 20} | fields
     return client.post(f"{service}/v1/completions", json=body, timeout=120)
 
@@ -136,12 +136,12 @@ def text_of(answer):
 
 
 @pytest.mark.parametrize("process", ["pid", "decoder_pid"])
-def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, said_by_the_oracle, process):
+def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, oracle_text, process):
     streams = fill(service)
 
     async def kill_under_load():
         async with httpx.AsyncClient() as client:
-            queued = [asyncio.create_task(ask(service, client, stream=n % 2 == 0)) for n in range(6)]
+            queued = [asyncio.create_task(post(service, client, stream=n % 2 == 0)) for n in range(6)]
             await asyncio.to_thread(until, lambda: sum(load.waiting for load in loads()) >= 6)
             victim = max(await asyncio.to_thread(loads), key=lambda load: load.waiting)
             os.kill(getattr(victim, process), signal.SIGKILL)
@@ -157,24 +157,24 @@ def test_a_killed_replica_costs_the_texts_it_had_begun_and_no_other(service, sai
         assert all("error" not in piece for piece in pieces)
         assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "replica_lost")
     assert [answer.status_code for answer in answers] == [200] * 6
-    assert {text_of(answer) for answer in answers} == {said_by_the_oracle(PROMPT, 20)[0]}
+    assert {text_of(answer) for answer in answers} == {oracle_text(PROMPT, 20)[0]}
     until(lambda: two_with(lambda load: load.pid != victim.pid))
     assert httpx.get(f"{service}/ready").status_code == 200
 
 
-def test_an_answer_that_is_not_streamed_survives_the_replica_that_had_written_half_of_it(service, said_by_the_oracle):
+def test_an_answer_that_is_not_streamed_survives_the_replica_that_had_written_half_of_it(service, oracle_text):
     with ThreadPoolExecutor() as pool:
-        asking = pool.submit(ask, service, httpx, max_tokens=LONG, ignore_eos=True)
+        calling = pool.submit(post, service, httpx, max_tokens=LONG, ignore_eos=True)
         until(lambda: any(load.running for load in loads()))
         time.sleep(0.3)  # tokens come, and none is sent
         os.kill(next(load for load in loads() if load.running).pid, signal.SIGKILL)
-        answer = asking.result(120)
+        answer = calling.result(120)
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, LONG)
-    assert text_of(answer).startswith(said_by_the_oracle(PROMPT, 200, ignore_eos=True)[0])
+    assert text_of(answer).startswith(oracle_text(PROMPT, 200, ignore_eos=True)[0])
     until(lambda: two_with(lambda load: True))
 
 
-def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error(service, said_by_the_oracle):
+def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error(service, oracle_text):
     streams = fill(service)
     victim = loads()[0]
     os.kill(victim.pid, signal.SIGSTOP)
@@ -188,7 +188,7 @@ def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error
             assert all("error" not in piece for piece in pieces)
             assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "replica_lost")
         until(lambda: two_with(lambda load: load.pid != victim.pid))
-        assert ask(service, httpx).json()["choices"][0]["text"] == said_by_the_oracle(PROMPT, 20)[0]
+        assert post(service, httpx).json()["choices"][0]["text"] == oracle_text(PROMPT, 20)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGCONT)
@@ -197,7 +197,7 @@ def test_a_replica_that_hangs_is_replaced_and_its_begun_texts_end_with_one_error
 def test_pieces_come_to_the_ingress_by_grpc_and_not_as_objects_of_ray(service, settings):
     @serve.deployment(name="named", ray_actor_options={"num_cpus": 0})
     class Named:
-        """Says as what it was called: by Ray as a task of its own, by gRPC in none."""
+        """Deployment that returns the kind of its call: a task of its own by Ray, no task by gRPC."""
 
         async def generate(self, _):
             yield TextDelta("", None, UsageCounts(1))
@@ -212,20 +212,20 @@ def test_pieces_come_to_the_ingress_by_grpc_and_not_as_objects_of_ray(service, s
     *_, by_object = handle.generate.remote(None)
     assert "handle_request" in by_object.text
     for stream in (False, True):
-        assert "handle_request" not in text_of(ask(f"{service}/named", httpx, stream=stream))
+        assert "handle_request" not in text_of(post(f"{service}/named", httpx, stream=stream))
     serve.delete("named")
 
 
 def test_replicas_follow_the_queue_from_none_to_two_and_back_and_one_that_goes_finishes_first(
-    service, settings, said_by_the_oracle
+    service, settings, oracle_text
 ):
     hasty = {"min_replicas": 0, "rows": 4, "scale_queue_seconds": 0.5, "scale_up_seconds": 0.2,
              "scale_down_seconds": 1, "scale_look_seconds": 0.5}  # fmt: skip
     serve.run(app.build_app(settings.model_copy(update=hasty)), name=app.APP_NAME)
     until(lambda: replicas() == 0)
     until(lambda: httpx.get(f"{service}/ready", timeout=30).json() == {"status": "asleep"})
-    woken = ask(service, httpx)
-    assert woken.json()["choices"][0]["text"] == said_by_the_oracle(PROMPT, 20)[0]
+    woken = post(service, httpx)
+    assert woken.json()["choices"][0]["text"] == oracle_text(PROMPT, 20)[0]
 
     lasting = [Stream(service, LONG)]
     until(lambda: lasting[0].lines)
@@ -249,7 +249,7 @@ def test_a_service_that_ends_finishes_its_texts_piece_by_piece_and_begins_no_mor
     ending = threading.Thread(target=app.shutdown)
     ending.start()
     until(lambda: httpx.get(f"{service}/ready", timeout=30).status_code == 503)
-    refused = ask(service, httpx)
+    refused = post(service, httpx)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert refused.json()["error"]["type"] == "server_error"
     assert httpx.get(f"{service}/health").status_code == 200
@@ -259,4 +259,4 @@ def test_a_service_that_ends_finishes_its_texts_piece_by_piece_and_begins_no_mor
     assert json.loads(stream.lines[-2])["usage"]["completion_tokens"] == 1500
     assert len(stream.lines) > 100  # a step has four tokens at most
     with pytest.raises(httpx.ConnectError):
-        ask(service, httpx)
+        post(service, httpx)

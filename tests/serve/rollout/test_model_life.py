@@ -62,10 +62,10 @@ def fingerprints(settings):
 
 
 @pytest.fixture(scope="module")
-def texts(fingerprints, said_by_the_oracle, model, other_model):
+def texts(fingerprints, oracle_text, model, other_model):
     """What each version says, by its fingerprint."""
     weights = {1: model, 2: other_model}
-    return {fingerprints[n]: said_by_the_oracle(PROMPT, model=weights[n], **SAMPLING)[0] for n in weights}
+    return {fingerprints[n]: oracle_text(PROMPT, model=weights[n], **SAMPLING)[0] for n in weights}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def states(service):
 
 
 def test_the_alias_moves_under_traffic_and_no_request_is_dropped(
-    service, settings, ask, fingerprints, said_by_the_oracle, tracking_uri
+    service, settings, ask, fingerprints, oracle_text, tracking_uri
 ):
     old, new = fingerprints[1], fingerprints[2]
     answers, swapped = [], threading.Event()
@@ -134,7 +134,7 @@ def test_the_alias_moves_under_traffic_and_no_request_is_dropped(
             asking.join()
         chunks += list(stream)
     assert {chunk.system_fingerprint for chunk in chunks} == {old}
-    assert "".join(chunk.choices[0].text for chunk in chunks) == said_by_the_oracle(PROMPT, ignore_eos=True, **LONG)[0]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == oracle_text(PROMPT, ignore_eos=True, **LONG)[0]
     assert set(answers) == {old, new}
     assert answers == sorted(answers, key=[old, new].index)  # once the new weights answer, the old do not again
     until(lambda: states(service) == {"1": "gone", "2": "champion"})
