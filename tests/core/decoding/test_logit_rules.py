@@ -200,7 +200,7 @@ def test_drafts_stop_with_a_finished_grammar():
     ],
 )
 def test_a_rule_about_a_token_that_is_none_is_refused(fields, message):
-    with pytest.raises(RequestError, verify_argmax=message):
+    with pytest.raises(RequestError, match=message):
         check(SamplingConfig(**fields), V)
 
 
