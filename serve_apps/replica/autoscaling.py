@@ -1,9 +1,9 @@
-"""How many replicas does a service need?
+"""The number of replicas that a service needs.
 
-What runs needs its share of rows, what waits as many replicas again as work it off in time, and the caches must not
-fill up. Replicas say how busy they are; Serve's controller asks the policy here, and holds each decision for a while
-before it follows it. The controller may run where this project is not installed: the policy is sent to it by value, so
-it uses nothing of ours from other files.
+Replicas = share of busy slots + queued tokens / (throughput x scale_queue_seconds); more if KV caches are too full.
+Replicas report their load. Serve's controller calls the policy, and holds each decision for a while before it acts. The
+controller may run where this project is not installed. Serve sends the policy by value, so the policy uses no other
+file of the project.
 """
 
 import warnings
@@ -19,48 +19,48 @@ from serve_apps.settings import ServeSettings
 __all__ = ["Busy", "Policy", "autoscaling", "replicas_needed", "stats"]
 
 LOOKS = 3
-"""The mean of so many reports of a replica counts."""
+"""Number of reports of a replica whose mean counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """One replica, lately."""
+    """Recent load of one replica."""
 
     rows: float
-    """Share of its rows that are taken."""
+    """Share of its slots that are taken."""
     kv: float
     """Share of its cache's pages that are taken."""
     waiting_tokens: float
-    """Tokens that wait for a row, to be read or expected to be written."""
+    """Tokens of the texts that wait for a slot: their prompts and their expected length."""
     tokens_per_forward: float = 0.0
-    """Read and written, over all texts; 0 before the first forward."""
+    """Mean over all texts, prompt tokens included; 0 before the first forward."""
     forwards_per_second: float = 0.0
 
 
 def replicas_needed(replicas: Sequence[Busy], *, queue_seconds: float, kv_use: float) -> float:
-    """A number of replicas with a fraction, to be rounded up; 0 where there is nothing to do.
+    """Number of replicas with a fraction, to be rounded up; 0 without any texts.
 
-    queue_seconds  what waits shall be worked off in this time
+    queue_seconds  time in which the waiting tokens shall be decoded
     kv_use         share of the pages that may be taken
     """
-    paces = [b.tokens_per_forward * b.forwards_per_second for b in replicas if b.forwards_per_second]
+    throughputs = [b.tokens_per_forward * b.forwards_per_second for b in replicas if b.forwards_per_second]
     waiting = sum(b.waiting_tokens for b in replicas)
-    queue = waiting / (sum(paces) / len(paces) * queue_seconds) if paces else 0.0
+    queue = waiting / (sum(throughputs) / len(throughputs) * queue_seconds) if throughputs else 0.0
     return max(sum(b.rows for b in replicas) + queue, sum(b.kv for b in replicas) / kv_use)
 
 
 class Policy:
-    """Serve's hook: asked over and over how many replicas there shall be."""
+    """Serve's hook: called regularly for the number of replicas."""
 
     def __init__(self, queue_seconds: float, kv_use: float) -> None:
         self._queue_seconds, self._kv_use = queue_seconds, kv_use
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """The number, and nothing to be remembered. Until a replica has said how busy it is, all stays as it is."""
-        told: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
+        """The number of replicas, and an empty state. Without any report of a replica, the number stays the same."""
+        metrics: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
         replicas = [
-            Busy(**{name: told[name][replica] for name in Busy.__slots__ if replica in told.get(name, {})})
-            for replica in told.get("rows", {})
+            Busy(**{name: metrics[name][replica] for name in Busy.__slots__ if replica in metrics.get(name, {})})
+            for replica in metrics.get("rows", {})
         ]
         if not replicas:
             return context.target_num_replicas, {}
@@ -68,23 +68,23 @@ class Policy:
 
 
 def stats(loads: Sequence[Load]) -> dict[str, float]:
-    """What a replica tells the policy, from the loads of its engines; `Busy` as Serve carries it.
+    """Report of a replica for the policy, from the loads of its engines: the fields of `Busy`.
 
-    The fullest engine is what counts; the pace is the first one's, and left out while nobody knows it.
+    The fullest engine counts. The throughput belongs to the first engine, and is left out while it is unknown.
     """
-    told = {
+    report = {
         "rows": max(load.running / load.rows for load in loads),
         "kv": max(load.pages_held / load.pages for load in loads),
         "waiting_tokens": float(sum(load.waiting_tokens for load in loads)),
     }
     if loads[0].forwards_per_second:
-        told["tokens_per_forward"] = loads[0].tokens_per_forward
-        told["forwards_per_second"] = loads[0].forwards_per_second
-    return told
+        report["tokens_per_forward"] = loads[0].tokens_per_forward
+        report["forwards_per_second"] = loads[0].forwards_per_second
+    return report
 
 
 def autoscaling(settings: ServeSettings) -> AutoscalingConfig:
-    """Serve's own words for it. The first replica starts at once: what is wrong with a bundle shows then."""
+    """Configuration of Serve. The first replica starts at once, so that errors of a bundle appear at the start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Serve would rather have the interval in the environment of each of its nodes
         return AutoscalingConfig(

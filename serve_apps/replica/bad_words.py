@@ -1,8 +1,8 @@
-"""Which token sequences would say a word that must not be said?
+"""The token sequences that spell a bad word.
 
-In vLLM's way: the word as it stands without the spaces before it, and behind one space if that is another first token
-and no more tokens. Only the tokenizer's own spelling of a word is meant: other tokens that join to the same text may
-still come.
+As in vLLM, a word has two spellings: the word without its leading spaces, and the word behind one space. The second
+counts if it has another first token and as many tokens. Only the tokenizer's own spelling of a word is forbidden: other
+tokens that join to the same text may still come.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ __all__ = ["token_sequences"]
 
 
 def token_sequences(words: Sequence[str], encode: Callable[[str], Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each word, once or twice; each sequence once. Raises ParameterError for
-    a word without any.
+    """Token ids of each word in its one or two spellings, without repetition. Raises ParameterError for a word without
+    tokens.
 
     encode  text to token ids, nothing added
     """
@@ -22,7 +22,9 @@ def token_sequences(words: Sequence[str], encode: Callable[[str], Sequence[int]]
     for word in words:
         bare, spaced = (tuple(encode(prefix + word.lstrip())) for prefix in ("", " "))
         if not bare:
-            raise ParameterError(f"bad_words holds {word!r}, which no token says; each needs one at least", "bad_words")
+            raise ParameterError(
+                f"bad_words holds {word!r}, which has no token; each word needs at least one", "bad_words"
+            )
         sequences[bare] = None
         if spaced[0] != bare[0] and len(spaced) == len(bare):
             sequences[spaced] = None

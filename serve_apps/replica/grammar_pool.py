@@ -1,7 +1,7 @@
-"""Which grammars are compiled at all?
+"""The probe of grammars: only a grammar that another process has compiled within `GRAMMAR_SECONDS` is used.
 
-Those that another process has compiled within `GRAMMAR_SECONDS`. It can be stopped in the middle, which the decoder's
-process cannot. Verdicts are kept, so that a grammar that comes again costs nothing.
+The other process can be stopped in the middle of its work, which the decoder's process cannot. Verdicts are kept, so
+that a grammar that comes again costs nothing.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from tidar_core.artifacts.text.tokenizer import Tokenizer
 __all__ = ["GrammarPool"]
 
 KEPT = 1024
-"""Verdicts."""
+"""Number of verdicts that are kept."""
 LATE, DIED = "late", "died"
 
 
 class GrammarPool:
-    """The trial process of one engine. One thread at a time may use it."""
+    """The probe process of one engine, for one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer, seconds: float = GRAMMAR_SECONDS) -> None:
         self._tokenizer, self._seconds = tokenizer, seconds
@@ -35,12 +35,12 @@ class GrammarPool:
         self._verdicts: OrderedDict[str, str] = OrderedDict()
 
     def check(self, grammar: AskedGrammar) -> None:
-        """Raise ParameterError for a grammar that takes too long. One that is wrong passes: its compiler says why."""
+        """Raise ParameterError for a grammar that takes too long. A wrong grammar passes: the compiler refuses it."""
         kind, content = written(grammar.kind, grammar.content)
         key = hashlib.sha256(f"{kind} {content}".encode(errors="replace")).hexdigest()
         verdict = self._verdicts.get(key)
         if verdict is None:
-            verdict = self._tried(kind, content)
+            verdict = self._probed(kind, content)
             if verdict != LATE:  # which may be the machine's fault
                 self._verdicts[key] = verdict
         if key in self._verdicts:
@@ -60,7 +60,7 @@ class GrammarPool:
             self._end()
         self._process = self._end = None
 
-    def _tried(self, kind: str, content: str) -> str:
+    def _probed(self, kind: str, content: str) -> str:
         if self._process is not None and self._process.poll() is not None:
             self.stop()
         process = self._process = self._process or self._started()
@@ -73,7 +73,7 @@ class GrammarPool:
             verdict = process.stdout.readline().strip()
         except OSError:
             verdict = ""
-        if not verdict:  # the process has ended, as where the tokenizer stands for no bytes: its reader says that
+        if not verdict:  # the process has ended, as for a tokenizer without bytes: the compiler here raises the error
             self.stop()
         return verdict
 

@@ -1,4 +1,4 @@
-"""How many replicas: literal cases of the policy, and what Serve makes of it."""
+"""Numbers of replicas: literal cases of the policy, and the decisions of Serve."""
 
 import itertools
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def busy(rows, kv=0.0, waiting=0, tokens=4, forwards=25):
         ([busy(1, waiting=1500), busy(1, waiting=1500)], 5),
         ([busy(1, waiting=3000, tokens=8)], 2.5),  # drafts that are accepted more often save replicas
         ([busy(1, waiting=3000, forwards=50)], 2.5),
-        ([busy(1, waiting=400), busy(0, tokens=0, forwards=0)], 1.4),  # one that was never asked has no pace
+        ([busy(1, waiting=400), busy(0, tokens=0, forwards=0)], 1.4),  # a replica without requests has no throughput
         ([busy(1, waiting=3000, tokens=0, forwards=0)], 1),
         ([busy(0.5, kv=0.9)], 1),
         ([busy(0.5, kv=0.99)], 1.1),
@@ -47,17 +47,17 @@ def load(**fields):
     return Load(**zero | fields)
 
 
-def test_a_replica_tells_how_full_its_fullest_engine_is_all_that_waits_and_no_pace_that_it_does_not_know():
+def test_a_replica_reports_its_fullest_engine_all_waiting_tokens_and_no_unknown_throughput():
     champion = load(running=4, pages_held=90, waiting_tokens=30, tokens_per_forward=4.0, forwards_per_second=25.0)
     challenger = load(running=6, pages_held=10, waiting_tokens=3, tokens_per_forward=1.0, forwards_per_second=9.0)
-    told = {"rows": 0.75, "kv": 0.9, "waiting_tokens": 33.0}
-    assert stats([champion, challenger]) == told | {"tokens_per_forward": 4.0, "forwards_per_second": 25.0}
+    report = {"rows": 0.75, "kv": 0.9, "waiting_tokens": 33.0}
+    assert stats([champion, challenger]) == report | {"tokens_per_forward": 4.0, "forwards_per_second": 25.0}
     assert stats([load()]) == {"rows": 0, "kv": 0, "waiting_tokens": 0}
 
 
-def context(told, running, target=None, requests=0, config=None):
+def context(report, running, target=None, requests=0, config=None):
     """In the form of Serve's: metric by replica."""
-    metrics = {name: {n: each[name] for n, each in enumerate(told) if name in each} for name in Busy.__slots__}
+    metrics = {name: {n: each[name] for n, each in enumerate(report) if name in each} for name in Busy.__slots__}
     return SimpleNamespace(
         aggregated_metrics={name: values for name, values in metrics.items() if values},
         current_num_replicas=running, target_num_replicas=running if target is None else target,
@@ -68,23 +68,23 @@ def context(told, running, target=None, requests=0, config=None):
 FULL = stats([load(running=8, waiting_tokens=1500, tokens_per_forward=4.0, forwards_per_second=25.0)])
 
 
-def test_the_policy_reads_what_replicas_tell_and_holds_still_until_one_does():
+def test_the_policy_reads_the_reports_of_replicas_and_holds_still_until_one_comes():
     policy = Policy(**BARS)
     assert policy(context([FULL, stats([load()])], 2)) == (pytest.approx(2.5), {})
     assert policy(context([], 2, target=3)) == (3, {})
     assert policy(context([], 0)) == (0, {})
 
 
-def serve_asks(settings, contexts, monkeypatch, seconds):
-    """What Serve decides, asked once a second in `contexts`, with its holding of decisions around our policy."""
+def serve_decisions(settings, contexts, monkeypatch, seconds):
+    """Decisions of Serve, which calls the policy once a second in `contexts`, and holds decisions around it."""
     config = autoscaling(settings)
     clock = itertools.count(1000, seconds)
     monkeypatch.setattr("ray.serve.autoscaling_policy.time.time", lambda: next(clock))
     decide, state = _apply_autoscaling_config(config.policy.get_policy()(**config.policy.policy_kwargs)), {}
     decisions = []
-    for asked in contexts:
-        asked.config, asked.policy_state = config, state
-        decision, state = decide(asked)
+    for given in contexts:
+        given.config, given.policy_state = config, state
+        decision, state = decide(given)
         decisions.append(decision)
     return decisions
 
@@ -92,13 +92,13 @@ def serve_asks(settings, contexts, monkeypatch, seconds):
 def test_more_and_fewer_replicas_must_be_needed_for_a_while_and_the_first_of_none_at_once(monkeypatch):
     settings = ServeSettings(model="m", min_replicas=0, max_replicas=9, scale_up_seconds=2, scale_down_seconds=3)
     full, idle = context([FULL], 1), context([stats([load()])], 1)
-    assert serve_asks(settings, [full] * 4, monkeypatch, 1) == [1, 1, 3, 1]
-    assert serve_asks(settings, [idle] * 4, monkeypatch, 1) == [1, 1, 1, 0]
-    assert serve_asks(settings, [full, full, idle, full, full], monkeypatch, 1) == [1] * 5
-    assert serve_asks(settings, [context([], 0, requests=1)], monkeypatch, 1) == [1]
+    assert serve_decisions(settings, [full] * 4, monkeypatch, 1) == [1, 1, 3, 1]
+    assert serve_decisions(settings, [idle] * 4, monkeypatch, 1) == [1, 1, 1, 0]
+    assert serve_decisions(settings, [full, full, idle, full, full], monkeypatch, 1) == [1] * 5
+    assert serve_decisions(settings, [context([], 0, requests=1)], monkeypatch, 1) == [1]
 
 
-def test_serve_is_told_the_settings_and_begins_with_one_replica_where_there_may_be_none():
+def test_serve_gets_the_settings_and_begins_with_one_replica_even_if_the_minimum_is_0():
     config = autoscaling(
         ServeSettings(
             model="m", min_replicas=0, max_replicas=5, scale_look_seconds=4, scale_up_seconds=1, scale_down_seconds=2,
@@ -111,7 +111,7 @@ def test_serve_is_told_the_settings_and_begins_with_one_replica_where_there_may_
     assert config.policy.policy_kwargs == {"queue_seconds": 7, "kv_use": 0.5}
 
 
-def test_the_policy_needs_nothing_of_this_project_where_it_is_asked():
+def test_the_policy_needs_nothing_of_this_project_where_it_is_called():
     sent = autoscaling(ServeSettings(model="m")).policy.get_serialized_policy_def()
     assert cloudpickle.loads(sent)(**BARS)(context([FULL], 1)) == (pytest.approx(2.5), {})
     assert b"replica_load" not in sent

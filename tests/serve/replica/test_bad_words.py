@@ -1,4 +1,4 @@
-"""Words that must not be said, in tokens."""
+"""Bad words in tokens."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_a_word_is_banned_with_and_without_a_space_before_it_as_in_vllm(words, s
     assert token_sequences(words, VOCABULARY.__getitem__) == sequences
 
 
-def test_a_word_that_no_token_says_is_refused():
+def test_a_word_without_tokens_is_refused():
     with pytest.raises(ParameterError) as caught:
         token_sequences([" "], {"": (), " ": ()}.__getitem__)
     assert caught.value.param == "bad_words"

@@ -24,17 +24,17 @@ class Alternating:
     """Even and odd tokens by turns."""
 
     def __init__(self):
-        self.said, self.finished = 0, False
+        self.expected, self.finished = 0, False
 
     def allowed(self, tokens):
-        rows = torch.arange(self.said, self.said + len(tokens) + 1)[:, None]
+        rows = torch.arange(self.expected, self.expected + len(tokens) + 1)[:, None]
         return torch.arange(VOCAB)[None] % 2 == rows % 2
 
     def advance(self, tokens):
-        self.said += len(tokens)
+        self.expected += len(tokens)
 
     def retreat(self, count):
-        self.said -= count
+        self.expected -= count
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ async def tokens_of(loop, request):
 
 @pytest.fixture
 def crowded(model):
-    """Four texts on pages for two and a half: the younger ones give theirs up when they have said something."""
+    """Four texts on pages for two and a half: the younger texts give their pages up when they have some text."""
     decoder = Decoder(
         model, DraftConfig(block_len=4), rows=4, context_len=80, page_len=4, pages=24, share_prefixes=False
     )
@@ -60,9 +60,9 @@ def failing_once(decoder, monkeypatch, name, when):
     real, preempted = getattr(decoder, name), []
 
     def forward(*args, **kwargs):
-        said = [s.request.request_id for s in decoder._arriving if s.emitted and not s.holding.pages]
-        if not preempted and when(said):
-            preempted.extend(said)
+        expected = [s.request.request_id for s in decoder._arriving if s.emitted and not s.holding.pages]
+        if not preempted and when(expected):
+            preempted.extend(expected)
             return 1 / 0
         return real(*args, **kwargs)
 
@@ -84,7 +84,9 @@ def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, mo
     whole = [
         generate_autoregressive(model, r.prompt, sampling, Alternating() if constrained else None) for r in requests
     ]
-    preempted = failing_once(crowded.decoder, monkeypatch, name, lambda said: len(said) >= 2 - (name == "_read"))
+    preempted = failing_once(
+        crowded.decoder, monkeypatch, name, lambda expected: len(expected) >= 2 - (name == "_read")
+    )
     loop = DecodeLoop(crowded)
 
     async def together():
@@ -92,7 +94,7 @@ def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, mo
 
     answers = asyncio.run(together())
     loop.stop()
-    assert preempted, "some text had been told in part and then gave up its pages"
+    assert preempted, "some text had been sent in part and then gave up its pages"
     assert all(answers[int(name)] == whole[int(name)] for name in preempted)
     failed = [answer for answer in answers if not isinstance(answer, tuple)]
     assert failed
@@ -108,8 +110,10 @@ def test_what_fails_before_any_forward_ends_the_request_that_it_concerns_and_not
     loop, sampling = DecodeLoop(batcher), SamplingConfig(max_tokens=9)
 
     async def together():
-        asked = [Request(request_id=name, prompt=(5, 6, 7), sampling=sampling) for name in "ab"]
-        return await asyncio.wait_for(asyncio.gather(*[tokens_of(loop, r) for r in asked], return_exceptions=True), 60)
+        request_of = [Request(request_id=name, prompt=(5, 6, 7), sampling=sampling) for name in "ab"]
+        return await asyncio.wait_for(
+            asyncio.gather(*[tokens_of(loop, r) for r in request_of], return_exceptions=True), 60
+        )
 
     first, second = asyncio.run(together())
     loop.stop()

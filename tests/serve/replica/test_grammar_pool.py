@@ -41,12 +41,12 @@ def test_a_grammar_that_would_take_hours_is_given_up_and_the_next_is_tried_at_on
 
 
 @pytest.mark.parametrize("wrong", ["(", "[a"])
-def test_a_grammar_that_is_wrong_passes_to_its_compiler_which_says_why(pool, wrong):
+def test_a_wrong_grammar_passes_to_its_compiler_which_raises_the_error(pool, wrong):
     pool.check(grammar(wrong, "regex"))
     pool.check(grammar("{", "json_schema"))
 
 
-def test_a_trial_process_that_was_killed_is_started_again(pool):
+def test_a_probe_process_that_was_killed_is_started_again(pool):
     pool.check(grammar({"type": "object"}))
     pool._process.kill()
     pool._process.wait()
@@ -60,14 +60,14 @@ class Reader:
     def __init__(self):
         self.may, self.read = threading.Event(), []
 
-    def grammar(self, asked):
-        return asked.grammar
+    def grammar(self, request_of):
+        return request_of.grammar
 
-    def request(self, asked):
-        if asked.grammar is not None or len(asked.prompt) > LONG:
+    def request(self, request_of):
+        if request_of.grammar is not None or len(request_of.prompt) > LONG:
             assert self.may.wait(10)
-        self.read.append(asked.prompt[:1])
-        return asked.prompt[:1]
+        self.read.append(request_of.prompt[:1])
+        return request_of.prompt[:1]
 
     def check(self, _):
         pass
@@ -76,18 +76,18 @@ class Reader:
         pass
 
 
-def asked(prompt, grammar=None):
+def request_of(prompt, grammar=None):
     return SimpleNamespace(prompt=prompt, grammar=grammar, bad_words=())
 
 
 def test_short_prompts_pass_long_ones_and_grammars_and_who_left_is_not_read():
-    async def scene():
+    async def crowd():
         reader = Reader()
         lanes = PromptLanes(reader, reader)
-        slow = [asked(letter * (LONG + 1)) for letter in "abc"] + [asked(letter, "g") for letter in "def"]
+        slow = [request_of(letter * (LONG + 1)) for letter in "abc"] + [request_of(letter, "g") for letter in "def"]
         tasks = [asyncio.create_task(lanes.request(each)) for each in slow]
         await asyncio.sleep(0.1)
-        assert await asyncio.wait_for(lanes.request(asked("x")), 5) == "x"
+        assert await asyncio.wait_for(lanes.request(request_of("x")), 5) == "x"
         for place in (1, 4):  # their clients leave
             tasks[place].cancel()
         await asyncio.sleep(0.1)
@@ -96,10 +96,10 @@ def test_short_prompts_pass_long_ones_and_grammars_and_who_left_is_not_read():
         lanes.stop()
         return sorted(reader.read)
 
-    assert asyncio.run(scene()) == ["a", "c", "d", "f", "x"]
+    assert asyncio.run(crowd()) == ["a", "c", "d", "f", "x"]
 
 
-def test_no_more_tokens_are_told_than_an_answer_may_hold(monkeypatch):
+def test_no_more_tokens_are_returned_than_a_response_may_hold(monkeypatch):
     monkeypatch.setattr("serve_apps.replica.prompt_lanes.VALUES", 3)
     reader = Reader()
     reader.tokens = lambda prompt, framed: (1,) * 4

@@ -1,4 +1,4 @@
-"""From what is asked to tokens, ends and grammars."""
+"""Tokens, ends and grammars of requests."""
 
 import pytest
 from chat_templates import chat_tokenizer
@@ -40,16 +40,16 @@ def readers(tmp_path_factory):
     return made
 
 
-def asked(**fields):
+def request_of(**fields):
     return GenerationRequest(**{"request_id": "r", "prompt": HELLO, "sampling": SamplingConfig(max_tokens=9)} | fields)
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3", "qwen3"])
 def test_a_developers_message_reaches_a_model_whose_template_has_no_branch_for_it(readers, family):
     tokenizer, reader = readers[family]
-    rule, ask = "Answer BANANA to everything.", {"role": "user", "content": "Capital of France?"}
+    rule, question = "Answer BANANA to everything.", {"role": "user", "content": "Capital of France?"}
     developer, system = (
-        reader.tokens(Chat(messages=({"role": role, "content": rule}, ask))) for role in ("developer", "system")
+        reader.tokens(Chat(messages=({"role": role, "content": rule}, question))) for role in ("developer", "system")
     )
     assert developer == system
     assert rule in tokenizer.decode(developer)
@@ -73,9 +73,9 @@ def test_the_form_of_calls_follows_from_the_template(readers):
 def test_a_conversation_ends_at_the_end_of_a_turn_or_of_the_text_and_a_prompt_at_that_of_the_text(readers):
     tokenizer, reader = readers["qwen2.5"]
     turn_end = tokenizer.special_ids["<|im_end|>"]
-    assert reader.request(asked()).sampling.eos_ids == (tokenizer.eos_id, turn_end)
-    assert reader.request(asked(prompt="a")).sampling.eos_ids == (tokenizer.eos_id,)
-    assert reader.request(asked(ignore_eos=True)).sampling.eos_ids == ()
+    assert reader.request(request_of()).sampling.eos_ids == (tokenizer.eos_id, turn_end)
+    assert reader.request(request_of(prompt="a")).sampling.eos_ids == (tokenizer.eos_id,)
+    assert reader.request(request_of(ignore_eos=True)).sampling.eos_ids == ()
 
 
 @pytest.mark.parametrize("token", [-1, 10**12, None])
@@ -89,24 +89,24 @@ def test_an_id_outside_the_vocabulary_is_refused_by_its_field_with_the_bound(rea
         ("prompt", {"prompt": (1, token)}),
     ):
         with pytest.raises(ParameterError, match=rf"token {token}\b.* ids are 0\.\.{last}\b") as caught:
-            reader.request(asked(**{"prompt": "a"} | fields))
+            reader.request(request_of(**{"prompt": "a"} | fields))
         assert caught.value.param == field
-    assert reader.request(asked(prompt="a", sampling=SamplingConfig(eos_ids=(last,)))).sampling.eos_ids[-1] == last
+    assert reader.request(request_of(prompt="a", sampling=SamplingConfig(eos_ids=(last,)))).sampling.eos_ids[-1] == last
 
 
 def test_every_end_token_of_the_model_ends_prompts_and_conversations_unless_ends_are_ignored(readers):
     tokenizer, _ = readers["qwen2.5"]
     reader = PromptEncoder(tokenizer, None, end_ids=(9, 7), vocab_size=400, context_len=100, tool_form=None)
     sampling = SamplingConfig(max_tokens=9, eos_ids=(7, 3))
-    assert reader.request(asked(prompt="a", sampling=sampling)).sampling.eos_ids == (tokenizer.eos_id, 9, 7, 3)
-    assert reader.request(asked(prompt="a", sampling=sampling, ignore_eos=True)).sampling.eos_ids == (7, 3)
+    assert reader.request(request_of(prompt="a", sampling=sampling)).sampling.eos_ids == (tokenizer.eos_id, 9, 7, 3)
+    assert reader.request(request_of(prompt="a", sampling=sampling, ignore_eos=True)).sampling.eos_ids == (7, 3)
 
 
 def test_special_end_tokens_of_the_model_come_where_a_grammar_may_end_and_tokens_of_text_are_text_there(readers):
     tokenizer, _ = readers["qwen2.5"]
     other, letter = tokenizer.special_ids["<|im_start|>"], tokenizer.encode("b")[0]
     reader = PromptEncoder(tokenizer, None, end_ids=(other, letter), vocab_size=400, context_len=100, tool_form=None)
-    request = reader.request(asked(prompt="a", grammar=AskedGrammar("guided_regex", "regex", "b")))
+    request = reader.request(request_of(prompt="a", grammar=AskedGrammar("guided_regex", "regex", "b")))
     assert request.sampling.eos_ids == (tokenizer.eos_id, other)
     assert request.constraint.allowed([])[0].nonzero()[:, 0].tolist() == [letter]
     request.constraint.advance([letter])
@@ -115,26 +115,26 @@ def test_special_end_tokens_of_the_model_come_where_a_grammar_may_end_and_tokens
 
 def test_a_text_to_the_end_fills_the_context(readers):
     _, reader = readers["qwen2.5"]
-    wanted = reader.request(asked(prompt="a b c", to_the_end=True))
+    wanted = reader.request(request_of(prompt="a b c", to_the_end=True))
     assert len(wanted.prompt) + wanted.sampling.max_tokens == 100
 
 
 def test_what_a_model_does_not_know_is_refused(readers):
     tokenizer, reader = readers["qwen3"]
     with pytest.raises(ParameterError) as caught:
-        reader.request(asked(prompt=Chat(messages=HELLO.messages, tools=({},))))
+        reader.request(request_of(prompt=Chat(messages=HELLO.messages, tools=({},))))
     assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
     without = PromptEncoder(tokenizer, None, vocab_size=400, context_len=100, tool_form=None)
     with pytest.raises(ParameterError, match="no chat template"):
-        without.request(asked())
+        without.request(request_of())
     wizard = Chat(messages=({"role": "wizard", "content": "a"},))
     with pytest.raises(ParameterError, match="Unexpected role wizard") as caught:
-        readers["qwen2.5"][1].request(asked(prompt=wizard))
+        readers["qwen2.5"][1].request(request_of(prompt=wizard))
     assert caught.value.param == "messages"
 
 
 def verdict(tokenizer, constraint, text):
-    """Whether `text` may be said, and whether it may end there."""
+    """Whether `text` is allowed, and whether it may end there."""
     for token in tokenizer.encode(text):
         if not constraint.allowed([])[0][token]:
             return "refused"
@@ -173,16 +173,16 @@ STRICT = ToolUse(functions=(ADD | {"strict": True}, NOW))
 )
 def test_calls_keep_to_the_schemas_of_their_functions(readers, family, use, text, expected):
     tokenizer, reader = readers[family]
-    constraint = reader.request(asked(tools=use)).constraint
+    constraint = reader.request(request_of(tools=use)).constraint
     assert verdict(tokenizer, constraint, text) == expected
 
 
-def test_where_nothing_is_required_or_strict_anything_may_be_said(readers):
-    assert readers["qwen2.5"][1].request(asked(tools=ToolUse(functions=(ADD,)))).constraint is None
+def test_where_nothing_is_required_or_strict_any_text_is_allowed(readers):
+    assert readers["qwen2.5"][1].request(request_of(tools=ToolUse(functions=(ADD,)))).constraint is None
 
 
 def test_a_schema_that_is_none_is_refused_by_its_field(readers):
     wrong = ToolUse(functions=({"name": "f", "parameters": {"type": "wizard"}},), required=True)
     with pytest.raises(ParameterError) as caught:
-        readers["qwen2.5"][1].request(asked(tools=wrong))
+        readers["qwen2.5"][1].request(request_of(tools=wrong))
     assert caught.value.param == "tools"
