@@ -7,7 +7,17 @@ import pytest
 from english import ROOT, blocks, document_problems, problems_of, python_problems, sentences, sources, word_count
 
 NOT_YET = (
-    "pipelines/",
+    # root
+    "tidar.py",
+    # pipelines
+    "pipelines/cluster/",
+    "pipelines/evaluation/",
+    "pipelines/jobs.py",
+    "pipelines/packing/",
+    "pipelines/quickstart.py",
+    "pipelines/research/",
+    "pipelines/training/",
+    # serve_apps
     "serve_apps/api/",
     "serve_apps/app.py",
     "serve_apps/deployment.py",
@@ -19,9 +29,52 @@ NOT_YET = (
     "serve_apps/shared_cluster.py",
     "serve_apps/telemetry/",
     "serve_apps/tools/",
-    "tests/",
-    "tidar.py",
-    "tidar_core/",
+    # tests artifacts
+    "tests/artifacts/model/",
+    "tests/artifacts/network/",
+    "tests/artifacts/registry/",
+    "tests/artifacts/store/",
+    "tests/artifacts/test_shards.py",
+    "tests/artifacts/text/",
+    # tests
+    "tests/conftest.py",
+    "tests/test_architecture.py",
+    "tests/test_cli.py",
+    "tests/test_model_commands.py",
+    "tests/test_river.py",
+    # tests core
+    "tests/core/decoding/",
+    # tests pipelines
+    "tests/pipelines/cluster/",
+    "tests/pipelines/conftest.py",
+    "tests/pipelines/evaluation/",
+    "tests/pipelines/packing/",
+    "tests/pipelines/research/",
+    "tests/pipelines/test_jobs.py",
+    "tests/pipelines/training/",
+    # tests serve
+    "tests/serve/api/",
+    "tests/serve/replica/",
+    "tests/serve/rollout/",
+    "tests/serve/telemetry/",
+    "tests/serve/test_app.py",
+    "tests/serve/test_deployments.py",
+    "tests/serve/test_evaluate_service.py",
+    "tests/serve/test_settings.py",
+    "tests/serve/test_shared_cluster.py",
+    "tests/serve/tools/",
+    # tests support
+    "tests/support/decoding.py",
+    "tests/support/fast_ray_env.py",
+    "tests/support/gloo.py",
+    "tests/support/hf_folders.py",
+    "tests/support/metric_names.py",
+    "tests/support/paper_data.py",
+    "tests/support/proxies.py",
+    "tests/support/replay.py",
+    # tidar_core
+    "tidar_core/artifacts/",
+    "tidar_core/decoding/",
 )
 """Prefixes of paths that are not rewritten yet. Delete an entry when its texts are done; add none."""
 DONE = [path for path in sources() if not path.relative_to(ROOT).as_posix().startswith(NOT_YET)]

@@ -1,4 +1,4 @@
-"""The mathematics of TiDAR: torch and the standard library, nothing else."""
+"""Core of TiDAR: model, training, decoding and planning, with torch and the standard library alone."""
 
 from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive

@@ -1,6 +1,6 @@
-"""Which numbers describe a model, a draft and a request?
+"""Configs of a model, a draft and a request.
 
-Frozen inside, validated at the edge: a config that exists is valid. Change one with `dataclasses.replace`.
+Configs are frozen and validated when made: a config that exists is valid. Change one with `dataclasses.replace`.
 """
 
 from dataclasses import dataclass
@@ -13,32 +13,36 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 DRAFT_KINDS = ("argmax", "sampled")
 COLDEST = 1e-5
-"""Lowest temperature above 0: logits divided by less could overflow."""
+"""Lowest temperature above 0: logits divided by a lower one could overflow."""
 MOST_LOGPROBS = 20
-"""Most tokens whose log-probability is reported beside the chosen one's."""
+"""Most tokens whose log-probability is reported in addition to the chosen token's."""
 STRONGEST_BIAS = 100
+"""Largest absolute bias on a token's logit."""
 STRONGEST_PENALTY = 2
+"""Largest absolute presence or frequency penalty."""
 STRONGEST_REPETITION_PENALTY = 1e5
-"""Above 1; below it its inverse. Logits times more could overflow."""
+"""Largest repetition penalty; the least is its inverse. Logits multiplied by more could overflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the context they were trained on."""
+    """Scaling of rotary frequencies beyond the context that they were trained on."""
 
     kind: str
     factor: float
+    """Extension of the context, at least 1."""
     original_context_len: int
+    """Context of the original training, in tokens."""
     low_freq_factor: float = 1.0
-    """llama3 only: wavelengths above original_context_len / this are divided by `factor`."""
+    """llama3 only: frequencies of wavelengths above original_context_len / low_freq_factor are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3 only: wavelengths below original_context_len / this stay as they are."""
+    """llama3 only: frequencies of wavelengths below original_context_len / high_freq_factor stay as they are."""
     beta_fast: float = 32.0
     """yarn only: rotations within the original context above which a frequency stays as it is."""
     beta_slow: float = 1.0
     """yarn only: rotations below which a frequency is divided by `factor`."""
     attention_factor: float = 1.0
-    """yarn only: multiplies cosines and sines."""
+    """yarn only: factor on cosines and sines."""
 
     def __post_init__(self) -> None:
         _require(self.kind in ROPE_KINDS, f"rope scaling kind is {self.kind!r}; it must be one of {ROPE_KINDS}")
@@ -62,16 +66,16 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied_head: bool = False
-    """Output projection is the embedding table."""
+    """Whether the output projection is the embedding table."""
     qkv_bias: bool = False
     output_bias: bool = False
-    """Bias on the attention output projection (Llama's `attention_bias`)."""
+    """Whether the attention output projection has a bias (Llama's `attention_bias`)."""
     mlp_bias: bool = False
     qk_norm: bool = False
     mask_id: int | None = None
-    """Row of the vocabulary that stands for "to be predicted"; its logit is minus infinity everywhere."""
+    """Id of the mask token, which stands for "to be predicted"; its logit is minus infinity everywhere."""
     link_rank: int = 0
-    """Rank of what links a draft to the token before it; 0: drafts of a block are independent, as the paper's."""
+    """Rank of the link from a draft to the token before it; 0: drafts of a block are independent, as in the paper."""
 
     def __post_init__(self) -> None:
         _require(self.link_rank >= 0, f"link_rank is {self.link_rank}; it must be 0 (no link) or more")
@@ -88,18 +92,18 @@ class ModelConfig:
         _require(self.head_size % 2 == 0, f"head_size is {self.head_size}; rotary embedding needs an even number")
         _require(
             self.mask_id is None or 0 <= self.mask_id < self.vocab_size,
-            f"mask_id is {self.mask_id}; it must be a row of the vocabulary, 0..{self.vocab_size - 1}",
+            f"mask_id is {self.mask_id}; it must be an id of the vocabulary, 0..{self.vocab_size - 1}",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
-    """How far ahead one forward thinks, and how the proposals are drawn."""
+    """Length of a draft block, and the way its tokens are chosen."""
 
     block_len: int = 8
     """K: tokens in a draft block, the final first token included (TiDAR, section 3)."""
     kind: str = "argmax"
-    """`argmax`: a draft is the likeliest token, a point mass. `sampled`: it is drawn from the mask token's own
+    """`argmax`: a draft is the likeliest token, a point mass. `sampled`: a draft is drawn from the mask token's
     distribution, which is kept until the draft is verified."""
 
     def __post_init__(self) -> None:
@@ -109,40 +113,42 @@ class DraftConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """What one request asks of the sampler."""
+    """Sampling settings of one request."""
 
     max_tokens: int = 128
+    """Most tokens to generate."""
     temperature: float = 0.0
     """0 is greedy: the distribution is a point mass on the likeliest token."""
     top_k: int = 0
-    """Only the k likeliest tokens stay; 0 keeps all."""
+    """Number of likeliest tokens that are kept; 0 keeps all."""
     top_p: float = 1.0
-    """Only the smallest set of likeliest tokens with at least this much probability stays."""
+    """Probability that the kept set must reach: the smallest set of likeliest tokens is kept."""
     min_p: float = 0.0
-    """Only tokens with at least this share of the likeliest token's probability stay."""
+    """Share of the likeliest token's probability that a kept token needs."""
     repetition_penalty: float = 1.0
-    """Tokens of the prompt and the output: positive logits are divided by it, negative ones multiplied."""
+    """Factor for tokens of the prompt and the output: positive logits are divided by it, negative ones multiplied."""
     presence_penalty: float = 0.0
-    """Taken from the logit of every token that the output holds."""
+    """Subtracted from the logit of every token that the output contains."""
     frequency_penalty: float = 0.0
-    """Taken from the logit of a token once for each time that the output holds it."""
+    """Subtracted from the logit of a token once for each of its occurrences in the output."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Tokens and what is added to their logits, each token once."""
+    """Tokens and the numbers that are added to their logits, each token once."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that the output may not hold."""
+    """Token sequences that the output must not contain."""
     min_tokens: int = 0
-    """Until the output has so many tokens, none of `eos_ids` may come."""
+    """Least number of output tokens before any of `eos_ids` is allowed."""
     seed: int = 0
+    """Seed of the request's draws."""
     eos_ids: tuple[int, ...] = ()
-    """Generation ends with the first of these; it is part of the token ids and counted."""
+    """Tokens that end generation. The first of them is part of the output, and is counted."""
     logprobs: int | None = None
-    """Log-probabilities reported with each new token: None reports none, 0 the token's own, k also the k likeliest
-    tokens'. They are the AR distribution's, before any rule or temperature."""
+    """Log-probabilities reported with each new token. `None`: no report. 0: the token's own. k: also the k likeliest
+    tokens'. They are of the AR distribution, before any rule or temperature."""
     prompt_logprobs: bool = False
-    """Report them for the tokens of the prompt too."""
+    """Whether log-probabilities are reported for the tokens of the prompt too."""
     beta: float = 1.0
     """Weight of the AR logits against the diffusion logits in verification (TiDAR, section 4.4.3). 1 is exact
-    with respect to the AR mode; below 1 defines another model, whose law depends on block_len."""
+    with respect to the AR mode. A lower weight defines another model, whose distribution depends on block_len."""
 
     def __post_init__(self) -> None:
         for holds, message in (

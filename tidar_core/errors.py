@@ -1,23 +1,23 @@
-"""What can go wrong that a caller can act on?
+"""Errors that a caller can act on.
 
-    TidarError                 anything this project raises on purpose
+    TidarError                 any error that this project raises on purpose
     ├── UserError              the user's input is wrong: exit code 2, HTTP 4xx
     │   ├── ConfigError        a configuration or job file
-    │   ├── StorageError       a disk or an object store that refuses: rights, room, a path
+    │   ├── StorageError       a disk or an object store that refuses: permissions, space, a path
     │   ├── CorpusError        raw text: missing, empty, unreadable
-    │   ├── TokenizerError     a tokenizer that cannot serve here
+    │   ├── TokenizerError     a tokenizer that cannot be used here
     │   ├── ShardError         packed shards: truncated, tampered with, of another layout
     │   ├── WeightsError       a model folder whose weights do not fit
     │   ├── BundleError        a bundle: missing, changed, incomplete
     │   ├── DivergedError      a training run whose losses or gradients are not finite
     │   ├── RegistryError      a registry name, version or alias
-    │   ├── GateError          a report that misses its bars
+    │   ├── GateError          a report that misses its thresholds
     │   └── RequestError       one generation request
     │       └── ContextLengthError   prompt and max_tokens together are too long
-    └── CapacityError          correct input, no room now: try again later
+    └── CapacityError          correct input, no capacity now: try again later
 
-Every message is one line: what was given; what is needed; what to do. Members cross process borders inside Ray,
-so each takes one message and pickles.
+Every message is one line: what was given; what is needed; what to do. Errors cross process borders inside Ray, so each
+takes one message and can be pickled.
 """
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class TidarError(Exception):
-    """Anything this project raises on purpose."""
+    """Base of every error that this project raises on purpose."""
 
 
 class UserError(TidarError):
@@ -52,7 +52,7 @@ class ConfigError(UserError):
 
 
 class StorageError(UserError, OSError):
-    """A disk or an object store that refuses to read or write; in Python an OSError as well."""
+    """A disk or an object store that refuses to read or write; also an OSError."""
 
 
 class CorpusError(UserError):
@@ -60,7 +60,7 @@ class CorpusError(UserError):
 
 
 class TokenizerError(UserError):
-    """A tokenizer that cannot serve here."""
+    """A tokenizer that cannot be used here."""
 
 
 class ShardError(UserError):
@@ -84,7 +84,7 @@ class RegistryError(UserError):
 
 
 class GateError(UserError):
-    """A report that misses the bars a release must pass."""
+    """A report that misses the thresholds of a release."""
 
 
 class RequestError(UserError):
@@ -96,4 +96,4 @@ class ContextLengthError(RequestError):
 
 
 class CapacityError(TidarError):
-    """Correct input, but no room for it now."""
+    """Correct input, but no capacity for it now."""

@@ -1,4 +1,4 @@
-"""How long does a call take on a noisy machine?"""
+"""Timing of calls on a noisy machine, as medians over turns."""
 
 import statistics
 import time
@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 __all__ = ["LEAST_RUNS", "Clock", "median_seconds"]
 
 LEAST_RUNS = 2
-"""Runs that are timed whatever they take."""
+"""Runs that are timed even if they exceed the budget."""
 TIMED = 4
-"""Repetitions of a short run in a row that count, after two that do not."""
+"""Timed repetitions of a short run in a row, after two that are not timed."""
 LONG_SECONDS = 0.02
-"""A run of this length or more counts at once, after one that does not: what its neighbour left in the caches is small
-beside it."""
+"""Runs of at least this many seconds are timed once, after one run that is not timed. Compared with them, the effect of
+what the run before left in the caches is small."""
 Clock = Callable[[], float]
+"""Seconds, ascending, from an arbitrary start."""
 
 
 def median_seconds(
@@ -23,11 +24,14 @@ def median_seconds(
     *,
     budget: float = float("inf"),
 ) -> list[float]:
-    """Seconds of each run: the median over turns. Fewer values than runs where the budget ends in the first turn.
+    """Seconds of each run: the median over turns. Fewer values than runs if the budget ends in the first turn.
 
-    Short runs are repeated in a row, as in a text, and the first repetitions are not timed: otherwise the shortest
-    steps seem a fifth longer, because of what their neighbour left in the caches. Each time is taken relative to its
-    turn, since whatever slows the machine slows all runs.
+    Short runs are repeated in a row, as when text is generated, and the first repetitions are not timed. Otherwise the
+    shortest steps seem a fifth longer, because of what the run before left in the caches. Each time is taken relative
+    to its turn, since a slower machine slows all runs.
+
+    repeats   turns over all runs, as long as the budget allows
+    budget    seconds; the first LEAST_RUNS runs are timed even if they take longer
     """
     began, turns = clock(), list[list[float]]()
     while len(turns) < repeats:
@@ -41,15 +45,15 @@ def median_seconds(
         turns.append(times)
         if clock() - began + (clock() - started) > budget:
             break
-    pace_of_all = statistics.median(sum(times) for times in turns)
+    median_turn = statistics.median(sum(times) for times in turns)
     return [
-        statistics.median(pace_of_all * taken / sum(times) for taken, times in zip(of_run, turns))
+        statistics.median(median_turn * taken / sum(times) for taken, times in zip(of_run, turns))
         for of_run in zip(*turns)
     ]
 
 
 def _timed(run: Callable[[], None], clock: Clock) -> float:
-    run()  # what is compiled, captured or allocated late is paid for here
+    run()  # late compilation, capture and allocation happen here
     seconds = _of(run, 1, clock)
     return seconds if seconds >= LONG_SECONDS else _of(run, TIMED, clock)
 

@@ -1,4 +1,4 @@
-"""On an accelerator: captured steps and kernels say what the plain loop says."""
+"""Agreement on an accelerator: captured steps and kernels generate what the plain loop generates."""
 
 from dataclasses import replace
 

@@ -1,7 +1,9 @@
-"""Which functions does a decode step run on this device?
+"""Functions that a decode step runs on a device.
 
-One set, by the same names: kernels written in Triton on CUDA devices, plain torch elsewhere. Triton is imported
-by the first set alone, when it is asked for.
+Which implementation runs on this device?
+
+Two sets with the same names: kernels written in Triton for CUDA devices, and plain torch for all others. Only the first
+set imports Triton, when it is first requested.
 """
 
 from collections.abc import Callable
@@ -17,16 +19,17 @@ __all__ = ["PLAIN", "Kernels", "kernels_for", "triton_kernels"]
 
 
 Gather = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of queries, keys, values and one layer's pages; gives values."""
+"""Attention of one layer: takes queries, keys, values and the layer's pages; returns values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """`tidar_core.kernels.reference` says what each computes."""
+    """One implementation of each function; `tidar_core.kernels.reference` defines them."""
 
     paged_attention: Callable[..., Tensor]
     gathering: Callable[[Tensor, Tensor, Tensor, int], Gather]
-    """From page table, prefix lengths, pattern and page length: attention over pages for every layer of a forward."""
+    """Takes page table, prefix lengths, pattern and page length; returns attention over pages for all layers of a
+    forward."""
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
@@ -39,18 +42,18 @@ PLAIN = Kernels(
     reference.rotate_and_store,
     reference.silu_mul,
 )
-"""For any device."""
+"""Plain torch, for any device."""
 
 
 def kernels_for(device: torch.device | str) -> Kernels:
-    """Triton's on a CUDA device where Triton is installed; the plain ones otherwise."""
+    """Triton kernels on a CUDA device if Triton is installed; plain torch otherwise."""
     if torch.device(device).type == "cuda" and find_spec("triton") is not None:
         return triton_kernels()
     return PLAIN
 
 
 def triton_kernels() -> Kernels:
-    """Triton's, for CUDA tensors; for CPU ones where TRITON_INTERPRET=1 stood before the first import of triton."""
+    """Triton kernels for CUDA tensors; for CPU tensors too if TRITON_INTERPRET=1 was set before triton's import."""
     from tidar_core.kernels import fused, paged_attention
 
     attention = paged_attention

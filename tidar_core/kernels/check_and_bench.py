@@ -1,10 +1,12 @@
-"""Are the kernels right on this device, and what share of it do they use?
+"""Check and benchmark of the kernels on this device.
+
+Are the kernels right, and what share of the device do they use?
 
     python -m tidar_core.kernels.check_and_bench [--quick] [--sweep] [--flex-seconds N] [--json PATH]
 
-First each kernel against its plain twin in float32, at the sizes of real models; then attention against torch's own,
-whose gathering of pages into contiguous keys is not counted; then the fused kernels against plain torch. A failure of
-ours is listed, does not stop the rest, and makes the exit status 1.
+First, each kernel is compared with its plain twin in float32, at the sizes of real models. Then attention is timed
+against torch's own, whose gathering of pages into contiguous keys is not counted, and the fused kernels against plain
+torch. A failure of our kernels is listed, does not stop the rest, and makes the exit status 1.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from tidar_core.kernels import PLAIN, Kernels, triton_kernels
 from tidar_core.kernels.timing import copy_bandwidth, graph_time
-from tidar_core.kernels.workloads import DRAFT_PLANS, PAGE_LEN, Case, Scene, flex_calls, own_calls, sdpa_calls
+from tidar_core.kernels.workloads import DRAFT_PLANS, PAGE_LEN, Case, Workload, flex_calls, own_calls, sdpa_calls
 from tidar_core.transformer.shapes import named_shape
 
 DEVICE = "cuda"
@@ -31,13 +33,16 @@ SHAPES = ("qwen2.5-1.5b", "qwen3-8b")
 CONTEXTS, BATCHES = (512, 4096, 16384), (1, 8, 32)
 QUICK_CONTEXTS, QUICK_BATCHES = (4096,), (1, 8)
 ROUNDED = 2**-6
-"""Largest error allowed of bfloat16, as a share of the largest number: a few roundings of 2^-9 each."""
+"""Largest allowed error of bfloat16, as a share of the largest number: a few roundings of 2^-9 each."""
 EXACT = 1e-4
-"""The same of float32."""
+"""Largest allowed error of float32, as a share of the largest number."""
 
 
 def main() -> int:
-    """Run all of it; 0 if every kernel of ours is right and ran."""
+    """Run all parts and print a report.
+
+    Returns the exit status: 0 if every kernel of ours ran and is right, 1 if not, 2 without a CUDA device.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tidar_core.kernels.check_and_bench", description=__doc__.split("\n")[0]
     )
@@ -47,12 +52,14 @@ def main() -> int:
         "--flex-seconds", type=float, help="stop starting FlexAttention (a compile each) after this long"
     )
     parser.add_argument("--json", type=Path, help="write every number here")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here; the kernels are measured on one", file=sys.stderr)
         return 2
-    flex_seconds = asked.flex_seconds if asked.flex_seconds is not None else (25.0 if asked.quick else 240.0)
-    contexts, batches = (QUICK_CONTEXTS, QUICK_BATCHES) if asked.quick else (CONTEXTS, BATCHES)
+    flex_seconds = (
+        arguments.flex_seconds if arguments.flex_seconds is not None else (25.0 if arguments.quick else 240.0)
+    )
+    contexts, batches = (QUICK_CONTEXTS, QUICK_BATCHES) if arguments.quick else (CONTEXTS, BATCHES)
     kernels, bandwidth = triton_kernels(), copy_bandwidth()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -64,14 +71,14 @@ def main() -> int:
     parts = {
         "checks": _checks(kernels),
         "fused": _fused(kernels),
-        "sweep": _sweep(kernels) if asked.sweep else (),
+        "sweep": _sweep(kernels) if arguments.sweep else (),
         "attention": _attention(kernels, cases, bandwidth, flex_seconds),
     }
     for name, rows in parts.items():
         print(f"{name} ..", flush=True)
         found[name] = list(rows)
-        if asked.json:
-            asked.json.write_text(json.dumps(found, indent=1))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1))
     _report(found)
     failed = [row for part in ("checks", "fused", "attention") for row in found[part] if not row["ok"]]
     return 1 if failed else 0
@@ -79,7 +86,7 @@ def main() -> int:
 
 def _checks(kernels: Kernels) -> Iterator[dict[str, Any]]:
     for shape, rows, dtype in product(SHAPES, DRAFT_PLANS, (torch.bfloat16, torch.float32)):
-        if dtype == torch.float32 and rows not in (1, 33):  # slow to compile, and cut alike
+        if dtype == torch.float32 and rows not in (1, 33):  # slow to compile, and the tiling is the same
             continue
         case = Case(shape, rows, 1024, 5)
         name = f"attention {shape} R={rows} {str(dtype)[6:]}"
@@ -91,7 +98,7 @@ def _checks(kernels: Kernels) -> Iterator[dict[str, Any]]:
 
 
 def _check(name: str, dtype: torch.dtype, pair: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
-    """Run a kernel and its twin in float32, and compare."""
+    """Run a kernel and its float32 twin, and compare."""
     allowed = EXACT if dtype == torch.float32 else ROUNDED
     try:
         ours, twins = pair()
@@ -105,9 +112,9 @@ def _check(name: str, dtype: torch.dtype, pair: Callable[[], tuple[Any, Any]]) -
 
 
 def _attention_pair(kernels: Kernels, case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    scene = Scene(case, prefix_lens=[0, 1, 512, 1000, 1024], dtype=dtype, device=DEVICE)
-    upcast = [x.float() if x.is_floating_point() else x for x in scene.arguments()]
-    return [kernels.paged_attention(*scene.arguments())], [PLAIN.paged_attention(*upcast)]
+    workload = Workload(case, prefix_lens=[0, 1, 512, 1000, 1024], dtype=dtype, device=DEVICE)
+    upcast = [x.float() if x.is_floating_point() else x for x in workload.arguments()]
+    return [kernels.paged_attention(*workload.arguments())], [PLAIN.paged_attention(*upcast)]
 
 
 def _fused_pair(kernels: Kernels, shape: str, rows: int, step: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -122,7 +129,7 @@ def _fused_pair(kernels: Kernels, shape: str, rows: int, step: str) -> tuple[lis
 def _fused_call(
     kernels: Kernels, shape: str, batch: int, rows: int, step: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Callable[[], Any], Tensor]:
-    """A call of one fused step on random rows, the same for every dtype, and the pages that it writes."""
+    """A call of one fused kernel on random tensors, the same for every dtype, and the pages that it writes."""
     config = named_shape(shape)
     generator = torch.Generator(device=DEVICE).manual_seed(0)
 
@@ -164,39 +171,39 @@ def _attention(kernels: Kernels, cases: list[Case], bandwidth: float, flex_secon
         if last != (case.shape, case.rows):
             last = case.shape, case.rows
             print(f"  {case.shape}, {case.rows} rows", flush=True)
-        scene = Scene(case, device=DEVICE)
+        workload = Workload(case, device=DEVICE)
         row: dict[str, Any] = {**asdict(case), "bytes": case.bytes, "operations": case.operations, "ok": True}
         try:
-            row["ours"] = graph_time(own_calls(scene, kernels.paged_attention))
+            row["ours"] = graph_time(own_calls(workload, kernels.paged_attention))
             row["bandwidth_share"] = case.bytes / row["ours"] * 1e6 / bandwidth
             row["teraflops"] = case.operations / row["ours"] / 1e6
         except Exception as failure:  # as in _check
             row["ours"], row["ok"] = _short(failure), False
-        row["sdpa"] = _rival(sdpa_calls, scene)
+        row["sdpa"] = _baseline(sdpa_calls, workload)
         row["flex"] = "late"
         if flex_left > 0:
             start = time.monotonic()
-            row["flex"] = _rival(flex_calls, scene)
+            row["flex"] = _baseline(flex_calls, workload)
             flex_left -= time.monotonic() - start
-        del scene
+        del workload
         torch.cuda.empty_cache()
         yield row
 
 
-def _rival(calls: Callable[[Scene], list[Callable[[], Tensor]]], scene: Scene) -> float | str:
+def _baseline(calls: Callable[[Workload], list[Callable[[], Tensor]]], workload: Workload) -> float | str:
     try:
-        return graph_time(calls(scene))
-    except Exception as failure:  # a rival may lack the shape, or the memory; its cell says so
+        return graph_time(calls(workload))
+    except Exception as failure:  # a baseline may lack the shape or the memory; its cell reports it
         return f"error: {_short(failure)}"
 
 
 def _sweep(kernels: Kernels) -> Iterator[dict[str, Any]]:
-    """Other tilings than the chosen one, at one context; what does not fit the device is left out."""
+    """Time other tilings than the chosen one, at one context; tilings that do not fit the device are left out."""
     from tidar_core.kernels.paged_attention import choose_tiling
 
     for shape, rows, batch in product(SHAPES, DRAFT_PLANS, (1, 8)):
         case = Case(shape, rows, 4096, batch)
-        scene, (heads, kv_heads, size) = Scene(case, device=DEVICE), case.heads
+        workload, (heads, kv_heads, size) = Workload(case, device=DEVICE), case.heads
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         facts = {"query_rows": rows * heads // kv_heads, "pairs": batch * kv_heads, "max_context": case.context}
         default = choose_tiling(**facts, head_size=size, item_bytes=2, processors=processors)
@@ -209,7 +216,7 @@ def _sweep(kernels: Kernels) -> Iterator[dict[str, Any]]:
         timed = {}
         for tiling in dict.fromkeys([default, *others]):
             calls = own_calls(
-                scene, lambda *arguments, tiling=tiling: kernels.paged_attention(*arguments, tiling=tiling)
+                workload, lambda *arguments, tiling=tiling: kernels.paged_attention(*arguments, tiling=tiling)
             )
             try:
                 timed[tiling] = graph_time(calls)
@@ -220,7 +227,7 @@ def _sweep(kernels: Kernels) -> Iterator[dict[str, Any]]:
 
 
 def _report(found: dict[str, Any]) -> None:
-    """Tables of what was found; attention last."""
+    """Print the results as tables; attention last."""
     checks = found["checks"]
     worst = max((check["error"] for check in checks if check["ok"]), default=float("nan"))
     passed = sum(check["ok"] for check in checks)

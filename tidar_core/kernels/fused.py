@@ -1,10 +1,10 @@
-"""What happens to rows between matrix products, in one pass over memory each?
+"""Triton kernels between the matrix products of a forward, each in one pass over memory.
 
-Norm with the residual before it; head norm, rotation and cache write; the gate of the feed-forward network. Numbers are
-rounded where plain torch rounds them, so that a step with kernels follows a step without.
+The kernels are the norm with its residual, then head norm, rotation and cache write, and the gate of the feed-forward
+network. Numbers are rounded where plain torch rounds them, so that a decode step with kernels follows a step without.
 
-Shape letters: B sequences, R rows of a forward (the C clean ones first), H query heads, G key heads, D head width,
-P pages, W features.
+Shape letters: B sequences, R query tokens of a forward (the C clean ones first), H query heads, G key heads,
+D head width, P pages, W features.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -17,13 +17,13 @@ from torch import Tensor
 __all__ = ["add_rms_norm", "rotate_and_store", "silu_mul"]
 
 TILE_R = 8
-"""Rows of one head that a program rotates."""
+"""Query tokens of one head that a program rotates."""
 TILE_W = 1024
-"""Features that a program gates."""
+"""Features of the gate that a program computes."""
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `plain.add_rms_norm`."""
+    """Computes `reference.add_rms_norm`."""
     x = x.contiguous()
     total = x if residual is None else torch.empty_like(x)
     normed = torch.empty_like(x)
@@ -47,7 +47,7 @@ def rotate_and_store(
     eps: float,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `plain.rotate_and_store`. The values are a view of qkv."""
+    """Computes `reference.rotate_and_store`. The values are a view of qkv."""
     batch, rows, width = qkv_BRW.shape
     page_len, _, kv_heads, size = kv_pages.shape[1:]
     clean_len = write_slot_BC.shape[1]
@@ -68,7 +68,7 @@ def rotate_and_store(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `plain.silu_mul`."""
+    """Computes `reference.silu_mul`."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     gated = gate_up.new_empty((*gate_up.shape[:-1], width))
@@ -81,7 +81,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _norm_kernel(
     x, residual, weight, total, normed, eps, WIDTH: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """One row."""
+    """Norm of one query token."""
     w = tl.arange(0, TILE)
     real = w < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + w
@@ -103,7 +103,7 @@ def _rotate_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE_H: tl.constexpr, PAGE_LEN: tl.constexpr,
     TILE_R: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head of q, k or v, as two halves."""
+    """Rotation of TILE_R query tokens of one head of q, k or v, as two halves."""
     head = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
     d = tl.arange(0, TILE_H)
@@ -147,13 +147,13 @@ def _rotate_kernel(
 
 @triton.jit
 def _round(x, like):
-    """To the precision of what `like` points at."""
+    """x rounded to the dtype that `like` points at."""
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _silu_kernel(gate_up, gated, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Some features of one row."""
+    """Gate of TILE features of one query token."""
     row, w = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     real = w < WIDTH
     gate = tl.load(gate_up + row * 2 * WIDTH + w, mask=real, other=0.0).to(tl.float32)

@@ -1,15 +1,17 @@
-"""How do the rows of a forward gather values from cache pages, and from each other, without a copy?
+"""Triton kernel for attention over cache pages and the forward's own query tokens, without a copy.
 
-Flash decoding: the prefix is cut into splits, each of which one program reads once for all rows that share it (the rows
-of a sequence times the query heads of a key-value head); the forward's own rows are one more split, and a second kernel
-merges the splits by their log-sum-exp. Where one split keeps the device busy, its program reads the own rows too and
-writes the result itself.
+Flash decoding: the prefix is cut into splits. One program reads a split once for all queries that share it: query
+tokens of a sequence times query heads of a key-value head. The forward's own query tokens are one more split. A second
+kernel merges the splits by their log-sum-exp. If one split keeps the device busy, its program also reads the own
+query tokens and writes the result itself.
 
-Nothing about the launch depends on a length: the prefix lengths stay on the device, each program takes its share of
-the true length, and one whose share is empty leaves. So a captured graph serves every length that its page table holds.
+Nothing about the launch depends on a length. The prefix lengths stay on the device, each program takes its share of the
+true length, and a program whose share is empty exits. So a captured graph serves every length that its page table
+holds.
 
-Shape letters: B sequences, R rows, H query heads, G key-value heads, D head width, N pages in a sequence's table. In
-the kernels: M rows times the H / G query heads of a key-value head, n keys, d head width.
+Shape letters: B sequences, R query tokens, H query heads, G key-value heads, D head width,
+N pages in a sequence's table. In the kernels: M query tokens times the H / G query heads of a key-value head, n keys,
+d head width.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -26,22 +28,23 @@ from torch import Tensor
 __all__ = ["Tiling", "choose_tiling", "gathering", "paged_attention"]
 
 EMPTY = tl.constexpr(-1e30)
-"""Log-sum-exp of nothing: finite, so that differences of it are numbers."""
+"""Log-sum-exp of no keys: finite, so that differences of it are numbers."""
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 64
-"""Bounds the tile of the merge."""
+"""Limit of the splits, which bounds the tile of the merge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How one call is cut into programs."""
+    """Division of one call into programs."""
 
     tile_m: int
-    """Query rows of a program: rows of the forward times query heads of a key-value head."""
+    """Queries of a program: query tokens of the forward times query heads of a key-value head."""
     tile_n: int
     """Keys that a program reads at a time."""
     splits: int
-    """Parts of the prefix, each a program's; with 1, one program reads prefix and own rows and nothing is merged."""
+    """Parts of the prefix, one for each program. With 1, one program reads prefix and own query tokens, and nothing is
+    merged."""
     warps: int
     stages: int
     """Tiles of keys in flight."""
@@ -51,27 +54,27 @@ class Tiling:
 def choose_tiling(
     *, query_rows: int, pairs: int, max_context: int, head_size: int, item_bytes: int, processors: int
 ) -> Tiling:
-    """A tiling for static facts of a call.
+    """A tiling for the static facts of a call.
 
-    query_rows   R * H / G
+    query_rows   queries of a key-value head, R * H / G
     pairs        B * G: programs that share no key
     max_context  most tokens of a prefix
-    item_bytes   of one element of q, k and v
-    processors   that a device runs at once
+    item_bytes   bytes of one element of q, k and v
+    processors   multiprocessors of the device
     """
     exact, wide = item_bytes > 2, head_size > 128
     most_m, tile_n = (32, 16) if exact else (64, 32) if wide else (128, 64)
     tile_m = max(16, min(triton.next_power_of_2(query_rows), most_m))
-    # The last tile may be mostly padding: tiles of half the height then waste less than they read twice.
+    # The last tile may be mostly padding: tiles of half the height then waste less than their second reading costs.
     if tile_m == 128 and 128 * triton.cdiv(query_rows, 128) > 1.15 * 64 * triton.cdiv(query_rows, 64):
         tile_m = 64
     warps = 8 if tile_m == 128 or wide else 4
     stages = 2 if exact or wide else 4 if tile_m <= 32 else 3
-    slots = processors * (1 if warps == 8 else 2)  # by registers and shared memory
+    slots = processors * (1 if warps == 8 else 2)  # limited by registers and shared memory
     programs, tiles = pairs * triton.cdiv(query_rows, tile_m), triton.cdiv(max_context, tile_n)
 
     def rounds(splits: int) -> int:
-        """Tiles read one after the other, if a program's start costs two, a merge two, and a part as its rows are."""
+        """Tiles read one after the other: a program's start counts as two, a merge as two, a part by its height."""
         waves = triton.cdiv(programs * splits, slots)
         if splits == 1:
             return waves * (tiles + 2)
@@ -91,7 +94,7 @@ def paged_attention(
     *,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Values [B, R, H, D]; see `plain.paged_attention`. Rows that see nothing get zeros.
+    """Values [B, R, H, D]; computes `reference.paged_attention`. Query tokens that see nothing get zeros.
 
     tiling  chosen from the shapes if not given
     """
@@ -110,7 +113,7 @@ def paged_attention(
     )
     parts = tiling.splits + 1 if tiling.splits > 1 else 1
     out_BRHD = torch.empty((batch, rows, heads, head_size), dtype=q_BRHD.dtype, device=q_BRHD.device)
-    partial, lse = out_BRHD, out_BRHD  # stand-ins: one part writes neither
+    partial, lse = out_BRHD, out_BRHD  # placeholders: with one part, neither is written
     if parts > 1:
         lse = torch.empty((batch * kv_heads, parts, query_rows), dtype=torch.float32, device=q_BRHD.device)
         partial = torch.empty((*lse.shape, head_size), dtype=torch.float32, device=q_BRHD.device)
@@ -137,7 +140,7 @@ def paged_attention(
 def gathering(
     page_table_BN: Tensor, prefix_len_B: Tensor, own_visible_RR: Tensor, page_len: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """See `plain.Gathering`."""
+    """Computes `reference.Gathering`."""
 
     def gather(q_BRHD: Tensor, k_BRGD: Tensor, v_BRGD: Tensor, kv_pages: Tensor) -> Tensor:
         return paged_attention(q_BRHD, k_BRGD, v_BRGD, kv_pages, page_table_BN, prefix_len_B, own_visible_RR)
@@ -153,9 +156,9 @@ def _processors(device: torch.device) -> int:
 def _check(q: Tensor, k: Tensor, v: Tensor, kv_pages: Tensor, page_table_BN: Tensor, own_visible_RR: Tensor) -> None:
     rows, page_len = q.shape[1], kv_pages.shape[1]
     assert page_len & (page_len - 1) == 0, f"{page_len} tokens a page; a power of two is needed"
-    assert q.dtype == k.dtype == v.dtype == kv_pages.dtype, f"{q.dtype} rows, {kv_pages.dtype} pages"
+    assert q.dtype == k.dtype == v.dtype == kv_pages.dtype, f"{q.dtype} queries, {kv_pages.dtype} pages"
     assert all(x.stride(-1) == 1 for x in (q, k, v, kv_pages, page_table_BN)), "the last axis must be dense"
-    assert own_visible_RR.shape == (rows, rows), f"{rows} rows, pattern of {tuple(own_visible_RR.shape)}"
+    assert own_visible_RR.shape == (rows, rows), f"{rows} query tokens, pattern of {tuple(own_visible_RR.shape)}"
     assert own_visible_RR.is_contiguous(), "the pattern must be dense"
 
 
@@ -167,7 +170,8 @@ def _gather_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE_D: tl.constexpr, PAGE_LEN: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows against one split. Tiles come first in the grid: those of a split share its keys in L2."""
+    """One tile of queries against one split. Tiles come first in the grid, so that tiles of a split share its keys in
+    L2."""
     pair, split = tl.program_id(1), tl.program_id(2)
     b, g = (pair // KV_HEADS).to(tl.int64), pair % KV_HEADS
     m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
@@ -200,7 +204,7 @@ def _gather_kernel(
         inside = n < end
         place = page.to(tl.int64) * page_p + (n % PAGE_LEN) * page_t + g * page_g
         slot = pages + place[:, None] + d[None, :]
-        n += TILE_N  # page ids are read a tile ahead, so that keys and values in flight wait for no table
+        n += TILE_N  # page ids are read a tile ahead, so that loads of keys and values do not wait for the table
         page = tl.load(table + n // PAGE_LEN, mask=n < end, other=0)
         there = inside[:, None] & d_real[None, :]
         key = tl.load(slot, mask=there, other=0.0)
@@ -225,8 +229,10 @@ def _absorb_own(
     query, k, v, k_r, v_r, own_visible, row, real, rows, end, d, d_real, scale, gathered, top, total,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over the forward's own rows, as far as `end`; passes over tiles that no row sees, which are
-    most of a large draft: other groups' blocks."""
+    """Continue the running softmax over the forward's own query tokens, up to `end`.
+
+    Skips tiles that no query sees. In a large draft these are most tiles: other groups' blocks.
+    """
     for first in range(0, end, TILE_N):
         n = first + tl.arange(0, TILE_N)
         inside = n < rows
@@ -242,7 +248,10 @@ def _absorb_own(
 
 @triton.jit
 def _absorb(query, key, value, seen, scale, gathered, top, total, PRECISION: tl.constexpr):
-    """The running softmax over one more tile of keys. `top` starts finite, so that unseen keys weigh 0 and not nan."""
+    """Continue the running softmax over one more tile of keys.
+
+    `top` starts finite, so that unseen keys have the weight 0 and not nan.
+    """
     score = tl.where(seen, tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1))
     weight = tl.exp2(score - new_top[:, None])
@@ -256,7 +265,7 @@ def _merge_kernel(
     partial, lse, out, rows, parts,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE_D: tl.constexpr, TILE_S: tl.constexpr,
 ):  # fmt: skip
-    """One query row: its splits, weighted by the exponentials of their log-sum-exps."""
+    """Merge of one query: its splits, weighted by the exponentials of their log-sum-exps."""
     m, pair = tl.program_id(0), tl.program_id(1)
     s, d = tl.arange(0, TILE_S), tl.arange(0, TILE_D)
     at = (pair.to(tl.int64) * parts + s) * rows * GROUP + m

@@ -1,9 +1,11 @@
-"""What must each kernel compute?
+"""Kernels in plain torch.
 
-The same functions in plain torch: the path of machines without a kernel, and what the kernels are tested against.
+What must each kernel compute?
 
-Shape letters: B sequences, R rows of a forward (the C clean ones first), H query heads, G key heads, D head width,
-P pages, N pages in a sequence's table, T tokens those pages hold, W features.
+Machines without kernels run these functions, and the kernels are tested against them.
+
+Shape letters: B sequences, R query tokens of a forward (the C clean ones first), H query heads, G key heads,
+D head width, P pages, N pages in a sequence's table, T tokens those pages hold, W features.
 """
 
 from functools import cache
@@ -24,32 +26,33 @@ def paged_attention(
     prefix_len_B: Tensor,
     own_visible_RR: Tensor,
 ) -> Tensor:
-    """Values [B, R, H, D] gathered for the rows of one forward: every row sees its sequence's whole prefix, and of the
-    rows of this forward those that the pattern shows it.
+    """Attention values [B, R, H, D] of the query tokens of one forward.
 
-    k_BRGD, v_BRGD  keys and values of this forward's own rows, each serving a run of H / G query heads
+    Every query token sees the whole prefix of its sequence, and the query tokens that the pattern shows it.
+
+    k_BRGD, v_BRGD  keys and values of this forward's query tokens, each serving a run of H / G query heads
     kv_pages        one layer of the cache [P, page_len, 2, G, D]: keys at 0, values at 1; nothing in it may be nan
-    page_table_BN   pages of each sequence in order; any valid page past the prefix, whose tokens are not looked at
+    page_table_BN   pages of each sequence in order; any valid page past the prefix, whose tokens are ignored
     prefix_len_B    tokens of the prefix, 0..N * page_len
-    own_visible_RR  True where a row sees a row; every row sees one at least, itself
+    own_visible_RR  True where a query token sees another; every query token sees itself
     """
     return Gathering(page_table_BN, prefix_len_B, own_visible_RR, kv_pages.shape[1])(q_BRHD, k_BRGD, v_BRGD, kv_pages)
 
 
 class Gathering:
-    """`paged_attention` for all layers of a forward: what does not change from layer to layer is made once.
+    """`paged_attention` for all layers of a forward; everything that all layers share is made once.
 
-    Query heads that share a key head become further rows M of it: on a CPU a quarter faster than `enable_gqa`, but for
-    the single row of the autoregressive mode.
+    Query heads that share a key head become further queries M of it. On a CPU this is a quarter faster than
+    `enable_gqa`, except for the single query token of the autoregressive mode.
     """
 
     def __init__(self, page_table_BN: Tensor, prefix_len_B: Tensor, own_visible_RR: Tensor, page_len: int) -> None:
-        """As `paged_attention` takes them."""
+        """Takes the arguments of `paged_attention`."""
         self._batch, pages = page_table_BN.shape
         self._tokens, self._rows = pages * page_len, len(own_visible_RR)
         room = -(-self._rows // page_len)
         self._page_M = F.pad(page_table_BN, (0, room)).flatten()
-        """Of each sequence, and behind them any page, whose copy the own rows are written over."""
+        """Pages of each sequence, then any pages: the forward's own keys and values are written over their copies."""
         self._dark_BT = torch.arange(self._tokens, device=prefix_len_B.device) >= prefix_len_B[:, None]
         self._dark_RR = ~own_visible_RR
         self._bias_B1MK: Tensor | None = None
@@ -73,7 +76,7 @@ class Gathering:
         return out.view(B, -1, share, R, D).permute(0, 3, 1, 2, 4).reshape(B, R, H, D)
 
     def _prepare(self, share: int, dtype: torch.dtype, kv_pages: Tensor) -> None:
-        """What every layer uses: the bias of what a row does not see, and room for the keys and values of one layer."""
+        """Make what every layer uses: the bias that hides keys, and room for the keys and values of one layer."""
         dark_B1MT = self._dark_BT[:, None, None].expand(-1, -1, share * self._rows, -1)
         dark_B1MR = self._dark_RR.repeat(share, 1).expand(self._batch, 1, -1, -1)
         dark_B1MK = torch.cat([dark_B1MT, dark_B1MR], -1)
@@ -87,9 +90,12 @@ class Gathering:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of x and residual, divided by its root mean square and scaled; and the sum itself, the next residual.
+    """Normed sum of x and residual, and the sum itself, which is the next residual.
+
+    The sum is divided by its root mean square and scaled by `weight`.
 
     x, residual  [.., W]; without a residual the sum is x
+    eps          added to the mean square
     """
     total = x if residual is None else x + residual
     return _rms_norm(total, weight, eps), total
@@ -106,14 +112,16 @@ def rotate_and_store(
     eps: float,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, R, H, D], keys and values [B, R, G, D] of a forward's rows, normed per head where there are weights,
-    and rotated; keys and values of the clean rows go to the cache.
+    """Queries [B, R, H, D], keys and values [B, R, G, D] of a forward's query tokens.
 
-    qkv_BRW           projected rows, W = (H + 2 G) * D; of no use afterwards
-    norm_weight_ND    of the N = H + G heads of queries and keys, in the dtype of qkv
-    cos_BRD, sin_BRD  rotation of each row's position, both halves, in the dtype of qkv
+    Queries and keys are normed per head, if there are weights, and rotated. Keys and values of the clean tokens are
+    written to the cache.
+
+    qkv_BRW           projections, W = (H + 2 G) * D; overwritten, so not to be used afterwards
+    norm_weight_ND    weights of the N = H + G heads of queries and keys, in the dtype of qkv
+    cos_BRD, sin_BRD  rotation of each query token's position, both halves, in the dtype of qkv
     kv_pages          one layer of the cache [P, page_len, 2, G, D], written in place
-    write_slot_BC     page * page_len + offset of the C leading rows, which are clean; the others leave no trace
+    write_slot_BC     page * page_len + offset of the C leading query tokens, which are clean; others are not written
     """
     kv_heads, size = kv_pages.shape[-2:]
     row_BRHD = qkv_BRW.unflatten(-1, (-1, size))
@@ -131,14 +139,20 @@ def rotate_and_store(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up [.., W], of a product [.., 2 W] that holds both."""
+    """silu(gate) * up [.., W].
+
+    gate_up  [.., 2 W], gate then up
+    """
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, in fp32: for rows as few as a decode step's, a CPU needs half to two thirds of the time
-    of `F.rms_norm`, which is put together from more operations."""
+    """Norm over the last dimension, in fp32.
+
+    With as few tokens as in a decode step, a CPU needs half to two thirds of the time of `F.rms_norm`, which has
+    more operations.
+    """
     size = x.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     root_mean_square = torch.hypot(norm, _scalar((size * eps) ** 0.5)).mul_(size**-0.5)
@@ -147,5 +161,5 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @cache
 def _scalar(value: float) -> Tensor:
-    """On the CPU: a launch on another device takes it by value, so that a captured graph keeps no address of it."""
+    """Scalar tensor on the CPU: a launch on another device takes it by value, so a captured graph keeps no address."""
     return torch.tensor(value)

@@ -1,4 +1,4 @@
-"""How long does a call take on this device, and how fast can the device copy?"""
+"""Timing of calls on a CUDA device, and its copy bandwidth."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -9,19 +9,20 @@ import torch
 __all__ = ["copy_bandwidth", "graph_time"]
 
 COPY_BYTES = 1 << 30
+"""Size of the timed copy."""
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a large copy within the device's memory, read and written counted."""
+    """Bandwidth of a large copy within the device's memory, in bytes per second; read and written bytes both count."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2e6 * COPY_BYTES / graph_time([lambda: target.copy_(source)])
 
 
 def graph_time(calls: Sequence[Callable[[], object]], *, replays: int = 9) -> float:
-    """Microseconds of one call: the calls captured in one graph, the median replay divided by their number.
+    """Microseconds of one call: the median replay of one graph that captured all calls, divided by their number.
 
-    calls  of the same work, on as much different memory as shall not be found in a cache
+    calls  the same work on different memory, enough of it not to be found in a cache
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

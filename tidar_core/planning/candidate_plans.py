@@ -1,7 +1,9 @@
-"""Which ways to decode are worth weighing?
+"""Candidate plans of the planner.
 
-A way is a cycle of plans, taken in turns. Where a plan costs nothing but its time, as on a CPU, many are weighed; where
-each must be captured first, a few that lie far apart.
+Which plans are worth comparing?
+
+A candidate is a cycle of plans, taken in turns. If a plan costs nothing but its time, as on a CPU, many candidates are
+compared. If each plan must be captured first, a few are compared that lie far apart.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from functools import cache
 
 from tidar_core.decoding.step_plan import StepPlan
 
-__all__ = ["Candidate", "all_candidates", "few_ways", "timed_plans"]
+__all__ = ["Candidate", "all_candidates", "few_candidates", "timed_plans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,40 +21,40 @@ class Candidate:
 
     mode: str
     cycle: tuple[StepPlan, ...]
-    """A two-pass round has two."""
+    """Plans taken in turns; a two-pass round has two."""
 
 
 @cache
 def all_candidates(block_len: int) -> tuple[Candidate, ...]:
-    """Autoregression first.
+    """All candidates, autoregression first.
 
-    Blocks have no more masks than can be verified: C of them where every outcome has its group, C + C - m where the
-    later masks of group m must serve, or K.
+    A block has no more masks than can be verified, and at most `K`. With C verified tokens it has C masks if every
+    outcome has its group. It has C + C - m masks if the later masks of group m must serve the other outcomes.
     """
     K = block_len
-    ways = [_autoregressive()]
+    found = [_autoregressive()]
     for C in _among((2, 3, 4, 6, 8, 12, 16, K), 2, K):
-        ways.append(_two_pass(C))
+        found.append(_two_pass(C))
         for m in _among((1, 2, 3, 4, 6, 8, 12, 16, C), 1, C):
-            ways += [_single_pass(C, m, width) for width in sorted({C, min(K, 2 * C - m)})]
+            found += [_single_pass(C, m, width) for width in sorted({C, min(K, 2 * C - m)})]
             if m < C - 1:
-                ways.append(Candidate("single-pass", (StepPlan(C, (*range(1, m + 1), C), C),)))
-    return tuple(ways)
+                found.append(Candidate("single-pass", (StepPlan(C, (*range(1, m + 1), C), C),)))
+    return tuple(found)
 
 
 @cache
-def few_ways(block_len: int) -> tuple[Candidate, ...]:
+def few_candidates(block_len: int) -> tuple[Candidate, ...]:
     """Autoregression first, then whole, half and quarter blocks with one group up to all."""
     K = block_len
-    ways = [_autoregressive()]
+    found = [_autoregressive()]
     for C in _among((K // 4, K // 2, K), 2, K):
-        ways += [_two_pass(C), *(_single_pass(C, m, C) for m in _among((1, 2, 4, 8, C), 1, C))]
-    return tuple(ways)
+        found += [_two_pass(C), *(_single_pass(C, m, C) for m in _among((1, 2, 4, 8, C), 1, C))]
+    return tuple(found)
 
 
-def timed_plans(ways: Sequence[Candidate]) -> list[StepPlan]:
-    """Every plan of `ways` once."""
-    return list(dict.fromkeys(plan for way in ways for plan in way.cycle))
+def timed_plans(candidates: Sequence[Candidate]) -> list[StepPlan]:
+    """Every plan of `candidates` once."""
+    return list(dict.fromkeys(plan for candidate in candidates for plan in candidate.cycle))
 
 
 def _autoregressive() -> Candidate:

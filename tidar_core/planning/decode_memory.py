@@ -1,8 +1,11 @@
-"""How much memory does a decoder take at most, before it takes any?
+"""Upper bound of a decoder's memory, computed before any is taken.
 
-Weights, cache and tables have known sizes. What a forward and its sampling take for a while is found by running them on
-tensors without memory (torch's `meta` device), at the largest batch and context. Not counted: what libraries take for
-themselves (a CUDA context, cuBLAS), partial sums of attention kernels, and what an allocator cannot use again.
+How much memory does a decoder take at most?
+
+Weights, cache and tables have known sizes. A forward and its sampling take memory for a while. Its size is found by
+running them on tensors without memory (torch's `meta` device), at the largest batch and context. The bound leaves out
+the memory of libraries (a CUDA context, cuBLAS), partial sums of attention kernels, and the fragments of an
+allocator.
 """
 
 import weakref
@@ -23,7 +26,7 @@ from tidar_core.decoding.decoder import PREFILL_TOKENS
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.kernels import PLAIN, reference
-from tidar_core.planning.candidate_plans import few_ways, timed_plans
+from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.planning.decode_step_benchmark import random_model
 from tidar_core.planning.planner import AUTO
 from tidar_core.transformer.kv_cache import KVCache
@@ -33,31 +36,33 @@ __all__ = ["LiveBytes", "MemoryBound", "memory_bound"]
 
 META = torch.device("meta")
 SORT_BYTES = 32
-"""Of an element that a CUDA device sorts, besides the two results: CUB's keys, values and indices, each twice."""
+"""Scratch bytes per element that a CUDA device sorts: CUB's keys, values and indices, each twice. The two results
+are not included."""
 SAMPLED = SamplingConfig(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1)
-"""The sampling that takes most memory."""
+"""Sampling settings that take the most memory."""
 MOST_TOP = 20
+"""Most log-probabilities reported per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBound:
-    """Bytes on the device, by what takes them."""
+    """Bytes on the device, by use."""
 
     weights: int
     cache: int
     """Keys and values of all pages."""
     tables: int
-    """State of the running sequences, rotations, and products that are looked up."""
+    """State of the running sequences, rotations, and precomputed products."""
     captured_steps: int
-    """Memory that all captured steps compute in, and their outcomes; 0 where none are captured."""
+    """Memory that all captured steps compute in, and their outcomes; 0 if no step is captured."""
     forwards: int
-    """What the largest forward without a capture takes while it runs: a prefill, or a step with rules."""
+    """Memory of the largest forward without a capture while it runs: a prefill, or a step with rules."""
     sampling: int
-    """What temperature, top-k, top-p, min-p and beta add to it."""
+    """Memory that temperature, top-k, top-p, min-p and beta add to `forwards`."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all uses."""
         return self.weights + self.cache + self.tables + self.captured_steps + self.forwards + self.sampling
 
 
@@ -65,11 +70,11 @@ class MemoryBound:
 def memory_bound(
     config: ModelConfig, draft: DraftConfig, size: DecoderSize, *, dtype: torch.dtype, mode: str, device: str
 ) -> MemoryBound:
-    """The bound of a decoder that runs in `mode` on a device of that kind."""
+    """Bound of a decoder that runs in `mode` on a device of the kind `device`, such as cuda or cpu."""
     cuda = device == "cuda"
     weights = sum(p.numel() * p.element_size() for p in random_model(config, dtype, META).parameters())
     cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META).bytes
-    one_layer = replace(config, layers=1)  # what a forward takes does not depend on their number
+    one_layer = replace(config, layers=1)  # the memory of a forward does not depend on the number of layers
     model = random_model(one_layer, dtype, META)
     with LiveBytes(META, sort_bytes=SORT_BYTES if cuda else 0) as live:
         tested = _Tested(model, draft, size, cuda)
@@ -86,7 +91,7 @@ def memory_bound(
 
 
 class _Tested:
-    """A decoder's device side without memory, full of sequences."""
+    """Device side of a decoder with a full batch, on tensors without memory."""
 
     def __init__(self, model: TidarModel, draft: DraftConfig, size: DecoderSize, cuda: bool) -> None:
         self.model, self.size, self.block_len = model, size, draft.block_len
@@ -103,7 +108,7 @@ class _Tested:
         runs: list[Callable[[], object]] = [self.prefill]
         runs += [partial(self.step, plan, sampling) for plan in plans]
         runs.append(partial(self.step, max(plans, key=lambda plan: plan.rows(most)), sampling, Tensor.clone))
-        if sampling is SAMPLED:  # a beta below 1 brings a group for each row
+        if sampling is SAMPLED:  # a beta below 1 brings a group for each pending token
             runs.append(partial(self.step, StepPlan(most, tuple(range(1, most + 1))), replace(sampling, beta=0.5)))
         return runs
 
@@ -117,7 +122,7 @@ class _Tested:
         return copies, self.stepper.step(state.rows, self.stepper.tensors_of(plan), self.size.max_pages, adjust)
 
     def prefill(self) -> object:
-        """The last chunk of the longest prompt, every token of it scored."""
+        """The last chunk of the longest prompt, with every token scored."""
         count = min(PREFILL_TOKENS, self.size.context_len - 1)
         pages = torch.zeros((1, self.size.max_pages), dtype=torch.long, device=META)
         chunk = torch.zeros((1, count), dtype=torch.long, device=META)
@@ -128,24 +133,24 @@ class _Tested:
 
 
 def _plans(mode: str, block_len: int) -> Sequence[StepPlan]:
-    """The largest plans of a mode: by rows, and by rows that one product with the head serves together."""
+    """The largest plans of a mode: by query tokens, and by query tokens that share one product with the head."""
     K = block_len
     if mode == "autoregressive" or K == 1:
         return [StepPlan(1)]
     whole = [StepPlan(1, (1,)), StepPlan(K), StepPlan(K, tuple(range(1, K + 1)))]
     if mode != AUTO:
         return {"two-pass": whole[:2], "single-pass": whole[2:]}[mode]
-    together = [plan for plan in timed_plans(few_ways(K)) if plan.rows(K) <= ROWS_TOGETHER]
+    together = [plan for plan in timed_plans(few_candidates(K)) if plan.rows(K) <= ROWS_TOGETHER]
     return [*whole, max(together, key=lambda plan: plan.rows(K))]
 
 
 def _no_copy(*_: object) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Attention that reads the cache where it is."""
+    """Attention that reads the cache in place."""
     return lambda q, k, v, pages: torch.empty_like(q)
 
 
 class _Copying(reference.Gathering):
-    """Attention that copies one layer's prefixes, as `plain` does."""
+    """Attention that copies one layer's prefixes, as the reference kernel does."""
 
     def __call__(self, q_BRHD: Tensor, k_BRGD: Tensor, v_BRGD: Tensor, kv_pages: Tensor) -> Tensor:
         if self._bias_B1MK is None:
@@ -155,18 +160,18 @@ class _Copying(reference.Gathering):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made in this context and are still there."""
+    """Counts the bytes of tensors that were made in this context and still exist."""
 
     def __init__(self, device: torch.device, *, sort_bytes: int = 0) -> None:
         """device      whose tensors are counted
-        sort_bytes  that a sort takes for an element while it runs
+        sort_bytes  scratch bytes per element while a sort runs
         """
         super().__init__()
         self._device, self._sort_bytes, self.bytes, self._most = device, sort_bytes, 0, 0
         self._made: dict[int, weakref.ref[Any]] = {}
 
     def above(self, runs: Sequence[Callable[[], object]]) -> int:
-        """The most that one of `runs` adds to what is there before it."""
+        """Most bytes that any of `runs` adds to the bytes before it."""
         found = 0
         for run in runs:
             before = self._most = self.bytes

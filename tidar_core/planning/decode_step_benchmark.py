@@ -1,7 +1,9 @@
-"""What does a decode step of a model cost on this device, by mode, batch and context, and what must it cost?
+"""Benchmark of the decode steps of a model on this device.
 
-Weights and cache are random: the time of a step does not depend on what it computes. The floor is what the memory bus
-allows: every weight that a step multiplies with, and every key and value of the prefixes, read once.
+How long does a step take by mode, batch and context, and how long must it take?
+
+Weights and cache are random: the time of a step does not depend on their values. The floor is the time that the memory
+bus needs to read all weights of the step, keys and values once.
 """
 
 import statistics
@@ -20,12 +22,12 @@ from tidar_core.transformer.model import TidarModel
 __all__ = ["StepCost", "StepShape", "copy_bandwidth", "random_model", "step_costs", "step_plans"]
 
 MEMORY_SHARE = 0.9
-"""Of what is free on the device, the most that a cache may take."""
+"""Largest share of the device's free memory that a cache may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """A step to be timed."""
+    """A decode step to be timed."""
 
     name: str
     plan: StepPlan
@@ -33,23 +35,23 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """One timed step."""
+    """Time of one decode step."""
 
     step: str
     rows: int
-    """Of one sequence."""
+    """Query tokens of one sequence."""
     batch: int
     context: int
     seconds: float
-    """Median, the copy of the committed tokens to the host included."""
+    """Median time; it includes the copy of the committed tokens to the host."""
     over_ar: float
-    """Over the autoregressive step of the same batch and context."""
+    """Time over the autoregressive step of the same batch and context."""
     floor_share: float
-    """Time that the memory bus needs for weights, keys and values over the time taken."""
+    """Time that the memory bus needs for weights, keys and values, over the measured time."""
 
 
 def step_plans(block_len: int) -> list[StepShape]:
-    """The steps of every mode: autoregressive first, dense single-pass last; the first alone where K is 1."""
+    """Decode steps of every mode: autoregressive first, dense single-pass last. Only the first if K is 1."""
     K = block_len
     if K == 1:
         return [StepShape("autoregressive", StepPlan(1))]
@@ -64,7 +66,7 @@ def step_plans(block_len: int) -> list[StepShape]:
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TidarModel:
-    """A model of that shape that was never trained, made on the device."""
+    """Untrained model of the given shape, made on the device."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -80,7 +82,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 2**30) -> float:
-    """Bytes per second of a large copy on the device, read and written bytes both counted."""
+    """Bandwidth of a large copy on the device, in bytes per second; read and written bytes both count."""
     source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * nbytes / _median_seconds(lambda: target.copy_(source), device, 10)
@@ -99,7 +101,8 @@ def step_costs(
 ) -> list[StepCost]:
     """Time the steps of every mode; batches and contexts whose cache does not fit in memory are left out.
 
-    bandwidth  bytes per second that the floor is reckoned with
+    bandwidth  bytes per second, for the floor
+    on_step    called after each timed step
     """
     costs: list[StepCost] = []
     for context in contexts:
@@ -128,11 +131,11 @@ def step_costs(
 
 
 def _bytes_read(decoder: Decoder, batch: int, context: int) -> int:
-    """Of weights and prefixes, by a step of one row."""
+    """Bytes of weights and prefixes that a step of one query token reads."""
     config, weight = decoder.model.config, decoder.model.embedding.weight
     read = sum(p.numel() * p.element_size() for p in decoder.model.parameters())
     if not config.tied_head:
-        read -= weight.numel() * weight.element_size()  # a few rows of the table are looked up
+        read -= weight.numel() * weight.element_size()  # only a few entries of the table are looked up
     token = 2 * config.layers * config.kv_heads * config.head_size * weight.element_size()
     return read + batch * context * token
 
@@ -146,7 +149,7 @@ def _fits(model: TidarModel, batch: int, tokens: int) -> bool:
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of `repeats` runs after three to warm up; the device is idle before and after each."""
+    """Median time of `repeats` runs after three to warm up; the device is idle before and after each."""
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
     times = []
     for index in range(3 + repeats):

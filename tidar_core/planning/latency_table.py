@@ -1,7 +1,10 @@
-"""How long does one decoder forward take on this device, by rows, batch and context?
+"""Table of the time that a decoder forward takes on this device.
 
-The free-token-slot curve: up to some number of rows a forward costs little more than one row does, because reading the
-weights dominates; past the knee each row is paid for (TiDAR, section 2).
+How long does a forward take, by query tokens, batch and context?
+
+`rows` counts the query tokens of one sequence. The free-token-slot curve: up to some number of query tokens a forward
+costs little more than with one, because reading the weights dominates. Past the knee each query token adds its cost
+(TiDAR, section 2).
 """
 
 from bisect import bisect_left
@@ -21,7 +24,7 @@ from tidar_core.transformer.model import TidarModel
 __all__ = ["Curve", "LatencyPoint", "LatencyTable", "measure_latency"]
 
 KNEE_COST = 1.25
-"""Rows are free as long as a forward costs at most this many times what one row costs."""
+"""Query tokens are free as long as a forward costs at most this many times a forward of one query token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,33 +32,36 @@ class LatencyPoint:
     """One measured shape."""
 
     rows: int
-    """Rows of one sequence."""
+    """Query tokens of one sequence."""
     batch: int
     context: int
     """Clean tokens of each sequence in the cache."""
     seconds: float
     drafts: bool = False
-    """Masks are among the rows, and drafts are made of them, which costs a little more."""
+    """Whether masks are among the query tokens and drafts are made of them, which costs a little more."""
     timed: bool = True
-    """False for a prediction from other shapes."""
+    """Whether the shape was timed; false for a prediction from other shapes."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured shapes, and what lies between them."""
+    """Measured shapes, with interpolation between them."""
 
     points: tuple[LatencyPoint, ...]
 
     def seconds(self, rows: int, batch: int, context: int, *, drafts: bool = False) -> float:
-        """Expected time of a forward: linear between measured rows, contexts and batches. Beyond the largest batch or
-        context it is that of the largest; beyond the most rows it goes on as between the last two.
+        """Expected seconds of a forward: linear between measured query tokens, contexts and batches.
 
-        drafts  masks are among the rows; where none such was measured, the others stand for them
+        Beyond the largest batch or context it is the time of the largest. Beyond the most query tokens it continues the
+        line between the last two.
+
+        rows    query tokens of one sequence
+        drafts  masks are among them; if no such shape was measured, shapes without masks are used
         """
         return self.curve(batch, context, drafts=drafts).seconds(rows)
 
     def curve(self, batch: int, context: int, *, drafts: bool = False) -> "Curve":
-        """`seconds` of any rows at one batch and context."""
+        """Curve over query tokens at one batch and context; `seconds` reads it."""
         return _between(
             self._curves,
             batch,
@@ -67,18 +73,18 @@ class LatencyTable:
         )
 
     def timed_curve(self, batch: int, context: int, drafts: bool) -> "Curve | None":
-        """The curve of exactly this shape; None where it was not timed."""
+        """Curve of exactly this batch and context; None if it was not timed."""
         return self._curves.get(batch, {}).get(context, {}).get(drafts)
 
     def knee_rows(self, batch: int = 1) -> int:
-        """The most measured rows that are still free, at the smallest context and at `batch` or the next larger."""
+        """Most measured query tokens that are still free, at the smallest context and at `batch` or the next larger."""
         near = next((b for b in self._curves if b >= batch), max(self._curves))
         curve = self._curves[near][min(self._curves[near])][False]
         return max(rows for rows, seconds in zip(curve.rows, curve.times) if seconds <= KNEE_COST * curve.times[0])
 
     @cached_property
     def _curves(self) -> dict[int, dict[int, dict[bool, "Curve"]]]:
-        """By batch, context and drafts; all ascend."""
+        """Curves by batch, context and drafts; all keys ascend."""
         measured: dict[int, dict[int, dict[bool, dict[int, float]]]] = {}
         for p in sorted(self.points, key=lambda p: (p.batch, p.context, p.rows)):
             of_shape = measured.setdefault(p.batch, {}).setdefault(p.context, {})
@@ -94,14 +100,15 @@ class LatencyTable:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Time against rows of a sequence."""
+    """Time as a function of the query tokens of a sequence."""
 
     rows: tuple[int, ...]
-    """Ascending."""
+    """Query tokens, ascending."""
     times: tuple[float, ...]
+    """Seconds at each entry of `rows`."""
 
     def seconds(self, rows: int) -> float:
-        """Linear between measured rows and beyond them, but never less than anything measured."""
+        """Seconds at `rows` query tokens: linear between and beyond measured points, at least the shortest time."""
         if len(self.rows) == 1:
             return self.times[0]
         high = min(max(1, bisect_left(self.rows, rows)), len(self.rows) - 1)
@@ -109,13 +116,13 @@ class Curve:
         return max(self.times[high - 1] + share * (self.times[high] - self.times[high - 1]), min(self.times))
 
     def towards(self, other: "Curve", share: float) -> "Curve":
-        """The curve that lies so far on the way to another: 0 is here, 1 there."""
+        """Curve between this curve (share 0) and another (share 1)."""
         rows = tuple(sorted({*self.rows, *other.rows}))
         return Curve(rows, tuple((1 - share) * self.seconds(r) + share * other.seconds(r) for r in rows))
 
 
 def _between(measured: Collection[int], value: int, at: Callable[[int], Curve]) -> Curve:
-    """Between the neighbours of `value` among the ascending `measured`; at their ends what was measured there."""
+    """Interpolates between the neighbours of `value` among the ascending `measured`; constant beyond their ends."""
     shapes = list(measured)
     index = bisect_left(shapes, value)
     if index in (0, len(shapes)) or shapes[index] == value:
@@ -134,9 +141,14 @@ def measure_latency(
     repeats: int = 5,
     on_point: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
-    """Time a forward of each shape and the logits of one row of each sequence: median of `repeats`, after a warm-up.
+    """Time a forward of each shape and the logits of one query token of each sequence.
 
-    Rows are clean tokens; mask rows cost the same. What verification adds is the same in every mode.
+    Each time is the median of `repeats`, after a warm-up. Query tokens are clean tokens; mask tokens cost the same. The
+    cost of verification is left out: it is the same in every mode.
+
+    rows      query tokens of one sequence
+    contexts  clean tokens of each sequence in the cache
+    on_point  called after each shape
     """
     points = []
     for batch in batches:

@@ -1,7 +1,9 @@
-"""How fast is each mode of one model on the same prompts, and do they say the same?
+"""Benchmark of all modes of one model on the same prompts.
 
-Modes take turns within every repeat, so that a noisy machine disturbs all alike. Speeds are medians over repeats, and
-so are ratios, each taken within one repeat: a machine whose speed drifts shifts the former more than the latter.
+How fast is each mode, and do all modes generate the same tokens?
+
+Modes take turns within every repeat, so that a noisy machine disturbs all alike. Speeds and ratios are medians over
+repeats. Each ratio is taken within one repeat, because a drift of the machine shifts ratios less than speeds.
 """
 
 import statistics
@@ -28,46 +30,46 @@ __all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where a text first parts from the autoregressive mode's."""
+    """First difference between a text and the autoregressive mode's text."""
 
     prompt: int
     """Index of the prompt."""
     token: int
     """Index of the first token that differs."""
     top_2_gap: float
-    """Between the two likeliest tokens there, in log-probability, by a plain causal forward in the model's own dtype.
+    """Gap in log-probability between the two likeliest tokens there, by a causal forward in the model's own dtype.
     Near 0 a rounding decides; a large gap means that a mode is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeResult:
-    """What one mode did with all prompts."""
+    """Speed, acceptance and texts of one mode over all prompts."""
 
     tokens_per_second: float
     """All new tokens over wall time, prefills included; median over repeats."""
     tokens_per_second_spread: tuple[float, float]
     """Slowest and fastest repeat."""
     over_ar: float
-    """Speed over the autoregressive mode's of the same repeat; median over repeats."""
+    """Speed over the autoregressive mode's speed in the same repeat; median over repeats."""
     over_ar_spread: tuple[float, float]
-    """Least and greatest."""
+    """Least and greatest ratio."""
     tokens_per_forward: float
-    """Tokens over forwards, the prefill's included (T/NFE)."""
+    """Tokens over forwards, prefills included (T/NFE)."""
     tokens_per_round: float
-    """Tokens over verifications of drafts; a round is one forward in single-pass mode, two in two-pass mode. 1 where
+    """Tokens over verifications of drafts; a round is one forward in single-pass mode, two in two-pass mode. 1 if
     nothing is drafted."""
     acceptance_histogram: tuple[int, ...]
-    """How often n was 1, 2, .., K."""
+    """Verifications by accepted length n = 1, 2, .., K."""
     acceptance_by_position: tuple[float, ...]
-    """Share of verifications in which draft d_j stood, for j = 1..K; d_1 always does. Zeros where there are none."""
+    """Share of verifications in which draft d_j was accepted, for j = 1..K; d_1 always is. Zeros without any."""
     time_to_first_token_seconds: float
-    """From submission to the first token, median over prompts."""
+    """Seconds from submission to the first token, median over prompts."""
     equal_to_ar: bool
-    """Every text is the autoregressive mode's, token for token."""
+    """Whether every text equals the autoregressive mode's text, token for token."""
     divergences: tuple[Divergence, ...]
-    """One for each text that is another."""
+    """One entry for each text that differs."""
     choice: dict[str, Any] | None
-    """What the planner of the mode `auto` held to at the end, and what it promised."""
+    """Last choice of the planner of the mode `auto`, and its expected speed."""
     texts: tuple[tuple[int, ...], ...]
     """New token ids of each prompt."""
 
@@ -93,11 +95,12 @@ def compare_modes(
 ) -> dict[str, ModeResult]:
     """Continue all prompts in every mode, `batch` at a time, `repeats` times, after one batch to warm up.
 
-    Every prompt is read anew each time: prefixes are not shared.
+    Every prompt is prefilled each time: prefixes are not shared.
 
-    modes      the first is what the others are compared with: the autoregressive one
+    batch      requests that run at once
+    modes      all are compared with the first, the autoregressive mode
     on_prompt  called after each finished prompt, `prompts_in_all` times
-    table      what `auto` plans with, for a decoder and the longest context; it is timed here by default
+    table      returns the latency table of `auto` for a decoder and the longest context; it is timed here by default
     """
     decoder = Decoder(
         model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len, share_prefixes=False
@@ -122,7 +125,7 @@ def compare_modes(
 
 
 def prompts_in_all(prompts: int, *, modes: int, batch: int, repeats: int) -> int:
-    """Prompts that `compare_modes` continues, those to warm up included."""
+    """Number of prompts that `compare_modes` continues, warm-up included."""
     return modes * (min(batch, prompts) + repeats * prompts)
 
 
@@ -135,8 +138,8 @@ class _Run:
 
 def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
          on_prompt: Callable[[], None]) -> _Run:  # fmt: skip
-    """As many clients as the decoder has rows, each sending its next prompt when its last is done."""
-    batcher, run = Scheduler(decoder, planner), _Run()
+    """Run as many clients as the decoder has slots; each sends its next prompt when its last one is done."""
+    scheduler, run = Scheduler(decoder, planner), _Run()
     run.completions = [
         Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
     ]
@@ -147,12 +150,12 @@ def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]],
         if waiting:
             completion = waiting.popleft()
             submitted[completion.request.request_id] = time.perf_counter()
-            batcher.submit(completion.request)
+            scheduler.submit(completion.request)
 
     for _ in range(decoder.rows):
         send()
-    while batcher.busy:
-        for step in batcher.advance():
+    while scheduler.busy:
+        for step in scheduler.advance():
             completion = run.completions[int(step.request_id)]
             if not completion.token_ids:
                 run.first_token_seconds.append(time.perf_counter() - submitted[step.request_id])

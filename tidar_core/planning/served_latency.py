@@ -1,7 +1,9 @@
-"""What do decode steps take while they serve, against what the table promised?
+"""Correction of a latency table by the decode steps that are served.
 
-A table that was timed in seconds is coarse, and the machine changes. Every served step corrects the table: the part
-that all steps share is the drift of the machine, the rest is an error of the table at that many rows.
+How long do decode steps take in service, compared with the table?
+
+A table that was measured within seconds is coarse, and the machine changes. Every served step corrects the table. The
+deviation that all steps share is the drift of the machine; the rest is an error of the table at that many query tokens.
 """
 
 import math
@@ -14,18 +16,19 @@ from tidar_core.planning.latency_table import Curve, LatencyTable
 __all__ = ["ServedLatency"]
 
 DRIFT_GAIN, LEAST_GAIN = 0.2, 0.1
-"""Share of a deviation that goes to the drift, and the least share that goes to the correction of the rows."""
+"""Share of a deviation that goes to the drift, and the least share that goes to the correction of its query tokens."""
 LARGEST_DEVIATION = math.log(4.0)
-"""A step that deviates further counts as this: a pause of the machine is no property of a plan."""
+"""Largest log ratio that counts: a pause of the machine is no property of a plan."""
 CONTEXT_STEP = 256
 """Tokens of context that share one expectation."""
 MOST_EXPECTATIONS = 512
+"""Expectations that are kept; all are dropped when more would be."""
 
 
 @dataclass(slots=True)
 class _Correction:
     log_ratio: float = 0.0
-    """Logarithm of served seconds over those of the table, the drift of the machine taken out."""
+    """Logarithm of served seconds over the seconds of the table, without the drift of the machine."""
     steps: int = 0
 
 
@@ -35,19 +38,23 @@ class ServedLatency:
 
     table: LatencyTable
     _corrections: dict[int, dict[int, _Correction]] = field(default_factory=dict)
-    """By batch, then by rows of one sequence."""
+    """Corrections by batch, then by query tokens of one sequence."""
     _drift: float | None = None
-    """Logarithm of how much slower the machine is than when the table was taken; unknown before the first step."""
+    """Logarithm of the machine's slowdown since the table was measured; None before the first step."""
     _expected: dict[tuple[int, int, int, bool], float] = field(default_factory=dict)
 
     def seconds(self, rows: int, batch: int, context: int, *, drafts: bool = False) -> float:
-        """Expected time of a forward, in the units of the table: the drift of the machine is left out."""
+        """Expected seconds of a forward at the machine's speed when the table was measured: drift is left out.
+
+        rows    query tokens of one sequence
+        drafts  masks are among them
+        """
         return self.curve(batch, context, drafts=drafts).seconds(rows)
 
     def curve(self, batch: int, context: int, *, drafts: bool = False) -> Curve:
-        """`seconds` of any rows at one batch and context.
+        """Curve over query tokens at one batch and context; `seconds` reads it.
 
-        Between corrected row counts the correction is linear; beyond them it is that of the nearest.
+        The correction is linear between corrected numbers of query tokens, and constant beyond them.
         """
         curve, corrections = self.table.curve(batch, context, drafts=drafts), self._corrections.get(batch)
         if not corrections:
@@ -57,7 +64,7 @@ class ServedLatency:
         return Curve(rows, tuple(curve.seconds(count) * math.exp(_between(ratios, count)) for count in rows))
 
     def observe(self, rows: int, batch: int, context: int, drafts: bool, seconds: float) -> None:
-        """Learn from one served step. A clock that stood still measured nothing."""
+        """Learn from one served step; a time of 0 or less is ignored, since its clock did not advance."""
         if seconds <= 0:
             return
         corrections = self._corrections.setdefault(batch, {})
@@ -82,7 +89,7 @@ class ServedLatency:
 
 
 def _between(known: Mapping[int, float], rows: int) -> float:
-    """Linear between the known row counts, which ascend; constant beyond them."""
+    """Linear between the known numbers of query tokens, which ascend; constant beyond them."""
     counts, values = tuple(known), tuple(known.values())
     index = bisect_left(counts, rows)
     if index in (0, len(counts)):

@@ -1,8 +1,10 @@
-"""How long do the decode steps of a decoder take, when there is little time to measure them?
+"""Latency table of a decoder's whole decode steps, measured within a time budget.
 
-Whole decode steps are timed, verification included, at a few batches and contexts. The most telling shapes come first,
-and within a shape the fewest rows. Shapes that the budget does not reach are predicted from those that were timed:
-the cost of a forward follows its query tokens in total, and the cost of its context is proportional to the batch.
+How long do decode steps take, when there is little time to measure them?
+
+Whole decode steps are timed, verification included, at a few batches and contexts. The most informative shapes come
+first, and within a shape the fewest query tokens. Shapes that the budget does not reach are predicted from timed
+shapes. The cost of a forward follows its query tokens in total; the cost of its context is proportional to the batch.
 """
 
 import time
@@ -10,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.planning.candidate_plans import few_ways, timed_plans
+from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.planning.latency_table import LatencyPoint, LatencyTable
 from tidar_core.timing import LEAST_RUNS, Clock, median_seconds
 
@@ -29,17 +31,17 @@ def decoding_latency(
     on_point: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
-    """The table that a decoder plans with: every shape of `latency_shapes`, timed or predicted.
+    """Latency table for the planner of a decoder: every shape of `latency_shapes`, timed or predicted.
 
     budget       seconds; the first two plans are timed even if they take longer
-    context_len  longest context that is planned for; the decoder's own by default
+    context_len  longest context, in tokens; the decoder's own by default
     repeats      turns over the plans of a shape, as long as the budget allows
     on_point     called after each shape
     clock        seconds, ascending
     """
     K, end = decoder.draft.block_len, clock() + budget
     points: list[LatencyPoint] = []
-    plans = sorted(timed_plans(few_ways(K)), key=lambda plan: (plan.rows(K), bool(plan.groups)))
+    plans = sorted(timed_plans(few_candidates(K)), key=lambda plan: (plan.rows(K), bool(plan.groups)))
     shapes = latency_shapes(decoder, context_len)
     for index, (batch, context) in enumerate(shapes):
         left = end - clock()
@@ -56,7 +58,7 @@ def decoding_latency(
 
 
 def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tuple[int, int]]:
-    """Batches and contexts that `decoding_latency` covers, the most telling first: smallest and largest of both."""
+    """Batches and contexts that `decoding_latency` covers, the most informative first: smallest and largest of both."""
     longest = min(context_len or decoder.context_len, decoder.context_len)
     batches = [count for count in (1, 4, 16, 64) if count < decoder.rows] + [decoder.rows]
     contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
@@ -65,12 +67,12 @@ def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tup
 
 
 def _share(left: float, shapes: int) -> float:
-    """Seconds for the next of so many shapes: twice its even share, since the first shapes tell the most."""
+    """Seconds for the next of so many shapes: twice its even share, since the first shapes are the most informative."""
     return left * min(1.0, 2 / shapes)
 
 
 def _least_seconds(points: Sequence[LatencyPoint], batch: int) -> float:
-    """A guess of what the first two plans of a shape take: the same query tokens took so long before."""
+    """Estimated seconds of the first two plans of a shape, from earlier points with as many query tokens."""
     longest = max(point.seconds for point in points if point.rows * point.batch <= 2 * batch)
     return 2 * LEAST_RUNS * longest
 
@@ -91,7 +93,7 @@ def _predicted(table: LatencyTable, shapes: Sequence[tuple[int, int]]) -> list[L
 def _predict(table: LatencyTable, shape: tuple[int, int], first: tuple[int, int], rows: int, drafts: bool) -> float:
     """Seconds of a plan at a shape other than the first.
 
-    What was timed at the same shape with fewer rows corrects the prediction.
+    Times of the same shape with fewer query tokens correct the prediction.
     """
     (batch, context), (first_batch, first_context) = shape, first
     at_first = table.curve(first_batch, first_context, drafts=drafts)
@@ -99,7 +101,7 @@ def _predict(table: LatencyTable, shape: tuple[int, int], first: tuple[int, int]
     far = table.timed_curve(first_batch, context, drafts)
 
     def from_others(count: int) -> float:
-        """As many query tokens in total, and the cost of the context once for each sequence."""
+        """Seconds of as many query tokens in total, plus the cost of the context once for each sequence."""
         here = at_first.seconds(count * batch // first_batch) if near is None else near.seconds(count)
         further = 0.0 if far is None else max(0.0, far.seconds(count) - at_first.seconds(count))
         return here + further * batch / first_batch

@@ -1,8 +1,8 @@
-"""What does a packed row become when it is trained in both modes at once?
+"""Training batches of packed rows, for one mode or for both modes at once.
 
-The clean half is read causally and predicts the next token; the mask half predicts, at each position, the token that
-belongs there (TiDAR, section 3.1: full masking, no shift on the mask half). Other recipes hide less, weigh otherwise,
-or compute some of the blocks.
+The clean half attends causally and predicts the next token. The mask half predicts, at each position, the token of that
+position (TiDAR, section 3.1: full masking, no shift on the mask half). Other recipes hide fewer tokens, use other
+weights, or compute only some of the blocks.
 
 Shape letters: B rows, S tokens of a row, M tokens of its mask half (S, or fewer), L tokens of a layout (S or S + M).
 """
@@ -19,38 +19,39 @@ from tidar_core.transformer.layout import PADDING, TokenLayout, causal_layout, t
 __all__ = ["IGNORED", "TrainBatch", "ar_batch", "dual_mode_batch"]
 
 IGNORED = -100
-"""Target of a row that no loss looks at."""
+"""Target of a token that has no loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """Input tokens, who they are, and what each half must predict."""
+    """Input tokens, their layout, and the targets of each half."""
 
     token_BL: Tensor
     layout: TokenLayout
     ar_target_BS: Tensor
-    """Next token of the same document, for the first S rows; IGNORED at the end of a document."""
+    """Next token of the same document, for the first S tokens; IGNORED at the end of a document."""
     diffusion_target_BM: Tensor | None
-    """Token at the mask's own position, for the last M rows; IGNORED in a document's first block, whose masks see
-    nothing. None when there is no mask half."""
+    """Token at the mask's own position, for the last M tokens; IGNORED in a document's first block, whose masks see
+    no clean token. `None` without a mask half."""
     diffusion_weight_BM: Tensor | None = None
-    """Weight of each such label, fp32; None: all weigh 1."""
+    """Weight of each of these labels, fp32; `None`: all have weight 1."""
     diffusion_total: Tensor | None = None
-    """What these weights add up to, on average over the recipe's draws, fp64; None: the number of labels."""
+    """Expected sum of these weights over the recipe's draws, fp64; `None`: the number of labels."""
     before_BM: Tensor | None = None
-    """Token before each mask's own; None when there is no mask half."""
+    """Token before each mask's own; `None` without a mask half."""
     teacher_BM: Tensor | None = None
-    """Index in the clean half of the token that predicts the same token as the mask; None: no distillation."""
+    """Index in the clean half of the token that predicts the same token as the mask; `None`: no distillation."""
     distillation: float = 0.0
-    """Share of the diffusion loss that compares with that token's distribution and not with the label."""
+    """Share of the diffusion loss that compares with the teacher's distribution instead of the label."""
     whole: TokenLayout | None = None
-    """Of whole rows, where several workers share them and this is the part of one; None: this is all."""
+    """Layout of whole rows, if this is the part of one of several workers that share them; `None`: rows are whole."""
 
 
 def ar_batch(input_ids_BS: Tensor, document_BS: Tensor, trained_BS: Tensor | None = None) -> TrainBatch:
     """Packed rows for ordinary next-token training.
 
-    trained_BS  whether a token is a label; None: all are
+    document_BS  document of each token; PADDING for none
+    trained_BS   whether a token is a label; `None`: all are
     """
     target_BS = _next_token(_labels(input_ids_BS, trained_BS), document_BS)
     return TrainBatch(input_ids_BS, causal_layout(document_BS), target_BS, None)
@@ -68,9 +69,10 @@ def dual_mode_batch(
 ) -> TrainBatch:
     """Packed rows, doubled: clean tokens, then mask tokens at the same positions.
 
-    trained_BS  whether a token is a label, of either half; None: all are
-    recipe      None: the paper's
-    seed_B      a number for each row that its draws follow from; needed where the recipe draws
+    document_BS  document of each token; PADDING for none
+    trained_BS   whether a token is a label, in both halves; `None`: all are
+    recipe       `None`: the paper's
+    seed_B       seed of each row's draws; needed if the recipe draws
     """
     recipe = recipe or Recipe()
     S, device = input_ids_BS.shape[1], input_ids_BS.device
@@ -108,7 +110,7 @@ def dual_mode_batch(
 
 
 def _block_len(recipe: Recipe, block_len: int, draws: Draws | None) -> int | Tensor:
-    """One length for all rows, or one for each [B, 1]."""
+    """Block length of all rows, or of each row [B, 1]."""
     if len(recipe.block_lens) > 1 and draws is not None:
         lengths = torch.tensor(recipe.block_lens, device=draws.length_B1.device)
         return lengths[(draws.length_B1 * len(lengths)).long()]
@@ -128,13 +130,13 @@ def _next_token(label_BS: Tensor, document_BS: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _MaskHalf:
-    """What the recipe may change of it; all [B, M]."""
+    """Facts of the mask half that a recipe may change; all [B, M]."""
 
     layout: TokenLayout
     token: Tensor
     target: Tensor
     place: Tensor
-    """Index in the row."""
+    """Index of the token in its row."""
     weight: Tensor
 
     def block_start(self) -> Tensor:
@@ -142,13 +144,13 @@ class _MaskHalf:
         return self.place - (self.layout.position - self.layout.horizon - 1)
 
     def decayed(self, decay: float | None) -> "_MaskHalf":
-        """Later tokens of a block weigh less."""
+        """This half with smaller weights for later tokens of a block; `None`: all have weight 1."""
         offset = self.place - self.block_start()
         weight = torch.ones_like(offset).float() if decay is None else torch.exp(offset.float() / -decay)
         return replace(self, weight=weight)
 
     def partly_shown(self, input_ids_BS: Tensor, draws: Draws) -> "_MaskHalf":
-        """Of each block a drawn share stays hidden and weighs its inverse; the rest is shown to the block."""
+        """This half with a drawn share of each block hidden, at the inverse weight; the rest is shown to the block."""
         t = (1 - draws.share_BS.gather(1, self.block_start())).clamp(min=LEAST_HIDDEN)
         hidden = draws.hidden_BS < t
         return replace(
@@ -159,7 +161,10 @@ class _MaskHalf:
         )
 
     def some_blocks(self, mask_len: int, draws: Draws) -> "_MaskHalf":
-        """`mask_len` tokens: as many drawn blocks as surely fit, weighing as many times more as there were; padding."""
+        """This half cut to `mask_len` tokens: as many drawn blocks as surely fit, then padding.
+
+        The weights of the kept blocks rise by the ratio of all blocks to kept blocks.
+        """
         start = self.block_start()
         block_len = (self.place - start).amax(1, keepdim=True) + 1
         has_label = torch.zeros_like(start).scatter_add_(1, start, (self.target != IGNORED).long()) > 0

@@ -1,8 +1,10 @@
-"""How does a long row attend on an accelerator without a square of scores?
+"""FlexAttention under the rule of visibility, for long rows on an accelerator.
 
-FlexAttention under the one rule: the rule itself says which tiles of 128 x 128 scores are empty, mixed or full, so that
-empty ones cost nothing and full ones need no rule. One form for next-token rows and for the doubled training row, as
-the layout differs and the rule does not. Equal to DenseAttention up to rounding, forward and backward.
+How does a long row attend without a square of scores?
+
+The rule decides which tiles of 128 x 128 scores are empty, mixed or full. Empty tiles cost nothing, and full tiles need
+no rule. Next-token rows and the doubled training row use the same form: their layouts differ, the rule does not. Equal
+to DenseAttention up to rounding, forward and backward.
 
 Shape letters: B sequences, L tokens, H heads, D head width, N tiles of a side.
 """
@@ -22,13 +24,13 @@ __all__ = ["FlexAttention"]
 TILE = 128
 """Side of a tile of scores: FlexAttention's own default, a multiple of every kernel tile that it tunes."""
 PAIRS_AT_ONCE = 2**28
-"""Pairs of tokens looked at together while tiles are judged: a byte each, for a moment."""
+"""Pairs of tokens examined at once while tiles are classified; each takes a byte for that time."""
 NARROWEST_HEAD = 16
-"""The least that the tensor cores multiply along."""
+"""Smallest head width that tensor cores multiply."""
 
 
 class FlexAttention:
-    """Every row against the tiles that it can see. Compiled on its own unless the caller is."""
+    """Attention of every token to the tiles that it can see. Compiled on its own unless the caller is compiled."""
 
     def __init__(self, layout: TokenLayout) -> None:
         facts = layout.apply(Tensor.int)
@@ -44,7 +46,7 @@ class FlexAttention:
 
     @staticmethod
     def suits(device: torch.device, row_len: int, head_size: int) -> bool:
-        """Whether this is the form for rows of so many tokens on this device."""
+        """Whether FlexAttention is the right form for rows of `row_len` tokens on this device."""
         return device.type == "cuda" and row_len >= TILE and head_size >= NARROWEST_HEAD
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class FlexAttention:
 
 
 def _tiles(layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    """[B, N, N] twice: where some but not all pairs of a tile see each other, and where all do."""
+    """Mixed and full tiles [B, N, N]: some but not all pairs of a mixed tile see each other; in a full tile all do."""
     row_len = layout.position.shape[-1]
     tiles = -(-row_len // TILE)
     beyond = tiles * TILE - row_len
@@ -72,7 +74,7 @@ def _tiles(layout: TokenLayout) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(tiles_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of tiles how many are set [B, 1, N], and their columns first in order [B, 1, N, N]."""
+    """Number of set tiles in each line of tiles [B, 1, N], and their columns first, in order [B, 1, N, N]."""
     tiles = tiles_BNN[:, None]
     columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), columns.int()

@@ -1,8 +1,8 @@
-"""How much arithmetic does a train step need, and how much can the device do?
+"""Arithmetic that a train step needs, and the peak of the device.
 
-Needed, not done: what is computed twice (checkpointing) or in vain (masked scores of a tile) does not count, so that a
-share of the device's peak (MFU) can be compared between methods. A multiplication and its addition are two operations;
-the backward pass needs twice those of the forward pass.
+The count is of needed operations, not of executed ones. Recomputed operations (checkpointing) and unused ones (masked
+scores of a tile) do not count. So the share of the device's peak (MFU) is comparable between methods. A
+multiplication and its addition are two operations. The backward pass needs twice the operations of the forward pass.
 
 Shape letters: B rows, S tokens of a row.
 """
@@ -26,29 +26,33 @@ def matmul_weights(config: ModelConfig) -> int:
 
 
 def visible_pairs(document_BS: Tensor, block_len: int | None = None) -> int:
-    """Pairs of a token and one that it sees, in packed rows; with `block_len`, in the doubled rows. Padding aside."""
+    """Pairs of a token and a token that it sees, without padding.
+
+    document_BS  document of each token of packed rows
+    block_len    counts the pairs of the doubled rows with this block length; `None`: of next-token rows
+    """
     layout = causal_layout(document_BS) if block_len is None else training_layout(document_BS, block_len)
     return int(layout_pairs(layout))
 
 
 def layout_pairs(layout: TokenLayout) -> Tensor:
-    """The same of rows that are laid out for training; stays on the device."""
+    """`visible_pairs` of a training layout, as a tensor on the device."""
     offset = layout.position - layout.horizon - 1  # a block of n masks sees n^2 pairs: the first n odd numbers
     in_block = torch.where(layout.block != CLEAN, 2 * offset + 1, 0)
     return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
 
 
 def train_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
-    """Operations of forward and backward.
+    """Operations of forward and backward pass.
 
-    tokens  that go through the model: those of the doubled row count twice
+    tokens  tokens that go through the model: both halves of the doubled row count
     pairs   from `visible_pairs`; each costs a product along the head width for its score and one for its value
     """
     return 6 * matmul_weights(config) * tokens + 12 * config.layers * config.heads * config.head_size * pairs
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int = 8192, repeats: int = 10) -> float:
-    """Operations per second of a large square product on this device, random numbers in: the ceiling for MFU."""
+    """Operations per second of a large square product of random numbers on this device: the ceiling for MFU."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b

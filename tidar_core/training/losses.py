@@ -1,10 +1,10 @@
-"""How wrong are both halves of a batch, as sums that any number of workers can add up?
+"""Losses of both halves of a batch, as sums that any number of workers can add up.
 
     L = [ alpha * mean CE(AR) + mean CE(diffusion) ] / (1 + alpha)          (TiDAR, equation 3)
 
-Each mean runs over all labels of the train step, on all workers; so sums and counts leave here, not means.
+Each mean runs over all labels of the train step, on all workers; so this module returns sums and counts, not means.
 
-A recipe may weigh the labels of the diffusion half; its mean is then over what the weights add up to.
+A recipe may weight the labels of the diffusion half; its mean then divides by the sum of the weights.
 
 Shape letters: B rows, S tokens of a row, M tokens of its mask half, N labelled tokens, E embedding, V vocabulary,
 K block length.
@@ -23,9 +23,10 @@ from tidar_core.training.dual_mode import IGNORED, TrainBatch
 __all__ = ["LossSums", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
 
 LOGITS_AT_ONCE = 2**26
-"""Logits held at a time; a vocabulary of 151,936 would need 5 GB for one row of 2 x 4,096 tokens otherwise."""
+"""Logits held at a time. Without a limit, a row of 2 x 4,096 tokens would need 5 GB with a vocabulary of 151,936."""
 LOGITS_AT_ONCE_CUDA = 2**29
-"""The same on an accelerator: 2 GB in fp32, so that 32,768 tokens of a vocabulary of 16,384 need no second pass."""
+"""Logits held at a time on an accelerator: 2 GB in fp32. So 32,768 tokens of a vocabulary of 16,384 need no second
+pass."""
 
 Head = Callable[[Tensor], Tensor]
 Link = Callable[[Tensor], Tensor] | None
@@ -40,10 +41,11 @@ class LossSums:
     diffusion_sum: Tensor
     ar_count: Tensor
     diffusion_count: Tensor
-    """Labels, or what their weights add up to."""
+    """Number of labels, or the sum of their weights."""
     draft_hits_K: Tensor
     """Mask tokens whose likeliest token is the label, by offset in the block."""
     draft_count_K: Tensor
+    """Labelled mask tokens, by offset in the block."""
 
 
 def chunk_loss(
@@ -56,11 +58,11 @@ def chunk_loss(
     distillation: float = 0.0,
     link: Link = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in fp32 summed over labels, and whose likeliest token is the label [N].
+    """Cross-entropy in nats, fp32, summed over labels; and whether the likeliest token is the label [N].
 
-    weight_N      of each label; None: 1
-    teacher_NE    hidden states whose distribution takes the share `distillation` of the label's place
-    before_N      the tokens before the labels, of which `link` makes logits to add
+    weight_N      weight of each label; `None`: 1
+    teacher_NE    hidden states whose distribution replaces the share `distillation` of the label
+    before_N      tokens before the labels; `link` adds logits for them
     """
     logits_NV = head(hidden_NE).float()
     if link is not None and before_N is not None:
@@ -72,7 +74,9 @@ def chunk_loss(
     if teacher_NE is not None:
         with torch.no_grad():
             teacher_NV = head(teacher_NE).float().softmax(-1)
-        likely_NV = torch.where(teacher_NV > 0, logits_NV, 0.0)  # the mask token: probability 0, logit minus infinity
+        likely_NV = torch.where(
+            teacher_NV > 0, logits_NV, 0.0
+        )  # the mask token has probability 0 and logit minus infinity
         soft_N = logits_NV.logsumexp(-1) - (teacher_NV * likely_NV).sum(-1)
         loss_N = torch.where(target_N != IGNORED, torch.lerp(loss_N, soft_N, distillation), 0.0)
     return (loss_N if weight_N is None else loss_N * weight_N).sum(), hit_N
@@ -91,8 +95,8 @@ def loss_sums(
 
     block_len     length of the longest block
     chunk_loss    the function of that name, or a compiled form of it
-    link          the model's, if it has one: the diffusion half is then told the token before each label
-    clean_hidden  from the clean half's hidden states here to those of whole rows
+    link          the model's link, if it has one: the diffusion half then knows the token before each label
+    clean_hidden  maps this worker's hidden states of the clean half to the hidden states of whole rows
     """
     S = batch.ar_target_BS.shape[1]
     ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, hidden_BLE[:, :S])
@@ -118,8 +122,10 @@ def loss_sums(
 
 
 def label_counts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Labels of the AR half and of the diffusion half, or what the weights of the latter add up to; known before any
-    forward."""
+    """Number of labels of the AR half and of the diffusion half, known before any forward.
+
+    The sum of the weights replaces the number of labels in a weighted diffusion half.
+    """
     ar_count = (batch.ar_target_BS != IGNORED).sum()
     if batch.diffusion_target_BM is None:
         return ar_count, torch.zeros_like(ar_count)
@@ -129,7 +135,10 @@ def label_counts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
 
 
 def dual_mode_loss(sums: LossSums, alpha: float, ar_count: Tensor, diffusion_count: Tensor) -> Tensor:
-    """The weighted loss; counts are those of the whole train step. AR loss alone where nothing is masked."""
+    """Weighted loss of both halves (TiDAR, equation 3); the AR loss alone if no token is masked.
+
+    ar_count, diffusion_count  counts of the whole train step, over all workers
+    """
     ar_mean, diffusion_mean = _mean(sums.ar_sum, ar_count), _mean(sums.diffusion_sum, diffusion_count)
     return torch.where(diffusion_count > 0, (alpha * ar_mean + diffusion_mean) / (1 + alpha), ar_mean)
 
@@ -149,10 +158,10 @@ def _cross_entropy(
     distillation: float = 0.0,
     link: Link = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and which labels were the likeliest token [B * S].
+    """Summed cross-entropy, and whether each label was the likeliest token [B * S].
 
-    Logits exist for a chunk of tokens at a time: where one chunk is not enough, each is computed again in the backward
-    pass. Tokens without a label take part, so that shapes do not depend on what the rows hold.
+    Logits exist for one chunk of tokens at a time: with several chunks, each is computed again in the backward pass.
+    Tokens without a label are included, so that shapes do not depend on the content of rows.
     """
     hidden_NE, target_N = hidden_BSE.flatten(0, 1), target_BS.flatten()
     weight_N = None if weight_BS is None else weight_BS.flatten()
@@ -164,15 +173,15 @@ def _cross_entropy(
     if len(target_N) <= at_once:
         return of_chunk(head, hidden_NE, target_N, weight_N, teacher_NE, before_N, distillation, link)
     chunks = -(-len(target_N) // at_once)
-    chunk_len = -(-len(target_N) // chunks)  # as even as can be
+    chunk_len = -(-len(target_N) // chunks)  # as even as possible
 
-    def pieces(x: Tensor | None) -> Sequence[Tensor | None]:
+    def chunked(x: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * chunks if x is None else x.split(chunk_len)
 
     sums, hits = zip(
         *(
-            checkpoint(of_chunk, head, *piece, distillation, link, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(*map(pieces, (hidden_NE, target_N, weight_N, teacher_NE, before_N)))
+            checkpoint(of_chunk, head, *chunk, distillation, link, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*map(chunked, (hidden_NE, target_N, weight_N, teacher_NE, before_N)))
         )
     )
     return torch.stack(sums).sum(), torch.cat(hits)

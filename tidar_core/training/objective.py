@@ -1,6 +1,6 @@
-"""What does one training forward compute, start to end, for either objective?
+"""Training forward of either objective, from packed rows to loss sums.
 
-A module of its own, so that an engine that shards parameters sees every use of them inside one forward.
+The objective is a torch module, so that an engine that shards parameters sees every use of them inside one forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """Packed rows -> sums of the losses."""
+    """Computes the loss sums of packed rows."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class Objective(nn.Module):
         attention: Callable[[TokenLayout], Attention] | None = None,
         shared: SequenceParallel | None = None,
     ) -> None:
-        """dual       both halves; otherwise next-token prediction alone
-        recipe     of both halves; None: the paper's
-        attention  form for a batch's layout; None chooses by device
-        shared     the workers that share each row with this one; batches and sums are then this worker's part
+        """dual       whether to train both halves; otherwise next-token prediction alone
+        recipe     choices for both halves; `None`: the paper's
+        attention  makes the attention for a batch's layout; `None` chooses by device
+        shared     workers that share each row with this one; batches and sums are then this worker's part
         """
         super().__init__()
         assert not dual or model.config.mask_id is not None, "the dual objective needs a model with a mask token"
@@ -59,8 +59,9 @@ class Objective(nn.Module):
     ) -> TrainBatch:
         """Inputs and labels of packed rows.
 
-        trained_BS  whether a token is a label; None: all are
-        seed_B      a number for each row that its draws follow from; needed where the recipe draws
+        document_BS  document of each token; PADDING for none
+        trained_BS   whether a token is a label; `None`: all are
+        seed_B       seed of each row's draws; needed if the recipe draws
         """
         if self.dual:
             mask_id = self.model.config.mask_id
@@ -73,7 +74,7 @@ class Objective(nn.Module):
         return self._shared.part(batch) if self._shared else batch
 
     def compile_parts(self) -> None:
-        """Compile each layer and the loss, in place, for shapes that stay. All layers share one compiled form."""
+        """Compile each layer and the loss in place, for constant shapes. All layers share one compiled form."""
         for layer in self.model.layers:
             layer.compile(dynamic=False)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False)

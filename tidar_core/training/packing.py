@@ -1,11 +1,11 @@
-"""How do documents become rows of one length?
+"""Packing of documents into rows of one length.
 
 A split is one stream of tokens: its documents in order, the end-of-text token after each. Row r holds the tokens
-[r * row_len, (r + 1) * row_len) of that stream, so every token lands exactly once; only the tail of the very last row
-is padding. Any piece of the stream can be cut on its own, given the documents that it touches and where they begin:
-that is how many workers write one split without talking to each other.
+[r * row_len, (r + 1) * row_len) of the stream. So every token is in exactly one row, and only the tail of the last row
+is padding. Any section of the stream can be cut on its own, given its documents and where they begin. So many workers
+write one split without communication.
 
-Shape letters: T tokens of a piece of the stream, N documents in it, B rows, S row_len.
+Shape letters: T tokens of a section of the stream, N documents in it, B rows, S row_len.
 """
 
 from bisect import bisect_right
@@ -26,14 +26,14 @@ class PackedRows:
 
     input_ids_BS: Tensor
     document_ids_BS: Tensor
-    """Ordinal of the document within its split; PADDING where there is no token, and the input id is end of text."""
+    """Ordinal of the document within its split; PADDING if there is no token, and the input id is then end of text."""
     trained_BS: Tensor | None = None
-    """Whether a token is one to learn to say, as those of a response are; None: all tokens are."""
+    """Whether a token is a label, as the tokens of a response are; `None`: all tokens are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens [start, stop) of one part of a stream."""
+    """Tokens [start, stop) of one part of a stream."""
 
     part: int
     start: int
@@ -41,14 +41,16 @@ class Span:
 
 
 def row_count(tokens: int, row_len: int) -> int:
-    """Rows that a stream of `tokens` fills, the last perhaps in part."""
+    """Number of rows that a stream of `tokens` fills; the last may be partly filled."""
     return -(-tokens // row_len)
 
 
 def overlapping_spans(part_begins: Sequence[int], start: int, stop: int) -> list[Span]:
-    """Where the tokens [start, stop) of a stream lie, if part p holds its tokens [part_begins[p], part_begins[p + 1]).
+    """Spans of the parts that hold the tokens [start, stop) of a stream.
 
-    What lies beyond the end of the stream has no span.
+    Tokens beyond the end of the stream have no span.
+
+    part_begins  part p holds the tokens [part_begins[p], part_begins[p + 1]) of the stream
     """
     spans = []
     part = max(bisect_right(part_begins, start) - 1, 0)
@@ -71,15 +73,16 @@ def cut_rows(
     row_len: int,
     eos_id: int,
 ) -> PackedRows:
-    """The tokens [start, stop) of a piece of the stream as rows; int32.
+    """Tokens [start, stop) of a section of the stream as rows; int32.
 
-    tokens_T          the documents of the piece one after another, each with its end-of-text token
-    document_len_N    tokens of each of them, that token included
-    trained_T         whether a token is one to learn to say; None: all are
-    first_document    ordinal of the first of them within the split
+    tokens_T          documents of the section in order, each with its end-of-text token
+    document_len_N    tokens of each document, end-of-text token included
+    trained_T         whether a token is a label; `None`: all are
+    first_document    ordinal of the first of these documents within the split
+    eos_id            token that fills the tail of the last row
     """
     assert int(document_len_N.sum()) == len(tokens_T), "document lengths do not add up to the tokens"
-    assert 0 <= start < stop <= len(tokens_T), f"tokens [{start}, {stop}) of a piece of {len(tokens_T)}"
+    assert 0 <= start < stop <= len(tokens_T), f"tokens [{start}, {stop}) of a section of {len(tokens_T)}"
     document_N = torch.arange(first_document, first_document + len(document_len_N), dtype=torch.int32)
     document_T = document_N.repeat_interleave(document_len_N.long())
     rows = row_count(stop - start, row_len)

@@ -1,9 +1,9 @@
-"""By which choices is a model trained in both modes?
+"""Recipe of dual-mode training: its choices and their draws.
 
-The defaults are the paper's; each other choice is an experiment (docs/experiments.md). A choice that draws does so from
-one number per row, so that a resumed run, also on another number of workers, draws the same.
+The defaults are the paper's; each other choice is an experiment (docs/experiments.md). Draws follow from one number per
+row. So a resumed run draws the same, even on another number of workers.
 
-Shape letters: B rows, S tokens of a row, E embedding, R rows of a table.
+Shape letters: B rows, S tokens of a row, E embedding, R entries of a table.
 """
 
 from collections.abc import Sequence
@@ -35,29 +35,29 @@ LEAST_HIDDEN = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How the doubled row is made and weighed."""
+    """Choices that make and weight the doubled row."""
 
     alpha: float = 1.0
     """Weight of the AR loss against the diffusion loss (TiDAR, equation 3)."""
     masking: str = "full"
-    """`full`: the mask half is mask tokens alone. `random`: for each block a share t in (0, 1] is drawn, each of its
-    tokens is hidden with that chance, and the loss of those that are weighs 1 / t (block diffusion's objective)."""
+    """`full`: the mask half is mask tokens alone. `random`: for each block a share t in (0, 1] is drawn. Each of its
+    tokens is hidden with probability t; the loss of hidden tokens has weight 1 / t (block diffusion's objective)."""
     block_lens: tuple[int, ...] = ()
-    """Lengths of blocks; each row draws one. Empty: the objective's block length alone."""
+    """Block lengths; each row draws one. Empty: only the block length of the objective."""
     position_decay: float | None = None
-    """The token at offset i of its block weighs exp(-i / position_decay); None: all weigh the same."""
+    """Decay of weights in a block: offset i has weight exp(-i / position_decay); `None`: all weights are equal."""
     distillation: float = 0.0
-    """Share of the diffusion loss that compares with the model's own AR distribution of the same token, through which
-    no gradient flows, and not with the label."""
+    """Share of the diffusion loss that compares with the model's own AR distribution of the same token instead of the
+    label. No gradient flows through this distribution."""
     block_share: float = 1.0
-    """Share of a row's mask half that is computed: blocks are drawn, and weigh as many times more."""
+    """Share of a row's mask half that is computed: blocks are drawn, and their weights rise by the inverse share."""
     mask_start: str | None = None
-    """The mask token's embedding before the first train step: `mean` of the others, plus noise a tenth as wide as they
-    are spread; `normal`: mean and spread of the others; `zero`. None: as it is in the weights, or `mean` where they
-    have no mask token."""
+    """Mask token's embedding before the first train step. `mean`: mean of the other embeddings, plus noise with a tenth
+    of their spread. `normal`: mean and spread of the others. `zero`: zeros. `None`: as in the weights, or `mean` if
+    they have no mask token."""
     link_rank: int | None = None
-    """Rank of what links each draft of a block to the token before it (`tidar_core.transformer.model.DraftLink`). None:
-    as it is in the weights, and those of an AR checkpoint have no link: drafts are independent."""
+    """Rank of the link from each draft of a block to the token before it (`tidar_core.transformer.model.DraftLink`).
+    `None`: as in the weights. An AR checkpoint has no link: its drafts are independent."""
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")
@@ -77,7 +77,7 @@ class Recipe:
         )
 
     def checked(self, block_len: int) -> "Recipe":
-        """This recipe, if it is one for blocks of at most `block_len`."""
+        """This recipe, if its longest block is `block_len`; raises ConfigError otherwise."""
         longest = max(self.block_lens, default=block_len)
         _require(
             longest == block_len,
@@ -86,60 +86,66 @@ class Recipe:
         return self
 
     def mask_len(self, row_len: int, block_len: int) -> int:
-        """Tokens of the mask half of a row; `block_len` where the recipe names no lengths of its own."""
+        """Tokens of the mask half of a row.
+
+        block_len  block length, if the recipe has no block lengths of its own
+        """
         if self.block_share == 1:
             return row_len
         return max(max(self.block_lens, default=block_len), int(self.block_share * row_len))
 
     @property
     def draws(self) -> bool:
-        """Whether a row needs a number that its choices follow from."""
+        """Whether the recipe draws, so that each row needs a seed."""
         return self.masking == "random" or len(self.block_lens) > 1 or self.block_share < 1
 
     @property
     def weighs(self) -> bool:
-        """Whether labels of the mask half weigh differently."""
+        """Whether labels of the mask half have different weights."""
         return self.masking == "random" or self.position_decay is not None or self.block_share < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Numbers in [0, 1) that the choices of each row follow from; in every recipe the same ones."""
+    """Random numbers in [0, 1) for the choices of each row; the same in every recipe."""
 
     length_B1: Tensor
-    """Which block length."""
+    """Number that chooses the block length."""
     share_BS: Tensor
-    """t of the block that begins at a token is one less this number."""
+    """Numbers 1 - t, where t is the share of the block that begins at the token."""
     hidden_BS: Tensor
-    """A token is hidden where this is below t."""
+    """Numbers that hide a token if they are below t."""
     rank_BS: Tensor
     """Blocks are computed in the order of this number at their first token."""
 
     @classmethod
     def of(cls, seed_B: Sequence[int], row_len: int, device: torch.device) -> "Draws":
-        """Those of rows with these seeds, whatever they are batched with."""
+        """Draws of rows with these seeds; they do not depend on the rest of the batch."""
         rows = [torch.rand(1 + 3 * row_len, generator=torch.Generator().manual_seed(seed)) for seed in seed_B]
         return cls(*torch.stack(rows).to(device).split([1, row_len, row_len, row_len], 1))
 
 
 @torch.no_grad()
 def start_mask_token(model: TidarModel, how: str, *, seed: int) -> None:
-    """Set the mask token's embedding, as `Recipe.mask_start` says; tokens of text are the rows before it."""
+    """Set the mask token's embedding, as `Recipe.mask_start` defines it.
+
+    The embeddings of text tokens are the entries before the mask token.
+    """
     mask_id, table = model.config.mask_id, model.embedding.weight
-    assert mask_id, "the model needs a mask token behind those of text"
+    assert mask_id, "the model needs a mask token behind the text tokens"
     noise_E = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
     table[mask_id] = mask_embedding(table[:mask_id].float(), how, noise_E).to(table.dtype)
 
 
 def linked_config(config: ModelConfig, rank: int) -> ModelConfig:
-    """The same with a link of this rank. Raises ConfigError where there is one of another."""
+    """The config with a link of this rank. Raises ConfigError if it has a link of another rank."""
     held = config.link_rank
     _require(held in (0, rank), f"link_rank is {rank}; the weights have a link of rank {held}; leave link_rank out")
     return replace(config, link_rank=rank)
 
 
 def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
-    """Give a model a link that says nothing yet; one of the same rank stays as it is."""
+    """Give a model a link that adds 0 at first; a link of the same rank stays as it is."""
     table, model.config = model.embedding.weight, linked_config(model.config, rank)
     if model.link is not None:
         return
@@ -149,8 +155,9 @@ def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
 
 
 def mask_embedding(real_RE: Tensor, how: str, noise: Tensor) -> Tensor:
-    """A new row, or new rows, for a table whose other rows are `real_RE`.
+    """New entries [.., E] for a table whose other entries are `real_RE`.
 
+    how    one of MASK_STARTS
     noise  standard normal [.., E]
     """
     width = {"mean": 0.1, "normal": 1.0}

@@ -1,18 +1,19 @@
-"""Which rows does a train step read?
+"""Order of the rows that train steps read.
 
-Order is arithmetic: the rows of a step follow from (seed, step) alone, so that a run that was killed and resumed, also
-on another number of workers, reads exactly what an unbroken one reads. Nothing is shuffled in memory.
+The order is computed: the rows of a train step follow from (seed, step) alone. So a resumed run reads exactly the rows
+of an uninterrupted run, even on another number of workers. Nothing is shuffled in memory.
 """
 
 __all__ = ["rows_of_step", "seeds_of_step", "shuffled"]
 
 ROUNDS = 4
+"""Rounds of the Feistel network."""
 SEEDS = 2**63
-"""Apart from every epoch."""
+"""Stream of the rows' seeds; no epoch has this number."""
 
 
 def rows_of_step(step: int, *, rows_per_step: int, rows: int, seed: int) -> list[int]:
-    """Row numbers of train step `step`, from 0; each epoch is one shuffled pass over all `rows`."""
+    """Row numbers that train step `step` reads, from 0; each epoch is one shuffled pass over all `rows`."""
     first = step * rows_per_step
     return [
         shuffled(index % rows, rows, key=_mix(seed, index // rows)) for index in range(first, first + rows_per_step)
@@ -20,16 +21,16 @@ def rows_of_step(step: int, *, rows_per_step: int, rows: int, seed: int) -> list
 
 
 def seeds_of_step(step: int, *, rows_per_step: int, seed: int) -> list[int]:
-    """A number for each of the rows of `rows_of_step`, for what is drawn of it; another one each time a row comes."""
+    """Seed for the draws of each row of `rows_of_step`; a row has another seed in every epoch."""
     key = _mix(seed, SEEDS)
     return [_mix(key, index) for index in range(step * rows_per_step, (step + 1) * rows_per_step)]
 
 
 def shuffled(index: int, count: int, key: int) -> int:
-    """Where `index` of 0..count-1 goes in the permutation named `key`.
+    """Image of `index` in 0..count-1 under the permutation number `key`.
 
-    A Feistel network over the smallest square of a power of two that holds `count`, walked until it lands inside
-    (Black and Rogaway 2002): a bijection without a table.
+    The permutation is a Feistel network over the smallest square of a power of two that holds `count`. It is repeated
+    until its image is below `count` (Black and Rogaway 2002): a bijection without a table.
     """
     half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half_bits) - 1
@@ -43,7 +44,7 @@ def shuffled(index: int, count: int, key: int) -> int:
 
 
 def _mix(key: int, value: int) -> int:
-    """64 well-mixed bits of two integers (SplitMix64's finaliser)."""
+    """Hash of two integers to 64 bits (SplitMix64's finaliser)."""
     x = (key * 0x9E3779B97F4A7C15 + value + 0x9E3779B97F4A7C15) & (2**64 - 1)
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)

@@ -1,7 +1,7 @@
-"""How large is the next update?
+"""Schedule of the learning rate.
 
-Linear warm-up, then half a cosine down to the minimum (TiDAR, section 4.1), over a number of steps or over a share of
-whatever the budget is counted in.
+Linear warm-up, then half a cosine down to the minimum (TiDAR, section 4.1). It runs over a number of train steps or
+over a share of any other budget.
 """
 
 import math
@@ -20,17 +20,19 @@ class Schedule:
     """Share of the budget that passes before the peak is reached."""
 
     def at_step(self, step: int, steps: int) -> float:
-        """Rate of train step `step` of 0..steps - 1. The first step of the warm-up already moves; the last step of
-        all has the minimum."""
+        """Rate of train step `step` of 0..steps - 1.
+
+        The first step of the warm-up has a rate above 0; the last step of all has the minimum.
+        """
         warmup = max(1, round(self.warmup * steps))
         if step < warmup:
             return self.peak * (step + 1) / warmup
         return self._decayed((step - warmup) / max(1, steps - 1 - warmup))
 
     def at_share(self, share: float) -> float:
-        """Rate when `share` of the budget, 0..1, is used up: for runs that are given seconds, not steps.
+        """Rate after `share` of the budget, 0..1, is used: for runs limited by seconds, not by steps.
 
-        Such a run is not reproducible to the last bit: how far a second goes depends on the machine.
+        Such a run is not reproducible to the last bit: the steps in a second depend on the machine.
         """
         if share < self.warmup:
             return self.peak * share / self.warmup

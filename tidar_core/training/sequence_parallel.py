@@ -1,11 +1,11 @@
-"""How do several workers share one row?
+"""Sequence parallelism: several workers share one row.
 
-Each holds a run of tokens of both halves, and what is done to tokens one by one is done there. For attention the
-workers trade: each gets all tokens for some of the heads (all-to-all over heads; Ulysses, arXiv 2309.14509), so that
-who sees whom is asked of whole rows, as on one worker. Sums of the losses add up over workers, and so do gradients.
+Each worker holds a run of tokens of both halves, and computes there everything that is done token by token. For
+attention the workers exchange data: each gets all tokens for some of the heads (all-to-all; Ulysses, arXiv 2309.14509).
+So visibility is computed on whole rows, as on one worker. Loss sums add up over workers, and so do gradients.
 
-Shape letters: B rows, S tokens of a row, M tokens of its mask half, L = S + M, l tokens held here, W workers, H heads,
-h heads traded to a worker, D head width, E embedding.
+Shape letters: B rows, S tokens of a row, M tokens of its mask half, L = S + M, l tokens of this worker, W workers,
+H heads, h heads of a worker, D head width, E embedding.
 """
 
 from collections.abc import Iterator
@@ -26,22 +26,26 @@ __all__ = ["SequenceParallel", "activation_bytes", "require_equal_heads", "requi
 
 @dataclass(frozen=True, slots=True)
 class SequenceParallel:
-    """The workers that share a row, seen from one of them."""
+    """Group of workers that share rows, and the rank of this worker in it."""
 
     group: Any
-    """Process group; None: all workers."""
+    """Process group; `None`: all workers."""
     workers: int
     rank: int
+    """Rank of this worker within the group."""
 
     @staticmethod
     def among_neighbours(workers: int) -> "SequenceParallel":
-        """Workers 0 .. n-1 share rows, n .. 2n-1 share others, and so on. Every worker must call."""
+        """Group of this worker: workers 0 .. n-1 share rows, workers n .. 2n-1 share others, and so on.
+
+        Every worker must call it.
+        """
         world = dist.get_world_size()
         groups = [dist.new_group(list(range(first, first + workers))) for first in range(0, world, workers)]
         return SequenceParallel(groups[dist.get_rank() // workers], workers, dist.get_rank() % workers)
 
     def part(self, batch: TrainBatch) -> TrainBatch:
-        """This worker's tokens and labels of whole rows."""
+        """This worker's tokens and labels of whole rows. Raises ConfigError if the rows cannot be cut equally."""
         S, W = batch.ar_target_BS.shape[1], self.workers
         M = batch.token_BL.shape[1] - S
         require_equal_runs(W, S, M)
@@ -67,32 +71,39 @@ class SequenceParallel:
         )
 
     def attention(self, whole: Attention, clean_len: int) -> Attention:
-        """Attention for the tokens held here, `clean_len` of them clean; `whole` is that of whole rows."""
-        return _TradedAttention(self, whole, clean_len)
+        """Attention for this worker's tokens.
+
+        whole      attention of whole rows
+        clean_len  clean tokens of this worker
+        """
+        return _ExchangedAttention(self, whole, clean_len)
 
     def gathered(self, hidden_BlE: Tensor) -> Tensor:
-        """The clean half of whole rows [B, S, E], without gradients."""
+        """Hidden states of the clean half of whole rows [B, S, E], without gradients."""
         parts = [torch.empty_like(hidden_BlE) for _ in range(self.workers)]
         dist.all_gather(parts, hidden_BlE.contiguous(), group=self.group)
         return torch.cat(parts, 1)
 
     def by_heads(self, x_BlHD: Tensor, clean_len: int) -> Tensor:
         """All tokens of this worker's heads [B, L, h, D]."""
-        traded_WBlhD = _Trade.apply(x_BlHD.unflatten(2, (self.workers, -1)).permute(2, 0, 1, 3, 4), self.group)
-        halves = traded_WBlhD.transpose(0, 1).tensor_split([clean_len], 2)
+        exchanged_WBlhD = _Exchange.apply(x_BlHD.unflatten(2, (self.workers, -1)).permute(2, 0, 1, 3, 4), self.group)
+        halves = exchanged_WBlhD.transpose(0, 1).tensor_split([clean_len], 2)
         return torch.cat([half.flatten(1, 2) for half in halves], 1)
 
     def by_tokens(self, x_BLhD: Tensor, clean_len: int) -> Tensor:
         """All heads of this worker's tokens [B, l, H, D]."""
         halves = x_BLhD.tensor_split([clean_len * self.workers], 1)
         ours_BWlhD = torch.cat([half.unflatten(1, (self.workers, -1)) for half in halves], 2)
-        traded_WBlhD = _Trade.apply(ours_BWlhD.transpose(0, 1), self.group)
-        return traded_WBlhD.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        exchanged_WBlhD = _Exchange.apply(ours_BWlhD.transpose(0, 1), self.group)
+        return exchanged_WBlhD.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 @contextmanager
 def activation_bytes(module: nn.Module) -> Iterator[list[int]]:
-    """Bytes that forwards inside keep for their backward pass, weights aside: in the list, when it ends."""
+    """Measure the bytes that forwards in this context keep for their backward pass, weights excluded.
+
+    The list holds the number when the context ends.
+    """
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
     held: list[int] = []
@@ -109,7 +120,7 @@ def activation_bytes(module: nn.Module) -> Iterator[list[int]]:
 
 
 def require_equal_runs(workers: int, row_len: int, mask_len: int) -> None:
-    """Raise ConfigError where the workers cannot hold equal runs of both halves of a row."""
+    """Raise ConfigError if the workers cannot hold equal runs of both halves of a row."""
     if row_len % workers or mask_len % workers:
         raise ConfigError(
             f"sequence_parallel is {workers}; it must divide the {row_len} tokens of a row and the {mask_len} of its "
@@ -118,12 +129,12 @@ def require_equal_runs(workers: int, row_len: int, mask_len: int) -> None:
 
 
 def require_equal_heads(workers: int, heads: int) -> None:
-    """Raise ConfigError where the workers cannot be given equally many heads."""
+    """Raise ConfigError if the heads cannot be divided equally among the workers."""
     if heads % workers:
         raise ConfigError(f"sequence_parallel is {workers}; it must divide the model's {heads} heads")
 
 
-class _TradedAttention:
+class _ExchangedAttention:
     def __init__(self, workers: SequenceParallel, whole: Attention, clean_len: int) -> None:
         self.workers, self.whole, self.clean_len = workers, whole, clean_len
 
@@ -136,20 +147,20 @@ class _TradedAttention:
         return self.workers.by_tokens(self.whole(layer, q, k, v), self.clean_len)
 
 
-class _Trade(torch.autograd.Function):
-    """Slice w goes to worker w, and comes back in the backward pass."""
+class _Exchange(torch.autograd.Function):
+    """All-to-all exchange: slice w goes to worker w, and its gradient returns in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _traded(x, group)
+        return _exchanged(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _traded(gradient, ctx.group), None
+        return _exchanged(gradient, ctx.group), None
 
 
-def _traded(x: Tensor, group: Any) -> Tensor:
+def _exchanged(x: Tensor, group: Any) -> Tensor:
     received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dist.all_to_all_single(received, x.contiguous(), group=group)
     return received

@@ -1,9 +1,9 @@
-"""How is a model trained on one device, with torch alone?
+"""Trainer on one device, with torch alone.
 
-Weights are used in the dtype that they have; where that is bf16, AdamW works on fp32 copies of them (masters), which
-gather the gradients and are rounded back after every update. So the network that is trained is the one that is served,
-bit for bit, while small updates add up: what DeepSpeed's bf16 mode does in the jobs, without its engine. A phase is
-limited by train steps or by seconds; the rows of its steps follow from (seed, step), as everywhere.
+Weights keep their dtype. If it is bf16, AdamW updates fp32 copies of them (masters). The masters gather the gradients,
+and are rounded back to the weights after every update. So the trained network is the served network, bit for bit, while
+small updates add up. DeepSpeed's bf16 mode does the same in the jobs. A phase is limited by train steps or by seconds;
+the rows of its steps follow from (seed, step), as everywhere.
 
 Shape letters: B rows, S tokens of a row, K block length.
 """
@@ -32,18 +32,18 @@ from tidar_core.transformer.model import TidarModel
 __all__ = ["LossMeans", "Optimisation", "Phase", "Progress", "Trainer"]
 
 STEPS_IN_FLIGHT = 2
-"""Train steps that the device may be behind: it never idles, and the clock is never far off."""
+"""Train steps that the device may be behind: it never idles, and measured times are never far off."""
 PAIRS_SAMPLE = 512
 """Rows over which pairs of tokens are counted for MFU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimisation:
-    """AdamW's numbers; the defaults are usual for training from scratch."""
+    """Settings of AdamW; the defaults are usual for training from scratch."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    """On matrices alone."""
+    """Weight decay of matrices; other parameters have none."""
     clip_norm: float = 1.0
 
 
@@ -55,14 +55,14 @@ class Phase:
     schedule: Schedule
     rows_per_step: int
     rows_per_forward: int
-    """As many as memory holds; gradients add up over the forwards of a step."""
+    """Rows that memory holds at once; gradients add up over the forwards of a train step."""
     steps: int | None = None
     seconds: float | None = None
-    """One of the two; with seconds, the schedule follows the share of them that has passed."""
+    """Limit in seconds, if there are no steps; the schedule then follows the share of them that has passed."""
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
     max_skipped_updates: int = 10
-    """Train steps in a row without a finite loss and gradient, whose updates are skipped, before the phase ends."""
+    """Train steps in a row without a finite loss and gradient, after which the phase ends; all are skipped."""
     report_every: int = 10
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossMeans:
-    """Both losses in nats a token, and how often the likeliest draft token was right, by offset in the block."""
+    """Mean losses in nats per token, and the accuracy of the likeliest draft token by offset in the block."""
 
     ar_loss: float
     diffusion_loss: float | None
@@ -86,28 +86,28 @@ class LossMeans:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What happened since the last report."""
+    """Report of training: losses and speeds are means since the last report."""
 
     steps: int
-    """Train steps of the phase that are done."""
+    """Completed train steps of the phase."""
     tokens: int
     """Clean tokens of the phase that were trained on."""
     seconds: float
     eta_seconds: float
     learning_rate: float
     grad_norm: float
-    """Of the last step, before clipping."""
+    """Gradient norm of the last train step, before clipping."""
     skipped_updates: int
     """Train steps of the phase whose update was skipped, because their gradient was not finite."""
     tokens_per_second: float
-    """Clean tokens; the doubled row's mask half is not counted."""
+    """Clean tokens per second; the mask half of doubled rows is not counted."""
     flops_per_second: float
-    """Needed arithmetic (`tidar_core.training.flops`); over the device's peak it is MFU."""
+    """Needed operations per second (`tidar_core.training.flops`); divided by the device's peak it is MFU."""
     losses: LossMeans
 
 
 class Trainer:
-    """A model, its optimizer state and its compiled forms, over any number of phases."""
+    """Trains a model over any number of phases; holds its optimizer state and compiled forms."""
 
     def __init__(
         self,
@@ -118,8 +118,8 @@ class Trainer:
         compiled: bool = False,
         attention: Callable[[TokenLayout], Attention] | None = None,
     ) -> None:
-        """compiled   compile layers and loss for the shapes that come, at their first forward
-        attention  form for a batch's layout; None chooses by device
+        """compiled   compile layers and loss for each shape at its first forward
+        attention  makes the attention for a batch's layout; `None` chooses by device
         """
         self.model, self.block_len = model, block_len
         self.device = model.embedding.weight.device
@@ -129,10 +129,13 @@ class Trainer:
         self._masters = _Masters(model, self._optimisation)
 
     def train(self, phase: Phase, rows: PackedRows, report: Callable[[Progress], None]) -> Progress:
-        """Train through `phase` on `rows`, which lie where they fit best; the last report is given back.
+        """Train through `phase` on `rows`, and return the last report.
 
-        An update is skipped where the gradient is not finite, as DeepSpeed does. Raises DivergedError, at a report,
-        after `max_skipped_updates` in a row.
+        An update is skipped if the gradient is not finite, as in DeepSpeed. Raises DivergedError at a report, after
+        `max_skipped_updates` skipped updates in a row.
+
+        rows    on any device; batches are moved
+        report  called with each report, every `report_every` steps and at the end
         """
         objective = self._objective(phase.dual, phase.recipe)
         window = _Window(self, phase, rows)
@@ -146,7 +149,7 @@ class Trainer:
             norm = self._masters.update(rate)
             window.count_skipped(norm)
             step += 1
-            self._keep_pace(in_flight)
+            self._limit_in_flight(in_flight)
             if step % phase.report_every == 0 or step == phase.steps:
                 last = window.close(step, rate, norm, began)
                 report(last)
@@ -157,7 +160,7 @@ class Trainer:
         return last
 
     def warm_up(self, phase: Phase, rows: PackedRows) -> None:
-        """One forward and backward without an update: what is compiled for the phase is compiled now."""
+        """Run one forward and backward without an update, which compiles everything that the phase needs."""
         objective = self._objective(phase.dual, phase.recipe)
         for _ in self._gradients(objective, [next(self._batches(objective, rows, 0, phase))]):
             pass
@@ -166,9 +169,9 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def evaluate(self, rows: PackedRows, *, rows_per_forward: int) -> LossMeans:
-        """Means over all labels of `rows` in both modes, by the paper's recipe.
+        """Mean losses over all labels of `rows` in both modes, by the paper's recipe.
 
-        Gradients stay switched on, so that the compiled form of training is used; none is computed.
+        Gradients stay enabled, so that the compiled form of training is used; no gradient is computed.
         """
         objective = self._objective(True, Recipe())
         parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
@@ -187,7 +190,7 @@ class Trainer:
         return self._objectives[dual, recipe]
 
     def _gradients(self, objective: Objective, batches: list[TrainBatch]) -> Iterator[LossSums]:
-        """Leave the gradients of one train step with the masters; both losses are means over all its labels."""
+        """Add the gradients of one train step to the masters; both losses are means over all its labels."""
         counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
         for batch in batches:
             sums = objective(batch)
@@ -212,7 +215,7 @@ class Trainer:
     def _moved(self, x_BS: Tensor) -> Tensor:
         return x_BS.to(self.device, non_blocking=True)
 
-    def _keep_pace(self, in_flight: deque[torch.cuda.Event]) -> None:
+    def _limit_in_flight(self, in_flight: deque[torch.cuda.Event]) -> None:
         if self.device.type == "cuda":
             in_flight.append(torch.cuda.current_stream(self.device).record_event())
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -220,7 +223,7 @@ class Trainer:
 
 
 class _Masters:
-    """AdamW over fp32 copies of the weights, or over the weights themselves where they are fp32."""
+    """AdamW over fp32 copies of the weights, or over the weights themselves if they are fp32."""
 
     def __init__(self, model: TidarModel, optimisation: Optimisation) -> None:
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -236,7 +239,7 @@ class _Masters:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Move the gradients of one backward pass to the masters, where they add up in fp32."""
+        """Add the gradients of one backward pass to the masters', in fp32."""
         if not self.copied:
             return
         for weight, master in zip(self.weights, self.masters):
@@ -249,7 +252,7 @@ class _Masters:
 
     @torch.no_grad()
     def update(self, rate: float) -> Tensor:
-        """One update with the gathered gradients, skipped if they are not finite; their norm before clipping."""
+        """Update with the gathered gradients, unless they are not finite; returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -271,7 +274,7 @@ class _Masters:
 
 
 class _Window:
-    """Sums since the last report."""
+    """Sums since the last report, and the counts of skipped updates."""
 
     def __init__(self, trainer: Trainer, phase: Phase, rows: PackedRows) -> None:
         self.phase, self.block_len, self.device = phase, trainer.block_len, trainer.device
@@ -303,7 +306,7 @@ class _Window:
         self.loss = torch.zeros_like(self.loss)
 
     def close(self, steps: int, rate: float, norm: Tensor, phase_began: float) -> Progress:
-        """The report of the window; begins the next one. Waits for the device. Raises DivergedError."""
+        """Report of the window; begins the next window. Waits for the device. Raises DivergedError."""
         losses = _means(self.parts.tolist(), self.block_len)
         if self.longest >= self.phase.max_skipped_updates:
             raise DivergedError(
@@ -333,7 +336,7 @@ class _Window:
 
 
 def _share(phase: Phase, step: int, seconds: float) -> float:
-    """How much of the phase's budget is used up; 1 and more is all."""
+    """Used share of the phase's budget; 1 or more if it is exhausted."""
     if phase.steps is not None:
         return step / phase.steps
     assert phase.seconds is not None

@@ -1,1 +1,1 @@
-"""The model and what its tokens may attend to."""
+"""The model, its attention and its key-value cache."""

@@ -1,11 +1,14 @@
-"""How do query rows gather values under a visibility?
+"""Attention under a visibility, for training and for reference.
 
-`DenseAttention` is the plain form and the oracle. `PiecewiseAttention` gives the same numbers without looking at the
-whole square: it takes rows a piece at a time, against the run of clean tokens and the run of masks that any row of the
-piece sees. One form for next-token rows and for the doubled training row, as the layout differs and the rule does not.
+How do query tokens gather values under a visibility?
+
+`DenseAttention` is the plain form and the oracle. `PiecewiseAttention` gives the same numbers without computing the
+whole square of scores. It takes query tokens in chunks, each against the run of clean tokens and the run of masks that
+any token of the chunk sees. Next-token rows and the doubled training row use the same form: their layouts differ, the
+rule does not.
 
 Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, G key heads, R query heads of a key head,
-D head width, P rows of a piece, W keys that they meet.
+D head width, P query tokens of a chunk, W keys that they may see.
 """
 
 from dataclasses import dataclass
@@ -21,18 +24,21 @@ from tidar_core.transformer.visibility import dense_visibility
 
 __all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "attend"]
 
-CLEAN_PIECE = 256
-"""Clean rows taken at a time, by the fused kernel: it keeps no scores, and gains little from shorter pieces."""
-MASK_PIECE = 64
-"""Mask rows taken at a time, by plain products: on a CPU faster than the fused kernel, which in bf16 takes twice the
-time, but they keep their scores for the backward pass."""
+CLEAN_CHUNK = 256
+"""Clean tokens of a chunk. The fused kernel takes them: it keeps no scores, and gains little from shorter chunks."""
+MASK_CHUNK = 64
+"""Mask tokens of a chunk. Plain products take them: on a CPU the fused kernel is slower, in bf16 by a factor of two.
+Plain products keep their scores for the backward pass."""
 
 
 class Attention(Protocol):
-    """What a transformer layer asks of its surroundings: values gathered for its rows."""
+    """Interface that a transformer layer calls to gather the values of its tokens."""
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        """Gathered values [B, L, H, D]; k and v may have fewer heads, each serving a run of query heads."""
+        """Gathered values [B, L, H, D] of layer number `layer`.
+
+        k and v may have fewer heads than q, each serving a run of query heads.
+        """
         ...
 
 
@@ -43,7 +49,7 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, visible_BQK: Tensor) 
 
 
 class DenseAttention:
-    """Every row against every row, under the rule."""
+    """Attention of every token to every token, under the rule of visibility."""
 
     def __init__(self, layout: TokenLayout) -> None:
         self.visible_BLL = dense_visibility(layout, layout)
@@ -54,28 +60,28 @@ class DenseAttention:
 
 
 class PiecewiseAttention:
-    """Rows a piece at a time. Equal to DenseAttention up to rounding, forward and backward."""
+    """Attention in chunks. Equal to DenseAttention up to rounding, forward and backward."""
 
     def __init__(self, layout: TokenLayout, dtype: torch.dtype = torch.float32) -> None:
-        """layout  clean tokens, then masks if there are any: blocks one after another
+        """layout  clean tokens, then masks if there are any, block after block
         dtype   of the attention scores
         """
         facts = layout.apply(Tensor.int)
         S, L = int((facts.block[0] == CLEAN).sum()), facts.position.shape[-1]
-        self._clean = [_Piece.of(facts, rows, (slice(0, S),)) for rows in _cut(0, S, CLEAN_PIECE)]
-        self._masks = [_Piece.of(facts, rows, (slice(0, S), slice(S, L))) for rows in _cut(S, L, MASK_PIECE)]
+        self._clean = [_Chunk.of(facts, queries, (slice(0, S),)) for queries in _cut(0, S, CLEAN_CHUNK)]
+        self._masks = [_Chunk.of(facts, queries, (slice(0, S), slice(S, L))) for queries in _cut(S, L, MASK_CHUNK)]
         self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
                       for p in self._masks]  # fmt: skip
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
         gathered = [
-            attend(q[:, :, piece.rows], piece.seen(k), piece.seen(v), piece.visible_BPW) for piece in self._clean
+            attend(q[:, :, chunk.queries], chunk.seen(k), chunk.seen(v), chunk.visible_BPW) for chunk in self._clean
         ]
         if self._masks:
             q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
-        for piece, bias_BPW in zip(self._masks, self._bias):
-            gathered.append(_attend(q[:, :, :, piece.rows], piece.seen(k), piece.seen(v), bias_BPW))
+        for chunk, bias_BPW in zip(self._masks, self._bias):
+            gathered.append(_attend(q[:, :, :, chunk.queries], chunk.seen(k), chunk.seen(v), bias_BPW))
         return torch.cat(gathered, 2).transpose(1, 2)
 
 
@@ -88,34 +94,34 @@ def _attend(q_BGRPD: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, bias_BPW: Tensor) -
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows, and the runs of keys that any of them sees."""
+class _Chunk:
+    """Query tokens, and the runs of keys that any of them sees."""
 
-    rows: slice
+    queries: slice
     runs: tuple[slice, ...]
     visible_BPW: Tensor
 
     @staticmethod
-    def of(layout: TokenLayout, rows: slice, halves: tuple[slice, ...]) -> "_Piece":
-        """Of each half, from the first to the last key that is seen."""
+    def of(layout: TokenLayout, queries: slice, halves: tuple[slice, ...]) -> "_Chunk":
+        """The chunk of `queries`; its run in each half is from the first to the last key that is seen."""
         runs, visible = [], []
         for half in halves:
-            square_BPW = dense_visibility(layout[:, rows], layout[:, half])
+            square_BPW = dense_visibility(layout[:, queries], layout[:, half])
             seen = square_BPW.flatten(0, 1).any(0).nonzero()[:, 0]
             if len(seen):
                 first, last = int(seen[0]), int(seen[-1])
                 runs.append(slice(half.start + first, half.start + last + 1))
                 visible.append(square_BPW[..., first : last + 1])
-        return _Piece(rows, tuple(runs), torch.cat(visible, -1))
+        return _Chunk(queries, tuple(runs), torch.cat(visible, -1))
 
     def seen(self, x_BGLD: Tensor) -> Tensor:
-        """The keys or values that the rows meet."""
+        """Keys or values [B, G, W, D] of the runs."""
         runs = [x_BGLD[:, :, run] for run in self.runs]
         return torch.cat(runs, 2) if len(runs) > 1 else runs[0]
 
 
 def _cut(start: int, stop: int, longest: int) -> list[slice]:
-    """[start, stop) in as few pieces as there can be, as even as they can be."""
+    """[start, stop) in the fewest slices of at most `longest`, as even as possible."""
     count = -(-(stop - start) // longest)
     edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
     return [slice(a, b) for a, b in pairwise(edges)]

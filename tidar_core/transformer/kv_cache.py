@@ -1,8 +1,8 @@
-"""What does a model remember of the clean tokens it has read?
+"""Key-value cache in pages.
 
-Keys and values lie in pages of equal length, allocated once; a table per sequence says which page holds its tokens
-i * page_len onwards. Mask tokens never enter a page: their keys and values live for one forward. Rejected drafts are
-not erased: they lie at and beyond the prefix's end, where nothing looks until they are overwritten.
+Keys and values lie in pages of equal length, allocated once. Entry i of a sequence's table is the page of its tokens
+from i * page_len. Mask tokens never enter a page: their keys and values live for one forward. Rejected drafts are not
+erased: they lie beyond the prefix's end, where no forward reads until they are overwritten.
 
 Shape letters: G key heads, D head width.
 """
@@ -16,7 +16,7 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Keys and values of `pages` pages and of page 0, which belongs to nobody."""
+    """Keys and values of `pages` pages and of page 0, which belongs to no sequence."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held, known before the first request."""
+        """Bytes held, known before the first request."""
         return self.pages.numel() * self.pages.element_size()
 
     def clean(self, pages: list[int], length: int) -> tuple[Tensor, Tensor]:

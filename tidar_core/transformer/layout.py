@@ -1,6 +1,7 @@
-"""Who is each token: of which document, where, looking how far, in which block?
+"""Layout of tokens: document, position, horizon and block of each.
 
-Training, prefill and decoding are three layouts of the same four facts; `visibility` turns them into who sees whom.
+Training, prefill and decoding are three layouts of the same four facts; `visibility` derives from them which token sees
+which.
 
 Shape letters: B sequences, S clean tokens of a packed row, L tokens of any layout, C clean tokens of a decode step,
 G groups, K block length.
@@ -18,7 +19,7 @@ __all__ = ["CLEAN", "PADDING", "TokenLayout", "causal_layout", "decode_layout", 
 CLEAN = -1
 """Block of a token whose identity is known."""
 PADDING = -1
-"""Document of a token that stands for nothing. Padding sees and is seen by padding alone."""
+"""Document of a padding token. Padding sees only padding, and is seen only by padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class TokenLayout:
     position: Tensor
     """Position in the document, from 0: the rotary phase."""
     horizon: Tensor
-    """Last clean position of its document that the token may look at."""
+    """Last clean position of its document that the token may see."""
     block: Tensor
     """CLEAN, or the number of the block that a mask token belongs to."""
 
@@ -39,11 +40,11 @@ class TokenLayout:
         return self.apply(lambda fact: fact[index])
 
     def apply(self, rearrange: Callable[[Tensor], Tensor]) -> "TokenLayout":
-        """The same facts after each tensor went through `rearrange`."""
+        """The same facts, each tensor passed through `rearrange`."""
         return TokenLayout(*(rearrange(fact) for fact in (self.document, self.position, self.horizon, self.block)))
 
     def then(self, other: "TokenLayout") -> "TokenLayout":
-        """These tokens, followed along the last axis by those of `other`."""
+        """These tokens, followed along the last axis by the tokens of `other`."""
         return TokenLayout(
             torch.cat([self.document, other.document], -1),
             torch.cat([self.position, other.position], -1),
@@ -68,9 +69,9 @@ def causal_layout(document_BS: Tensor) -> TokenLayout:
 def training_layout(document_BS: Tensor, block_len: int | Tensor) -> TokenLayout:
     """The doubled row: S clean tokens, then S mask tokens at the same positions (TiDAR, section 3.1).
 
-    block_len  of all rows, or of each row [B, 1]
+    block_len  block length of all rows, or of each row [B, 1]
 
-    Blocks are cut per document, from its first token in the row; each mask token looks strictly before its block.
+    Blocks are cut per document, from its first token in the row; each mask token sees clean tokens before its block.
     """
     clean = causal_layout(document_BS)
     block_BS = clean.position // block_len
@@ -79,12 +80,13 @@ def training_layout(document_BS: Tensor, block_len: int | Tensor) -> TokenLayout
 
 
 def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], block_len: int) -> TokenLayout:
-    """Rows of one decoder forward: `clean_len` clean tokens after the prefix, then one block of masks per group.
+    """Query tokens of one decoder forward: `clean_len` clean tokens after the prefix, then a block of masks per group.
 
     Group g holds `block_len` masks at positions P+g .. P+g+K-1, which see the prefix and the first g clean tokens.
-    Every forward of the decoder is one of these:
-    prefill      clean tokens of the prompt, groups = (clean_len,) with the last of them, () before
-    single-pass  K drafts, groups = (1, .., K)
+    Every forward of the decoder has one of these forms:
+
+    prefill         clean tokens of the prompt; groups = (clean_len,) in the last chunk, () before
+    single-pass     K drafts, groups = (1, .., K)
     autoregressive  one token, no groups
     """
     row = decode_rows(clean_len, tuple(groups), block_len, prefix_len_B.device)
@@ -96,7 +98,7 @@ def decode_layout(prefix_len_B: Tensor, clean_len: int, groups: Sequence[int], b
 
 
 def decode_rows(clean_len: int, groups: tuple[int, ...], block_len: int, device: torch.device) -> TokenLayout:
-    """`decode_layout` behind an empty prefix, of one sequence [R]."""
+    """`decode_layout` of one sequence with an empty prefix [R], for R query tokens."""
     clean_C = torch.arange(clean_len, device=device)
     group_M = torch.tensor(groups, device=device, dtype=torch.long).repeat_interleave(block_len)
     offset_M = torch.arange(block_len, device=device).repeat(len(groups))

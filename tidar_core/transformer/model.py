@@ -1,7 +1,7 @@
-"""What logits does a transformer give for tokens at positions, whatever surrounds them?
+"""Decoder-only transformer for the Llama, Qwen2, Qwen2.5 and Qwen3 families.
 
-One decoder-only transformer for the Llama, Qwen2, Qwen2.5 and Qwen3 families. It does not know whether it is trained or
-decodes: who sees whom, and which keys are remembered, is the business of the `Attention` it is called with.
+The same model serves training and decoding. The `Attention` that it is called with decides which token sees which, and
+which keys are cached.
 
 Shape letters: B sequences, L tokens, E embedding, H heads, D head width, V vocabulary.
 """
@@ -20,11 +20,11 @@ from tidar_core.transformer.attention import Attention
 __all__ = ["DraftLink", "TidarModel", "rotary_frequencies"]
 
 LOOKED_UP_TOKENS = 1024
-"""Up to so large a vocabulary, a decoder keeps what a link says of each token: 4 MiB in fp32."""
+"""Largest vocabulary for which a decoder keeps a link's logits of every token: 4 MiB in fp32."""
 
 
 class TidarModel(nn.Module):
-    """Tokens and positions -> hidden states; `head` turns those that are needed into logits."""
+    """Transformer from tokens and positions to hidden states; `head` computes the logits of chosen states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class TidarModel(nn.Module):
         self.link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
         self.tie()
         self.recompute = False
-        """Keep of a forward only what goes into each layer; the backward pass computes the rest again."""
+        """Whether a forward keeps only the input of each layer; the backward pass then computes the rest again."""
         self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:
-        """Hidden states [B, L, E] after the last norm; pass the rows you sample from to `head`."""
+        """Hidden states [B, L, E] after the last norm; pass the states to sample from to `head`."""
         hidden = self.embedding(token_BL)
         rotation = self.rotation(position_BL, hidden.dtype)
         recompute = self.recompute and torch.is_grad_enabled()
@@ -52,17 +52,17 @@ class TidarModel(nn.Module):
         return self.norm(hidden)
 
     def linked(self, logits: Tensor, before: Tensor) -> Tensor:
-        """Logits of masks [.., V], now that the tokens before theirs [..] are known."""
+        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known."""
         return logits if self.link is None else logits + self.link(before)
 
     def tie(self) -> None:
-        """Make the head the embedding table, where the config says so."""
+        """Use the embedding table as the head, if the config has `tied_head`."""
         if self.config.tied_head:
             self.head.weight = self.embedding.weight  # type: ignore[assignment]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random weights: normal, 0.02 wide; narrower where a layer adds to the residual stream (GPT-2)."""
+        """Initialise weights: normal with width 0.02, narrower where a layer adds to the residual stream (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         if self.link is not None:
             self.link.start(generator)
@@ -79,8 +79,10 @@ class TidarModel(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
     def rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, L, 1, D] in fp32, then rounded; frequencies are kept outside the weights, which other
-        dtypes and engines move."""
+        """Cosines and sines [B, L, 1, D], computed in fp32 and rounded to `dtype`.
+
+        Frequencies are kept outside the weights, because casts and engines convert weights.
+        """
         device = position_BL.device
         if device not in self._rotary:
             frequency, scale = rotary_frequencies(self.config)
@@ -92,7 +94,7 @@ class TidarModel(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states -> logits. The mask token's logit is minus infinity: no loss and no sampler can meet it."""
+    """Projection from hidden states to logits. The mask token's logit is minus infinity, so it is never sampled."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,22 +102,22 @@ class Head(nn.Module):
         self.mask_id = config.mask_id
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[.., E] -> [.., V]."""
+        """Hidden states [.., E] to logits [.., V]."""
         return F.linear(hidden, self.weight, self._mask_bias(hidden))
 
     def _mask_bias(self, hidden: Tensor) -> Tensor | None:
         if self.mask_id is None:
             return None
         bias = hidden.new_zeros(self.weight.shape[0])
-        bias[self.mask_id].fill_(float("-inf"))  # a store of a number would copy it from the host
+        bias[self.mask_id].fill_(float("-inf"))  # an assigned number would be copied from the host
         return bias
 
 
 class DraftLink(nn.Module):
-    """Token -> what it says of the one behind it: logits to add to a mask's, from a table of low rank.
+    """Logits that a token adds to those of the mask behind it, from a table of low rank.
 
-    The masks of a block cannot know each other's tokens, so the likeliest of each do not belong together. One product
-    of rank r makes each follow from the draft before it (as the heads of Hydra do, arXiv 2402.05109).
+    The masks of a block cannot know each other's tokens, so their likeliest tokens do not fit together. One product of
+    rank r conditions each draft on the draft before it, like the heads of Hydra (arXiv 2402.05109).
     """
 
     def __init__(self, vocab_size: int, rank: int) -> None:
@@ -124,12 +126,12 @@ class DraftLink(nn.Module):
         self.after = nn.Parameter(torch.empty(vocab_size, rank))
 
     def forward(self, before: Tensor) -> Tensor:
-        """[..] -> [.., V]."""
+        """Logits [.., V] to add, given the tokens before [..]."""
         return F.linear(F.embedding(before, self.before), self.after)
 
     @torch.no_grad()
     def final(self) -> Callable[[Tensor], Tensor]:
-        """The same, of weights that change no more: a small vocabulary's products are looked up."""
+        """This link for weights that no longer change: products of a small vocabulary are precomputed."""
         vocab_size = len(self.before)
         if vocab_size > LOOKED_UP_TOKENS:
             return self
@@ -138,13 +140,13 @@ class DraftLink(nn.Module):
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
-        """Say nothing yet: the model is then the one without a link."""
+        """Set weights with which the link adds 0: the model then equals the model without a link."""
         self.before.copy_(torch.randn(self.before.shape, generator=generator))
         self.after.zero_()
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward network, each behind a norm and beside a residual."""
+    """Attention and feed-forward network, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -154,13 +156,13 @@ class Layer(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """[B, L, E] -> [B, L, E]."""
+        """Hidden states [B, L, E] to hidden states [B, L, E]."""
         hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention)
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class SelfAttention(nn.Module):
-    """Projections and rotation around whatever `Attention` gathers."""
+    """Projections and rotation around the values that an `Attention` gathers."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RmsNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """[B, L, E] -> [B, L, E]."""
+        """Hidden states [B, L, E] to hidden states [B, L, E]."""
         qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_size))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -183,7 +185,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU; gate and up projection in one product."""
+    """SwiGLU feed-forward network; gate and up projection in one product."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -191,13 +193,13 @@ class Mlp(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, L, E] -> [B, L, E]."""
+        """Hidden states [B, L, E] to hidden states [B, L, E]."""
         gate, up = self.gate_up(hidden).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 
 class RmsNorm(nn.Module):
-    """Divides by the root mean square, then scales."""
+    """Norm that divides by the root mean square, then scales."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -205,7 +207,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., size] -> [.., size]."""
+        """Normed x [.., size]."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -1,4 +1,4 @@
-"""Which published or named model shapes can be built without a weight file?"""
+"""Published and named model shapes that can be built without a weight file."""
 
 from dataclasses import replace
 
@@ -48,10 +48,10 @@ SHAPES = {
 
 
 def named_shape(name: str, *, vocab_len: int | None = None) -> ModelConfig:
-    """The shape called `name`, its mask token a reserved row.
+    """The shape called `name`, with a reserved id for the mask token. Raises ConfigError for an unknown name.
 
-    vocab_len  ids that the tokenizer can produce; given, the vocabulary is the next multiple of 64 above it and the
-               mask token the first row that no token uses
+    vocab_len  ids that the tokenizer can produce. If given, the vocabulary is the next multiple of 64 above it, and
+               the mask token is the first id that no token uses.
     """
     if name not in SHAPES:
         raise ConfigError(f"shape is {name!r}; known are {', '.join(SHAPES)}; or give init_from a model folder")

@@ -1,6 +1,7 @@
-"""Who may attend to whom?
+"""Rule of visibility: which token may attend to which.
 
-The one rule, and the forms that attention backends want it in. Training, prefill and decoding call nothing else.
+The module holds the only rule, and the forms of it that attention backends need. Training, prefill and decoding call
+nothing else.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ __all__ = ["dense_visibility", "flex_rule", "sees"]
 
 
 def sees(query: TokenLayout, key: TokenLayout) -> Tensor:
-    """A token sees the clean tokens of its document up to its horizon; a mask token also sees its own block.
+    """Whether each query token may attend to each key token.
+
+    A token sees the clean tokens of its document up to its horizon; a mask token also sees its own block.
 
     query, key  facts that broadcast against each other
     """
@@ -24,7 +27,7 @@ def sees(query: TokenLayout, key: TokenLayout) -> Tensor:
 
 
 def dense_visibility(query: TokenLayout, key: TokenLayout) -> Tensor:
-    """Boolean [.., Q, K]: True where query row sees key column."""
+    """Boolean matrix [.., Q, K]: True where a query (row) sees a key (column)."""
     return sees(query[..., :, None], key[..., None, :])
 
 

@@ -19,7 +19,7 @@ from tidar_core.decoding.cuda_graphs import CudaRecorder, StepGraphs
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.scheduler import Scheduler, complete
 from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
-from tidar_core.planning.candidate_plans import few_ways, timed_plans
+from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.transformer.shapes import named_shape
 
 K = 4
@@ -96,7 +96,7 @@ def test_no_captured_shape_keeps_memory_of_its_own(model, scored):
     for sampling in (GREEDY, SAMPLED):
         decoder._state.gather_sampling([sampling] * 4)
         for batch in (1, 2, 4):
-            for plan in timed_plans(few_ways(K)):
+            for plan in timed_plans(few_candidates(K)):
                 with torch.inference_mode():
                     graphs.step(batch, plan, 3, scored=scored)
                     decoder._state.restore(state)
@@ -108,7 +108,7 @@ def test_no_captured_shape_keeps_memory_of_its_own(model, scored):
 def test_the_outcomes_of_all_shapes_lie_in_the_same_memory(model):
     decoder, _ = capturing(model, rows=4, context_len=64, page_len=4)
     with torch.inference_mode():
-        found = [decoder._graphs.step(b, p, 0, scored=True) for b in (1, 4) for p in timed_plans(few_ways(K))]
+        found = [decoder._graphs.step(b, p, 0, scored=True) for b in (1, 4) for p in timed_plans(few_candidates(K))]
     assert len({outcome.accepted_emitted.untyped_storage().data_ptr() for outcome in found}) == 1
     assert len({outcome.ar_logits.untyped_storage().data_ptr() for outcome in found}) == 1
     assert found[0].ar_logits.untyped_storage().nbytes() == 4 * K * model.config.vocab_size * 4

@@ -1,4 +1,4 @@
-"""The kernels compute what plain torch computes, and plain torch what the rule of visibility says.
+"""The kernels compute what plain torch computes, and plain torch follows the rule of visibility.
 
 On a CUDA device the kernels run there; elsewhere in Triton's interpreter, on small sizes.
 """
@@ -275,11 +275,11 @@ def test_a_cpu_gets_the_plain_functions():
     assert kernels_for("cpu") is PLAIN
 
 
-def test_the_rival_that_is_timed_beside_the_kernel_answers_the_same():
-    from tidar_core.kernels.workloads import DRAFT_PLANS, Case, Scene, own_calls, sdpa_calls
+def test_the_baseline_that_is_timed_beside_the_kernel_computes_the_same():
+    from tidar_core.kernels.workloads import DRAFT_PLANS, Case, Workload, own_calls, sdpa_calls
 
     for rows in DRAFT_PLANS:
-        scene = Scene(Case("tiny", rows, 32, 2), prefix_lens=[32, 20], dtype=torch.float32, device=str(DEVICE))
-        ours, rival = own_calls(scene, PLAIN.paged_attention)[0](), sdpa_calls(scene)[0]()
-        rival = rival.view(2, 2, 2, rows, 8).permute(0, 3, 1, 2, 4).reshape(ours.shape)
-        torch.testing.assert_close(ours, rival, **EXACT)
+        workload = Workload(Case("tiny", rows, 32, 2), prefix_lens=[32, 20], dtype=torch.float32, device=str(DEVICE))
+        ours, baseline = own_calls(workload, PLAIN.paged_attention)[0](), sdpa_calls(workload)[0]()
+        baseline = baseline.view(2, 2, 2, rows, 8).permute(0, 3, 1, 2, 4).reshape(ours.shape)
+        torch.testing.assert_close(ours, baseline, **EXACT)

@@ -29,6 +29,8 @@ def test_a_ratio_is_taken_within_each_repeat(model, monkeypatch):
 
 
 def test_every_prompt_is_continued_once_a_repeat_and_a_batch_of_them_to_warm_up(model):
-    told = []
-    compare_modes(model, prompts(5, 9, 4), GREEDY, block_len=4, batch=2, repeats=2, on_prompt=lambda: told.append(1))
-    assert len(told) == prompts_in_all(3, modes=3, batch=2, repeats=2) == 3 * (2 + 2 * 3)
+    finished = []
+    compare_modes(
+        model, prompts(5, 9, 4), GREEDY, block_len=4, batch=2, repeats=2, on_prompt=lambda: finished.append(1)
+    )
+    assert len(finished) == prompts_in_all(3, modes=3, batch=2, repeats=2) == 3 * (2 + 2 * 3)

@@ -35,7 +35,7 @@ class Clock:
 
 @dataclass
 class SimulatedDecoder:
-    """A decoder whose steps take what a formula says: weights, query tokens, and prefixes that are read."""
+    """A decoder whose steps take the time of a formula: weights, query tokens, and prefixes that are read."""
 
     clock: Clock
     weights: float
@@ -104,7 +104,7 @@ def test_a_small_model_is_timed_as_before_in_rows_of_repetitions():
     assert clock.runs >= 2 * 5 * (2 + TIMED) * len(plans)
 
 
-def test_the_most_telling_shapes_come_first():
+def test_the_most_informative_shapes_come_first():
     shapes = latency_shapes(real_checkpoint(Clock()))
     assert shapes[:4] == [(1, 128), (8, 128), (1, 8192), (8, 8192)]
     assert sorted(shapes) == [(b, c) for b in (1, 4, 8) for c in (128, 1024, 8192)]
@@ -165,7 +165,7 @@ def test_a_pause_of_the_machine_is_no_property_of_a_plan():
 
 @pytest.mark.parametrize(("drafting", "expected"), [(1.0, "drafts"), (30.0, "autoregressive")])
 def test_a_table_that_flatters_drafts_is_found_out_by_the_steps_that_are_served(drafting, expected):
-    """The table says that all steps take the same. In truth a step with more rows takes `drafting` times as long."""
+    """The table gives all steps the same time; in truth steps with more query tokens take `drafting` times as long."""
     clock = Clock()
     planner = AutoPlanner(flat_table(), K, clock=clock)
     pending, modes = 1, []

@@ -196,7 +196,7 @@ def test_draws_of_a_row_do_not_depend_on_the_rows_beside_it():
     assert torch.equal(together.diffusion_weight_BM[1:], alone.diffusion_weight_BM)
 
 
-def test_the_mask_embedding_starts_as_it_was_told(model):
+def test_the_mask_embedding_starts_as_the_recipe_requires(model):
     real = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 10.0]])
     noise = torch.tensor([1.0, -1.0])
     assert mask_embedding(real, "zero", noise).tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""Two workers that share every row say what one worker says."""
+"""Two workers that share every row compute the same as one worker."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two workers found in each case."""
+    """Results of each of two workers in each case."""
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")

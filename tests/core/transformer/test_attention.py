@@ -1,4 +1,4 @@
-"""Rows taken a piece at a time equal the dense square, forward and backward."""
+"""Attention in chunks equals the dense square, forward and backward."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ LAYOUTS |= {f"blocks of {n}": training_layout(DOCUMENTS, n) for n in (1, 2, 4, 7
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-@pytest.mark.parametrize("piece", [3, 16, 256])
-def test_pieces_equal_the_dense_square_forward_and_backward(monkeypatch, name, heads, kv_heads, piece):
-    monkeypatch.setattr(attention, "CLEAN_PIECE", piece)
-    monkeypatch.setattr(attention, "MASK_PIECE", piece)
+@pytest.mark.parametrize("chunk_len", [3, 16, 256])
+def test_chunks_equal_the_dense_square_forward_and_backward(monkeypatch, name, heads, kv_heads, chunk_len):
+    monkeypatch.setattr(attention, "CLEAN_CHUNK", chunk_len)
+    monkeypatch.setattr(attention, "MASK_CHUNK", chunk_len)
     layout = LAYOUTS[name]
     generator = torch.Generator().manual_seed(heads)
     shape = (*layout.position.shape, heads, 8)
@@ -38,18 +38,18 @@ def test_pieces_equal_the_dense_square_forward_and_backward(monkeypatch, name, h
         torch.testing.assert_close(ours, dense, rtol=0, atol=1e-5)
 
 
-def test_a_piece_meets_no_key_before_the_first_and_none_behind_the_last_that_it_sees(monkeypatch):
-    monkeypatch.setattr(attention, "CLEAN_PIECE", 5)
-    monkeypatch.setattr(attention, "MASK_PIECE", 5)
+def test_a_chunk_takes_no_key_before_the_first_and_none_behind_the_last_that_it_sees(monkeypatch):
+    monkeypatch.setattr(attention, "CLEAN_CHUNK", 5)
+    monkeypatch.setattr(attention, "MASK_CHUNK", 5)
     layout = training_layout(documents_row(8, 12), 4)
     form = PiecewiseAttention(layout)
-    assert [(p.rows, *p.runs) for p in form._clean] == [
+    assert [(chunk.queries, *chunk.runs) for chunk in form._clean] == [
         (slice(0, 5), slice(0, 5)),
         (slice(5, 10), slice(0, 10)),
         (slice(10, 15), slice(8, 15)),
         (slice(15, 20), slice(8, 20)),
     ]
-    assert [(p.rows, *p.runs) for p in form._masks] == [
+    assert [(chunk.queries, *chunk.runs) for chunk in form._masks] == [
         (slice(20, 25), slice(0, 4), slice(20, 28)),
         (slice(25, 30), slice(0, 4), slice(24, 32)),
         (slice(30, 35), slice(8, 12), slice(28, 36)),

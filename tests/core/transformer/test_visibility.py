@@ -1,4 +1,4 @@
-"""Who sees whom: the pictures of the paper, then the rule over many layouts."""
+"""Visibility: the pictures of the paper, then the rule over many layouts."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def training_square(documents, block_len):
 
 
 def decode_columns(prefix_len, block_len):
-    """Rows of a decode step against prefix slots, drafts and masks, in that order."""
+    """Query tokens of a decode step against prefix tokens, drafts and masks, in that order."""
     prefix = torch.tensor([prefix_len])
     rows = decode_layout(prefix, block_len, range(1, block_len + 1), block_len)
     keys = decode_layout(torch.tensor([0]), prefix_len, (), 1).then(rows)
@@ -61,12 +61,12 @@ def test_a_decode_step_is_the_picture_of_two_drafts_and_two_groups():
 
 @pytest.mark.parametrize("block_len", BLOCK_LENS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
-def test_packed_documents_see_what_a_double_loop_says(documents, block_len):
+def test_packed_documents_see_what_a_double_loop_finds(documents, block_len):
     assert torch.equal(training_square(documents, block_len), training_visibility(documents, block_len))
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 3, 5])
-def test_decode_rows_see_what_a_double_loop_says(block_len):
+def test_query_tokens_of_a_decode_step_see_what_a_double_loop_finds(block_len):
     assert torch.equal(decode_columns(4, block_len), decode_visibility(4, block_len))
 
 
@@ -111,7 +111,7 @@ def test_a_pre_draft_sees_exactly_what_the_training_block_at_its_place_saw():
     assert not trained[:, start:9].any()
 
 
-def test_the_flex_form_asks_the_same_rule():
+def test_the_flex_form_uses_the_same_rule():
     layout = training_layout(documents_row(5, 3, padding=2), 2)
     L = layout.position.shape[1]
     rule = flex_rule(layout, layout)
