@@ -70,6 +70,6 @@ def test_the_latest_stage_of_any_replica_is_read_by_all_processes_of_the_cluster
 
 
 def test_without_ray_a_stage_is_published_to_nobody():
-    code = "from serve_apps import start_stage as s; s.publish('a', 'b'); s.clear('a'); print(s.latest())"
+    code = "from serve_apps.telemetry import start_stage as s; s.publish('a', 'b'); s.clear('a'); print(s.latest())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
