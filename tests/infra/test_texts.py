@@ -180,6 +180,14 @@ def test_figures_of_the_runbook_are_those_of_the_code(words, figure, value):
     assert value == figure
 
 
+@pytest.mark.parametrize("words", ["diverged at train step", "another job writes", "the decoder's process has ended with",
+                                   "weights are loaded", "decode steps are timed"])  # fmt: skip
+def test_messages_that_the_runbook_quotes_are_in_the_code(words):
+    assert words in RUNBOOK
+    sources = [path for room in ("pipelines", "serve_apps", "tidar_core") for path in (ROOT / room).rglob("*.py")]
+    assert any(f'"{words}' in text or f" {words}" in text for text in (path.read_text() for path in sources))
+
+
 def test_the_canary_settings_in_the_runbook_are_the_defaults():
     [block] = [text for text in re.findall(r"```\n(.*?)```", RUNBOOK, re.S) if "challenger:" in text]
     shown = ServeSettings.model_validate({"model": "models:/m@champion"} | yaml.safe_load(block))
