@@ -180,8 +180,10 @@ def test_figures_of_the_runbook_are_those_of_the_code(words, figure, value):
     assert value == figure
 
 
-@pytest.mark.parametrize("words", ["diverged at train step", "another job writes", "the decoder's process has ended with",
-                                   "weights are loaded", "decode steps are timed"])  # fmt: skip
+@pytest.mark.parametrize("words", [
+    "diverged at train step", "another job writes", "the decoder's process has ended with", "weights are loaded",
+    "decode steps are timed",
+])  # fmt: skip
 def test_messages_that_the_runbook_quotes_are_in_the_code(words):
     assert words in RUNBOOK
     sources = [path for room in ("pipelines", "serve_apps", "tidar_core") for path in (ROOT / room).rglob("*.py")]
