@@ -173,7 +173,7 @@ class Refuse(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 from tidar_core import Decoder, DraftConfig, Objective, Request, SamplingConfig, Scheduler, TidarModel
-from tidar_core.decoding.scheduler import complete
+from tidar_core.decoding.completion import complete
 from tidar_core.planning.mode_benchmark import compare_modes
 from tidar_core.transformer.shapes import named_shape
 import torch
@@ -182,7 +182,7 @@ model = TidarModel(named_shape("tiny"))
 model.init_weights(0)
 Objective(model, dual=True, block_len=4).batch(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))
 request = Request(request_id="a", prompt=(1, 2), sampling=SamplingConfig(max_tokens=5))
-done = complete(Scheduler(Decoder(model, DraftConfig(block_len=4), rows=1)), [request])
+done = complete(Scheduler(Decoder(model, DraftConfig(block_len=4), slots=1)), [request])
 print(len(done[0].token_ids), "ray" in sys.modules)
 """
 

@@ -175,10 +175,11 @@ def _writer(arguments: argparse.Namespace, curves: Path, phase: str, setting: Se
             file.write(json.dumps({"phase": phase, "mfu": mfu} | asdict(progress)) + "\n")
         if progress.steps % 50 == 0:
             losses = progress.losses
-            accuracy = losses.draft_accuracy_K
+            accuracy = [share for share in losses.draft_accuracy_K if share is not None]
             print_line(
                 arguments,
-                f"{phase} step {progress.steps}: ar {losses.ar_loss:.3f} diffusion {losses.diffusion_loss or 0:.3f} "
+                f"{phase} step {progress.steps}: "
+                f"ar {losses.ar_loss or 0:.3f} diffusion {losses.diffusion_loss or 0:.3f} "
                 f"draft {sum(accuracy) / max(1, len(accuracy)):.3f} norm {progress.grad_norm:.2f} "
                 f"{progress.tokens_per_second / 1e3:.0f}k tokens/s mfu {mfu:.3f} eta {progress.eta_seconds:.0f} s",
             )

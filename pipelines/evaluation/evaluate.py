@@ -42,7 +42,7 @@ from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import BundleError, ConfigError, ShardError
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
-from tidar_core.training.losses import LossSums
+from tidar_core.training.losses import LossTotals
 from tidar_core.training.objective import Objective
 from tidar_core.transformer.layout import PADDING
 
@@ -303,7 +303,7 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
     rows = min(rows, len(reader))
     if not rows:
         raise ShardError(f"{reader.uri} holds no held-out rows; pack with a larger held_out")
-    parts: list[LossSums] = []
+    totals = LossTotals(block_len, device)
     for first in range(0, rows, ROWS_AT_ONCE):
         packed = reader.rows(range(first, min(first + ROWS_AT_ONCE, rows)))
         trained_BS = packed.trained_BS
@@ -312,23 +312,15 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
             packed.document_ids_BS.to(device),
             None if trained_BS is None else trained_BS.to(device),
         )
-        parts.append(objective(batch))
+        totals.add(objective(batch))
         advance()
-
-    def total(name: str) -> torch.Tensor:
-        return torch.stack([getattr(part, name) for part in parts]).sum(0)
-
-    hits_K, counts_K = total("draft_hits_K").tolist(), total("draft_count_K").tolist()
+    means = totals.means()
     return {
         "held_out_rows": rows,
-        "ar_loss": _mean(total("ar_sum"), total("ar_count")),
-        "diffusion_loss": _mean(total("diffusion_sum"), total("diffusion_count")),
-        "draft_accuracy": [hits / count if count else None for hits, count in zip(hits_K, counts_K)],
+        "ar_loss": means.ar_loss,
+        "diffusion_loss": means.diffusion_loss,
+        "draft_accuracy": means.draft_accuracy_K,
     }
-
-
-def _mean(total: torch.Tensor, count: torch.Tensor) -> float | None:
-    return float(total / count) if count else None
 
 
 def _prompts(reader: ShardReader, count: int, prompt_len: int) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ at a time. Registered with lm-eval as `tidar`: lm-eval's own command takes it as
     python -m pipelines.evaluation.lm_eval_model run --model tidar --model_args bundle=FOLDER,mode=two-pass --tasks ...
 """
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class LmEvalModel(TemplateLM):
         self.max_length = min(context_len or bundle.model.config.context_len, bundle.model.config.context_len)
         self.block_len = 1 if mode == "autoregressive" else block_len or bundle.info.block_len
         draft = DraftConfig(block_len=self.block_len)
-        self.decoder = Decoder(bundle.model, draft, rows=int(batch_size), context_len=self.max_length)
-        self.planner = FixedMode(mode, self.block_len)
+        decoder = Decoder(bundle.model, draft, slots=int(batch_size), context_len=self.max_length)
+        self.scheduler = Scheduler(decoder, FixedMode(mode, self.block_len), max_waiting=sys.maxsize)
         self.told: defaultdict[str | None, Told] = defaultdict(Told)
         """By lm-eval's name of the task."""
 
@@ -99,15 +100,14 @@ class LmEvalModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to the first of its stop strings."""
-        batcher = Scheduler(self.decoder, self.planner, max_waiting=len(requests))
         texts = {str(index): self._text(str(index), request) for index, request in enumerate(requests)}
         for text in texts.values():
-            batcher.submit(text.request)
-        while batcher.busy:
-            for step in batcher.advance():
+            self.scheduler.submit(text.request)
+        while self.scheduler.busy:
+            for step in self.scheduler.advance():
                 text = texts[step.request_id]
                 if not text.ended and text.add(step):
-                    batcher.abort(step.request_id)
+                    self.scheduler.abort(step.request_id)
                     self.on_answer()
         for instance, text in zip(requests, texts.values()):
             self.told[instance.task_name].add(text)

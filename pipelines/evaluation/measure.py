@@ -19,11 +19,12 @@ from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import RequestError
-from tidar_core.planning.decode_step_benchmark import StepCost, copy_bandwidth, random_model, step_costs, step_plans
+from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
 from tidar_core.planning.planner import AUTO
 from tidar_core.planning.step_timing import latency_shapes
+from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
@@ -100,7 +101,7 @@ def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
 
 def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
     """Time the decode steps that the planner weighs, up to `batch` sequences; address of the table kept for it."""
-    decoder = Decoder(bundle.model, DraftConfig(block_len=bundle.info.block_len), rows=batch)
+    decoder = Decoder(bundle.model, DraftConfig(block_len=bundle.info.block_len), slots=batch)
     with job_progress("planner's table", total=len(latency_shapes(decoder)), unit="steps") as show:
         done = iter(range(1, len(latency_shapes(decoder)) + 1))
         return time_and_store(uri, decoder, on_point=lambda: show(next(done), {}))

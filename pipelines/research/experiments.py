@@ -189,9 +189,10 @@ def _run(job: ExperimentJob, train: TrainJob, variant: str, rows: PackedRows, un
 
     def report(progress: Progress) -> None:
         losses = progress.losses
-        drafts = "" if losses.diffusion_loss is None else f"diffusion loss {losses.diffusion_loss:.3f}, "
+        measured = {"AR": losses.ar_loss, "diffusion": losses.diffusion_loss}
+        shown = [f"{name} loss {loss:.3f}" for name, loss in measured.items() if loss is not None]
         print(
-            f"{variant}, seed {train.seed}: {progress.tokens:,} tokens, AR loss {losses.ar_loss:.3f}, {drafts}"
+            f"{variant}, seed {train.seed}: {progress.tokens:,} tokens, {', '.join(shown)}, "
             f"{progress.eta_seconds:.0f} s left",
             file=sys.stderr,
         )

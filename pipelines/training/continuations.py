@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from tidar_core.artifacts.text.tokenizer import Tokenizer
 from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import Request
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.errors import ConfigError
 from tidar_core.transformer.model import TidarModel
@@ -63,7 +64,7 @@ def continued(
         Request(request_id=str(index), prompt=tuple(tokenizer.encode(prompt)), sampling=sampling)
         for index, prompt in enumerate(prompts)
     ]
-    decoder = Decoder(model, DraftConfig(block_len=block_len), rows=len(requests))
+    decoder = Decoder(model, DraftConfig(block_len=block_len), slots=len(requests))
     planner = FixedMode("single-pass" if drafts else "autoregressive", block_len)
     completions = complete(Scheduler(decoder, planner), requests)
     return Continuations(

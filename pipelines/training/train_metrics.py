@@ -12,39 +12,13 @@ from pipelines.training.train_engine import TrainEngine
 from tidar_core.config import ModelConfig
 from tidar_core.training.dual_mode import TrainBatch
 from tidar_core.training.flops import layout_pairs, matmul_peak, train_flops
-from tidar_core.training.losses import LossSums
+from tidar_core.training.losses import LossMeans, LossSums, LossTotals
 
-__all__ = ["LossTotals", "MetricsWindow", "peak_flops"]
+__all__ = ["MetricsWindow", "loss_metrics", "peak_flops"]
 
 GIB = 2**30
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}
 """Of the product that a peak is measured by: large, and soon done."""
-
-
-class LossTotals:
-    """Loss sums over any number of batches; sums of sums over workers."""
-
-    def __init__(self, block_len: int, device: torch.device) -> None:
-        self.block_len = block_len
-        self.parts = torch.zeros(4 + 2 * block_len, dtype=torch.float64, device=device)
-
-    def add(self, sums: LossSums) -> None:
-        """Count a batch in."""
-        scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count]).double()
-        self.parts += torch.cat([scalars.detach(), sums.draft_hits_K.double(), sums.draft_count_K.double()])
-
-    def means(self, engine: TrainEngine) -> dict[str, float]:
-        """Losses in nats a token, and how often drafts were right, over all workers; every worker must call.
-
-        A mean over no labels was not measured, and is left out.
-        """
-        ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = engine.total(self.parts).tolist()
-        hits, counts = drafts[: self.block_len], drafts[self.block_len :]
-        means = {"ar_loss": ar_sum / ar_count} if ar_count else {}
-        if diffusion_count:
-            means["diffusion_loss"] = diffusion_sum / diffusion_count
-            means |= {f"draft_accuracy_{i:02d}": hit / n for i, (hit, n) in enumerate(zip(hits, counts)) if n}
-        return means
 
 
 class MetricsWindow:
@@ -78,7 +52,7 @@ class MetricsWindow:
 
     def close(self, step: int, rate: float, skipped: int) -> dict[str, float]:
         """Metrics of the window over all workers, after `step` steps; begins the next one. Every worker must call."""
-        metrics = self.losses.means(self.engine)  # waits for the device
+        metrics = loss_metrics(self.losses.means(self.engine.total(self.losses.parts)))  # waits for the device
         now = time.perf_counter()
         seconds = now - self.opened - self.paused
         metrics |= {
@@ -94,6 +68,13 @@ class MetricsWindow:
             metrics["mfu"] = metrics["flops_per_second"] / self.peak
         self._open()
         return metrics
+
+
+def loss_metrics(means: LossMeans) -> dict[str, float]:
+    """Metrics of mean losses by name. A mean over no labels was not measured, and is left out."""
+    named = {"ar_loss": means.ar_loss, "diffusion_loss": means.diffusion_loss}
+    named |= {f"draft_accuracy_{offset:02d}": share for offset, share in enumerate(means.draft_accuracy_K)}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def peak_flops(job: TrainJob, device: torch.device) -> float | None:

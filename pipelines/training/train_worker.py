@@ -17,7 +17,7 @@ from pipelines.training.checkpoints import Checkpoint, CheckpointStore, Cursor, 
 from pipelines.training.continuations import check_prompts, continued
 from pipelines.training.divergence import Health
 from pipelines.training.train_engine import TrainEngine, from_rank_0, learning_rate
-from pipelines.training.train_metrics import LossTotals, MetricsWindow
+from pipelines.training.train_metrics import MetricsWindow, loss_metrics
 from pipelines.training.train_start import model_config, refuse_other_run
 from tidar_core.artifacts.model.bundle import BUNDLE_JSON, read_bundle_info, save_bundle
 from tidar_core.artifacts.model.hf_weights import load_model, with_mask_token
@@ -27,7 +27,7 @@ from tidar_core.artifacts.store.provenance import made_by
 from tidar_core.artifacts.text.end_tokens import EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.training.dual_mode import TrainBatch
-from tidar_core.training.losses import dual_mode_loss, label_counts
+from tidar_core.training.losses import LossTotals, dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
 from tidar_core.training.recipe import start_draft_link, start_mask_token
 from tidar_core.training.row_order import rows_of_step, seeds_of_step
@@ -197,7 +197,7 @@ class _Worker:
             sums = self.engine.forward(self._batch(self.plain, self.held_out, groups[min(mine, len(groups) - 1)]))
             if mine < len(groups):  # else this forward was for company: a ZeRO 3 worker needs all others in it
                 totals.add(sums)
-        means = totals.means(self.engine)
+        means = loss_metrics(totals.means(self.engine.total(totals.parts)))
         loss = means.get("ar_loss")
         if loss is not None and "diffusion_loss" in means:
             loss = (self.job.alpha * loss + means["diffusion_loss"]) / (1 + self.job.alpha)

@@ -49,12 +49,12 @@ class Load:
     """Expected speedup of that mode over the autoregressive mode; None if the mode is fixed."""
 
 
-def load_of(batcher: Scheduler, pace: ThroughputEstimate, replica: str) -> Load:
+def load_of(scheduler: Scheduler, throughput: ThroughputEstimate, replica: str) -> Load:
     """Load of an engine, under the name of its replica.
 
-    pace  measured throughput of the decoder
+    throughput  measured throughput of the decoder
     """
-    decoder, planner = batcher.decoder, batcher.planner
+    planner = scheduler.planner
     mode, expected = "", None
     if isinstance(planner, AutoPlanner):
         mode, expected = planner.choice.mode, planner.expected_over_ar
@@ -64,16 +64,16 @@ def load_of(batcher: Scheduler, pace: ThroughputEstimate, replica: str) -> Load:
         replica=replica,
         pid=os.getpid(),
         decoder_pid=os.getpid(),
-        rows=decoder.rows,
-        running=decoder.rows - decoder.free_rows,
-        waiting=batcher.waiting,
-        waiting_tokens=pace.expected(batcher.queued),
-        tokens_per_forward=pace.tokens_per_forward,
-        forwards_per_second=pace.forwards_per_second,
-        pages_held=decoder.pool.held,
-        pages=decoder.pool.pages,
-        shared_tokens=decoder.shared_tokens,
-        preemptions=decoder.preemptions,
+        rows=scheduler.decoder.slots,
+        running=scheduler.taken_slots,
+        waiting=scheduler.waiting,
+        waiting_tokens=throughput.expected(scheduler.queued),
+        tokens_per_forward=throughput.tokens_per_forward,
+        forwards_per_second=throughput.forwards_per_second,
+        pages_held=scheduler.pool.held,
+        pages=scheduler.pool.pages,
+        shared_tokens=scheduler.shared_tokens,
+        preemptions=scheduler.preemptions,
         mode=mode,
         expected_over_ar=expected,
     )

@@ -6,6 +6,7 @@ An alias watcher decides which weights they have, or Serve's `user_config`, or t
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
@@ -21,6 +22,7 @@ from serve_apps.replica.autoscaling import stats
 from serve_apps.replica.engine_pool import EnginePool
 from serve_apps.rollout.model_version import ModelVersion, ServingTarget, resolve_model
 from tidar_core.errors import ConfigError, TidarError
+from tidar_core.timing import Clock
 
 __all__ = ["DecoderApp"]
 
@@ -34,14 +36,20 @@ class DecoderApp:
     """A replica of the decoder."""
 
     def __init__(
-        self, served: ModelVersion, alias_watcher: DeploymentHandle | None = None, *, configured: bool = False
+        self,
+        served: ModelVersion,
+        alias_watcher: DeploymentHandle | None = None,
+        *,
+        configured: bool = False,
+        clock: Clock = time.monotonic,
     ) -> None:
         """alias_watcher  knows the present target; without an alias watcher the target is `served`
         configured     Serve calls `reconfigure` before the first request, so nothing is loaded here
+        clock          seconds, ascending, after which a bundle that could not be loaded is tried again
         """
         self._served, self._alias_watcher = served, alias_watcher
         self._name = secrets.token_hex(4)
-        self.pool = EnginePool(self._name)
+        self.pool = EnginePool(self._name, clock)
         if alias_watcher is None and not configured:
             self.pool.start([served])
 

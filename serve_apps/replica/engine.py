@@ -1,7 +1,7 @@
-"""An engine: one set of weights at work.
+"""Decodes with one set of weights: a bundle on one device, and a loop that batches all requests.
 
-It has a bundle, a decoder on one device, and a loop that batches all requests that reach it. Its weights never change:
-other weights are another engine. A replica has its engine in a process of its own (`engine_client.py`), or in its own.
+The weights never change: other weights are another engine. A replica runs its engines in child processes
+(`engine_client`, `engine_server`), or in its own process.
 """
 
 import asyncio
@@ -17,24 +17,21 @@ from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load, load_of
 from serve_apps.messages.request_timing import TimingRecorder
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.replica.decode_loop import DecodeLoop
 from serve_apps.replica.delta_queue import DeltaQueue
 from serve_apps.replica.delta_receiver import DeltaReceiver
 from serve_apps.replica.grammar_pool import GrammarPool
-from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.replica.prompt_lanes import PromptLanes
 from serve_apps.replica.replica_memory import replica_memory
 from serve_apps.rollout.model_version import ModelVersion
-from serve_apps.streaming.tool_call_formats import form_of
-from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
-from tidar_core.artifacts.model.latency_file import bundle_planner
 from tidar_core.artifacts.store import locations
-from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
-from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoding.decoder import Decoder
+from tidar_core.artifacts.text.chat_template import ChatTemplate
+from tidar_core.config import SamplingConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.request import Request
-from tidar_core.decoding.scheduler import Scheduler, complete
-from tidar_core.errors import BundleError, ConfigError
+from tidar_core.decoding.scheduler import Scheduler
+from tidar_core.errors import ConfigError
 
 __all__ = ["Engine"]
 
@@ -44,7 +41,7 @@ default of 5 ms is a whole decode step of a small model."""
 
 
 class Engine:
-    """A bundle at work."""
+    """A bundle, its decode loop, and the threads that encode prompts."""
 
     def __init__(
         self,
@@ -52,9 +49,9 @@ class Engine:
         report: Callable[[str], None] = lambda line: None,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
-        """Loads the weights and runs them once. Raises BundleError or ConfigError.
+        """Load the weights and run them once. Raises BundleError or ConfigError.
 
-        report  takes one line at the start of each stage
+        report  called with one line at the start of each stage
         flush   called in the decoder's thread after each forward that sent deltas
         """
         self.served = served
@@ -67,58 +64,42 @@ class Engine:
         began = time.monotonic()
         report(replica_memory(served).line)
         report(f"weights are loaded from {served.bundle_uri}")
-        bundle = load_bundle(served.bundle_uri, dtype=DTYPES[settings.dtype], device=settings.device)
-        if bundle.info.bundle_hash != served.bundle_hash:
-            raise BundleError(
-                f"{served.bundle_uri} has hash {bundle.info.bundle_hash}; the service was started with "
-                f"{served.bundle_hash}; restart it to serve the new bundle"
-            )
-        self._tokenizer = bundle.tokenizer
+        self._runtime = BundleRuntime.load(served)
+        self.tokenizer_info = _tokenizer_info(served.bundle_uri, self._runtime.template)
+        self.tool_form = self._runtime.tool_form
+        self.scheduler = self._runtime.scheduler(
+            settings.mode, max_waiting=settings.max_waiting, budget=settings.timing_seconds, report=report
+        )
+        self._tokenizer, self._prompts = self._runtime.tokenizer, self._runtime.prompts
         self._tokenizer.spell(self._tokenizer.eos_id)  # all names are made now, and not while texts are sent
-        draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
-        decoder = Decoder(
-            bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages
-        )
-        planner = bundle_planner(
-            settings.mode, served.bundle_uri, decoder, budget=settings.timing_seconds, report=report
-        )
-        self.batcher = Scheduler(decoder, planner, max_waiting=settings.max_waiting)
-        template = load_chat_template(served.bundle_uri, instead=settings.chat_template)
-        self.tokenizer_info = _tokenizer_info(served.bundle_uri, template)
-        self.tool_form = None if template is None else form_of(template, settings.tool_form)
-        self._prompts = PromptEncoder(
-            bundle.tokenizer,
-            template,
-            end_ids=bundle.end_ids,
-            vocab_size=bundle.model.config.vocab_size,
-            context_len=decoder.context_len,
-            tool_form=self.tool_form,
-        )
-        self._lanes = PromptLanes(self._prompts, GrammarPool(bundle.tokenizer))
-        report("a first text is decoded")
-        _warm_up(self.batcher, self._tokenizer.eos_id)
+        self._lanes = PromptLanes(self._prompts, GrammarPool(self._tokenizer))
+        report("a first request is decoded")
+        _warm_up(self.scheduler, self._tokenizer.eos_id)
         report(f"ready to decode after {time.monotonic() - began:.1f} s")
         self.loop = DecodeLoop(
-            self.batcher,
+            self.scheduler,
             interval=settings.stream_interval_seconds,
             max_waiting_tokens=settings.max_waiting_tokens,
             flush=flush,
         )
 
     async def check_health(self) -> None:
-        """Raise unless a forward succeeds: a forward of texts in flight, or else a forward of its own."""
-        await self.loop.prove(self._tokenizer.eos_id, self.served.settings.hang_seconds)
+        """Raise RuntimeError unless a forward succeeds; an idle engine decodes two tokens of its own."""
+        await self.loop.probe(self._tokenizer.eos_id, self.served.settings.hang_seconds)
 
     async def load(self, replica: str) -> Load:
         """Load of this engine, under the name of its replica."""
-        return load_of(self.batcher, self.loop.pace, replica)
+        return load_of(self.scheduler, self.loop.throughput, replica)
 
     async def tokenize(self, prompt: str | Chat, *, framed: bool, spelled: bool) -> Tokenized:
-        """Tokens of a prompt, as `generate` encodes it; with their names if `spelled` is set."""
+        """Tokens of a prompt, as `generate` encodes it; with their names if `spelled` is set.
+
+        framed  add the special tokens that frame a text
+        """
         tokens = await self._lanes.tokens(prompt, framed=framed)
         return Tokenized(
             count=len(tokens),
-            max_model_len=self.batcher.decoder.context_len,
+            max_model_len=self.scheduler.decoder.context_len,
             tokens=list(tokens),
             token_strs=await asyncio.to_thread(self._spelled, tokens) if spelled else None,
         )
@@ -181,7 +162,7 @@ def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> Tokenizer
     return TokenizerInfo.model_validate(config | {"chat_template": shown})
 
 
-def _warm_up(batcher: Scheduler, token_id: int) -> None:
+def _warm_up(scheduler: Scheduler, token_id: int) -> None:
     """Run one prefill and one decode step, so that the first client does not wait for compilation and allocation."""
     sampling = SamplingConfig(max_tokens=2)
-    complete(batcher, [Request(request_id="warm-up", prompt=(token_id,), sampling=sampling)])
+    complete(scheduler, [Request(request_id="warm-up", prompt=(token_id,), sampling=sampling)])

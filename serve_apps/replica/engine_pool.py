@@ -26,6 +26,7 @@ from serve_apps.replica.text_generator import TextGenerator
 from serve_apps.rollout.model_version import ModelVersion, ServingTarget
 from serve_apps.telemetry import start_stage
 from tidar_core.errors import TidarError
+from tidar_core.timing import Clock
 
 __all__ = ["EnginePool"]
 
@@ -44,8 +45,9 @@ class _Problem:
 class EnginePool:
     """The engines of one replica. All methods but `start` belong to its event loop."""
 
-    def __init__(self, replica: str) -> None:
-        self._replica = replica
+    def __init__(self, replica: str, clock: Clock = time.monotonic) -> None:
+        """clock  seconds, ascending"""
+        self._replica, self._clock = replica, clock
         self._generators: dict[str, TextGenerator] = {}
         """Generators by the hash of their bundles, leaving ones included."""
         self._roles: dict[str, str] = {}
@@ -98,7 +100,7 @@ class EnginePool:
 
     def follow(self, target: ServingTarget) -> None:
         """Begin to serve `target`. A loaded engine goes on; a version that failed is tried again at times."""
-        now = time.monotonic()
+        now = self._clock()
         retry = [key for key, problem in self._problems.items() if now - problem.since > RETRY_SECONDS]
         for key in retry:
             del self._problems[key]
@@ -181,7 +183,7 @@ class EnginePool:
         if not isinstance(made, Exception):
             self._generators[served.bundle_hash] = made
             return
-        self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), time.monotonic())
+        self._problems[served.bundle_hash] = problem = _Problem(_in_words(made), self._clock())
         logger.warning("version %s of %s cannot be loaded: %s", served.label, served.bundle_uri, problem.message)
 
     def _totals(self, served: ModelVersion) -> VersionStats:
@@ -205,7 +207,7 @@ class EnginePool:
 
     def _give_up(self, bundle_hash: str, error: Exception) -> None:
         """End an engine that is broken: its texts would fail anyway."""
-        self._problems[bundle_hash] = problem = _Problem(_in_words(error), time.monotonic())
+        self._problems[bundle_hash] = problem = _Problem(_in_words(error), self._clock())
         logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
         self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
         asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash))

@@ -66,7 +66,7 @@ def replica_memory(served: ModelVersion) -> ReplicaMemory:
     config = replace(read_config(served.bundle_uri), mask_id=read_bundle_info(served.bundle_uri).mask_id)
     draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
     size = DecoderSize.of(
-        config, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
+        config, draft, slots=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
     )
     need = memory_bound(config, draft, size, dtype=DTYPES[settings.dtype], mode=settings.mode, device=settings.device)
     return ReplicaMemory(settings.device, need, free_bytes(settings.device))

@@ -1,6 +1,6 @@
-"""How fast does a decoder work, and how much is it to expect of a request?
+"""Estimates how fast a decoder works, and how many tokens a request will take.
 
-Measured over its last forwards, by its own thread.
+The decoder's thread measures both over its last forwards.
 """
 
 from collections.abc import Iterable
@@ -11,42 +11,42 @@ from tidar_core.decoding.request import Request
 __all__ = ["ThroughputEstimate"]
 
 KEPT = 0.98
-"""Of the weight of a measurement, after the next one: what counts are the last fifty or so."""
+"""Decay per measurement: about the last fifty measurements count."""
 
 
 @dataclass(slots=True)
 class ThroughputEstimate:
-    """Tokens are those of prompts read and of texts written, over all texts together."""
+    """Decayed sums over forwards and over finished texts. Tokens are prompt tokens and completion tokens."""
 
     forwards: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
     texts: float = 0.0
     written: float = 0.0
-    """Tokens of those texts."""
+    """Completion tokens of the finished texts."""
 
     def count(self, tokens: int, seconds: float) -> None:
-        """A forward has read and written so much."""
+        """Count a forward that read and wrote `tokens` tokens."""
         self.forwards = 1 + KEPT * self.forwards
         self.tokens = tokens + KEPT * self.tokens
         self.seconds = seconds + KEPT * self.seconds
 
     def count_text(self, tokens: int) -> None:
-        """A text has come to its end."""
+        """Count a finished text of `tokens` tokens."""
         self.texts = 1 + KEPT * self.texts
         self.written = tokens + KEPT * self.written
 
     @property
     def tokens_per_forward(self) -> float:
-        """0 before the first forward."""
+        """Mean tokens of a forward; 0 before the first forward."""
         return self.tokens / self.forwards if self.forwards else 0.0
 
     @property
     def forwards_per_second(self) -> float:
-        """While there is anything to do; 0 before the first forward."""
+        """Forwards per second of work, idle time excluded; 0 before the first forward."""
         return self.forwards / self.seconds if self.seconds else 0.0
 
     def expected(self, requests: Iterable[Request]) -> int:
-        """Tokens of their prompts, and of texts as long as texts are, or as they may be."""
+        """Tokens expected of `requests`: their prompts, and completions of the usual length or of `max_tokens`."""
         usual = self.written / self.texts if self.texts else float("inf")
         return sum(len(r.prompt) + round(min(usual, r.sampling.max_tokens)) for r in requests)

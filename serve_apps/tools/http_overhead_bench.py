@@ -22,14 +22,12 @@ import aiohttp
 import torch
 
 from serve_apps import app
+from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
-from tidar_core.artifacts.model.latency_file import bundle_planner
 from tidar_core.artifacts.text.prompts import read_prompts
 from tidar_core.artifacts.text.tokenizer import Tokenizer
-from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoding.decoder import Decoder
+from tidar_core.config import SamplingConfig
 from tidar_core.decoding.request import Request
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.errors import ConfigError, TidarError
@@ -58,7 +56,7 @@ class Run:
     seconds: float
 
 
-def in_process(batcher: Scheduler, requests: Sequence[Request], concurrency: int) -> Run:
+def in_process(scheduler: Scheduler, requests: Sequence[Request], concurrency: int) -> Run:
     """Decode `requests`, so many at once, and nothing else."""
     flows: dict[str, Flow] = {}
     waiting, began = iter(requests), time.perf_counter()
@@ -66,12 +64,12 @@ def in_process(batcher: Scheduler, requests: Sequence[Request], concurrency: int
     def begin() -> None:
         if (request := next(waiting, None)) is not None:
             flows[request.request_id] = Flow()
-            batcher.submit(request)
+            scheduler.submit(request)
 
     for _ in range(concurrency):
         begin()
-    while batcher.busy:
-        for step in batcher.advance():
+    while scheduler.busy:
+        for step in scheduler.advance():
             flow = flows[step.request_id]
             flow.heard.append(time.perf_counter())
             flow.tokens += len(step.token_ids)
@@ -147,7 +145,7 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("concurrency, texts and repeats must be at least 1, max-tokens at least 2")
     wanted = {"threads": 1, "rows": max(asked.concurrency), "port": _free_port()} | _object(asked.settings)
     settings = ServeSettings.model_validate(wanted | {"model": asked.model, "tracking_uri": asked.tracking_uri})
-    batcher, tokenizer = _decoder(settings)
+    scheduler, tokenizer = _decoder(settings)
     prompts = read_prompts(asked.prompts, max(asked.concurrency))
     runs: dict[int, tuple[list[Run], list[Run]]] = {concurrency: ([], []) for concurrency in asked.concurrency}
     app.run(settings, blocking=False)
@@ -158,7 +156,7 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
                 texts = [prompts[i % len(prompts)] for i in range(concurrency * asked.texts)]
                 requests = list(_requests(tokenizer, texts, asked.max_tokens))
                 bodies = [_body(settings.shown_name, text, asked.max_tokens) for text in texts]
-                one = in_process(batcher, requests, concurrency)
+                one = in_process(scheduler, requests, concurrency)
                 other = asyncio.run(over_http(url, bodies, concurrency))
                 if repeat >= 0:
                     inside.append(one)
@@ -176,10 +174,8 @@ def _decoder(settings: ServeSettings) -> tuple[Scheduler, Tokenizer]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     served, _ = resolve_model(settings)
-    bundle = load_bundle(served.bundle_uri, dtype=DTYPES[settings.dtype], device=settings.device)
-    draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
-    decoder = Decoder(bundle.model, draft, rows=settings.rows, context_len=settings.context_len, pages=settings.pages)
-    return Scheduler(decoder, bundle_planner(settings.mode, served.bundle_uri, decoder)), bundle.tokenizer
+    runtime = BundleRuntime.load(served)
+    return runtime.scheduler(settings.mode), runtime.tokenizer
 
 
 def _requests(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> Iterator[Request]:

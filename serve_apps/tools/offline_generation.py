@@ -16,13 +16,10 @@ from serve_apps.api.errors import ParameterError
 from serve_apps.api.parsing import parse_request
 from serve_apps.api.token_origins import Decoding
 from serve_apps.ingress.translate import generation_requests
-from serve_apps.replica.prompt_encoder import PromptEncoder
-from serve_apps.streaming.detokenizer import IncrementalDetokenizer
+from serve_apps.replica.bundle_runtime import BundleRuntime
 from tidar_core.artifacts.model.bundle import Bundle
-from tidar_core.artifacts.model.latency_file import bundle_planner
 from tidar_core.config import DraftConfig
-from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.scheduler import Completion, Scheduler
+from tidar_core.decoding.completion import Completion
 
 __all__ = ["OneText"]
 
@@ -51,32 +48,26 @@ class OneText:
         if len(asked := generation_requests(body, "text")) != 1:
             raise ParameterError(f"{len(asked)} texts are asked for; one is written here; give one prompt and n = 1")
         self._asked, self._mode = asked[0], mode
-        decoder = Decoder(bundle.model, DraftConfig(block_len=block_len or bundle.info.block_len), rows=1)
-        self._reader = PromptEncoder(
-            bundle.tokenizer, None, end_ids=bundle.end_ids,
-            vocab_size=bundle.model.config.vocab_size, context_len=decoder.context_len, tool_form=None,
-        )  # fmt: skip
-        self._completion = Completion(self._reader.request(self._asked))
+        runtime = BundleRuntime(bundle, bundle_uri, DraftConfig(block_len=block_len or bundle.info.block_len), slots=1)
+        self._prompts = runtime.prompts
+        self._completion = Completion(self._prompts.request(self._asked))
         request = self._completion.request
-        decoder.check(request)
+        runtime.decoder.check(request)
         length = len(request.prompt) + request.sampling.max_tokens
-        self._planner = bundle_planner(mode, bundle_uri, decoder, length, budget=TIMING_SECONDS, report=report)
-        self._batcher = Scheduler(decoder, self._planner)
-        self._transcript = IncrementalDetokenizer(
-            bundle.tokenizer, self._asked, request.prompt, block_len=decoder.draft.block_len
-        )
+        self._scheduler = runtime.scheduler(mode, planned_len=length, budget=TIMING_SECONDS, report=report)
+        self._detokenizer = runtime.detokenizer(self._asked, request.prompt)
         self._answer: dict[str, Any] = {"text": "", "finish_reason": None, "stop_reason": None}
 
     def pieces(self) -> Iterator[str]:
         """Text as it becomes final."""
         began = time.perf_counter()
-        completion, transcript, answer = self._completion, self._transcript, self._answer
-        self._batcher.submit(completion.request)
-        while transcript.finish_reason is None:
-            for step in self._batcher.advance():
+        completion, detokenizer, answer = self._completion, self._detokenizer, self._answer
+        self._scheduler.submit(completion.request)
+        while detokenizer.finish_reason is None:
+            for step in self._scheduler.advance():
                 completion.add(step)
-                transcript.add([step])
-            piece = transcript.take()
+                detokenizer.add([step])
+            piece = detokenizer.take()
             answer["text"] += piece.text
             for kind, part in (("logprobs", piece.logprobs), ("decoding", piece.decoding)):
                 if isinstance(part, Logprobs | Decoding):
@@ -86,8 +77,8 @@ class OneText:
             if piece.prompt_logprobs is not None:
                 answer["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(piece.prompt_logprobs, mode="json")
             yield piece.text
-        self._reader.check_grammar(self._asked, completion.request)
-        answer |= {"finish_reason": transcript.finish_reason, "stop_reason": transcript.stop_reason}
+        self._prompts.check_grammar(self._asked, completion.request)
+        answer |= {"finish_reason": detokenizer.finish_reason, "stop_reason": detokenizer.stop_reason}
         answer["seconds"] = time.perf_counter() - began
 
     def figures(self) -> dict[str, Any]:
@@ -98,5 +89,5 @@ class OneText:
             "mode": self._mode,
             "forwards": completion.forwards,
             "tokens_per_forward": completion.tokens_per_forward,
-            "choice": self._planner.facts(),
+            "choice": self._scheduler.planner.facts(),
         }

@@ -9,8 +9,9 @@ from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, FixedMode
 from tidar_core.transformer.shapes import named_shape
 
@@ -31,15 +32,16 @@ def test_a_gpu_decodes_the_autoregressive_text_in_fp32(model, mode, sampling, ki
     if kind == "sampled" and sampling is not GREEDY:
         pytest.skip("drawn drafts keep the law, not the text")
     texts = prompts(5, 12, 3, 8, 30)
-    decoder = Decoder(model, DraftConfig(block_len=4, kind=kind), rows=3, context_len=64, page_len=4, pages=30)
+    decoder = Decoder(model, DraftConfig(block_len=4, kind=kind), slots=3, context_len=64, page_len=4, pages=30)
     planner = RandomPlanner(3, 4) if mode == "any" else FixedMode(mode, 4)
-    done = complete(Scheduler(decoder, planner), requests(texts, sampling))
+    scheduler = Scheduler(decoder, planner)
+    done = complete(scheduler, requests(texts, sampling))
     assert [tuple(c.token_ids) for c in done] == [generate_autoregressive(model, text, sampling) for text in texts]
-    assert decoder.pool.held == 0
+    assert scheduler.pool.held == 0
 
 
 def test_a_step_is_captured_once_for_each_shape(model):
-    decoder = Decoder(model, DraftConfig(block_len=4), rows=4, context_len=64)
+    decoder = Decoder(model, DraftConfig(block_len=4), slots=4, context_len=64)
     complete(Scheduler(decoder, FixedMode("single-pass", 4)), requests(prompts(5, 12, 3, 8), GREEDY))
     shapes = decoder._graphs.captured
     complete(Scheduler(decoder, FixedMode("single-pass", 4)), requests(prompts(6, 11, 4, 7, seed=2), GREEDY))

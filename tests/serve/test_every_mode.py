@@ -268,20 +268,20 @@ def test_what_only_the_replica_can_see_is_refused_with_the_fields_name(replica, 
 def test_a_stop_string_frees_row_and_pages_before_the_next_forward(replica, mode):
     app = replica(*mode)
     text = text_of(replica, **VARIED)
-    decoder = app.pool.champion.engine.batcher.decoder
+    scheduler = app.pool.champion.engine.scheduler
     forwards = []
-    advance = app.pool.champion.engine.batcher.advance
+    advance = scheduler.advance
 
     def counted():
         steps = advance()
-        forwards.append(decoder.running)
+        forwards.append(scheduler.running)
         return steps
 
-    app.pool.champion.engine.batcher.advance = counted
+    scheduler.advance = counted
     try:
         (events,) = answers(app, [VARIED | {"max_tokens": 100, "stop": text[6:9]}])
     finally:
-        del app.pool.champion.engine.batcher.advance
+        del scheduler.advance
     assert whole(events)[1] == "stop"
     load = asyncio.run(app.load())
     assert (load.running, load.waiting, load.pages_held) == (0, 0, 0)

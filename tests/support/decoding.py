@@ -45,7 +45,7 @@ def expected_texts(model, texts, sampling):
     return [generate_autoregressive(model, text, sampling) for text in texts]
 
 
-def prefilled(decoder, request, **settings):
+def prefilled(scheduler, request, **settings):
     """The step that the prefill of `request` brings."""
-    decoder.admit(request)
-    return decoder.prefill(10**6, **settings)[0]
+    scheduler.submit(request)
+    return scheduler.prefill(10**6, **settings)[0]

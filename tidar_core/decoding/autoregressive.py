@@ -1,8 +1,8 @@
-"""What would the model say, one token per forward?
+"""Generates one token per forward: the plain loop, without slots, layout and drafts, for one sequence.
 
-The plain loop: no slots, no layout, no drafts, one sequence. It is the oracle that every faster way must equal, so it
-shares with them the model, the rules of a single row and the sampler's draws alone. `score` is its counterpart for
-log-probabilities: all tokens in one causal forward, no cache.
+The loop is the oracle that every faster method must equal. So it shares only the model, the rules for a single position
+and the sampler's draws with them. `score` is its counterpart for log-probabilities: all tokens in one causal forward,
+no cache.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ __all__ = ["Scores", "generate_autoregressive", "score"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How likely the AR distribution holds each token of a text but the first: L = length - 1 of them."""
+    """Log-probabilities in the AR distribution of all tokens of a text but the first: L = length - 1 of them."""
 
     logprob_L: Tensor
     """Natural logarithms, fp32, before any rule or temperature."""
@@ -37,7 +37,7 @@ def generate_autoregressive(
 ) -> tuple[int, ...]:
     """Token ids that continue `prompt`, up to max_tokens or the first end-of-text token (included).
 
-    constraint  what the text must keep to, at its beginning; used up
+    constraint  a grammar that the text must keep to, at its beginning; used up
     """
     device = model.embedding.weight.device
     fields = SamplingTensors.of([sampling], device)
@@ -65,7 +65,10 @@ def generate_autoregressive(
 
 @torch.inference_mode()
 def score(model: TidarModel, tokens: tuple[int, ...], top: int = 0) -> Scores:
-    """What one plain causal forward over `tokens` makes of each of them but the first."""
+    """Score all of `tokens` but the first in one plain causal forward.
+
+    top  likeliest tokens to return for each place
+    """
     ids = torch.tensor([tokens], device=model.embedding.weight.device)
     layout = causal_layout(torch.zeros_like(ids))
     hidden = model(ids, layout.position, DenseAttention(layout))
@@ -75,7 +78,7 @@ def score(model: TidarModel, tokens: tuple[int, ...], top: int = 0) -> Scores:
 
 
 class _GrowingMemory:
-    """Keys and values of all tokens so far, joined anew at every step."""
+    """Keys and values of all tokens so far, concatenated again at every forward."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,6 +92,6 @@ class _GrowingMemory:
         if layer in self.layers:
             k, v = (torch.cat([old, new], 2) for old, new in zip(self.layers[layer], (k, v)))
         self.layers[layer] = k, v
-        rows, columns = q.shape[2], k.shape[2]
-        visible = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        queries, keys = q.shape[2], k.shape[2]
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         return attend(q, k, v, visible.expand(q.shape[0], -1, -1)).transpose(1, 2)

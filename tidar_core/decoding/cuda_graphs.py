@@ -1,11 +1,11 @@
-"""How is a decode step launched at once?
+"""Captures decode steps as CUDA graphs, so that a whole step is launched at once.
 
-On a CUDA device the hundreds of kernels of a small forward take longer to launch than to run. Each shape of step is
-captured when it is first met and replayed from then on: batch and used pages are rounded up, so that the shapes are
-few; lengths, pages and sampling fields are tensors that stay where they are, so that one capture serves every content.
+On a CUDA device the hundreds of kernels of a small forward take longer to launch than to run. Each shape of decode step
+is captured when it is first met, and replayed from then on. Batch and used pages are rounded up, so that the shapes are
+few. Lengths, pages and sampling fields are tensors with fixed addresses, so that one capture serves every content.
 
-A capture knows addresses alone. What it reads is kept by the stepper, or beside the capture. What it finds out goes to
-memory that all captures share: nothing else of a capture is kept, so that the next one computes in the same memory.
+A capture knows addresses alone. Its inputs are kept by the runner, or beside the capture. Its results go to memory that
+all captures share. Nothing else of a capture is kept, so that the next capture computes in the same memory.
 """
 
 import threading
@@ -26,8 +26,8 @@ WARM_UPS = 2
 """Runs before a capture: kernels are compiled and handles made outside of it."""
 
 BATCH_BASE, PAGES_BASE = 2, 8
-"""Batches are rounded up to powers of the one, since every row is computed; used pages to powers of the other, since a
-program leaves at once where a prefix has no page."""
+"""Batches are rounded up to powers of BATCH_BASE, since every slot is computed. Used pages are rounded up to powers of
+PAGES_BASE, since a program ends at once where a prefix has no page."""
 
 _ONE_CAPTURE = threading.Lock()
 """A capture begins by waiting for the whole device, which may not be waited for while another thread captures."""
@@ -42,12 +42,12 @@ def rounded(count: int, most: int, base: int) -> int:
 
 
 class Recorder(Protocol):
-    """What captures work on a device."""
+    """Captures work on a device."""
 
     def record(self, run: Callable[[], None], undo: Callable[[], None]) -> Callable[[], None]:
-        """A function that does again, at the same addresses, what `run` did.
+        """Capture `run`; returns a function that repeats it at the same addresses.
 
-        undo  takes back what a run has done; called after each run that is not the capture itself
+        undo  reverts the effects of a run; called after each run that is not the capture itself
         """
         ...
 
@@ -61,7 +61,7 @@ class CudaRecorder:
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], None], undo: Callable[[], None]) -> Callable[[], None]:
-        """See `Recorder`; `run` may launch kernels alone."""
+        """Capture `run`, as `Recorder` describes; `run` may only launch kernels."""
         with _ONE_CAPTURE:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
@@ -77,26 +77,26 @@ class CudaRecorder:
 
 
 class StepGraphs:
-    """Captured steps of one stepper, by shape."""
+    """Captured decode steps of one runner, by shape."""
 
-    def __init__(self, stepper: DecodeStepRunner, recorder: Recorder) -> None:
-        self._stepper, self._recorder = stepper, recorder
-        self._outcomes = _SharedOutcomes(stepper)
+    def __init__(self, runner: DecodeStepRunner, recorder: Recorder) -> None:
+        self._runner, self._recorder = runner, recorder
+        self._outcomes = _SharedOutcomes(runner)
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
     @property
     def captured(self) -> int:
-        """Shapes that were captured so far."""
+        """Number of shapes that were captured so far."""
         return len(self._captured)
 
     def step(self, batch: int, plan: StepPlan, used_pages: int, *, scored: bool) -> Outcome:
-        """`DecodeStepRunner.step` without rules. Its tensors hold until the next call; rows behind `batch` are
-        undefined.
+        """Run `DecodeStepRunner.step` without rules. Its tensors are valid until the next call; entries beyond `batch`
+        are undefined.
 
         scored  the logits of the autoregressive mode are wanted
         """
-        state = self._stepper.state
-        batch = rounded(batch, state.rows, BATCH_BASE)
+        state = self._runner.state
+        batch = rounded(batch, state.slots, BATCH_BASE)
         used_pages = rounded(used_pages, state.page_table.shape[1], PAGES_BASE)
         key = (batch, plan, used_pages, state.sampling(slice(0, batch)).kind, scored)
         if key not in self._captured:
@@ -106,17 +106,17 @@ class StepGraphs:
         return captured.outcome
 
     def _capture(self, batch: int, plan: StepPlan, used_pages: int, scored: bool) -> "_Captured":
-        stepper, tensors = self._stepper, self._stepper.tensors_of(plan)
+        runner, tensors = self._runner, self._runner.tensors_of(plan)
         outcome = self._outcomes.of(batch, plan.clean_len, scored)
-        before = stepper.state.snapshot()
+        before = runner.state.snapshot()
 
         def run() -> None:
-            found = stepper.step(batch, tensors, used_pages)
+            found = runner.step(batch, tensors, used_pages)
             outcome.accepted_emitted.copy_(found.accepted_emitted)
             if outcome.ar_logits is not None and found.ar_logits is not None:
                 outcome.ar_logits.copy_(found.ar_logits)
 
-        return _Captured(self._recorder.record(run, lambda: stepper.state.restore(before)), outcome, tensors)
+        return _Captured(self._recorder.record(run, lambda: runner.state.restore(before)), outcome, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +128,25 @@ class _Captured:
 
 
 class _SharedOutcomes:
-    """Where every captured step of a stepper leaves what it found out: room for the largest."""
+    """Memory for the outcomes of all captured steps of a runner, as large as the largest outcome."""
 
-    def __init__(self, stepper: DecodeStepRunner) -> None:
-        state = stepper.state
-        self._rows, self._block_len = state.draft.shape
-        self._vocab_size, self._dtype = stepper.model.config.vocab_size, stepper.cache.pages.dtype
+    def __init__(self, runner: DecodeStepRunner) -> None:
+        state = runner.state
+        self._slots, self._block_len = state.draft.shape
+        self._vocab_size, self._dtype = runner.model.config.vocab_size, runner.cache.pages.dtype
         self._accepted_emitted = torch.zeros(
-            self._rows * (1 + self._block_len), dtype=torch.long, device=state.draft.device
+            self._slots * (1 + self._block_len), dtype=torch.long, device=state.draft.device
         )
         self._logits: Tensor | None = None
-        """Made when a request first asks for log-probabilities."""
+        """Allocated when a request first wants log-probabilities."""
 
     def of(self, batch: int, clean_len: int, scored: bool) -> Outcome:
-        """The share of a step of that shape, dense."""
+        """The part of the memory for a step of that shape, dense."""
         accepted_emitted = self._accepted_emitted[: batch * (1 + clean_len)].view(batch, 1 + clean_len)
         if not scored:
             return Outcome(accepted_emitted, None, None)
         if self._logits is None:
-            size = self._rows * self._block_len * self._vocab_size
+            size = self._slots * self._block_len * self._vocab_size
             self._logits = torch.empty(size, dtype=self._dtype, device=accepted_emitted.device)
         logits = self._logits[: batch * clean_len * self._vocab_size]
         return Outcome(accepted_emitted, logits.view(batch, clean_len, self._vocab_size), None)

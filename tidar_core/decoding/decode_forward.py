@@ -1,10 +1,11 @@
-"""What are the hidden states of the rows of one decoder forward?
+"""Computes the hidden states of the query tokens of one decoder forward.
 
-The transformer of `model`, read in the order that suits a decode step: each residual sum is made together with the norm
-that follows it, keys and values go straight to their pages, and one gathering serves all layers. The functions it runs
-come from `kernels`, so that a CPU and a GPU differ in nothing else.
+It is the transformer of `model`, in the order that suits a decode step. Each residual sum is computed together with the
+norm that follows it. Keys and values go straight to their pages, and one gathering serves all layers. The functions it
+runs come from `kernels`, so that a CPU and a GPU differ in nothing else.
 
-Shape letters: B sequences, C clean rows, R rows, N pages of a sequence, H query heads, D head width, E embedding.
+Shape letters: B sequences, C clean tokens, R query tokens, N pages of a sequence, H query heads, D head width,
+E embedding.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_core.config import ModelConfig
-from tidar_core.decoding.plan_tensors import RowPattern
+from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.kernels import Kernels, kernels_for
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
@@ -24,12 +25,14 @@ __all__ = ["DecodeForward"]
 
 
 class DecodeForward:
-    """A model ready to read rows: its weights laid out in the order of use, so that a step looks up no module, and the
-    rotation of every position. The weights are final."""
+    """A model ready to read tokens: the rotation of every position, and the weights in the order of use.
+
+    So a decode step looks up no module. The weights are final.
+    """
 
     def __init__(self, model: TidarModel, cache: KVCache, *, positions: int, kernels: Kernels | None = None) -> None:
-        """positions  that a row may have: 0 up to it
-        kernels    those of the cache's device by default
+        """positions  number of positions that a token may have, from 0
+        kernels    the kernels of the cache's device by default
         """
         self.model, self.cache = model, cache
         position_1L = torch.arange(positions, device=cache.pages.device)[None]
@@ -42,16 +45,16 @@ class DecodeForward:
         page_table_BN: Tensor,
         prefix_len_B: Tensor,
         clean_BC: Tensor,
-        pattern: RowPattern,
+        pattern: QueryPattern,
         used_pages: int,
     ) -> Tensor:
-        """Hidden states [B, R, E] of the rows of the pattern: the clean ones, then the masks.
+        """Compute hidden states [B, R, E] of the query tokens of the pattern: the clean tokens, then the masks.
 
-        Every row sees all of its sequence's prefix, since no horizon lies before the prefix's end; among the rows of
-        the forward, who sees whom is the same for all sequences. Keys and values of the clean rows are in the cache
-        afterwards, those of the masks nowhere.
+        Every query token sees the whole prefix of its sequence, since no horizon lies before the prefix's end. Among
+        the query tokens of the forward, visibility is the same for all sequences. Afterwards the cache holds keys and
+        values of the clean tokens; keys and values of masks are not kept.
 
-        page_table_BN  pages of each sequence, with room for the prefix and the clean rows
+        page_table_BN  pages of each sequence, with room for the prefix and the clean tokens
         prefix_len_B   clean tokens read before
         used_pages     leading pages that hold all of every prefix
         """
@@ -60,14 +63,14 @@ class DecodeForward:
         position_BR = prefix_len_B[:, None] + pattern.position_R
         gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, pattern.visible_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
-        slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
+        page_slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
         x = F.embedding(_with_masks(clean_BC, pattern.masks, config.mask_id), self.model.embedding.weight)
         cos, sin = F.embedding(position_BR, self._cos_LD), F.embedding(position_BR, self._sin_LD)
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):
             x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
             q, k, v = kernels.rotate_and_store(
-                F.linear(x, layer.qkv, layer.qkv_bias), layer.norm, cos, sin, pages, slot_BC,
+                F.linear(x, layer.qkv, layer.qkv_bias), layer.norm, cos, sin, pages, page_slot_BC,
                 eps=eps, heads=config.heads,
             )  # fmt: skip
             x = F.linear(gather(q, k, v, pages).flatten(2), layer.output, layer.output_bias)
@@ -82,7 +85,7 @@ class _LayerWeights:
     qkv: Tensor
     qkv_bias: Tensor | None
     norm: Tensor | None
-    """Of the heads of queries and keys."""
+    """Weights of the norms of query and key heads."""
     output: Tensor
     output_bias: Tensor | None
     mlp_norm: Tensor

@@ -1,10 +1,10 @@
-"""What does one forward do to the rows that it serves?
+"""Runs one forward of a decode step for the sequences of a batch.
 
-Verification of each draft block, and the next block drafted in the same forward for the outcomes that the plan names
-(TiDAR, section 3.2). Tensors in, tensors out: shapes follow from the batch and the plan alone, nothing is read back, so
-that a forward can be captured and replayed.
+The forward verifies each draft block, and drafts the next block for the outcomes that the plan names (TiDAR, section
+3.2). It takes and gives tensors. Their shapes follow from the batch and the plan alone, and nothing is read back to the
+host. So a forward can be captured and replayed.
 
-Shape letters: B sequences, C clean rows, K block length, R rows of a forward, E embedding, V vocabulary.
+Shape letters: B sequences, C clean tokens, K block length, R query tokens of a forward, E embedding, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,73 +23,94 @@ from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import verify_argmax, verify_sampled
 from tidar_core.kernels import Kernels
 from tidar_core.transformer.kv_cache import KVCache
-from tidar_core.transformer.model import TidarModel
+from tidar_core.transformer.model import LOOKED_UP_TOKENS, TidarModel
 
-__all__ = ["ROWS_TOGETHER", "DecodeStepRunner", "Outcome"]
+__all__ = ["DEFAULT_TUNING", "DecodeStepRunner", "DecodeTuning", "Outcome"]
 
 PLANS_KEPT, PREFILLS_KEPT = 256, 16
-"""Plans whose tensors stay on the device: those of decode steps, and the latest of prefills, whose lengths are many."""
-ROWS_TOGETHER = 64
-"""Up to so many rows of a sequence, one product with the head serves all: reading its weights costs more than the rows
-that are not sampled from."""
+"""Plans whose tensors stay on the device: of decode steps, and the latest of prefills, whose lengths vary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTuning:
+    """Sizes up to which a decoder computes the same results in another way."""
+
+    one_product_tokens: int = 64
+    """Most query tokens of a sequence for which one product with the head serves all. Reading the weights of the head
+    then costs more than the query tokens that are not sampled from."""
+    looked_up_tokens: int = LOOKED_UP_TOKENS
+    """Largest vocabulary for which the products of a draft link are looked up."""
+
+
+DEFAULT_TUNING = DecodeTuning()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a decode step found out."""
+    """Results of a decode step."""
 
     accepted_emitted: Tensor
-    """[B, 1 + C]: n in 1..C, then as many final tokens, and what stands behind them is of no meaning."""
+    """[B, 1 + C]: n in 1..C, then n final tokens; the entries after them have no meaning."""
     ar_logits: Tensor | None
-    """[B, C, V]: the autoregressive mode's, as the head gave them; None of a captured step that was not scored."""
+    """[B, C, V]: logits of the autoregressive mode, from the head; None for a captured step that is not scored."""
     hidden: Tensor | None
-    """[B, R, E]; None of a captured step."""
+    """[B, R, E]; None for a captured step."""
 
 
 class DecodeStepRunner:
-    """A model at work on the pages of a cache and the rows of a state."""
+    """A model with the pages of a cache and the slots of a state."""
 
     def __init__(
-        self, model: TidarModel, draft: DraftConfig, cache: KVCache, state: BatchState, kernels: Kernels | None = None
+        self,
+        model: TidarModel,
+        draft: DraftConfig,
+        cache: KVCache,
+        state: BatchState,
+        kernels: Kernels | None = None,
+        *,
+        tuning: DecodeTuning = DEFAULT_TUNING,
     ) -> None:
-        """kernels  those of the cache's device by default"""
-        self.model, self.draft, self.cache, self.state = model, draft, cache, state
+        """kernels  the kernels of the cache's device by default"""
+        self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         self._forward = DecodeForward(model, cache, positions=positions, kernels=kernels)
-        self._link = None if model.link is None else model.link.final()
+        self._link = None if model.link is None else model.link.final(tuning.looked_up_tokens)
         device = cache.pages.device
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
-        """1..K: how far behind something each of a run of rows stands."""
+        """1..K: distances of the tokens of a block from the token before it."""
         of, of_prefill = (
             partial(make, block_len=draft.block_len, device=device) for make in (PlanTensors.of, PlanTensors.of_prefill)
         )
         self.tensors_of = lru_cache(maxsize=PLANS_KEPT)(of)
-        """Tensors of a decode step's plan. A captured step must keep them itself: others push them out of here."""
+        """Tensors of a decode step's plan. A captured step must keep its own: other plans evict them from here."""
         self._tensors_of_prefill = lru_cache(maxsize=PREFILLS_KEPT)(of_prefill)
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
-        """Hidden states [1, R, E] of the tokens from `start` on of one sequence, and of a block of masks per group."""
+        """Read a chunk of one sequence whose first token has position `start`.
+
+        Returns hidden states [1, R, E] of the chunk, then of a block of masks for each group of the plan.
+        """
         prefix_len = torch.tensor([start], device=chunk_1C.device)
         pattern = self._tensors_of_prefill(plan).pattern
         return self._forward(page_table_1N, prefix_len, chunk_1C, pattern, -(-start // self.cache.page_len))
 
-    def begin(self, rows: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
-        """Choose the first token [1] of a sequence that was read to its end, and draft the block behind it.
+    def begin(self, slots: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
+        """Choose the first token [1] of a sequence that was read to its end, and draft the block after it.
 
-        rows    its row
-        hidden  [1, R, E], from `read`, its rows as `plan` says
-        logits  [1, 1, V], from `target_logits` of the last clean row
+        slots   the slot of the sequence
+        hidden  [1, R, E], from `read` with the same `plan`
+        logits  [1, 1, V], from `target_logits` for the last clean token
         """
-        first = sample(logits, sampling, self.state.prefix_len[rows, None], TARGET)[:, 0]
-        self._propose(rows, first, torch.zeros_like(first), hidden, self._tensors_of_prefill(plan), sampling)
+        first = sample(logits, sampling, self.state.prefix_len[slots, None], TARGET)[:, 0]
+        self._propose(slots, first, torch.zeros_like(first), hidden, self._tensors_of_prefill(plan), sampling)
         return first
 
     def step(
         self, batch: int, tensors: PlanTensors, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
     ) -> Outcome:
-        """Verify and draft for the first `batch` rows.
+        """Verify and draft for the first `batch` slots.
 
-        tensors     of the plan, from `tensors_of`
+        tensors     tensors of the plan, from `tensors_of`
         used_pages  leading pages that hold all of every prefix
         adjust      changes the target logits [B, C, V] by the rules of the requests
         """
@@ -98,7 +119,7 @@ class DecodeStepRunner:
         sampling = state.sampling(slice(0, B))
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
         hidden_BRE = self._forward(state.page_table[:B], prefix_B, draft_BC, tensors.pattern, used_pages)
-        together = bool(plan.groups) and plan.rows(self.draft.block_len) <= ROWS_TOGETHER
+        together = bool(plan.groups) and plan.query_tokens(self.draft.block_len) <= self._tuning.one_product_tokens
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]
         first_masks_BCE = hidden_BRE[:, C :: plan.masks(self.draft.block_len)]
@@ -107,7 +128,7 @@ class DecodeStepRunner:
             logits_BCV = adjust(logits_BCV)
         next_BC = prefix_B[:, None] + self._ahead_K[:C]
         if state.proposal is None:
-            emitted_BC = sample(logits_BCV, sampling, next_BC, TARGET)  # drafts that stand are what the target drew
+            emitted_BC = sample(logits_BCV, sampling, next_BC, TARGET)  # an accepted draft equals the target's draw
             verdict = verify_argmax(draft_BC, emitted_BC)
         else:
             accept_BC, target_BC = (uniform(sampling.seed_B, next_BC, role) for role in (ACCEPT, TARGET))
@@ -128,8 +149,8 @@ class DecodeStepRunner:
     ) -> Tensor:
         """z = beta * AR + (1 - beta) * diffusion, fp32; both predict the same positions (TiDAR, section 4.4.3).
 
-        first_masks_BRE  first mask of the group behind each row; not read where all betas are 1
-        token_BR         of each row
+        first_masks_BRE  first mask of the group after each token; not read where all betas are 1
+        token_BR         the tokens themselves
         """
         ar_BRV = ar_BRV.float()
         if sampling.trusts_ar:
@@ -140,40 +161,41 @@ class DecodeStepRunner:
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 
     def _propose(
-        self, rows: slice, first_B: Tensor, outcome_B: Tensor, hidden_BRE: Tensor, tensors: PlanTensors,
+        self, slots: slice, first_B: Tensor, outcome_B: Tensor, hidden_BRE: Tensor, tensors: PlanTensors,
         sampling: SamplingTensors, logits_BRV: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Set the next draft block: the final token, then what the masks after its position believe.
+        """Set the next draft block: the final token, then the predictions of the masks after its position.
 
-        The prefix lengths must be the new ones.
+        The prefix lengths must be updated before.
 
-        outcome_B   which of the outcomes that `tensors` tells apart
-        logits_BRV  of all rows, where they are there
+        outcome_B   index of the outcome in `tensors`
+        logits_BRV  logits of all query tokens, where they are known already
         """
         state, width = self.state, tensors.plan.masks(self.draft.block_len)
-        self.fill_with_point_mass(rows, first_B)
+        self.fill_with_point_mass(slots, first_B)
         if width == 1 or not tensors.plan.groups:
             return
-        row_BR, guessed_BR = (x.index_select(0, outcome_B) for x in (tensors.draft_row_NM, tensors.guessed_NM))
-        chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, row_BR)
+        index_BR, guessed_BR = (x.index_select(0, outcome_B) for x in (tensors.draft_index_NM, tensors.guessed_NM))
+        chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, index_BR)
         logits_BRV = self.model.head(chosen) if logits_BRV is None else chosen
         first_B1, drafted = first_B[:, None], slice(1, width)
-        drawn, laws = zip(*self._drawn(logits_BRV, first_B1, rows, sampling))
-        state.draft[rows, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B1)
+        drawn, proposals = zip(*self._drawn(logits_BRV, first_B1, slots, sampling))
+        state.draft[slots, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B1)
         if state.proposal is not None:
-            kept_BRV = state.proposal[rows, drafted]
-            state.proposal[rows, drafted] = torch.where(guessed_BR[..., None], torch.cat(laws, 1), kept_BRV)
+            kept_BRV = state.proposal[slots, drafted]
+            state.proposal[slots, drafted] = torch.where(guessed_BR[..., None], torch.cat(proposals, 1), kept_BRV)
 
     def _drawn(
-        self, logits_BRV: Tensor, before_B1: Tensor, rows: slice, sampling: SamplingTensors
+        self, logits_BRV: Tensor, before_B1: Tensor, slots: slice, sampling: SamplingTensors
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Drafts and the laws that they were drawn from (logits, where no law is kept): all at once, or one by one
-        where each is linked to the one before it.
+        """Drafts and the distributions that they were drawn from, or logits where no distribution is kept.
+
+        All at once, or one by one where each draft is linked to the draft before it.
 
         before_B1  the token before the first
         """
         drafts = logits_BRV.shape[1]
-        position_BR = self.state.prefix_len[rows, None] + self._ahead_K[:drafts]
+        position_BR = self.state.prefix_len[slots, None] + self._ahead_K[:drafts]
         at_once = drafts if self._link is None else 1
         for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
             linked = logits if self._link is None else logits + self._link(before_B1)
@@ -185,15 +207,15 @@ class DecodeStepRunner:
                 before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
                 yield before_B1, proposal
 
-    def fill_with_point_mass(self, rows: slice, first_B: Tensor) -> None:
-        """Where there is no mask, the final token stands in for drafts, a point mass like any other guess."""
+    def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
+        """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""
         state = self.state
-        state.draft[rows] = first_B[:, None].expand(-1, self.draft.block_len)
+        state.draft[slots] = first_B[:, None].expand(-1, self.draft.block_len)
         if state.proposal is not None:
-            state.proposal[rows] = 0.0
-            state.proposal[rows].scatter_(2, state.draft[rows][..., None], 1.0)
+            state.proposal[slots] = 0.0
+            state.proposal[slots].scatter_(2, state.draft[slots][..., None], 1.0)
 
 
-def _chosen(x_BRN: Tensor, row_BK: Tensor) -> Tensor:
-    """Some rows of each sequence [B, K, N]."""
-    return x_BRN.gather(1, row_BK[..., None].expand(-1, -1, x_BRN.shape[-1]))
+def _chosen(x_BRN: Tensor, index_BK: Tensor) -> Tensor:
+    """Entries of some query tokens of each sequence [B, K, N]."""
+    return x_BRN.gather(1, index_BK[..., None].expand(-1, -1, x_BRN.shape[-1]))

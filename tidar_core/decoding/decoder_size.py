@@ -1,6 +1,6 @@
-"""How large is a decoder, in sequences, tokens and pages?
+"""Sizes of a decoder in sequences, tokens and pages.
 
-Settled before anything is allocated, so that what cannot be is refused in one line.
+They are checked before anything is allocated, so that impossible sizes are refused in one line.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["DecoderSize"]
 class DecoderSize:
     """Sizes of a decoder's cache and batch."""
 
-    rows: int
+    slots: int
     """Sequences that may run together."""
     context_len: int
     """Most tokens of prompt and completion."""
@@ -25,13 +25,19 @@ class DecoderSize:
     max_pages: int
     """Most pages of one sequence."""
     pages: int
-    """Of the cache."""
+    """Pages of the cache."""
 
     @staticmethod
     def of(
-        config: ModelConfig, draft: DraftConfig, *, rows: int, context_len: int | None, pages: int | None, page_len: int
+        config: ModelConfig,
+        draft: DraftConfig,
+        *,
+        slots: int,
+        context_len: int | None,
+        pages: int | None,
+        page_len: int,
     ) -> "DecoderSize":
-        """Sizes for a model and its drafts, as `Decoder` takes them. Raises ConfigError if they do not fit together."""
+        """Sizes for a model and its drafts, with the arguments of `Decoder`. Raises ConfigError if they do not fit."""
         if draft.block_len > 1 and config.mask_id is None:
             raise ConfigError(
                 f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
@@ -40,14 +46,14 @@ class DecoderSize:
         context_len = context_len or config.context_len
         if max(context_len, draft.block_len) > config.context_len:
             raise ConfigError(
-                f"a context of {context_len} and a block of {draft.block_len} were asked for; the model was built "
-                f"for {config.context_len} positions; ask for no more"
+                f"context_len is {context_len} and block_len is {draft.block_len}; the model was built for "
+                f"{config.context_len} positions; lower them"
             )
         max_pages = page_count(context_len + draft.block_len, page_len)
-        pages = pages or rows * max_pages
+        pages = pages or slots * max_pages
         if pages < max_pages:
             raise ConfigError(
                 f"the cache has {pages} pages of {page_len} tokens; one context of {context_len} and a "
                 f"block of {draft.block_len} take {max_pages}; give it as many or shorten the context"
             )
-        return DecoderSize(rows=rows, context_len=context_len, page_len=page_len, max_pages=max_pages, pages=pages)
+        return DecoderSize(slots=slots, context_len=context_len, page_len=page_len, max_pages=max_pages, pages=pages)

@@ -1,21 +1,20 @@
-"""What may not be said next, and what should rather not?
+"""Rules of one sequence: changes to its logits that follow from its history, its request and its grammar.
 
-The rules of one sequence: what its history, its request and its grammar make of the logits. Those who have any are the
-few, so each has its own object, and the others pay nothing. In vLLM's order:
+Few sequences have rules, so each of these has its own object, and the others pay nothing. In vLLM's order:
 
     0. log-probabilities are reported of the AR logits as they are: no rule touches them
     1. bans: what the grammar does not allow, the last token of a bad word, end-of-text before min_tokens
     2. logit_bias
     3. penalties: repetition (prompt and output), then frequency, then presence (output alone)
-    4. temperature, min_p, top_k, top_p: the law (`sampling`)
+    4. temperature, min_p, top_k, top_p: the distribution (`sampling`)
 
-A row in which all is banned allows the request's end-of-text tokens alone: there is nothing left to say. But a grammar
-outweighs the other bans, and so does a request without end-of-text tokens: there they give way.
+Where all tokens are banned, only the request's end-of-text tokens are allowed. With a grammar, the grammar alone holds
+there. Without end-of-text tokens, no ban holds there.
 
-Exact under drafting: the logits after a draft are adjusted as if the draft had been said, and a row after a draft that
-falls is never read. So adjusting many rows at once equals adjusting one token at a time, bit for bit.
+Exact under drafting: the logits after a draft are adjusted as if the draft were accepted. Logits after a rejected draft
+are never read. So adjusting many positions at once equals adjusting one token at a time, bit for bit.
 
-Shape letters: C clean rows (`modes`), R mask rows, V vocabulary.
+Shape letters: C clean tokens (`step_plan`), R masks, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,32 +30,32 @@ __all__ = ["Constraint", "LogitRules", "adjusting", "check"]
 
 
 class Constraint(Protocol):
-    """A grammar that one text must keep to, and how much of it has been said."""
+    """A grammar that one text must keep to, and its state after the tokens of the text so far."""
 
     def allowed(self, tokens: Sequence[int]) -> Tensor:
-        """Bool [len(tokens) + 1, V] on the CPU: what may follow the text after none, one, .., all of `tokens`.
+        """Bool [len(tokens) + 1, V] on the CPU: tokens that may follow the text and the first 0, 1, .. of `tokens`.
 
-        An end-of-text token may follow where the text may end; something may always follow. Rows after a token that is
-        not allowed may hold anything, since nobody reads them. The text is what it was when this returns.
+        An end-of-text token may follow where the text may end; at least one token may always follow. Entries after a
+        token that is not allowed are undefined, since nothing reads them. The text is unchanged when this returns.
         """
         ...
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Add `tokens`, each of them allowed where it stands, to the text."""
+        """Add `tokens`, each allowed at its place, to the text."""
         ...
 
     def retreat(self, count: int) -> None:
-        """Take the last `count` tokens from the text."""
+        """Remove the last `count` tokens from the text."""
         ...
 
     @property
     def finished(self) -> bool:
-        """Nothing but end-of-text may follow."""
+        """Whether only an end-of-text token may follow."""
         ...
 
 
 def check(sampling: SamplingConfig, vocab_size: int) -> None:
-    """Raise RequestError if the rules of `sampling` name tokens that are none."""
+    """Raise RequestError if the rules of `sampling` name tokens that the model does not have."""
     named = [("logit_bias", token) for token, _ in sampling.logit_bias]
     named += [("bad_words", token) for word in sampling.bad_words for token in word]
     for field, token in named:
@@ -65,7 +64,7 @@ def check(sampling: SamplingConfig, vocab_size: int) -> None:
 
 
 class LogitRules:
-    """What is known of one text, and the logits of its next tokens."""
+    """The rules and the history of one text."""
 
     @staticmethod
     def needed(sampling: SamplingConfig) -> bool:
@@ -81,7 +80,7 @@ class LogitRules:
         constraint: Constraint | None = None,
         output: Sequence[int] = (),
     ) -> None:
-        """constraint  at the beginning of its text; belongs to these rules from now on
+        """constraint  a grammar at the beginning of its text; these rules own it from now on
         output      tokens emitted already
         """
         check(sampling, vocab_size)
@@ -93,7 +92,7 @@ class LogitRules:
             tokens, biases = zip(*sampling.logit_bias)
             self._bias_V[list(tokens)] = torch.tensor(biases, device=device)
         self._count_V = torch.zeros(vocab_size, device=device) if _penalises(sampling) else None
-        """How often the output holds each token."""
+        """Count of each token in the output."""
         self._prompted_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._prompted_V[list(prompt)] = True
         self.commit(output)
@@ -107,12 +106,12 @@ class LogitRules:
             self._constraint.advance(tokens[:end])
 
     def adjust(self, logits_CV: Tensor, drafts: Sequence[int] = ()) -> Tensor:
-        """The logits, in fp32 and anew, that temperature and the rest are applied to.
+        """New fp32 logits [C, V] with all rules applied, before temperature and cuts.
 
-        logits_CV  row j is of the token after the committed output and drafts[:j]
-        drafts     d_2..d_C, where d_1 is the last committed token; none after a prefill
+        logits_CV  entry j is for the token after the committed output and drafts[:j]
+        drafts     d_2..d_C, where d_1 is the last committed token; empty after a prefill
         """
-        assert len(logits_CV) == len(drafts) + 1, f"{len(drafts)} drafts stand before {len(drafts) + 1} rows"
+        assert len(logits_CV) == len(drafts) + 1, f"{len(drafts)} drafts need logits of {len(drafts) + 1} positions"
         logits_CV = self._without_banned(logits_CV.float(), drafts)
         if self._bias_V is not None:
             logits_CV = logits_CV + self._bias_V
@@ -123,10 +122,12 @@ class LogitRules:
     def adjust_drafts(
         self, logits_RV: Tensor, linked: Callable[[Tensor, Tensor], Tensor] = lambda logits, before: logits
     ) -> list[int]:
-        """Drafts d_2.., as many as R or fewer: from left to right the likeliest token that the rules leave after the
-        ones before it. So none of them breaks a rule; they stop with the text.
+        """Drafts d_2.., R of them or fewer, within the rules.
 
-        logits_RV  of the mask rows that draft d_2..d_{R+1}; d_1 is committed already
+        From left to right, each is the likeliest token that the rules allow after the drafts before it. The drafts
+        stop where the text ends.
+
+        logits_RV  logits of the masks that draft d_2..d_{R+1}; d_1 is committed already
         linked     logits of a mask [1, V], and the token before it [1] -> logits: `TidarModel.linked`
         """
         drafts: list[int] = []
@@ -141,7 +142,7 @@ class LogitRules:
         return drafts
 
     def _retract(self, count: int) -> None:
-        """Undo the commit of the last `count` tokens, no end-of-text among them."""
+        """Undo the commit of the last `count` tokens; no end-of-text token may be among them."""
         if count <= 0:
             return
         self._count(self._output[-count:], -1.0)
@@ -184,27 +185,27 @@ class LogitRules:
         count_CV = count_V.repeat(len(logits_CV), 1)
         for row, token in enumerate(drafts, start=1):
             count_CV[row:, token] += 1
-        said_CV = count_CV > 0
+        emitted_CV = count_CV > 0
         repetition = self._sampling.repetition_penalty
         if repetition != 1:
             repeated_CV = torch.where(logits_CV > 0, logits_CV / repetition, logits_CV * repetition)
-            logits_CV = torch.where(said_CV | self._prompted_V, repeated_CV, logits_CV)
+            logits_CV = torch.where(emitted_CV | self._prompted_V, repeated_CV, logits_CV)
         logits_CV = logits_CV - self._sampling.frequency_penalty * count_CV
-        return logits_CV - self._sampling.presence_penalty * said_CV
+        return logits_CV - self._sampling.presence_penalty * emitted_CV
 
 
 def adjusting(ruled: Mapping[int, LogitRules], drafts_BC: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that gives the target logits [B, C, V] of a batch anew, those of some of its rows adjusted.
+    """A function that copies the target logits [B, C, V] of a batch and applies the rules of some of its slots.
 
-    ruled      rules by row
-    drafts_BC  the drafts that the step reads behind each d_1
+    ruled      rules by slot
+    drafts_BC  the drafts that the step reads after each d_1
     """
     drafts = drafts_BC.tolist()
 
     def adjust(logits_BCV: Tensor) -> Tensor:
-        logits_BCV = logits_BCV.clone()  # those of the AR mode stay what log-probabilities are taken from
-        for row, rules in ruled.items():
-            logits_BCV[row] = rules.adjust(logits_BCV[row], drafts[row])
+        logits_BCV = logits_BCV.clone()  # log-probabilities are taken from the logits of the AR mode
+        for slot, rules in ruled.items():
+            logits_BCV[slot] = rules.adjust(logits_BCV[slot], drafts[slot])
         return logits_BCV
 
     return adjust

@@ -1,12 +1,12 @@
-"""Which pages of the cache belong to whom?
+"""Hands out the pages of the cache to sequences.
 
-The cache is cut into pages of equal length, handed out one by one, so that memory is bounded and known before the
-first request and no copy is ever made when the batch changes. A page that is full of committed tokens is published
-under the hash of all tokens up to its end; a later prompt that begins with the same tokens shares it instead of reading
-them again. Drafts are never published. Published pages that nobody holds are kept until their room is needed, the
-longest unused first.
+The cache is cut into pages of equal length, which are handed out one by one. So memory is bounded and known before the
+first request, and nothing is copied when the batch changes. A page that is full of committed tokens is published under
+the hash of all tokens up to its end. A later prompt that begins with the same tokens shares the page instead of reading
+them again. Drafts are never published. Published pages without a holder are kept until their room is needed; the page
+that was unused for longest goes first.
 
-Host side only: this is the book-keeping; `kv_cache` holds the numbers.
+Only the host's bookkeeping is here; `kv_cache` holds keys and values.
 """
 
 from array import array
@@ -18,22 +18,22 @@ from hashlib import blake2b
 __all__ = ["NULL_PAGE", "PAGE_LEN", "PagePool", "SequencePages", "chain_key", "page_count"]
 
 NULL_PAGE = 0
-"""Owned by nobody: rows that stand for no sequence write here, and nothing reads it."""
+"""Page without an owner: empty slots write here, and nothing reads it."""
 
 
 PAGE_LEN = 16
-"""Tokens of a page, where nothing else is asked for."""
+"""Tokens of a page by default."""
 
 
 def page_count(tokens: int, page_len: int) -> int:
-    """Pages that `tokens` tokens take."""
+    """Number of pages that `tokens` tokens take."""
     return -(-tokens // page_len)
 
 
 def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Name of a page by what it holds and everything before it; 128 bits of BLAKE2b.
+    """Key of a page: 128 bits of BLAKE2b over its tokens and all tokens before them.
 
-    parent  name of the page before; empty for the first
+    parent  key of the page before; empty for the first page
     """
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
@@ -42,15 +42,15 @@ def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 class SequencePages:
     """Pages of one sequence, in the order of its tokens."""
 
-    pages: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     full: int = 0
     """Leading pages whose tokens are all committed."""
     key: bytes = b""
-    """Name of the last of those."""
+    """Key of the last full page."""
 
 
 class PagePool:
-    """Pages 1..pages: free, held by one or more sequences, or kept for prompts to come."""
+    """Pages 1..pages: each is free, held by one or more sequences, or kept for later prompts."""
 
     def __init__(self, pages: int, page_len: int) -> None:
         self.pages, self.page_len = pages, page_len
@@ -62,7 +62,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that can be taken now, kept ones included."""
+        """Pages that can be taken now, kept pages included."""
         return len(self._free) + len(self._kept)
 
     @property
@@ -71,52 +71,52 @@ class PagePool:
         return self.pages - self.available
 
     def share(self, tokens: Sequence[int]) -> SequencePages:
-        """Hold the published pages that `tokens` begin with; whole pages only."""
-        holding = SequencePages()
+        """Hold the published pages that `tokens` begin with; only whole pages are shared."""
+        held = SequencePages()
         for start in range(0, len(tokens) - self.page_len + 1, self.page_len):
-            key = chain_key(holding.key, tokens[start : start + self.page_len])
+            key = chain_key(held.key, tokens[start : start + self.page_len])
             page = self._page_of.get(key)
             if page is None:
                 break
             self._kept.pop(page, None)
             self._holders[page] += 1
-            holding.pages.append(page)
-            holding.full, holding.key = holding.full + 1, key
-        return holding
+            held.ids.append(page)
+            held.full, held.key = held.full + 1, key
+        return held
 
-    def grow(self, holding: SequencePages, tokens: int) -> bool:
+    def grow(self, held: SequencePages, tokens: int) -> bool:
         """Add pages until `tokens` tokens have room; False, and nothing is taken, if there are too few."""
-        missing = page_count(tokens, self.page_len) - len(holding.pages)
+        missing = page_count(tokens, self.page_len) - len(held.ids)
         if missing > self.available:
             return False
         for _ in range(missing):
             page = self._free.popleft() if self._free else self._forget_oldest()
             self._holders[page] = 1
-            holding.pages.append(page)
+            held.ids.append(page)
         return True
 
-    def commit(self, holding: SequencePages, tokens: Sequence[int], committed_len: int) -> None:
+    def commit(self, held: SequencePages, tokens: Sequence[int], committed_len: int) -> None:
         """Publish the pages that the first `committed_len` of the sequence's `tokens` have filled by now.
 
-        Where another page holds the same already, that one stays the shared one.
+        Where another page with the same tokens is published already, it stays the shared page.
         """
-        while (holding.full + 1) * self.page_len <= committed_len:
-            start, page = holding.full * self.page_len, holding.pages[holding.full]
-            key = chain_key(holding.key, tokens[start : start + self.page_len])
+        while (held.full + 1) * self.page_len <= committed_len:
+            start, page = held.full * self.page_len, held.ids[held.full]
+            key = chain_key(held.key, tokens[start : start + self.page_len])
             if key not in self._page_of:
                 self._page_of[key], self._key_of[page] = page, key
-            holding.full, holding.key = holding.full + 1, key
+            held.full, held.key = held.full + 1, key
 
-    def release(self, holding: SequencePages) -> None:
-        """One holder lets go. The last page is forgotten first: without it, those before are still of use."""
-        for page in reversed(holding.pages):
-            assert self._holders[page] > 0, f"page {page} is released, and nobody holds it"
+    def release(self, held: SequencePages) -> None:
+        """Release the pages of one holder. The last page is forgotten first: the others are of use without it."""
+        for page in reversed(held.ids):
+            assert self._holders[page] > 0, f"page {page} is released without a holder"
             self._holders[page] -= 1
             if self._holders[page] == 0 and page in self._key_of:
                 self._kept[page] = None
             elif self._holders[page] == 0:
                 self._free.append(page)
-        holding.pages.clear()
+        held.ids.clear()
 
     def _forget_oldest(self) -> int:
         page, _ = self._kept.popitem(last=False)

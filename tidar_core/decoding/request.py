@@ -1,4 +1,4 @@
-"""What is asked of a decoder, and what comes back?"""
+"""Requests to a decoder, and the decode steps that answer them."""
 
 from dataclasses import dataclass
 
@@ -12,30 +12,30 @@ __all__ = ["DecodeStep", "Request", "TokenLogprob", "check_request"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A prompt to be continued."""
+    """A prompt to be continued, and how."""
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingConfig
     constraint: Constraint | None = None
-    """What the text must keep to; its own, at the beginning of the text."""
+    """Grammar that the text must keep to, at the beginning of the text; no other request uses the same object."""
     speculative: bool = True
-    """False: no draft is put to the test for it, whatever the others of its batch do; each forward gives one token."""
+    """False: no draft is verified for it, whatever other requests of its batch do; each forward gives one token."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How likely the autoregressive mode held a token to be, before any rule or temperature."""
+    """Log-probability of a token in the autoregressive mode, before any rule or temperature."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """The likeliest tokens there and their log-probabilities, as many as asked for."""
+    """The likeliest tokens there and their log-probabilities, as many as the request wants."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """What one forward brought one request."""
+    """The result of one forward for one request."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -43,21 +43,21 @@ class DecodeStep:
     finish_reason: str | None
     """`stop` after an end-of-text token, `length` after max_tokens, None while it goes on."""
     pending: int
-    """Tokens of the draft block before the forward: d_1, and what masks had drafted after it; 1 for a prefill."""
+    """Tokens of the draft block before the forward: d_1 and the drafts of masks after it."""
     accepted: int
-    """n in 1..verified: pending tokens that stood, the final first one included; 0 for a prefill."""
+    """n in 1..verified: accepted pending tokens, d_1 included; 0 for a prefill."""
     verified: int
-    """Tokens of the draft block that the forward read, those beyond `pending` in vain; 1 puts no draft to the test.
-    0 for a prefill."""
+    """Tokens of the draft block that the forward read; tokens beyond `pending` are read in vain. 1: no draft is
+    verified. 0 for a prefill."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each new token, where the request asks for them."""
+    """Entry for each new token, where the request wants log-probabilities."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """With the first token: one for each token of the prompt but the first, where the request asks for them."""
-    late: int = 0
-    """Which mask of its block, from 0, predicted the place of the first pending token: that of the i-th draft after it
-    is mask late + i. Of no meaning where nothing else was pending."""
+    """Entry for each prompt token but the first; comes with the first token, where the request wants them."""
+    mask_offset: int = 0
+    """Index in its block, from 0, of the mask at the place of the first pending token. The i-th draft after it came
+    from mask mask_offset + i. Without meaning where no draft was pending."""
     cached: int = 0
-    """With the first token: tokens of the prompt that were in the cache already."""
+    """Tokens of the prompt that the cache held already; comes with the first token."""
 
 
 def check_request(request: Request, config: ModelConfig, context_len: int) -> None:

@@ -1,11 +1,12 @@
-"""From logits to the law that a request asked for, and from a uniform draw to a token?
+"""Turns logits into the distribution that a request wants, and uniform draws into tokens.
 
-What the history of a text forbids or discourages is settled before, on the logits (`rules`).
+Rules that follow from the history of a text are applied to the logits before (`logit_rules`).
 
-Greedy is the law at temperature 0: a point mass on the likeliest token. Every draw is a function of (seed, position,
-role), computed by hashing, so that neither batch mates, nor preemption, nor the number of drafts can change a text.
+Greedy is the distribution at temperature 0: a point mass on the likeliest token. Every draw is a function of (seed,
+position, role), computed by hashing. So neither other requests of the batch, nor preemption, nor the number of drafts
+can change a text.
 
-Shape letters: B sequences, R rows, V vocabulary.
+Shape letters: B sequences, R query tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from tidar_core.config import SamplingConfig
 __all__ = ["ACCEPT", "DRAFT", "TARGET", "SamplingTensors", "draw", "sample", "target_probs", "uniform"]
 
 ACCEPT, TARGET, DRAFT = 1, 2, 3
-"""Roles of a draw at a position: is the draft there kept; which token stands there; which token is proposed there."""
+"""Roles of a draw at a position: it accepts or rejects the draft, chooses the token, or proposes the draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class SamplingTensors:
 
     @property
     def kind(self) -> tuple[bool, ...]:
-        """What decides which tensor functions run; the values of the fields do not."""
+        """The flags that decide which tensor functions run; the values of the fields do not."""
         return self.greedy, self.trusts_ar, self.ranks, self.cuts
 
     @staticmethod
@@ -70,7 +71,7 @@ class SamplingTensors:
 def target_probs(logits_BRV: Tensor, sampling: SamplingTensors) -> Tensor:
     """Probabilities [B, R, V] in fp32; a point mass where temperature is 0.
 
-    In vLLM's order: temperature, then min-p, top-k, top-p, each on what the ones before it left.
+    In vLLM's order: temperature, then min-p, top-k, top-p, each applied to the tokens that the cuts before it left.
     """
     logits_BRV = logits_BRV.float()
     point_BRV = torch.zeros_like(logits_BRV).scatter_(-1, logits_BRV.argmax(-1, keepdim=True), 1.0)
@@ -88,7 +89,7 @@ def target_probs(logits_BRV: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 def draw(prob: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids [..] by inversion: the first whose cumulative probability exceeds the draw.
+    """Token ids [..] by inversion: the first token whose cumulative probability exceeds the draw.
 
     prob     [.., V], non-negative; need not sum to one
     uniform  [..] in [0, 1)
@@ -99,14 +100,14 @@ def draw(prob: Tensor, uniform: Tensor) -> Tensor:
 
 
 def sample(logits_BRV: Tensor, sampling: SamplingTensors, position_BR: Tensor, role: int) -> Tensor:
-    """Token ids [B, R] drawn from the law; the likeliest where all is greedy."""
+    """Token ids [B, R] drawn from the distribution; the likeliest tokens where all requests are greedy."""
     if sampling.greedy:
         return logits_BRV.argmax(-1)
     return draw(target_probs(logits_BRV, sampling), uniform(sampling.seed_B, position_BR, role))
 
 
 def uniform(seed_B: Tensor, position_BR: Tensor, role: int) -> Tensor:
-    """Draws in [0, 1), fp64 [B, R], a function of their arguments alone."""
+    """Draws in [0, 1), fp64 [B, R], which depend on the arguments alone."""
     state_BR = _mix(_mix(_mix(seed_B[:, None] + _GOLDEN) ^ position_BR) + role)
     return _shifted(state_BR, 11).double() * 2.0**-53
 

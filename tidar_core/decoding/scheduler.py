@@ -1,146 +1,275 @@
-"""Who runs next when many requests share one decoder?
+"""Decides which requests run on a decoder, on which pages, and with which plan.
 
-Requests join between two forwards, in order of arrival, as soon as a row is free; each leaves when it is done. Prompts
-are read in chunks between decode steps, so that a long one does not hold up those who decode. No threads, no clock: the
-owner calls `advance` for as long as `busy`.
+Requests wait in one line. Between two forwards the first of them take the free slots, and leave when they have
+finished. Prompts are read in chunks between decode steps, so that a long prompt does not hold up running requests.
+Where pages run out, the youngest sequence gives its pages up, returns to the head of the line, and is read again later.
+
+No threads and no clock: the owner calls `advance` for as long as `busy`.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections import deque
 
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.request import DecodeStep, Request, TokenLogprob
+from tidar_core.decoding.logit_rules import LogitRules
+from tidar_core.decoding.page_pool import PagePool, SequencePages
+from tidar_core.decoding.request import DecodeStep, Request
+from tidar_core.decoding.sequence import Sequence
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
 from tidar_core.errors import CapacityError, RequestError
 
-__all__ = ["Completion", "Scheduler", "complete"]
+__all__ = ["MAX_WAITING", "PREFILL_TOKENS", "Scheduler"]
+
+MAX_WAITING = 1024
+"""Requests that may wait beyond the free slots."""
+PREFILL_TOKENS = 512
+"""Prompt tokens read in one forward, so that running requests wait no longer. Only the last forward of a prompt carries
+mask tokens."""
 
 
 class Scheduler:
-    """A queue in front of a decoder."""
+    """A waiting line, a page pool and a planner for one decoder."""
 
-    def __init__(self, decoder: Decoder, planner: Planner | None = None, *, max_waiting: int = 1024) -> None:
-        """planner      chooses the rows of each step; single-pass with all groups by default
-        max_waiting  requests that may queue beyond the free rows; one more is refused with CapacityError."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        planner: Planner | None = None,
+        *,
+        max_waiting: int = MAX_WAITING,
+        share_prefixes: bool = True,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """planner         chooses the plan of each decode step; single-pass with all groups by default
+        max_waiting     requests that may wait beyond the free slots; one more is refused with CapacityError
+        share_prefixes  read the beginning that two prompts have in common once
+        prefill_tokens  most prompt tokens of one forward, and of one `advance`
+        """
+        assert not decoder.running, "another scheduler's sequences are running"
         self.decoder, self.max_waiting = decoder, max_waiting
         self.planner = planner or FixedMode("single-pass", decoder.draft.block_len)
-        self._waiting: deque[Request] = deque()
-        self._plain: set[str] = set()
-        """Requests that want no drafts."""
+        self.pool = PagePool(decoder.pages, decoder.cache.page_len)
+        self.preemptions = 0
+        """Times that a running sequence gave its pages up."""
+        self.shared_tokens = 0
+        """Prompt tokens that the cache held already."""
+        self._share_prefixes, self._prefill_tokens = share_prefixes, prefill_tokens
+        self._sequences: dict[str, Sequence] = {}
+        """All requests that wait or run, by id."""
+        self._line: deque[Sequence] = deque()
+        """Sequences without a slot of their own. Only the first may hold pages: it is the one that is being read."""
+        self._arrivals = 0
 
     @property
     def busy(self) -> bool:
         """True while any request waits or runs."""
-        return bool(self._waiting or self.decoder.running or self.decoder.arriving)
+        return bool(self._sequences)
 
     @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+    def running(self) -> tuple[str, ...]:
+        """Requests that the next decode step serves, by slot."""
+        return tuple(sequence.request.request_id for sequence in self.decoder.running)
+
+    @property
+    def arriving(self) -> tuple[str, ...]:
+        """Requests that have a slot and are not read to the end: as many of the line as slots are free."""
+        return tuple(sequence.request.request_id for sequence in tuple(self._line)[: self._free])
 
     @property
     def queued(self) -> tuple[Request, ...]:
-        """The queue, in order of arrival."""
-        return tuple(self._waiting)
-
-    def submit(self, request: Request) -> None:
-        """Queue a request, or say at once why it can never run (RequestError) or not now (CapacityError)."""
-        self.decoder.check(request)
-        if any(request.request_id == queued.request_id for queued in self._waiting):
-            raise RequestError(f"request id {request.request_id!r} is waiting already; give each request its own")
-        if len(self._waiting) >= self.max_waiting + self.decoder.free_rows:
-            raise CapacityError(
-                f"all rows are taken and {self.max_waiting} requests wait already, the most allowed; try again later"
-            )
-        self._waiting.append(request)
-        if not request.speculative:
-            self._plain.add(request.request_id)
-
-    def abort(self, request_id: str) -> bool:
-        """Drop a request wherever it is; False if it is neither waiting nor running."""
-        before = len(self._waiting)
-        self._plain.discard(request_id)
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
-        return len(self._waiting) < before or self.decoder.abort(request_id)
-
-    def drop_begun(self) -> set[str]:
-        """Drop the requests that hold a row or pages, as after a forward that failed; ids of those that go on."""
-        self.decoder.drop_begun()
-        left = {*self.decoder.arriving, *(request.request_id for request in self._waiting)}
-        self._plain &= left
-        return left
-
-    def advance(self) -> list[DecodeStep]:
-        """One forward for all that run, then a chunk of the prompts of those who join."""
-        steps: list[DecodeStep] = []
-        if pending := self.decoder.pending:
-            steps = [self._as_asked(step) for step in self.decoder.decode_step(self._plan(pending))]
-            self.planner.observe(steps)
-        while self._waiting and self.decoder.free_rows:
-            self.decoder.admit(self._waiting.popleft())
-        drafting = not self._plain.issuperset(self.decoder.arriving)
-        steps += self.decoder.prefill(drafts=drafting and self.planner.drafts_at_prefill)
-        self._plain -= {step.request_id for step in steps if step.finish_reason is not None}
-        return steps
-
-    def _plan(self, pending: dict[str, int]) -> StepPlan:
-        """The autoregressive one if nobody wants drafts; else who wants none has tokens pending that never stand."""
-        plain = self._plain & pending.keys()
-        if len(plain) == len(pending):
-            return StepPlan(1)
-        draft_len, mask_id = self.decoder.draft.block_len - 1, self.decoder.model.config.mask_id
-        for request_id in plain:
-            if mask_id is not None:  # the model never says it
-                self.decoder.redraft(request_id, [mask_id] * draft_len)
-        known = {request_id: 1 if request_id in plain else count for request_id, count in pending.items()}
-        return self.planner.next_plan(known, self.decoder.context)
-
-    def _as_asked(self, step: DecodeStep) -> DecodeStep:
-        """What stood in for the drafts that a request does not want was none."""
-        return replace(step, pending=1, verified=1, late=0) if step.request_id in self._plain else step
-
-
-@dataclass(slots=True)
-class Completion:
-    """A request from end to end."""
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    forwards: int = 0
-    """Forwards that gave tokens: the prefill's last, and every decode step."""
-    accepted: Counter[int] = field(default_factory=Counter)
-    """How often each n in 1..K pending tokens stood, over the decode steps that put drafts to the test."""
-    committed: int = 0
-    """Tokens that became final in decode steps, those beyond the end included."""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-    def add(self, step: DecodeStep) -> None:
-        """Account for one more step of this request."""
-        self.token_ids += step.token_ids
-        self.logprobs += step.logprobs
-        self.prompt_logprobs = self.prompt_logprobs or step.prompt_logprobs
-        self.finish_reason = step.finish_reason
-        self.forwards += 1
-        self.committed += step.accepted
-        if step.verified > 1:
-            self.accepted[step.accepted] += 1
+        """Requests that wait for a slot, in the order of the line."""
+        return tuple(sequence.request for sequence in tuple(self._line)[self._free :])
 
     @property
-    def tokens_per_forward(self) -> float:
-        """Tokens over forwards (T/NFE in the paper); 1 is autoregressive."""
-        return len(self.token_ids) / self.forwards
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return max(0, len(self._line) - self._free)
 
+    @property
+    def free_slots(self) -> int:
+        """Slots for requests that are not here yet."""
+        return max(0, self._free - len(self._line))
 
-def complete(batcher: Scheduler, requests: Iterable[Request]) -> list[Completion]:
-    """Run `requests` to their ends and give their completions in the same order."""
-    completions = {request.request_id: Completion(request) for request in requests}
-    for completion in completions.values():
-        batcher.submit(completion.request)
-    while batcher.busy:
-        for step in batcher.advance():
-            if step.request_id in completions:
-                completions[step.request_id].add(step)
-    return list(completions.values())
+    @property
+    def taken_slots(self) -> int:
+        """Slots of running and arriving requests."""
+        return self.decoder.slots - self.free_slots
+
+    @property
+    def pending(self) -> dict[str, int]:
+        """Pending tokens of each running request: d_1 and its drafts, 1..K."""
+        return {sequence.request.request_id: sequence.pending for sequence in self.decoder.running}
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the line.
+
+        Raises RequestError if it can never run, CapacityError if too many requests wait.
+        """
+        self.decoder.check(request)
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id!r} is in use already; give each request its own")
+        if len(self._line) >= self.max_waiting + self._free:
+            raise CapacityError(
+                f"all {self.decoder.slots} slots are taken and {self.max_waiting} requests wait already, the most "
+                "allowed; try again later"
+            )
+        sequence = Sequence(request, self._arrivals, list(request.prompt))
+        self._arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self._line.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request; False if it is not here. Its slot and pages are free at once."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        if sequence in self.decoder.running:
+            self._leave(sequence)
+        else:
+            self._line.remove(sequence)
+            self._drop_pages(sequence)
+        return True
+
+    def drop_begun(self) -> set[str]:
+        """Drop the requests that run or hold pages, as after a forward that failed; returns the ids of the others.
+
+        A request without slot and pages goes on where it is, new or preempted. Its tokens and rules lie on the host,
+        and the forwards of others do not touch them.
+        """
+        reading = [sequence for sequence in self._line if sequence.pages.ids]
+        for sequence in (*self.decoder.running, *reading):
+            self.abort(sequence.request.request_id)
+        self._sequences = {sequence.request.request_id: sequence for sequence in self._line}
+        return set(self._sequences)
+
+    def advance(self) -> list[DecodeStep]:
+        """Run one decode step for all running requests, then read a chunk of the prompts that are next."""
+        steps: list[DecodeStep] = []
+        if self.decoder.running:
+            steps = self.decode_step(self._plan())
+            self.planner.observe(steps)
+        return steps + self.prefill(drafts=self.planner.drafts_at_prefill)
+
+    def decode_step(self, plan: StepPlan) -> list[DecodeStep]:
+        """Run one forward for all running requests; finished requests have left when it returns.
+
+        Where pages run out, the youngest sequences are preempted first and bring no step.
+        """
+        self._make_room(plan.clean_len)
+        return self._settle(self.decoder.decode_step(plan)) if self.decoder.running else []
+
+    def prefill(self, max_tokens: int | None = None, *, drafts: bool = True) -> list[DecodeStep]:
+        """Read up to `max_tokens` tokens of the prompts that have a slot, in order.
+
+        Returns the first token of each prompt that was read to its end. Stops where pages run out. A sequence that was
+        preempted is read again with its completion, and brings no step.
+
+        max_tokens  `prefill_tokens` of the scheduler by default
+        drafts      draft first blocks in the same forwards
+        """
+        left = self._prefill_tokens if max_tokens is None else max_tokens
+        steps: list[DecodeStep] = []
+        while left > 0 and self._line and self._free:
+            sequence = self._line[0]
+            if not self._hold(sequence):
+                break
+            count = min(left, self._prefill_tokens, sequence.goal - sequence.read)
+            left -= count
+            request, last = sequence.request, sequence.read + count == sequence.goal
+            masked = last and not sequence.emitted and ((drafts and request.speculative) or request.sampling.beta < 1)
+            plan = StepPlan(count, (count,) if masked else ())
+            hidden = self.decoder.read(sequence, plan) if count else None
+            self.pool.commit(sequence.pages, sequence.tokens, sequence.read)
+            if not last:
+                continue
+            self._line.popleft()
+            if sequence.emitted:
+                self.decoder.resume(sequence)
+            else:
+                assert hidden is not None, "the last token of a prompt is always read"
+                steps.append(self.decoder.begin(sequence, hidden, plan))
+        return self._settle(steps)
+
+    def redraft(self, request_id: str, tokens: list[int]) -> None:
+        """Replace the pending drafts d_2..d_K of a running request.
+
+        The text stays the same, so this puts a known continuation, or a hostile one, to the test.
+        """
+        assert len(tokens) == self.decoder.draft.block_len - 1, "d_1 is final; give the other block_len - 1"
+        self.decoder.redraft(self._sequences[request_id], tokens)
+
+    @property
+    def _free(self) -> int:
+        """Slots without a running sequence."""
+        return self.decoder.slots - len(self.decoder.running)
+
+    def _plan(self) -> StepPlan:
+        """The autoregressive plan if no request wants drafts, else the planner's.
+
+        In a mixed batch, requests without drafts get mask tokens as drafts, which are always rejected.
+        """
+        undrafted = [sequence for sequence in self.decoder.running if not sequence.request.speculative]
+        if len(undrafted) == len(self.decoder.running):
+            return StepPlan(1)
+        plan = self.planner.next_plan(self.pending, self.decoder.context)
+        mask_id = self.decoder.model.config.mask_id
+        if plan.clean_len > 1 and mask_id is not None:
+            for sequence in undrafted:
+                self.decoder.redraft(sequence, [mask_id] * (plan.clean_len - 1))
+        return plan
+
+    def _make_room(self, clean_len: int) -> None:
+        """Give every running sequence pages for `clean_len` more tokens; where they run out, preempt the youngest."""
+        slot, running = 0, self.decoder.running
+        while slot < len(running):
+            sequence = running[slot]
+            held = len(sequence.pages.ids)
+            if self.pool.grow(sequence.pages, sequence.read + clean_len):
+                if len(sequence.pages.ids) > held:
+                    self.decoder.give_pages(slot, held)
+                slot += 1
+            elif self._line and self._line[0].pages.ids:
+                self._drop_pages(self._line[0])
+            else:
+                youngest = max(running, key=lambda sequence: sequence.arrival)
+                self._leave(youngest)
+                self._line.appendleft(youngest)
+                self.preemptions += 1
+                slot = 0
+
+    def _hold(self, sequence: Sequence) -> bool:
+        """Take pages for all tokens to be read and the first decode step; shared pages where the cache has the
+        beginning. False where there are too few."""
+        if sequence.pages.ids:
+            return True
+        request, config = sequence.request, self.decoder.model.config
+        if self._share_prefixes and not request.sampling.prompt_logprobs:
+            sequence.pages = self.pool.share(sequence.tokens[:-1])
+        if not self.pool.grow(sequence.pages, len(sequence.tokens) + self.decoder.draft.block_len):
+            self._drop_pages(sequence)
+            return False
+        sequence.read = sequence.pages.full * self.pool.page_len
+        self.shared_tokens += sequence.read
+        if sequence.cached is None:  # first time: later, the cache also holds what it has read itself
+            sequence.cached = sequence.read
+            if request.constraint is not None or LogitRules.needed(request.sampling):
+                device = self.decoder.device
+                sequence.rules = LogitRules(
+                    request.sampling, request.prompt, config.vocab_size, device, request.constraint
+                )
+        return True
+
+    def _settle(self, steps: list[DecodeStep]) -> list[DecodeStep]:
+        """Publish the pages that new tokens have filled, and free what finished requests held."""
+        for step in steps:
+            sequence = self._sequences[step.request_id]
+            self.pool.commit(sequence.pages, sequence.tokens, min(sequence.read, len(sequence.tokens)))
+            if step.finish_reason is not None:
+                self.abort(step.request_id)
+        return steps
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.decoder.leave(sequence)
+        self._drop_pages(sequence)
+
+    def _drop_pages(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.read, sequence.prompt_logprobs = SequencePages(), 0, []

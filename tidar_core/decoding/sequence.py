@@ -1,4 +1,4 @@
-"""What does the decoder remember of a request on its way?"""
+"""State of a request on its way through the decoder: tokens, pages, rules, and its draft block."""
 
 from dataclasses import dataclass, field
 
@@ -11,25 +11,25 @@ __all__ = ["Sequence"]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request, what has been said to it, and what it holds."""
+    """A request, the tokens it has so far, and the pages it holds."""
 
     request: Request
     arrival: int
-    """Ordinal; the younger gives way."""
+    """Ordinal of the request; where pages run out, the youngest sequence gives its own up."""
     tokens: list[int]
     """Prompt and completion so far."""
-    rules: LogitRules | None
-    """None where the request has none."""
-    holding: SequencePages = field(default_factory=SequencePages)
+    rules: LogitRules | None = None
+    """`None` where the request has no rules, and before its prompt is first read."""
+    pages: SequencePages = field(default_factory=SequencePages)
     read: int = 0
     """Clean tokens in the cache; while it runs, all tokens but the last."""
     pending: int = 1
-    """Tokens of the draft block that are worth verifying: d_1 and what masks have drafted."""
-    late: int = 0
-    """Which mask of its block predicted d_1's place."""
+    """Tokens of the draft block that are worth verifying: d_1 and the drafts of masks, 1..K."""
+    mask_offset: int = 0
+    """Index in its block of the mask at the place of d_1."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached: int | None = None
-    """Tokens of the prompt that were in the cache already when it was first to be read; None before."""
+    """Tokens of the prompt that the cache held already when the prompt was first to be read; None before."""
 
     @property
     def emitted(self) -> int:
@@ -38,11 +38,19 @@ class Sequence:
 
     @property
     def goal(self) -> int:
-        """Tokens to be read before it runs: all, and the first of the completion follows; or all but that one."""
+        """Tokens to be read before it runs: the whole prompt, or all but the last token of a completion."""
         return len(self.tokens) - (self.emitted > 0)
 
+    def set_block(self, pending: int, mask_offset: int) -> None:
+        """Take note of the next draft block; without speculation only d_1 counts, whatever the block holds."""
+        self.pending, self.mask_offset = (pending, mask_offset) if self.request.speculative else (1, 0)
+
     def add(self, tokens: list[int], accepted: int, verified: int) -> DecodeStep:
-        """Take in new tokens, cut at the first end-of-text token and at max_tokens."""
+        """Add new tokens, cut at the first end-of-text token and at max_tokens.
+
+        accepted  pending tokens that were accepted; 0 for a prefill
+        verified  tokens of the draft block that the forward read; 0 for a prefill
+        """
         sampling = self.request.sampling
         tokens = tokens[: sampling.max_tokens - self.emitted]
         stop = next((i for i, token in enumerate(tokens) if token in sampling.eos_ids), None)
@@ -53,7 +61,11 @@ class Sequence:
             self.rules.commit(tokens)
         ended = "length" if self.emitted == sampling.max_tokens else None
         reason = "stop" if stop is not None else ended
-        late, cached = (self.late, 0) if verified else (0, self.cached or 0)
+        mask_offset, cached = (self.mask_offset, 0) if verified else (0, self.cached or 0)
+        verified = (
+            verified if self.request.speculative else min(verified, 1)
+        )  # its drafts only filled the batch's shape
         return DecodeStep(
-            self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified, late=late, cached=cached
-        )
+            self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified,
+            mask_offset=mask_offset, cached=cached,
+        )  # fmt: skip

@@ -1,13 +1,13 @@
-"""Which rows does a mode spend on a decode step?
+"""Plans of decode steps: the query tokens that a mode spends on each.
 
-Every mode is a choice, made anew for each step, of how many pending tokens are verified and for which outcomes the next
-block is drafted. The cache is the same for all, so any step may follow any other.
+A mode chooses, for each step, how many pending tokens are verified, and for which outcomes the next block is drafted.
+The cache is the same in all modes, so any step may follow any other.
 
-    autoregressive   verify d_1 alone, draft nothing                               1 row a token
-    single-pass      verify all, draft for every outcome (TiDAR, section 3.2)      K + K * K rows
+    autoregressive   verify d_1 alone, draft nothing                               1 query token a token
+    single-pass      verify all, draft for every outcome (TiDAR, section 3.2)      K + K * K query tokens
                      or for some: an outcome without a group takes the next lower group's later masks
                      or with fewer masks in a block: drafts are guesses, so any number of them is exact
-    two-pass         draft behind d_1, then verify, in turns                       1 + K, then K rows
+    two-pass         draft behind d_1, then verify, in turns                       1 + K, then K query tokens
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ MODES = ("autoregressive", "single-pass", "two-pass")
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Rows of one decode step, the same for every sequence of the batch."""
+    """Query tokens of one decode step, the same for every sequence of the batch."""
 
     clean_len: int
     """Pending tokens read, d_1 first, 1..K."""
@@ -36,16 +36,16 @@ class StepPlan:
     """Masks of each block, up to K; 0 stands for K."""
 
     def masks(self, block_len: int) -> int:
-        """Masks of each block, where the longest has `block_len`."""
+        """Masks of each block, where the longest block has `block_len`."""
         return self.width or block_len
 
-    def rows(self, block_len: int) -> int:
-        """Rows of one sequence."""
+    def query_tokens(self, block_len: int) -> int:
+        """Query tokens of one sequence."""
         return self.clean_len + len(self.groups) * self.masks(block_len)
 
 
 class Planner(Protocol):
-    """Chooses the plan of each step."""
+    """Chooses the plan of each decode step."""
 
     @property
     def drafts_at_prefill(self) -> bool:
@@ -53,16 +53,19 @@ class Planner(Protocol):
         ...
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
-        """The next step's plan, given how many tokens (d_1 and its drafts) each running request has pending, and how
-        many the longest has in the cache."""
+        """The plan of the next decode step.
+
+        pending  pending tokens (d_1 and its drafts) of each running request
+        context  clean tokens in the cache of the longest running sequence
+        """
         ...
 
     def observe(self, steps: "Sequence[DecodeStep]") -> None:
-        """Learn what came of the plan; a sequence that was preempted brought no step."""
+        """Learn from the steps of the plan; a sequence that was preempted brought no step."""
         ...
 
     def facts(self) -> dict[str, Any] | None:
-        """What it holds to and why, for reports; None where nothing was chosen."""
+        """The present choice and its reasons, for reports; None where the planner has no choice."""
         ...
 
 
@@ -83,11 +86,11 @@ class FixedMode:
 
     @property
     def drafts_at_prefill(self) -> bool:
-        """In single-pass mode; in two-pass mode the first step drafts, so that all sequences keep one rhythm."""
+        """In single-pass mode; in two-pass mode the first step drafts, so that all sequences stay in step."""
         return self.mode == "single-pass" and self.block_len > 1
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
-        """The mode's plan."""
+        """The plan of the mode."""
         if self.mode == "autoregressive" or self.block_len == 1:
             return StepPlan(1)
         if self.mode == "single-pass":
@@ -98,4 +101,4 @@ class FixedMode:
         """A fixed mode has nothing to learn."""
 
     def facts(self) -> None:
-        """It chose nothing."""
+        """A fixed mode has no choice to report."""

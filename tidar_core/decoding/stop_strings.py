@@ -1,8 +1,8 @@
-"""Where does a text end that must stop at certain strings?
+"""Finds the end of a text that stops at certain strings.
 
-At the first of them that is complete; of several that are complete with the same character, at the longest. So the end
-depends on the text alone: not on the tokens it came in, nor on how many of them came together. A piece of text is told
-as soon as no stop string can begin in it, and no sooner.
+The text ends at the first stop string that is complete; where several are complete with the same character, at the
+longest. So the end depends on the text alone, not on its division into tokens or chunks. A part of the text is
+released as soon as no stop string can begin in it, and no sooner.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ __all__ = ["StopStrings", "stop_tokens"]
 
 
 def stop_tokens(strings: Sequence[str], special_ids: Mapping[str, int]) -> dict[int, str]:
-    """Special tokens whose names are stop strings: the tokens end a text too, for most texts do not show such names."""
+    """Special tokens whose names are stop strings: they end a text too, for most texts do not show such names."""
     return {special_ids[string]: string for string in strings if string in special_ids}
 
 
 class StopStrings:
-    """The stop strings of one text, which comes in pieces."""
+    """The stop strings of one text, which arrives in chunks."""
 
     def __init__(self, strings: Sequence[str] = (), *, include: bool = False) -> None:
-        """strings  none of them empty
-        include  the one that ends the text is part of it
+        """strings  the stop strings; none may be empty
+        include  the string that ends the text is part of it
         """
         assert all(strings), "an empty string ends every text before it begins"
         self.found: str | None = None
@@ -31,32 +31,33 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, *, looked_for: bool = True) -> str:
-        """The text that is certain after this piece; up to the stop string, where one is complete: see `found`.
+        """Add a chunk; returns the text that is certain now, up to the stop string where `found` is set.
 
-        looked_for  False: strings that are complete within this piece do not end the text, though one may begin here
+        looked_for  False: strings that are complete within this chunk do not end the text, though a string may begin
+                    here
         """
         assert self.found is None, "the text has ended"
         if not self._searches:
             return text
-        said = self._held + text
+        known = self._held + text
         for length, char in enumerate(text, len(self._held) + 1):
             complete = [search.string for search in self._searches if search.push(char)]
             if complete and looked_for:
                 self.found, self._held = max(complete, key=len), ""
-                return said[: length if self._include else length - len(self.found)]
+                return known[: length if self._include else length - len(self.found)]
         held_len = max((search.matched for search in self._searches), default=0)
-        told_len = len(said) if self._include else len(said) - held_len
-        self._held = said[told_len:]
-        return said[:told_len]
+        certain_len = len(known) if self._include else len(known) - held_len
+        self._held = known[certain_len:]
+        return known[:certain_len]
 
     def flush(self) -> str:
-        """What was held back of a text that has ended without a stop string."""
+        """The rest of a text that has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class _Search:
-    """One string, looked for one character at a time (Knuth, Morris, Pratt 1977)."""
+    """Search for one string, one character at a time (Knuth, Morris, Pratt 1977)."""
 
     def __init__(self, string: str) -> None:
         self.string = string
@@ -80,7 +81,7 @@ class _Search:
 def _borders(string: str) -> list[int]:
     """At index i, the longest proper prefix of the string that its first i + 1 characters end with.
 
-    Made once for all choices of a request, whose process would otherwise do nothing else for long.
+    Cached for all choices of a request, since long stop strings would otherwise occupy its process for long.
     """
     borders = [0]
     for char in string[1:]:

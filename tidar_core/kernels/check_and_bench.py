@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels import PLAIN, Kernels, triton_kernels
-from tidar_core.kernels.timing import copy_bandwidth, graph_time
+from tidar_core.kernels.timing import graph_time
 from tidar_core.kernels.workloads import DRAFT_PLANS, PAGE_LEN, Case, Workload, flex_calls, own_calls, sdpa_calls
+from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.shapes import named_shape
 
 DEVICE = "cuda"
@@ -60,7 +61,7 @@ def main() -> int:
         arguments.flex_seconds if arguments.flex_seconds is not None else (25.0 if arguments.quick else 240.0)
     )
     contexts, batches = (QUICK_CONTEXTS, QUICK_BATCHES) if arguments.quick else (CONTEXTS, BATCHES)
-    kernels, bandwidth = triton_kernels(), copy_bandwidth()
+    kernels, bandwidth = triton_kernels(), copy_bandwidth(torch.device("cuda"))
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Timing of calls on a CUDA device, and its copy bandwidth."""
+"""Timing of calls on a CUDA device, without the time that launching them takes."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -6,17 +6,7 @@ from statistics import median
 
 import torch
 
-__all__ = ["copy_bandwidth", "graph_time"]
-
-COPY_BYTES = 1 << 30
-"""Size of the timed copy."""
-
-
-def copy_bandwidth() -> float:
-    """Bandwidth of a large copy within the device's memory, in bytes per second; read and written bytes both count."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2e6 * COPY_BYTES / graph_time([lambda: target.copy_(source)])
+__all__ = ["graph_time"]
 
 
 def graph_time(calls: Sequence[Callable[[], object]], *, replays: int = 9) -> float:

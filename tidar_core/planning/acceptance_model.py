@@ -87,7 +87,7 @@ class Acceptance:
             self._renew()
         K = self.block_len
         for draft in range(1, min(drafts, step.accepted) + 1):
-            entry = draft if not step.late else K if draft == 1 else K + 1
+            entry = draft if not step.mask_offset else K if draft == 1 else K + 1
             self.tried[regime][entry] += self._weight
             self.kept[regime][entry] += self._weight * (draft < step.accepted)
 
@@ -171,7 +171,7 @@ class PlanChain:
     def of(cls, plan: StepPlan, block_len: int) -> "PlanChain":
         """Chain of a single-pass plan; its groups must contain group 1."""
         assert 1 in plan.groups, f"groups {plan.groups} leave a sequence without drafts for good"
-        after = (min(block_len, block.late) for block in blocks_after(plan, block_len)[1:])
+        after = (min(block_len, block.mask_offset) for block in blocks_after(plan, block_len)[1:])
         return cls(plan.clean_len, plan.masks(block_len), tuple(after))
 
 

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
 from tidar_core.decoding.batch_state import BatchState
-from tidar_core.decoding.decode_step import ROWS_TOGETHER, DecodeStepRunner
-from tidar_core.decoding.decoder import PREFILL_TOKENS
+from tidar_core.decoding.decode_step import DEFAULT_TUNING, DecodeStepRunner
 from tidar_core.decoding.decoder_size import DecoderSize
+from tidar_core.decoding.scheduler import PREFILL_TOKENS
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.kernels import PLAIN, reference
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
@@ -82,8 +82,8 @@ def memory_bound(
         greedy, sampled = (live.above(tested.runs(mode, sampling)) for sampling in (SamplingConfig(), SAMPLED))
     captured = 0
     if cuda:
-        logits = size.rows * draft.block_len * config.vocab_size * dtype.itemsize
-        captured = max(greedy, sampled) + logits + 8 * size.rows * (1 + draft.block_len)
+        logits = size.slots * draft.block_len * config.vocab_size * dtype.itemsize
+        captured = max(greedy, sampled) + logits + 8 * size.slots * (1 + draft.block_len)
     return MemoryBound(
         weights=weights, cache=cache, tables=tables, captured_steps=captured,
         forwards=greedy, sampling=max(0, sampled - greedy),
@@ -98,7 +98,7 @@ class _Tested:
         config, dtype = model.config, model.embedding.weight.dtype
         cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META)
         vocab = config.vocab_size if draft.kind == "sampled" else None
-        state = BatchState(size.rows, draft.block_len, size.max_pages, proposal_vocab=vocab, device=META)
+        state = BatchState(size.slots, draft.block_len, size.max_pages, proposal_vocab=vocab, device=META)
         kernels = replace(PLAIN, gathering=_no_copy if cuda else _Copying)
         self.stepper = DecodeStepRunner(self.model, draft, cache, state, kernels)
 
@@ -107,7 +107,7 @@ class _Tested:
         plans, most = _plans(mode, self.block_len), self.block_len
         runs: list[Callable[[], object]] = [self.prefill]
         runs += [partial(self.step, plan, sampling) for plan in plans]
-        runs.append(partial(self.step, max(plans, key=lambda plan: plan.rows(most)), sampling, Tensor.clone))
+        runs.append(partial(self.step, max(plans, key=lambda plan: plan.query_tokens(most)), sampling, Tensor.clone))
         if sampling is SAMPLED:  # a beta below 1 brings a group for each pending token
             runs.append(partial(self.step, StepPlan(most, tuple(range(1, most + 1))), replace(sampling, beta=0.5)))
         return runs
@@ -117,9 +117,9 @@ class _Tested:
     ) -> object:
         """One decode step of the whole batch."""
         state = self.stepper.state
-        state.gather_sampling([sampling] * state.rows)
+        state.gather_sampling([sampling] * state.slots)
         copies = state.snapshot()  # as before a capture
-        return copies, self.stepper.step(state.rows, self.stepper.tensors_of(plan), self.size.max_pages, adjust)
+        return copies, self.stepper.step(state.slots, self.stepper.tensors_of(plan), self.size.max_pages, adjust)
 
     def prefill(self) -> object:
         """The last chunk of the longest prompt, with every token scored."""
@@ -140,8 +140,10 @@ def _plans(mode: str, block_len: int) -> Sequence[StepPlan]:
     whole = [StepPlan(1, (1,)), StepPlan(K), StepPlan(K, tuple(range(1, K + 1)))]
     if mode != AUTO:
         return {"two-pass": whole[:2], "single-pass": whole[2:]}[mode]
-    together = [plan for plan in timed_plans(few_candidates(K)) if plan.rows(K) <= ROWS_TOGETHER]
-    return [*whole, max(together, key=lambda plan: plan.rows(K))]
+    together = [
+        plan for plan in timed_plans(few_candidates(K)) if plan.query_tokens(K) <= DEFAULT_TUNING.one_product_tokens
+    ]
+    return [*whole, max(together, key=lambda plan: plan.query_tokens(K))]
 
 
 def _no_copy(*_: object) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

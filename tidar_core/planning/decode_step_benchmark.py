@@ -6,8 +6,6 @@ Weights and cache are random: the time of a step does not depend on their values
 bus needs to read all weights of the step, keys and values once.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +15,10 @@ import torch
 from tidar_core.config import DraftConfig, ModelConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.timing import median_seconds
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["StepCost", "StepShape", "copy_bandwidth", "random_model", "step_costs", "step_plans"]
+__all__ = ["StepCost", "StepShape", "random_model", "step_costs", "step_plans"]
 
 MEMORY_SHARE = 0.9
 """Largest share of the device's free memory that a cache may take."""
@@ -81,13 +80,6 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     return model.eval()
 
 
-def copy_bandwidth(device: torch.device, nbytes: int = 2**30) -> float:
-    """Bandwidth of a large copy on the device, in bytes per second; read and written bytes both count."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    return 2 * nbytes / _median_seconds(lambda: target.copy_(source), device, 10)
-
-
 def step_costs(
     model: TidarModel,
     *,
@@ -96,7 +88,7 @@ def step_costs(
     contexts: Sequence[int],
     bandwidth: float,
     page_len: int = 16,
-    repeats: int = 15,
+    repeats: int = 5,
     on_step: Callable[[StepCost], None] = lambda cost: None,
 ) -> list[StepCost]:
     """Time the steps of every mode; batches and contexts whose cache does not fit in memory are left out.
@@ -110,16 +102,16 @@ def step_costs(
             if not _fits(model, batch, context + block_len):
                 continue
             decoder = Decoder(
-                model, DraftConfig(block_len=block_len), rows=batch, context_len=context + block_len, page_len=page_len
+                model, DraftConfig(block_len=block_len), slots=batch, context_len=context + block_len, page_len=page_len
             )
             floor = _bytes_read(decoder, batch, context) / bandwidth
             ar_seconds = 0.0
             with decoder.rehearsal(batch, context) as step:
                 for shape in step_plans(block_len):
-                    seconds = _median_seconds(partial(step, shape.plan), decoder.device, repeats)
+                    (seconds,) = median_seconds([partial(step, shape.plan)], repeats)
                     ar_seconds = ar_seconds or seconds
                     cost = StepCost(
-                        step=shape.name, rows=shape.plan.rows(block_len), batch=batch, context=context,
+                        step=shape.name, rows=shape.plan.query_tokens(block_len), batch=batch, context=context,
                         seconds=seconds, over_ar=seconds / ar_seconds, floor_share=floor / seconds,
                     )  # fmt: skip
                     costs.append(cost)
@@ -146,17 +138,3 @@ def _fits(model: TidarModel, batch: int, tokens: int) -> bool:
         return True
     need = 2 * config.layers * config.kv_heads * config.head_size * weight.element_size() * batch * (tokens + 16)
     return need < MEMORY_SHARE * torch.cuda.mem_get_info(weight.device)[0]
-
-
-def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of `repeats` runs after three to warm up; the device is idle before and after each."""
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
-    times = []
-    for index in range(3 + repeats):
-        synchronize()
-        began = time.perf_counter()
-        run()
-        synchronize()
-        if index >= 3:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)

@@ -16,7 +16,7 @@ import torch
 
 from tidar_core.decoding.decode_forward import DecodeForward
 from tidar_core.decoding.page_pool import page_count
-from tidar_core.decoding.plan_tensors import RowPattern
+from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.timing import median_seconds
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
@@ -169,7 +169,7 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
     read = DecodeForward(model, cache, positions=context + rows)
-    pattern = RowPattern.of(rows, (), 1, weight.device)
+    pattern = QueryPattern.of(rows, (), 1, weight.device)
 
     def forward() -> None:
         used_pages = page_count(context, page_len)

@@ -16,9 +16,10 @@ from typing import Any
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import score
+from tidar_core.decoding.completion import Completion
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import Request
-from tidar_core.decoding.scheduler import Completion, Scheduler
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, Planner
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.planner import AUTO, planner_of
@@ -102,9 +103,7 @@ def compare_modes(
     on_prompt  called after each finished prompt, `prompts_in_all` times
     table      returns the latency table of `auto` for a decoder and the longest context; it is timed here by default
     """
-    decoder = Decoder(
-        model, DraftConfig(block_len=block_len), rows=batch, context_len=context_len, share_prefixes=False
-    )
+    decoder = Decoder(model, DraftConfig(block_len=block_len), slots=batch, context_len=context_len)
     longest = max(map(len, prompts)) + sampling.max_tokens
     costs = None
     if AUTO in modes:
@@ -139,7 +138,7 @@ class _Run:
 def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
          on_prompt: Callable[[], None]) -> _Run:  # fmt: skip
     """Run as many clients as the decoder has slots; each sends its next prompt when its last one is done."""
-    scheduler, run = Scheduler(decoder, planner), _Run()
+    scheduler, run = Scheduler(decoder, planner, share_prefixes=False), _Run()
     run.completions = [
         Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
     ]
@@ -152,7 +151,7 @@ def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]],
             submitted[completion.request.request_id] = time.perf_counter()
             scheduler.submit(completion.request)
 
-    for _ in range(decoder.rows):
+    for _ in range(decoder.slots):
         send()
     while scheduler.busy:
         for step in scheduler.advance():

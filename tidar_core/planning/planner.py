@@ -158,7 +158,7 @@ class AutoPlanner:
         """Learn the time of the step that `next_plan` planned, and which drafts were accepted."""
         if (launched := self._launched) is not None:
             plan, seconds = launched.plan, self._clock() - launched.began
-            rows, drafts = plan.rows(self.block_len), bool(plan.groups)
+            rows, drafts = plan.query_tokens(self.block_len), bool(plan.groups)
             self.latency.observe(rows, launched.batch, launched.context, drafts, seconds)
             self._launched = None
         for step in steps:
@@ -202,7 +202,7 @@ class AutoPlanner:
             mode, cycle = candidate.mode, candidate.cycle
             # an autoregressive step and the drafting pass of two passes commit a token too
             tokens = accepted.get(cycle, 0.0) + (mode != "single-pass")
-            seconds = sum(curves[bool(plan.groups)].seconds(plan.rows(self.block_len)) for plan in cycle)
+            seconds = sum(curves[bool(plan.groups)].seconds(plan.query_tokens(self.block_len)) for plan in cycle)
             choices.append(Choice(mode, cycle, len(requests) * tokens / seconds))
         return choices
 
@@ -252,7 +252,7 @@ class AutoPlanner:
         K, batch = self.block_len, len(requests)
         if K == 1:
             return 0
-        drafting = self.latency.seconds(StepPlan(1, (1,), K).rows(K), batch, context, drafts=True)
+        drafting = self.latency.seconds(StepPlan(1, (1,), K).query_tokens(K), batch, context, drafts=True)
         ar, verifying = (self.latency.seconds(rows, batch, context) for rows in (1, K))
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(K, K)], requests)[0]
         return int(min(max(lost / PROBE_COST, SHORTEST_PROBE), LONGEST_PROBE))

@@ -41,7 +41,7 @@ def decoding_latency(
     """
     K, end = decoder.draft.block_len, clock() + budget
     points: list[LatencyPoint] = []
-    plans = sorted(timed_plans(few_candidates(K)), key=lambda plan: (plan.rows(K), bool(plan.groups)))
+    plans = sorted(timed_plans(few_candidates(K)), key=lambda plan: (plan.query_tokens(K), bool(plan.groups)))
     shapes = latency_shapes(decoder, context_len)
     for index, (batch, context) in enumerate(shapes):
         left = end - clock()
@@ -51,7 +51,7 @@ def decoding_latency(
         with decoder.rehearsal(batch, context) as step:
             runs = [partial(step, plan) for plan in plans]
             times = median_seconds(runs, repeats, clock, budget=_share(left, len(shapes) - index))
-        for (rows, drafts), seconds in {(p.rows(K), bool(p.groups)): t for p, t in zip(plans, times)}.items():
+        for (rows, drafts), seconds in {(p.query_tokens(K), bool(p.groups)): t for p, t in zip(plans, times)}.items():
             points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds, drafts=drafts))
         on_point()
     return LatencyTable((*points, *_predicted(LatencyTable(tuple(points)), shapes)))
@@ -60,7 +60,7 @@ def decoding_latency(
 def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tuple[int, int]]:
     """Batches and contexts that `decoding_latency` covers, the most informative first: smallest and largest of both."""
     longest = min(context_len or decoder.context_len, decoder.context_len)
-    batches = [count for count in (1, 4, 16, 64) if count < decoder.rows] + [decoder.rows]
+    batches = [count for count in (1, 4, 16, 64) if count < decoder.slots] + [decoder.slots]
     contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
     corners = [(batch, context) for context in _ends(contexts) for batch in _ends(batches)]
     return list(dict.fromkeys(corners + [(batch, context) for batch in batches for context in contexts]))

@@ -32,10 +32,11 @@ NARROWEST_HEAD = 16
 class FlexAttention:
     """Attention of every token to the tiles that it can see. Compiled on its own unless the caller is compiled."""
 
-    def __init__(self, layout: TokenLayout) -> None:
+    def __init__(self, layout: TokenLayout, *, pairs_at_once: int = PAIRS_AT_ONCE) -> None:
+        """pairs_at_once  pairs of tokens examined at once while tiles are classified"""
         facts = layout.apply(Tensor.int)
         row_len = facts.position.shape[-1]
-        mixed, full = _tiles(facts)
+        mixed, full = _tiles(facts, pairs_at_once)
         self.block_mask = BlockMask.from_kv_blocks(
             *_ordered(mixed),
             *_ordered(full),
@@ -57,13 +58,13 @@ class FlexAttention:
         return attention(q, k, v, block_mask=self.block_mask, enable_gqa=grouped).transpose(1, 2)
 
 
-def _tiles(layout: TokenLayout) -> tuple[Tensor, Tensor]:
+def _tiles(layout: TokenLayout, pairs_at_once: int) -> tuple[Tensor, Tensor]:
     """Mixed and full tiles [B, N, N]: some but not all pairs of a mixed tile see each other; in a full tile all do."""
     row_len = layout.position.shape[-1]
     tiles = -(-row_len // TILE)
     beyond = tiles * TILE - row_len
     some, every = [], []
-    for rows in torch.arange(len(layout.position)).split(max(1, PAIRS_AT_ONCE // row_len**2)):
+    for rows in torch.arange(len(layout.position)).split(max(1, pairs_at_once // row_len**2)):
         part = layout[rows[0] : rows[-1] + 1]
         visible = F.pad(dense_visibility(part, part), (0, beyond, 0, beyond))
         visible = visible.view(-1, tiles, TILE, tiles, TILE)

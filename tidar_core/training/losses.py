@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tidar_core.training.dual_mode import IGNORED, TrainBatch
 
-__all__ = ["LossSums", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
+__all__ = ["LossMeans", "LossSums", "LossTotals", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
 
 LOGITS_AT_ONCE = 2**26
 """Logits held at a time. Without a limit, a row of 2 x 4,096 tokens would need 5 GB with a vocabulary of 151,936."""
@@ -46,6 +46,44 @@ class LossSums:
     """Mask tokens whose likeliest token is the label, by offset in the block."""
     draft_count_K: Tensor
     """Labelled mask tokens, by offset in the block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossMeans:
+    """Mean losses in nats per token, and the accuracy of the likeliest draft token by offset in the block.
+
+    `None` stands for a mean over no labels, which was not measured.
+    """
+
+    ar_loss: float | None
+    diffusion_loss: float | None
+    draft_accuracy_K: list[float | None]
+
+
+class LossTotals:
+    """Loss sums over any number of batches, in fp64; the `parts` of several workers add up."""
+
+    def __init__(self, block_len: int, device: torch.device) -> None:
+        self.parts = torch.zeros(4 + 2 * block_len, dtype=torch.float64, device=device)
+
+    def add(self, sums: LossSums) -> None:
+        """Count a batch in. Never waits for the device."""
+        scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count]).double()
+        self.parts += torch.cat([scalars.detach(), sums.draft_hits_K.double(), sums.draft_count_K.double()])
+
+    def means(self, parts: Tensor | None = None) -> LossMeans:
+        """Means over all labels. Waits for the device.
+
+        parts  the sum of the `parts` of all workers; by default the parts of this worker alone
+        """
+        totals = (self.parts if parts is None else parts).tolist()
+        ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = totals
+        block_len = len(drafts) // 2
+        return LossMeans(
+            ar_loss=_share(ar_sum, ar_count),
+            diffusion_loss=_share(diffusion_sum, diffusion_count),
+            draft_accuracy_K=[_share(hits, count) for hits, count in zip(drafts[:block_len], drafts[block_len:])],
+        )
 
 
 def chunk_loss(
@@ -90,6 +128,7 @@ def loss_sums(
     chunk_loss: ChunkLoss = chunk_loss,
     link: Link = None,
     clean_hidden: Callable[[Tensor], Tensor] = lambda hidden_BSE: hidden_BSE,
+    logits_at_once: int | None = None,
 ) -> LossSums:
     """Cross-entropy in nats, summed over labels, and draft accuracy. Never waits for the device.
 
@@ -97,9 +136,11 @@ def loss_sums(
     chunk_loss    the function of that name, or a compiled form of it
     link          the model's link, if it has one: the diffusion half then knows the token before each label
     clean_hidden  maps this worker's hidden states of the clean half to the hidden states of whole rows
+    logits_at_once  logits held at a time; `None` chooses by device
     """
     S = batch.ar_target_BS.shape[1]
-    ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, hidden_BLE[:, :S])
+    at_once = logits_at_once or (LOGITS_AT_ONCE_CUDA if hidden_BLE.is_cuda else LOGITS_AT_ONCE)
+    ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, at_once, hidden_BLE[:, :S])
     ar_count, diffusion_count = label_counts(batch)
     hits_K = torch.zeros(block_len, device=hidden_BLE.device)
     count_K = torch.zeros_like(hits_K)
@@ -111,8 +152,8 @@ def loss_sums(
             whole_BSE = clean_hidden(hidden_BLE[:, :S].detach())
             teacher_BME = whole_BSE.gather(1, batch.teacher_BM[..., None].expand(-1, -1, whole_BSE.shape[-1]))
         diffusion_sum, hit_N = _cross_entropy(
-            head, batch.diffusion_target_BM, chunk_loss, hidden_BLE[:, S:], batch.diffusion_weight_BM, teacher_BME,
-            batch.before_BM if link else None, batch.distillation, link,
+            head, batch.diffusion_target_BM, chunk_loss, at_once, hidden_BLE[:, S:], batch.diffusion_weight_BM,
+            teacher_BME, batch.before_BM if link else None, batch.distillation, link,
         )  # fmt: skip
         masks = batch.layout[:, S:]
         offset_N = (masks.position - masks.horizon - 1).flatten()
@@ -143,6 +184,10 @@ def dual_mode_loss(sums: LossSums, alpha: float, ar_count: Tensor, diffusion_cou
     return torch.where(diffusion_count > 0, (alpha * ar_mean + diffusion_mean) / (1 + alpha), ar_mean)
 
 
+def _share(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
 def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / torch.where(count > 0, count, 1).to(total.dtype)
 
@@ -151,6 +196,7 @@ def _cross_entropy(
     head: Head,
     target_BS: Tensor,
     of_chunk: ChunkLoss,
+    logits_at_once: int,
     hidden_BSE: Tensor,
     weight_BS: Tensor | None = None,
     teacher_BSE: Tensor | None = None,
@@ -169,7 +215,7 @@ def _cross_entropy(
     before_N = None if before_BS is None else before_BS.flatten()
     with torch.no_grad():
         logits = head(hidden_NE[:1]).shape[-1] * (1 + (teacher_NE is not None) + (before_N is not None))
-    at_once = max(1, (LOGITS_AT_ONCE_CUDA if hidden_NE.is_cuda else LOGITS_AT_ONCE) // logits)
+    at_once = max(1, logits_at_once // logits)
     if len(target_N) <= at_once:
         return of_chunk(head, hidden_NE, target_N, weight_N, teacher_NE, before_N, distillation, link)
     chunks = -(-len(target_N) // at_once)

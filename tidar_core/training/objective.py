@@ -32,11 +32,13 @@ class Objective(nn.Module):
         recipe: Recipe | None = None,
         attention: Callable[[TokenLayout], Attention] | None = None,
         shared: SequenceParallel | None = None,
+        logits_at_once: int | None = None,
     ) -> None:
         """dual       whether to train both halves; otherwise next-token prediction alone
         recipe     choices for both halves; `None`: the paper's
         attention  makes the attention for a batch's layout; `None` chooses by device
         shared     workers that share each row with this one; batches and sums are then this worker's part
+        logits_at_once  logits that the loss holds at a time; `None` chooses by device
         """
         super().__init__()
         assert not dual or model.config.mask_id is not None, "the dual objective needs a model with a mask token"
@@ -46,7 +48,7 @@ class Objective(nn.Module):
             block_len,
             (recipe or Recipe()).checked(block_len),
         )
-        self.chunk_loss, self._shared = chunk_loss, shared
+        self.chunk_loss, self._shared, self._logits_at_once = chunk_loss, shared, logits_at_once
         self._attention = attention or self._attention_of_device
 
     def batch(
@@ -84,10 +86,14 @@ class Objective(nn.Module):
         head, link, attention = self.model.head, self.model.link, self._attention(batch.whole or batch.layout)
         if self._shared is None:
             hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
-            return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link)
+            return loss_sums(
+                hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, logits_at_once=self._logits_at_once
+            )
         attention = self._shared.attention(attention, batch.ar_target_BS.shape[1])
         hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
-        return loss_sums(hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered)
+        return loss_sums(
+            hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered, self._logits_at_once
+        )
 
     def _attention_of_device(self, layout: TokenLayout) -> Attention:
         table = self.model.embedding.weight

@@ -19,7 +19,7 @@ from torch import Tensor
 from tidar_core.errors import ConfigError, DivergedError
 from tidar_core.training.dual_mode import TrainBatch
 from tidar_core.training.flops import train_flops, visible_pairs
-from tidar_core.training.losses import LossSums, dual_mode_loss, label_counts
+from tidar_core.training.losses import LossMeans, LossSums, LossTotals, dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
 from tidar_core.training.packing import PackedRows
 from tidar_core.training.recipe import Recipe
@@ -29,7 +29,7 @@ from tidar_core.transformer.attention import Attention
 from tidar_core.transformer.layout import TokenLayout
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["LossMeans", "Optimisation", "Phase", "Progress", "Trainer"]
+__all__ = ["Optimisation", "Phase", "Progress", "Trainer"]
 
 STEPS_IN_FLIGHT = 2
 """Train steps that the device may be behind: it never idles, and measured times are never far off."""
@@ -73,15 +73,6 @@ class Phase:
                 f"rows_per_step is {self.rows_per_step}; it must be a multiple of rows_per_forward, "
                 f"{self.rows_per_forward}"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossMeans:
-    """Mean losses in nats per token, and the accuracy of the likeliest draft token by offset in the block."""
-
-    ar_loss: float
-    diffusion_loss: float | None
-    draft_accuracy_K: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +165,10 @@ class Trainer:
         Gradients stay enabled, so that the compiled form of training is used; no gradient is computed.
         """
         objective = self._objective(True, Recipe())
-        parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
+        totals = LossTotals(self.block_len, self.device)
         for first in range(0, len(rows.input_ids_BS), rows_per_forward):
-            parts += _flat(objective(self._batch(objective, rows, slice(first, first + rows_per_forward))))
-        return _means(parts.tolist(), self.block_len)
+            totals.add(objective(self._batch(objective, rows, slice(first, first + rows_per_forward))))
+        return totals.means()
 
     def _objective(self, dual: bool, recipe: Recipe) -> Objective:
         if (dual, recipe) not in self._objectives:
@@ -291,11 +282,11 @@ class _Window:
         self._open()
 
     def _open(self) -> None:
-        self.parts = torch.zeros(4 + 2 * self.block_len, dtype=torch.float64, device=self.device)
+        self.totals = LossTotals(self.block_len, self.device)
         self.began = time.perf_counter()
 
     def add(self, sums: LossSums) -> None:
-        self.parts += _flat(sums)
+        self.totals.add(sums)
         self.loss = self.loss + sums.ar_sum.detach() + sums.diffusion_sum.detach()
 
     def count_skipped(self, norm: Tensor) -> None:
@@ -307,7 +298,7 @@ class _Window:
 
     def close(self, steps: int, rate: float, norm: Tensor, phase_began: float) -> Progress:
         """Report of the window; begins the next window. Waits for the device. Raises DivergedError."""
-        losses = _means(self.parts.tolist(), self.block_len)
+        losses = self.totals.means()
         if self.longest >= self.phase.max_skipped_updates:
             raise DivergedError(
                 f"training diverged before train step {steps}: {int(self.longest)} steps in a row had no finite loss "
@@ -341,18 +332,3 @@ def _share(phase: Phase, step: int, seconds: float) -> float:
         return step / phase.steps
     assert phase.seconds is not None
     return seconds / phase.seconds
-
-
-def _flat(sums: LossSums) -> Tensor:
-    scalars = torch.stack([sums.ar_sum, sums.diffusion_sum, sums.ar_count, sums.diffusion_count])
-    return torch.cat([scalars.detach(), sums.draft_hits_K, sums.draft_count_K]).double()
-
-
-def _means(parts: list[float], block_len: int) -> LossMeans:
-    ar_sum, diffusion_sum, ar_count, diffusion_count, *drafts = parts
-    if not diffusion_count:
-        return LossMeans(ar_loss=ar_sum / max(1.0, ar_count), diffusion_loss=None)
-    accuracy = [hit / max(1.0, count) for hit, count in zip(drafts[:block_len], drafts[block_len:])]
-    return LossMeans(
-        ar_loss=ar_sum / max(1.0, ar_count), diffusion_loss=diffusion_sum / diffusion_count, draft_accuracy_K=accuracy
-    )

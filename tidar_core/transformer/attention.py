@@ -62,14 +62,23 @@ class DenseAttention:
 class PiecewiseAttention:
     """Attention in chunks. Equal to DenseAttention up to rounding, forward and backward."""
 
-    def __init__(self, layout: TokenLayout, dtype: torch.dtype = torch.float32) -> None:
-        """layout  clean tokens, then masks if there are any, block after block
-        dtype   of the attention scores
+    def __init__(
+        self,
+        layout: TokenLayout,
+        dtype: torch.dtype = torch.float32,
+        *,
+        clean_chunk: int = CLEAN_CHUNK,
+        mask_chunk: int = MASK_CHUNK,
+    ) -> None:
+        """layout       clean tokens, then masks if there are any, block after block
+        dtype        of the attention scores
+        clean_chunk  clean tokens of a chunk
+        mask_chunk   mask tokens of a chunk
         """
         facts = layout.apply(Tensor.int)
         S, L = int((facts.block[0] == CLEAN).sum()), facts.position.shape[-1]
-        self._clean = [_Chunk.of(facts, queries, (slice(0, S),)) for queries in _cut(0, S, CLEAN_CHUNK)]
-        self._masks = [_Chunk.of(facts, queries, (slice(0, S), slice(S, L))) for queries in _cut(S, L, MASK_CHUNK)]
+        self._clean = [_Chunk.of(facts, queries, (slice(0, S),)) for queries in _cut(0, S, clean_chunk)]
+        self._masks = [_Chunk.of(facts, queries, (slice(0, S), slice(S, L))) for queries in _cut(S, L, mask_chunk)]
         self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
                       for p in self._masks]  # fmt: skip
 

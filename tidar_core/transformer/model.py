@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tidar_core.config import ModelConfig
 from tidar_core.transformer.attention import Attention
 
-__all__ = ["DraftLink", "TidarModel", "rotary_frequencies"]
+__all__ = ["LOOKED_UP_TOKENS", "DraftLink", "TidarModel", "rotary_frequencies"]
 
 LOOKED_UP_TOKENS = 1024
 """Largest vocabulary for which a decoder keeps a link's logits of every token: 4 MiB in fp32."""
@@ -130,10 +130,13 @@ class DraftLink(nn.Module):
         return F.linear(F.embedding(before, self.before), self.after)
 
     @torch.no_grad()
-    def final(self) -> Callable[[Tensor], Tensor]:
-        """This link for weights that no longer change: products of a small vocabulary are precomputed."""
+    def final(self, looked_up_tokens: int = LOOKED_UP_TOKENS) -> Callable[[Tensor], Tensor]:
+        """The same function, for weights that change no more.
+
+        looked_up_tokens  largest vocabulary for which the logits of every token are kept and looked up
+        """
         vocab_size = len(self.before)
-        if vocab_size > LOOKED_UP_TOKENS:
+        if vocab_size > looked_up_tokens:
             return self
         table_VV = self(torch.arange(vocab_size, device=self.before.device))
         return lambda before: F.embedding(before, table_VV)

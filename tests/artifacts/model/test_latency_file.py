@@ -26,7 +26,7 @@ def model():
 
 
 def decoder_of(model, rows=2, block_len=4):
-    return Decoder(model, DraftConfig(block_len=block_len), rows=rows, context_len=64)
+    return Decoder(model, DraftConfig(block_len=block_len), slots=rows, context_len=64)
 
 
 def test_what_was_timed_is_planned_with_and_nothing_is_timed_anew(model, tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from replay import StandInRecorder
 from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.cuda_graphs import CudaRecorder, StepGraphs
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.transformer.shapes import named_shape
@@ -33,9 +34,9 @@ def long_model():
 
 def capturing(model, *, rows=3, kind="argmax", **settings):
     """A decoder whose steps are captured, and the stand-in that captures them."""
-    decoder = Decoder(model, DraftConfig(block_len=K, kind=kind), rows=rows, **settings)
+    decoder = Decoder(model, DraftConfig(block_len=K, kind=kind), slots=rows, **settings)
     recorder = StandInRecorder()
-    decoder._graphs = StepGraphs(decoder._stepper, recorder)
+    decoder._graphs = StepGraphs(decoder._runner, recorder)
     return decoder, recorder
 
 
@@ -50,9 +51,9 @@ def forget_everything():
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, replace(SAMPLED, beta=0.5), replace(GREEDY, logprobs=2)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["argmax", "sampled"])
-def test_replayed_steps_say_what_plain_ones_say(model, mode, sampling, kind):
+def test_replayed_steps_give_the_results_of_plain_steps(model, mode, sampling, kind):
     decoder, recorder = capturing(model, kind=kind, context_len=64, page_len=4, pages=36)
-    plain = Decoder(model, DraftConfig(block_len=K, kind=kind), rows=3, context_len=64, page_len=4, pages=36)
+    plain = Decoder(model, DraftConfig(block_len=K, kind=kind), slots=3, context_len=64, page_len=4, pages=36)
     texts = requests(prompts(5, 12, 3, 8), sampling)
     done, known = (complete(Scheduler(d, FixedMode(mode, K)), texts) for d in (decoder, plain))
     assert [c.token_ids for c in done] == [c.token_ids for c in known]
@@ -62,26 +63,26 @@ def test_replayed_steps_say_what_plain_ones_say(model, mode, sampling, kind):
 
 def test_captured_steps_outlive_prompts_of_more_lengths_than_any_cache_holds(long_model):
     decoder, _ = capturing(long_model, rows=1)
-    batcher, sampling = Scheduler(decoder, FixedMode("single-pass", K)), replace(GREEDY, max_tokens=6)
+    scheduler, sampling = Scheduler(decoder, FixedMode("single-pass", K)), replace(GREEDY, max_tokens=6)
     texts = prompts(5, *range(1, 300))
-    first = complete(batcher, requests(texts[:1], sampling))[0]
+    first = complete(scheduler, requests(texts[:1], sampling))[0]
     captured = decoder._graphs.captured
     for text in requests(texts[1:], replace(sampling, max_tokens=1)):
-        complete(batcher, [text])
+        complete(scheduler, [text])
     for length in range(1, 300):
-        decoder._stepper.tensors_of(StepPlan(length))
+        decoder._runner.tensors_of(StepPlan(length))
     forget_everything()
-    assert complete(batcher, requests(texts[:1], sampling))[0].token_ids == first.token_ids
+    assert complete(scheduler, requests(texts[:1], sampling))[0].token_ids == first.token_ids
     assert tuple(first.token_ids) == expected_texts(long_model, texts[:1], sampling)[0]
     assert decoder._graphs.captured == captured, "the steps were replayed, not captured again"
 
 
 def test_prefills_of_any_length_push_no_decode_step_out_of_the_cache(long_model):
     decoder, _ = capturing(long_model, rows=1)
-    stepper = decoder._stepper
+    scheduler, stepper = Scheduler(decoder), decoder._runner
     mine = stepper.tensors_of(StepPlan(K, (1,)))
     for i, text in enumerate(requests(prompts(*range(1, 280)), replace(GREEDY, max_tokens=1))):
-        prefilled(decoder, replace(text, request_id=f"{i}"))
+        prefilled(scheduler, replace(text, request_id=f"{i}"))
     assert stepper.tensors_of(StepPlan(K, (1,))) is mine
     assert stepper._tensors_of_prefill.cache_info().currsize <= 16
 
@@ -89,9 +90,9 @@ def test_prefills_of_any_length_push_no_decode_step_out_of_the_cache(long_model)
 @pytest.mark.parametrize("scored", [False, True])
 def test_no_captured_shape_keeps_memory_of_its_own(model, scored):
     decoder, recorder = capturing(model, rows=4, context_len=64, page_len=4)
-    graphs = decoder._graphs
+    scheduler, graphs = Scheduler(decoder), decoder._graphs
     for request in requests(prompts(5, 12, 3, 8), replace(GREEDY, logprobs=1 if scored else None)):
-        prefilled(decoder, request)
+        prefilled(scheduler, request)
     state = decoder._state.snapshot()
     for sampling in (GREEDY, SAMPLED):
         decoder._state.gather_sampling([sampling] * 4)
@@ -142,7 +143,7 @@ class FakeCuda:
         self.running -= 1
 
 
-def test_two_owners_capture_on_their_own_streams_and_pools_one_at_a_time_and_in_no_other_threads_way(monkeypatch):
+def test_two_owners_capture_on_their_own_streams_and_pools_one_at_a_time_and_disturb_no_other_thread(monkeypatch):
     cuda = FakeCuda()
     cuda.into(monkeypatch)
     recorders = [CudaRecorder(torch.device("cuda")) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The decoder says what the autoregressive loop says, whatever is drafted, batched or aborted."""
+"""The decoder gives the texts of the autoregressive loop, whatever is drafted, batched or aborted."""
 
 from dataclasses import replace
 
@@ -10,11 +10,12 @@ from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decode_forward import DecodeForward
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.plan_tensors import RowPattern
+from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.decoding.request import Request
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.errors import CapacityError, ConfigError, RequestError
 from tidar_core.transformer.attention import DenseAttention
@@ -26,14 +27,18 @@ BLOCK_LENS = [1, 2, 4, 8, 16]
 MASK = 511
 
 
-def dense(decoder):
+def scheduler_of(model, *, slots=1, max_waiting=1024, **draft):
+    return Scheduler(Decoder(model, DraftConfig(**draft), slots=slots), max_waiting=max_waiting)
+
+
+def dense(scheduler):
     """Verify all, draft for every outcome."""
-    block_len = decoder.draft.block_len
+    block_len = scheduler.decoder.draft.block_len
     return StepPlan(block_len, tuple(range(1, block_len + 1)))
 
 
 def decoded(model, texts, sampling, *, rows=3, **draft):
-    completions = complete(Scheduler(Decoder(model, DraftConfig(**draft), rows=rows)), requests(texts, sampling))
+    completions = complete(Scheduler(Decoder(model, DraftConfig(**draft), slots=rows)), requests(texts, sampling))
     return [tuple(c.token_ids) for c in completions]
 
 
@@ -60,13 +65,13 @@ def test_a_seed_gives_the_autoregressive_text_for_every_block_length_and_batch(m
 
 def forced(model, block_len, sampling, drafts_after):
     """One request whose drafts are replaced before every step by `drafts_after(tokens so far)`."""
-    decoder = Decoder(model, DraftConfig(block_len=block_len), rows=1)
+    scheduler = scheduler_of(model, block_len=block_len)
     request = requests(prompts(7), sampling)[0]
-    steps = [prefilled(decoder, request)]
-    while decoder.running:
+    steps = [prefilled(scheduler, request)]
+    while scheduler.running:
         tokens = [t for step in steps for t in step.token_ids]
-        decoder.redraft(request.request_id, drafts_after(tokens)[: block_len - 1])
-        steps += decoder.decode_step(dense(decoder))
+        scheduler.redraft(request.request_id, drafts_after(tokens)[: block_len - 1])
+        steps += scheduler.decode_step(dense(scheduler))
     return tuple(t for step in steps for t in step.token_ids), [step.accepted for step in steps[1:]]
 
 
@@ -111,7 +116,7 @@ def group_hidden(model, prompt, drafts, block_len):
     with torch.no_grad():
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
-            pattern = RowPattern.of(rows.shape[1], groups, block_len, rows.device)
+            pattern = QueryPattern.of(rows.shape[1], groups, block_len, rows.device)
             hidden = DecodeForward(model, cache, positions=40)(table, prefix, rows, pattern, -(-start // 4))
     return hidden[0]
 
@@ -153,16 +158,16 @@ def test_draft_rows_do_not_feel_the_mask_rows(model):
 
 @pytest.mark.parametrize("block_len", [1, 4, 8])
 def test_keys_and_values_after_commits_are_those_of_a_clean_prefill(model, block_len):
-    decoder = Decoder(model, DraftConfig(block_len=block_len), rows=2)
+    scheduler = scheduler_of(model, slots=2, block_len=block_len)
     request = requests(prompts(7), GREEDY)[0]
-    tokens = [*request.prompt, *prefilled(decoder, request).token_ids]
+    tokens = [*request.prompt, *prefilled(scheduler, request).token_ids]
     for _ in range(9):
-        tokens += decoder.decode_step(dense(decoder))[0].token_ids
+        tokens += scheduler.decode_step(dense(scheduler))[0].token_ids
     known = len(tokens) - 1  # the last token's key is computed by the next step
-    found = decoder.cache.clean(decoder._running[0].holding.pages, known)
-    clean = Decoder(model, DraftConfig(block_len=1), rows=1)
+    found = scheduler.decoder.cache.clean(scheduler.decoder.running[0].pages.ids, known)
+    clean = scheduler_of(model, block_len=1)
     prefilled(clean, replace(request, prompt=tuple(tokens[:known])))
-    for ours, expected in zip(found, clean.cache.clean(clean._running[0].holding.pages, known)):
+    for ours, expected in zip(found, clean.decoder.cache.clean(clean.decoder.running[0].pages.ids, known)):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -170,36 +175,36 @@ def test_texts_do_not_depend_on_who_else_is_in_the_batch_or_when_they_came(model
     texts = prompts(5, 12, 3, 8, 20, 2)
     sampling = SamplingConfig(max_tokens=20, temperature=0.9, seed=11)
     alone = [decoded(model, [text], sampling, rows=1, block_len=4)[0] for text in texts]
-    batcher = Scheduler(Decoder(model, DraftConfig(block_len=4), rows=3))
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=4), slots=3))
     out = {str(i): [] for i in range(len(texts))}
     pending = requests(texts, sampling)
     turn = 0
-    while pending or batcher.busy:
+    while pending or scheduler.busy:
         if pending and turn % 3 != 1:
-            batcher.submit(pending.pop())
-        for step in batcher.advance():
+            scheduler.submit(pending.pop())
+        for step in scheduler.advance():
             out[step.request_id] += step.token_ids
         turn += 1
     assert [tuple(tokens) for tokens in out.values()] == alone
 
 
-def test_an_aborted_request_frees_its_row_at_once_and_disturbs_nobody(model):
+def test_an_aborted_request_frees_its_slot_at_once_and_disturbs_nobody(model):
     texts = prompts(5, 12, 3, 8)
     expected = [generate_autoregressive(model, text, GREEDY) for text in texts]
-    decoder = Decoder(model, DraftConfig(block_len=4), rows=3)
+    scheduler = scheduler_of(model, slots=3, max_waiting=0, block_len=4)
     out = {str(i): [] for i in range(4)}
     queue = requests(texts, GREEDY)
     for request in queue[:3]:
-        out[request.request_id] += prefilled(decoder, request).token_ids
-    with pytest.raises(CapacityError, match="all 3 rows"):
-        prefilled(decoder, queue[3])
-    for step in decoder.decode_step(dense(decoder)):
+        out[request.request_id] += prefilled(scheduler, request).token_ids
+    with pytest.raises(CapacityError, match="all 3 slots"):
+        prefilled(scheduler, queue[3])
+    for step in scheduler.decode_step(dense(scheduler)):
         out[step.request_id] += step.token_ids
-    assert decoder.abort("0")
-    assert not decoder.abort("0")
-    out["3"] += prefilled(decoder, queue[3]).token_ids
-    while decoder.running:
-        for step in decoder.decode_step(dense(decoder)):
+    assert scheduler.abort("0")
+    assert not scheduler.abort("0")
+    out["3"] += prefilled(scheduler, queue[3]).token_ids
+    while scheduler.running:
+        for step in scheduler.decode_step(dense(scheduler)):
             out[step.request_id] += step.token_ids
     assert [tuple(out[i]) for i in "123"] == expected[1:]
 
@@ -211,7 +216,7 @@ def test_generation_stops_with_the_first_end_of_text_even_inside_a_block(model, 
     eos = whole[10]
     stopping = replace(GREEDY, eos_ids=(eos,))
     end = whole.index(eos) + 1
-    decoder = Decoder(model, DraftConfig(block_len=block_len), rows=1)
+    decoder = Decoder(model, DraftConfig(block_len=block_len), slots=1)
     completion = complete(Scheduler(decoder), requests([text], stopping))[0]
     assert tuple(completion.token_ids) == whole[:end] == generate_autoregressive(model, text, stopping)
     assert completion.finish_reason == "stop"
@@ -225,11 +230,12 @@ def test_max_tokens_is_never_overshot_even_when_a_whole_block_stands(model, max_
     assert text == truth[:max_tokens]
 
 
-def test_a_prompt_longer_than_one_prefill_chunk_reads_the_same(model, monkeypatch):
+def test_a_prompt_longer_than_one_prefill_chunk_reads_the_same(model):
     text = prompts(50)[0]
     expected = generate_autoregressive(model, text, GREEDY)
-    monkeypatch.setattr("tidar_core.decoding.decoder.PREFILL_TOKENS", 16)
-    assert decoded(model, [text], GREEDY, block_len=4) == [expected]
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=4), slots=3), prefill_tokens=16)
+    (completion,) = complete(scheduler, requests([text], GREEDY))
+    assert tuple(completion.token_ids) == expected
 
 
 def test_the_whole_context_can_be_used(model):
@@ -257,7 +263,7 @@ def test_beta_zero_trusts_the_first_mask_of_the_block_at_each_position(model, bl
 
 
 def test_tokens_per_forward_lies_between_one_and_the_block_length(model):
-    completion = complete(Scheduler(Decoder(model, DraftConfig(block_len=4), rows=1)), requests(prompts(7), GREEDY))[0]
+    completion = complete(Scheduler(Decoder(model, DraftConfig(block_len=4), slots=1)), requests(prompts(7), GREEDY))[0]
     assert 1 <= completion.tokens_per_forward <= 4
     assert completion.accepted.total() == completion.forwards - 1
 
@@ -273,31 +279,31 @@ def test_tokens_per_forward_lies_between_one_and_the_block_length(model):
     ],
 )
 def test_a_request_that_can_never_run_is_refused_in_one_line(model, prompt, max_tokens, words):
-    batcher = Scheduler(Decoder(model, DraftConfig(block_len=4), rows=1))
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=4), slots=1))
     request = Request(request_id="r", prompt=prompt, sampling=SamplingConfig(max_tokens=max_tokens))
     with pytest.raises(RequestError, match=words) as caught:
-        batcher.submit(request)
+        scheduler.submit(request)
     assert "\n" not in str(caught.value)
-    assert not batcher.busy
+    assert not scheduler.busy
 
 
 def test_a_model_without_a_mask_token_can_only_decode_one_by_one():
     plain = wide_model(replace(named_shape("tiny"), mask_id=None))
     with pytest.raises(ConfigError, match="no mask token"):
-        Decoder(plain, DraftConfig(block_len=4), rows=1)
+        Decoder(plain, DraftConfig(block_len=4), slots=1)
     assert decoded(plain, prompts(5), GREEDY, block_len=1) == [generate_autoregressive(plain, prompts(5)[0], GREEDY)]
 
 
 def test_a_full_queue_and_a_double_id_are_refused(model):
-    batcher = Scheduler(Decoder(model, DraftConfig(block_len=2), rows=1), max_waiting=0)
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=2), slots=1), max_waiting=0)
     first, second = requests(prompts(3, 4), GREEDY)
-    batcher.submit(first)
-    with pytest.raises(RequestError, match="waiting already"):
-        batcher.submit(first)
+    scheduler.submit(first)
+    with pytest.raises(RequestError, match="in use already"):
+        scheduler.submit(first)
     with pytest.raises(CapacityError, match="try again later"):
-        batcher.submit(second)
-    assert batcher.abort("0")
-    assert not batcher.busy
+        scheduler.submit(second)
+    assert scheduler.abort("0")
+    assert not scheduler.busy
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -1,4 +1,4 @@
-"""Whole texts follow the autoregressive law when drafts are drawn: a decoder against enumeration of all texts."""
+"""Texts of drawn drafts follow the autoregressive distribution: a decoder against enumeration of all texts."""
 
 import itertools
 from dataclasses import replace
@@ -8,10 +8,11 @@ import torch
 from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import Request
 from tidar_core.decoding.sampling import SamplingTensors, target_probs
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.transformer.attention import DenseAttention
 from tidar_core.transformer.layout import causal_layout
@@ -32,15 +33,15 @@ def small(request):
     return model
 
 
-def enumerated_law(model, sampling):
+def enumerated_distribution(model, sampling):
     """Probability of every text of TOKENS tokens, one causal forward for each."""
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS))
     ids = torch.tensor([[*PROMPT, *text] for text in texts])
     layout = causal_layout(torch.zeros_like(ids))
     with torch.no_grad():
         logits = model.head(model(ids, layout.position, DenseAttention(layout)))[:, len(PROMPT) - 1 : -1]
-    laws = target_probs(logits, SamplingTensors.of([sampling] * len(texts)))
-    chosen = laws.gather(-1, ids[:, len(PROMPT) :, None])[..., 0]
+    probs = target_probs(logits, SamplingTensors.of([sampling] * len(texts)))
+    chosen = probs.gather(-1, ids[:, len(PROMPT) :, None])[..., 0]
     return dict(zip(texts, chosen.double().prod(-1).tolist()))
 
 
@@ -54,10 +55,10 @@ def enumerated_law(model, sampling):
     ],
 )
 @pytest.mark.parametrize("sampling", [SamplingConfig(temperature=1.0), SamplingConfig(temperature=1.2, top_p=0.9)])
-def test_texts_follow_the_autoregressive_law(small, kind, planner, sampling):
+def test_texts_follow_the_autoregressive_distribution(small, kind, planner, sampling):
     sampling = replace(sampling, max_tokens=TOKENS)
-    expected = enumerated_law(small, sampling)
-    decoder = Decoder(small, DraftConfig(block_len=3, kind=kind), rows=500, context_len=16)
+    expected = enumerated_distribution(small, sampling)
+    decoder = Decoder(small, DraftConfig(block_len=3, kind=kind), slots=500, context_len=16)
     requests = [
         Request(request_id=str(seed), prompt=PROMPT, sampling=replace(sampling, seed=seed)) for seed in range(TEXTS)
     ]

@@ -11,8 +11,10 @@ from oracles import documents_row
 from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.completion import complete
+from tidar_core.decoding.decode_step import DecodeTuning
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
@@ -50,26 +52,27 @@ def chain(model, text, first, count):
         rows = torch.tensor([[*text, *[MASK] * K]])
         masks = model.head(model(rows, layout.position, DenseAttention(layout)))[0, len(text) :]
         table = model.link.before @ model.link.after.T
-    said = [first]
+    emitted = [first]
     for j in range(1, K):
-        said.append(int((masks[j] + table[said[-1]]).argmax()))
-    return said
+        emitted.append(int((masks[j] + table[emitted[-1]]).argmax()))
+    return emitted
 
 
 @pytest.mark.parametrize("looked_up_tokens", [0, 512], ids=["multiplied", "looked up"])
 @pytest.mark.parametrize("rules", [{}, {"logit_bias": ((500, -1e-9),)}], ids=["no rules", "a rule that bans nothing"])
-def test_each_draft_follows_from_the_one_before_it(linked, rules, looked_up_tokens, monkeypatch):
-    monkeypatch.setattr("tidar_core.transformer.model.LOOKED_UP_TOKENS", looked_up_tokens)
-    decoder, text = Decoder(linked, DraftConfig(block_len=5), rows=1), prompts(9)[0]
-    step = prefilled(decoder, requests([text], replace(GREEDY, **rules))[0])
-    said, unlinked, silent = list(text), 0, linked_model(loud=0.0)
+def test_each_draft_follows_from_the_one_before_it(linked, rules, looked_up_tokens):
+    tuning = DecodeTuning(looked_up_tokens=looked_up_tokens)
+    scheduler = Scheduler(Decoder(linked, DraftConfig(block_len=5), slots=1, tuning=tuning))
+    text = prompts(9)[0]
+    step = prefilled(scheduler, requests([text], replace(GREEDY, **rules))[0])
+    emitted, unlinked, silent = list(text), 0, linked_model(loud=0.0)
     for _ in range(8):
-        said += step.token_ids
-        drafts = chain(linked, said[:-1], said[-1], 4)
-        assert decoder._state.draft[0].tolist() == drafts
-        unlinked += drafts != chain(silent, said[:-1], said[-1], 4)
-        (step,) = decoder.decode_step(DENSE)
-    assert unlinked > 4  # the link is heard
+        emitted += step.token_ids
+        drafts = chain(linked, emitted[:-1], emitted[-1], 4)
+        assert scheduler.decoder._state.draft[0].tolist() == drafts
+        unlinked += drafts != chain(silent, emitted[:-1], emitted[-1], 4)
+        (step,) = scheduler.decode_step(DENSE)
+    assert unlinked > 4  # the link has an effect
 
 
 @pytest.mark.parametrize(
@@ -78,23 +81,23 @@ def test_each_draft_follows_from_the_one_before_it(linked, rules, looked_up_toke
     ids=lambda value: str(value)[:7],
 )
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_the_link_says_texts_are_the_autoregressive_ones(linked, seed, kind, sampling):
+def test_whatever_the_link_adds_texts_are_the_autoregressive_ones(linked, seed, kind, sampling):
     texts = prompts(5, 12, 3, 8, 17, seed=seed)
-    decoder = Decoder(linked, DraftConfig(block_len=4, kind=kind), rows=3)
+    decoder = Decoder(linked, DraftConfig(block_len=4, kind=kind), slots=3)
     done = complete(Scheduler(decoder, RandomPlanner(seed, 4)), requests(texts, sampling))
     assert [list(c.token_ids) for c in done] == [list(t) for t in expected_texts(linked, texts, sampling)]
 
 
-def test_a_link_speaks_the_models_dtype(linked):
+def test_a_link_computes_in_the_models_dtype(linked):
     """Trust in diffusion reads linked logits too."""
     half = copy.deepcopy(linked).bfloat16()
     for beta in (0.3, 1.0):
         sampling = replace(SAMPLED, beta=beta, max_tokens=6)
-        (done,) = complete(Scheduler(Decoder(half, DraftConfig(block_len=4), rows=1)), requests(prompts(7), sampling))
+        (done,) = complete(Scheduler(Decoder(half, DraftConfig(block_len=4), slots=1)), requests(prompts(7), sampling))
         assert len(done.token_ids) == 6
 
 
-def test_a_link_that_was_just_started_says_nothing():
+def test_a_link_that_was_just_started_adds_nothing():
     """So conversion begins with the paper's model."""
     model = wide_model(named_shape("tiny"))
     ids, documents = torch.randint(0, 500, (1, 24)), documents_row(24)
@@ -107,7 +110,7 @@ def test_a_link_that_was_just_started_says_nothing():
     assert before.ar_sum == after.ar_sum
 
 
-def test_the_diffusion_loss_is_told_the_token_before_each_label_and_the_ar_loss_is_not(linked):
+def test_the_diffusion_loss_knows_the_token_before_each_label_and_the_ar_loss_does_not(linked):
     ids = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(3))
     documents = torch.cat([documents_row(13, 7), documents_row(15, padding=5)])
     batch = dual_mode_batch(ids, documents, 4, MASK)
@@ -135,13 +138,12 @@ def test_drawn_blocks_keep_the_tokens_before_their_masks(linked):
     assert torch.equal(batch.before_BM[labelled], batch.diffusion_target_BM[labelled] - 1)
 
 
-def test_chunks_of_logits_change_neither_a_linked_loss_nor_its_gradient(linked, monkeypatch):
+def test_chunks_of_logits_change_neither_a_linked_loss_nor_its_gradient(linked):
     ids = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(4))
-    objective = Objective(linked, dual=True, block_len=4)
-    batch = objective.batch(ids, documents_row(20).repeat(2, 1))
+    batch = Objective(linked, dual=True, block_len=4).batch(ids, documents_row(20).repeat(2, 1))
     results = []
-    for at_once in (2**26, 512 * 7):
-        monkeypatch.setattr("tidar_core.training.losses.LOGITS_AT_ONCE", at_once)
+    for at_once in (None, 512 * 7):
+        objective = Objective(linked, dual=True, block_len=4, logits_at_once=at_once)
         linked.zero_grad()
         sums = objective(batch)
         dual_mode_loss(sums, 1.0, *label_counts(batch)).backward()

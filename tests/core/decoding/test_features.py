@@ -1,4 +1,4 @@
-"""Whatever a request asks of the sampler, drafting changes nothing of what is said, nor of how likely it was held."""
+"""Drafting changes neither the texts nor the log-probabilities of a request, whatever its sampling fields."""
 
 from dataclasses import replace
 
@@ -8,13 +8,14 @@ from decoding import GREEDY, RandomPlanner, expected_texts, prompts, requests
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive, score
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import Request
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, FixedMode
 
 WARM = SamplingConfig(max_tokens=24, temperature=1.0, seed=7)
-# The bad words are what the tiny model says to the first prompt, so that they bite; a test below holds that.
+# The bad words occur in the greedy text of the first prompt, so that the ban has an effect; a test below holds this.
 FEATURES = {
     "min_p": {"min_p": 0.05},
     "repetition": {"repetition_penalty": 1.4},
@@ -31,27 +32,27 @@ FEATURES = {
 }  # fmt: skip
 
 
-def decoded(model, asked, *, planner=None, kind="argmax", rows=3, pages=None, block_len=4):
+def decoded(model, wanted_requests, *, planner=None, kind="argmax", rows=3, pages=None, block_len=4, **settings):
     decoder = Decoder(
-        model, DraftConfig(block_len=block_len, kind=kind), rows=rows, context_len=64, page_len=4, pages=pages
+        model, DraftConfig(block_len=block_len, kind=kind), slots=rows, context_len=64, page_len=4, pages=pages
     )
-    return complete(Scheduler(decoder, planner), asked)
+    return complete(Scheduler(decoder, planner, **settings), wanted_requests)
 
 
-def words_that_are_said(model, text):
+def words_of_the_text(model, text):
     """Bad words that the greedy text holds: a single token, and two that follow each other."""
-    said = generate_autoregressive(model, text, GREEDY)
-    return ((said[4],), (said[8], said[9]), (said[1], said[2], said[3]))
+    emitted = generate_autoregressive(model, text, GREEDY)
+    return ((emitted[4],), (emitted[8], emitted[9]), (emitted[1], emitted[2], emitted[3]))
 
 
 @pytest.mark.parametrize("mode", [*MODES, "any"])
 @pytest.mark.parametrize("base", [GREEDY, WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_feature_says_what_it_says_one_token_at_a_time(model, feature, base, mode):
+def test_a_feature_gives_the_text_that_it_gives_one_token_at_a_time(model, feature, base, mode):
     texts = prompts(5, 12, 3, 8)
     sampling = replace(base, **FEATURES[feature])
     if feature == "bad words":
-        sampling = replace(sampling, bad_words=words_that_are_said(model, texts[0]))
+        sampling = replace(sampling, bad_words=words_of_the_text(model, texts[0]))
         assert expected_texts(model, texts[:1], sampling) != expected_texts(model, texts[:1], base)
     planner = RandomPlanner(3, 4) if mode == "any" else FixedMode(mode, 4)
     found = [tuple(c.token_ids) for c in decoded(model, requests(texts, sampling), planner=planner)]
@@ -66,8 +67,8 @@ def test_requests_with_and_without_rules_share_a_batch_and_its_pages(model):
         WARM,
         replace(GREEDY, min_tokens=9),
     ]
-    asked = [Request(request_id=str(i), prompt=t, sampling=s) for i, (t, s) in enumerate(zip(texts, wanted))]
-    found = [tuple(c.token_ids) for c in decoded(model, asked, pages=24)]
+    wanted_requests = [Request(request_id=str(i), prompt=t, sampling=s) for i, (t, s) in enumerate(zip(texts, wanted))]
+    found = [tuple(c.token_ids) for c in decoded(model, wanted_requests, pages=24)]
     assert found == [generate_autoregressive(model, text, sampling) for text, sampling in zip(texts, wanted)]
 
 
@@ -75,12 +76,12 @@ class Alternating:
     """A grammar of texts that alternate between even and odd tokens, and may end after an even number of them."""
 
     def __init__(self, vocab_size, end):
-        self.vocab_size, self.end, self.said = vocab_size, end, []
+        self.vocab_size, self.end, self.emitted = vocab_size, end, []
 
     def allowed(self, tokens):
         rows = []
         for count in range(len(tokens) + 1):
-            length = len(self.said) + count
+            length = len(self.emitted) + count
             row = torch.arange(self.vocab_size) % 2 == length % 2
             row[self.end] = length % 2 == 0 and length > 0
             rows.append(row)
@@ -88,11 +89,11 @@ class Alternating:
 
     def advance(self, tokens):
         for token in tokens:
-            assert token % 2 == len(self.said) % 2
-            self.said.append(token)
+            assert token % 2 == len(self.emitted) % 2
+            self.emitted.append(token)
 
     def retreat(self, count):
-        del self.said[len(self.said) - count :]
+        del self.emitted[len(self.emitted) - count :]
 
     @property
     def finished(self):
@@ -110,11 +111,11 @@ def test_a_constrained_text_keeps_to_its_grammar_and_is_the_autoregressive_one(m
     def grammar():
         return Alternating(model.config.vocab_size, end)
 
-    asked = [
+    wanted_requests = [
         Request(request_id=str(i), prompt=text, sampling=sampling, constraint=grammar()) for i, text in enumerate(texts)
     ]
     planner = RandomPlanner(5, 4) if mode == "any" else FixedMode(mode, 4)
-    found = [tuple(c.token_ids) for c in decoded(model, asked, planner=planner, kind=kind, pages=24)]
+    found = [tuple(c.token_ids) for c in decoded(model, wanted_requests, planner=planner, kind=kind, pages=24)]
     for text in found:
         assert all(token % 2 == i % 2 for i, token in enumerate(text) if token != end)
     if kind == "argmax" or base is GREEDY:
@@ -122,21 +123,21 @@ def test_a_constrained_text_keeps_to_its_grammar_and_is_the_autoregressive_one(m
 
 
 def test_drafts_within_a_grammar_are_all_allowed(model):
-    decoder = Decoder(model, DraftConfig(block_len=8), rows=1)
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=8), slots=1))
     constraint = Alternating(model.config.vocab_size, 498)
-    decoder.admit(Request(request_id="r", prompt=(1, 2, 3), sampling=GREEDY, constraint=constraint))
-    first = decoder.prefill()[0].token_ids[0]
+    scheduler.submit(Request(request_id="r", prompt=(1, 2, 3), sampling=GREEDY, constraint=constraint))
+    first = scheduler.prefill()[0].token_ids[0]
     for _ in range(3):
-        drafts = decoder._state.draft[0, : decoder.pending["r"]].tolist()
-        assert tuple(decoder.pending.values()) == (8,)
+        drafts = scheduler.decoder._state.draft[0, : scheduler.pending["r"]].tolist()
+        assert tuple(scheduler.pending.values()) == (8,)
         assert drafts[0] == first
-        assert all(token % 2 == (len(constraint.said) - 1 + i) % 2 for i, token in enumerate(drafts))
-        first = decoder.decode_step(FixedMode("single-pass", 8).next_plan({"r": 8}, 3))[0].token_ids[-1]
+        assert all(token % 2 == (len(constraint.emitted) - 1 + i) % 2 for i, token in enumerate(drafts))
+        first = scheduler.decode_step(FixedMode("single-pass", 8).next_plan({"r": 8}, 3))[0].token_ids[-1]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, replace(WARM, **FEATURES["all"])], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", [*MODES, "any"])
-def test_logprobs_of_what_is_said_are_those_of_a_plain_causal_forward(model, mode, sampling):
+def test_logprobs_of_emitted_tokens_are_those_of_a_plain_causal_forward(model, mode, sampling):
     texts = prompts(5, 12, 3)
     sampling = replace(sampling, logprobs=3, prompt_logprobs=True)
     planner = RandomPlanner(5, 4) if mode == "any" else FixedMode(mode, 4)
@@ -152,21 +153,22 @@ def test_logprobs_of_what_is_said_are_those_of_a_plain_causal_forward(model, mod
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 5])
-def test_so_many_logprobs_come_as_were_asked_for(model, logprobs):
+def test_as_many_logprobs_come_as_the_request_wants(model, logprobs):
     sampling = replace(GREEDY, logprobs=logprobs)
     completion = decoded(model, requests(prompts(7), sampling))[0]
     assert [len(entry.top) for entry in completion.logprobs] == ([] if logprobs is None else [logprobs] * 24)
     assert completion.prompt_logprobs == ()
 
 
-def test_a_prompt_in_chunks_is_scored_whole_even_where_its_pages_are_known(model, monkeypatch):
-    monkeypatch.setattr("tidar_core.decoding.decoder.PREFILL_TOKENS", 7)
+def test_a_prompt_in_chunks_is_scored_whole_even_where_its_pages_are_known(model):
     text = prompts(30)[0]
     plain, scored = (
         replace(GREEDY, prompt_logprobs=wanted, logprobs=0 if wanted else None) for wanted in (False, True)
     )
-    asked = [Request(request_id=str(i), prompt=text, sampling=s) for i, s in enumerate((plain, scored, scored))]
-    done = decoded(model, asked, rows=1)
+    wanted_requests = [
+        Request(request_id=str(i), prompt=text, sampling=s) for i, s in enumerate((plain, scored, scored))
+    ]
+    done = decoded(model, wanted_requests, rows=1, prefill_tokens=7)
     for completion in done[1:]:
         found = torch.tensor([entry.logprob for entry in completion.prompt_logprobs])
         torch.testing.assert_close(found, score(model, text).logprob_L, rtol=0, atol=1e-4)

@@ -23,28 +23,28 @@ class EvenThenOdd:
     """Even and odd tokens in turns, 2 to 6 of them, then END: a constraint in plain Python."""
 
     def __init__(self, vocab_size=V):
-        self.said, self.vocab_size = [], vocab_size
+        self.emitted, self.vocab_size = [], vocab_size
 
     @property
     def finished(self):
-        return len(self.said) >= 6
+        return len(self.emitted) >= 6
 
     def allowed(self, tokens):
-        return torch.stack([self._row([*self.said, *tokens[:n]]) for n in range(len(tokens) + 1)])
+        return torch.stack([self._row([*self.emitted, *tokens[:n]]) for n in range(len(tokens) + 1)])
 
     def advance(self, tokens):
         for token in tokens:
-            assert self._row(self.said)[token]
-            self.said.append(token)
+            assert self._row(self.emitted)[token]
+            self.emitted.append(token)
 
     def retreat(self, count):
-        del self.said[len(self.said) - count :]
+        del self.emitted[len(self.emitted) - count :]
 
-    def _row(self, said):
+    def _row(self, emitted):
         row = torch.zeros(self.vocab_size, dtype=torch.bool)
-        if len(said) < 6:
-            row[1 + len(said) % 2 : V : 2] = True
-        row[END] = len(said) >= 2
+        if len(emitted) < 6:
+            row[1 + len(emitted) % 2 : V : 2] = True
+        row[END] = len(emitted) >= 2
         return row
 
 
@@ -117,7 +117,7 @@ def test_where_all_is_banned_only_end_of_text_is_left():
 
 def test_a_grammar_outweighs_the_other_bans():
     finished = EvenThenOdd()
-    finished.said = [1, 2, 1, 2, 1, 2]
+    finished.emitted = [1, 2, 1, 2, 1, 2]
     rules = LogitRules(SamplingConfig(min_tokens=9, eos_ids=(END, 3)), (), V, constraint=finished)
     assert rules.adjust(torch.ones(1, V)).tolist() == [[1] + [-INF] * 7]
     rules = LogitRules(

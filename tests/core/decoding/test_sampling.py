@@ -1,4 +1,4 @@
-"""From logits to laws and from draws to tokens: typed-out laws, chosen draws."""
+"""Logits become distributions and draws become tokens: typed-out distributions, chosen draws."""
 
 import math
 
@@ -12,7 +12,7 @@ from tidar_core.errors import RequestError
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
 
 
-def law_of(**fields):
+def probs_of(**fields):
     return target_probs(LOGITS[None, None], SamplingTensors.of([SamplingConfig(**fields)]))[0, 0].tolist()
 
 
@@ -39,8 +39,8 @@ def law_of(**fields):
         ({"temperature": 0.0, "min_p": 0.5}, [0, 1, 0, 0]),
     ],
 )
-def test_the_law_is_temperature_then_min_p_then_top_k_then_top_p(fields, expected):
-    assert law_of(**fields) == pytest.approx(expected, abs=1e-6)
+def test_the_distribution_is_temperature_then_min_p_then_top_k_then_top_p(fields, expected):
+    assert probs_of(**fields) == pytest.approx(expected, abs=1e-6)
 
 
 def test_top_k_keeps_exactly_k_of_equal_tokens():
@@ -48,18 +48,18 @@ def test_top_k_keeps_exactly_k_of_equal_tokens():
     assert tied[0, 0].tolist() == [0.5, 0.5, 0, 0, 0]
 
 
-def test_each_request_of_a_batch_has_its_own_law():
+def test_each_request_of_a_batch_has_its_own_distribution():
     requests = [
         SamplingConfig(temperature=0.0),
         SamplingConfig(temperature=1.0, top_k=2),
         SamplingConfig(temperature=1),
         SamplingConfig(temperature=1.0, min_p=0.6),
     ]
-    laws = target_probs(LOGITS.expand(4, 1, 4), SamplingTensors.of(requests))[:, 0]
-    assert laws[3].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
-    assert laws[0].tolist() == [0, 1, 0, 0]
-    assert laws[1].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
-    assert laws[2].tolist() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-6)
+    probs = target_probs(LOGITS.expand(4, 1, 4), SamplingTensors.of(requests))[:, 0]
+    assert probs[3].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
+    assert probs[0].tolist() == [0, 1, 0, 0]
+    assert probs[1].tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
+    assert probs[2].tolist() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-6)
 
 
 def test_inversion_gives_each_token_its_share_of_the_unit_interval():
@@ -68,7 +68,7 @@ def test_inversion_gives_each_token_its_share_of_the_unit_interval():
     assert draw(prob.expand(6, 4), draws).tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_evenly_spread_draws_give_each_token_its_share_of_the_law_with_min_p():
+def test_evenly_spread_draws_give_each_token_its_share_of_the_distribution_with_min_p():
     draws = (torch.arange(900) + 0.5) / 900
     prob = target_probs(LOGITS.expand(1, 900, 4), SamplingTensors.of([SamplingConfig(temperature=1.0, min_p=0.3)]))[0]
     assert torch.bincount(draw(prob, draws), minlength=4).tolist() == [0, 400, 200, 300]
@@ -107,7 +107,7 @@ def test_draws_are_uniform_and_neighbours_are_unrelated():
     assert ((counts - 4000) ** 2 / 4000).sum().item() < 33.7  # chi-square, 9 degrees, p = 1e-4
 
 
-def test_greedy_needs_no_luck():
+def test_greedy_needs_no_draw():
     fields = SamplingTensors.of([SamplingConfig(seed=s) for s in range(4)])
     position = torch.zeros(4, 1, dtype=torch.long)
     assert sample(LOGITS.expand(4, 1, 4), fields, position, TARGET)[:, 0].tolist() == [1, 1, 1, 1]
@@ -137,7 +137,7 @@ def test_a_banned_token_stays_banned_at_any_temperature():
         ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20, or absent"),
     ],
 )
-def test_a_field_out_of_range_is_told_with_what_is_needed(fields, message):
+def test_a_field_out_of_range_is_refused_with_what_is_needed(fields, message):
     with pytest.raises(RequestError) as raised:
         SamplingConfig(**fields)
     assert str(raised.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Many requests on few pages: whoever waits, is preempted, shares or leaves, every text is the autoregressive one."""
+"""Many requests on few pages: all texts are autoregressive, whether requests wait, share, leave or are preempted."""
 
 import random
 from dataclasses import replace
@@ -8,8 +8,9 @@ import torch
 from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
 
 from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode, StepPlan
 from tidar_core.errors import ConfigError
 
@@ -18,21 +19,21 @@ SAMPLED = SamplingConfig(max_tokens=20, temperature=1.0, top_k=50, seed=6)
 
 def decoder_of(model, *, rows=3, block_len=4, context_len=64, page_len=4, pages=None, kind="argmax"):
     draft = DraftConfig(block_len=block_len, kind=kind)
-    return Decoder(model, draft, rows=rows, context_len=context_len, page_len=page_len, pages=pages)
+    return Decoder(model, draft, slots=rows, context_len=context_len, page_len=page_len, pages=pages)
 
 
-def texts_of(batcher, texts, sampling):
-    return [tuple(c.token_ids) for c in complete(batcher, requests(texts, sampling))]
+def texts_of(scheduler, texts, sampling):
+    return [tuple(c.token_ids) for c in complete(scheduler, requests(texts, sampling))]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("mode", ["autoregressive", "single-pass", "two-pass"])
-def test_sequences_that_give_up_their_pages_are_read_again_and_say_the_same(model, mode, sampling):
+def test_sequences_that_give_up_their_pages_are_read_again_and_give_the_same_text(model, mode, sampling):
     texts = prompts(15, 12, 20, 8, 17)
-    decoder = decoder_of(model, pages=19)
-    assert texts_of(Scheduler(decoder, FixedMode(mode, 4)), texts, sampling) == expected_texts(model, texts, sampling)
-    assert decoder.preemptions > 0
-    assert decoder.pool.held == 0
+    scheduler = Scheduler(decoder_of(model, pages=19), FixedMode(mode, 4))
+    assert texts_of(scheduler, texts, sampling) == expected_texts(model, texts, sampling)
+    assert scheduler.preemptions > 0
+    assert scheduler.pool.held == 0
 
 
 @pytest.mark.parametrize("kind", ["argmax", "sampled"])
@@ -42,69 +43,66 @@ def test_after_any_history_of_admits_aborts_and_finishes_every_page_is_free(mode
     texts = prompts(*(luck.randint(1, 24) for _ in range(14)), seed=seed)
     texts += [text[:10] + prompts(5, seed=seed)[0] for text in texts if len(text) > 10]  # some begin alike
     expected = dict(enumerate(expected_texts(model, texts, GREEDY)))
-    decoder = decoder_of(model, rows=4, pages=22, kind=kind)
-    batcher = Scheduler(decoder, RandomPlanner(seed, 4))
-    waiting, said = requests(texts, GREEDY), {str(i): () for i in range(len(texts))}
-    while waiting or batcher.busy:
+    scheduler = Scheduler(decoder_of(model, rows=4, pages=22, kind=kind), RandomPlanner(seed, 4))
+    waiting, emitted = requests(texts, GREEDY), {str(i): () for i in range(len(texts))}
+    while waiting or scheduler.busy:
         if waiting and luck.random() < 0.5:
-            batcher.submit(waiting.pop(0))
+            scheduler.submit(waiting.pop(0))
         if luck.random() < 0.1:
             gone = str(luck.randrange(len(texts)))
-            if batcher.abort(gone):
+            if scheduler.abort(gone):
                 expected[int(gone)] = None
-        for step in batcher.advance():
-            said[step.request_id] += step.token_ids
-        assert decoder.pool.held <= 22
+        for step in scheduler.advance():
+            emitted[step.request_id] += step.token_ids
+        assert scheduler.pool.held <= 22
     for i, text in expected.items():
-        assert text is None or said[str(i)] == text
-    assert (decoder.pool.held, decoder.pool.available) == (0, 22)
-    assert not decoder._state.live.any()
-    assert not decoder._state.page_table.any()
+        assert text is None or emitted[str(i)] == text
+    assert (scheduler.pool.held, scheduler.pool.available) == (0, 22)
+    assert not scheduler.decoder._state.live.any()
+    assert not scheduler.decoder._state.page_table.any()
 
 
 def test_a_prompt_that_begins_like_one_before_is_not_read_twice(model):
     text = prompts(30)[0]
     again = (*text[:20], *prompts(6, seed=3)[0])
-    decoder = decoder_of(model)
-    batcher = Scheduler(decoder)
-    assert texts_of(batcher, [text], GREEDY) == expected_texts(model, [text], GREEDY)
-    assert decoder.shared_tokens == 0
-    assert texts_of(batcher, [again], GREEDY) == expected_texts(model, [again], GREEDY)
-    assert decoder.shared_tokens == 20
-    assert texts_of(batcher, [text], GREEDY) == expected_texts(model, [text], GREEDY)
-    assert decoder.shared_tokens == 20 + 28, "all but the page that the prompt's last token is on"
+    scheduler = Scheduler(decoder_of(model))
+    assert texts_of(scheduler, [text], GREEDY) == expected_texts(model, [text], GREEDY)
+    assert scheduler.shared_tokens == 0
+    assert texts_of(scheduler, [again], GREEDY) == expected_texts(model, [again], GREEDY)
+    assert scheduler.shared_tokens == 20
+    assert texts_of(scheduler, [text], GREEDY) == expected_texts(model, [text], GREEDY)
+    assert scheduler.shared_tokens == 20 + 28, "all but the page that the prompt's last token is on"
 
 
 def test_a_completion_is_shared_as_well_by_whoever_continues_it(model):
     text = prompts(9)[0]
-    decoder = decoder_of(model)
-    batcher = Scheduler(decoder)
-    said = texts_of(batcher, [text], GREEDY)[0]
-    longer = (*text, *said)
-    assert texts_of(batcher, [longer], GREEDY) == expected_texts(model, [longer], GREEDY)
-    assert decoder.shared_tokens >= 28
+    scheduler = Scheduler(decoder_of(model))
+    emitted = texts_of(scheduler, [text], GREEDY)[0]
+    longer = (*text, *emitted)
+    assert texts_of(scheduler, [longer], GREEDY) == expected_texts(model, [longer], GREEDY)
+    assert scheduler.shared_tokens >= 28
 
 
-def test_many_who_ask_the_same_hold_its_pages_once(model):
+def test_many_requests_of_the_same_prompt_hold_its_pages_once(model):
     text = prompts(40)[0]
-    decoder = decoder_of(model, rows=4, context_len=64)
-    firsts = [prefilled(decoder, request) for request in requests([text] * 4, GREEDY)]
+    scheduler = Scheduler(decoder_of(model, rows=4, context_len=64))
+    firsts = [prefilled(scheduler, request) for request in requests([text] * 4, GREEDY)]
     assert [step.cached for step in firsts] == [0, 36, 36, 36]
-    assert {step.cached for step in decoder.decode_step(StepPlan(1))} == {0}, "said once"
-    assert decoder.pool.held == 9 + 4 * 2  # 36 tokens shared; each has the last 4 of the prompt, and room for a block
-    assert decoder.shared_tokens == 3 * 36
+    assert {step.cached for step in scheduler.decode_step(StepPlan(1))} == {0}, "reported once"
+    assert scheduler.pool.held == 9 + 4 * 2  # 36 tokens shared; each has the last 4 of the prompt, and room for a block
+    assert scheduler.shared_tokens == 3 * 36
 
 
 def test_a_long_prompt_holds_up_nobody(model):
     sampling = replace(GREEDY, max_tokens=12)
-    decoder = decoder_of(model, rows=2, context_len=128)
+    scheduler = Scheduler(decoder_of(model, rows=2, context_len=128))
     short, long = requests(prompts(5, 100), sampling)
-    prefilled(decoder, short)
-    decoder.admit(long)
+    prefilled(scheduler, short)
+    scheduler.submit(long)
     gaps = 0
-    while decoder.arriving:
-        assert decoder.decode_step(StepPlan(1))
-        gaps += not decoder.prefill(16)
+    while scheduler.arriving:
+        assert scheduler.decode_step(StepPlan(1))
+        gaps += not scheduler.prefill(16)
     assert gaps == 6, "100 tokens in chunks of 16 leave room for six steps before the first token"
 
 
@@ -117,11 +115,11 @@ def test_what_lies_beyond_a_prefix_is_never_looked_at(model):
 
 def test_mask_tokens_never_own_a_page(model):
     """Dense drafting adds a page for each committed token's slot and none for the 16 mask rows."""
-    decoder = decoder_of(model, rows=1)
-    prefilled(decoder, requests(prompts(7), GREEDY)[0])
-    decoder.decode_step(StepPlan(4, (1, 2, 3, 4)))
-    assert decoder.pool.held == 3  # 7 tokens, and 4 drafts in flight
-    written = decoder.cache.pages[0].abs().sum((1, 2, 3, 4)) > 0
+    scheduler = Scheduler(decoder_of(model, rows=1))
+    prefilled(scheduler, requests(prompts(7), GREEDY)[0])
+    scheduler.decode_step(StepPlan(4, (1, 2, 3, 4)))
+    assert scheduler.pool.held == 3  # 7 tokens, and 4 drafts in flight
+    written = scheduler.decoder.cache.pages[0].abs().sum((1, 2, 3, 4)) > 0
     assert written.sum() == 3
 
 

@@ -1,4 +1,4 @@
-"""A text ends at the first stop string that is complete, however it was cut into pieces."""
+"""A text ends at the first stop string that is complete, however it was cut into chunks."""
 
 from itertools import pairwise
 
@@ -12,13 +12,13 @@ LETTERS = st.text(alphabet="ab🎉", min_size=1, max_size=12)
 
 
 def read(pieces, strings, include=False):
-    """What is told after each piece, and at the end; and the string that was found."""
-    stops, told = StopStrings(strings, include=include), []
+    """Text that is released after each chunk and at the end, and the string that was found."""
+    stops, released = StopStrings(strings, include=include), []
     for piece in pieces:
-        told.append(stops.push(piece))
+        released.append(stops.push(piece))
         if stops.found is not None:
-            return told, stops.found
-    return [*told, stops.flush()], None
+            return released, stops.found
+    return [*released, stops.flush()], None
 
 
 def ended_by_hand(text, strings, include):
@@ -31,7 +31,7 @@ def ended_by_hand(text, strings, include):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "strings", "told", "found"),
+    ("pieces", "strings", "released", "found"),
     [
         (["one ", "two"], [], ["one ", "two", ""], None),
         (["one STOP two"], ["STOP"], ["one "], "STOP"),
@@ -45,11 +45,11 @@ def ended_by_hand(text, strings, include):
         (["日", "本語", "!"], ["本語!"], ["日", "", ""], "本語!"),
     ],
 )
-def test_the_text_is_told_up_to_the_first_stop_string(pieces, strings, told, found):
-    assert read(pieces, strings) == (told, found)
+def test_the_text_is_released_up_to_the_first_stop_string(pieces, strings, released, found):
+    assert read(pieces, strings) == (released, found)
 
 
-def test_the_stop_string_is_part_of_the_text_where_that_is_asked_for_and_then_nothing_is_held_back():
+def test_the_stop_string_is_part_of_the_text_where_the_request_wants_it_and_then_nothing_is_held_back():
     assert read(["one ST", "OP two"], ["STOP"], include=True) == (["one ST", "OP"], "STOP")
     assert read(["one ST", "AY"], ["STOP"], include=True) == (["one ST", "AY", ""], None)
 
@@ -57,18 +57,18 @@ def test_the_stop_string_is_part_of_the_text_where_that_is_asked_for_and_then_no
 @given(LETTERS, st.lists(LETTERS, max_size=3), st.lists(st.integers(0, 12)), st.booleans())
 def test_the_end_depends_on_the_text_alone(text, strings, cuts, include):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    told, found = read([text[a:b] for a, b in pairwise(edges)], strings, include)
-    assert ("".join(told), found) == ended_by_hand(text, strings, include)
+    released, found = read([text[a:b] for a, b in pairwise(edges)], strings, include)
+    assert ("".join(released), found) == ended_by_hand(text, strings, include)
 
 
 @given(LETTERS, st.lists(LETTERS, min_size=1, max_size=3))
 def test_what_is_held_back_is_exactly_what_may_begin_a_stop_string(text, strings):
     stops = StopStrings(strings)
-    told = stops.push(text)
+    released = stops.push(text)
     if stops.found is None:
         tails = [text[len(text) - n :] for n in range(len(text) + 1)]
         beginning = max(t for t in map(len, (tail for tail in tails if any(s.startswith(tail) for s in strings))))
-        assert len(text) - len(told) == beginning
+        assert len(text) - len(released) == beginning
 
 
 def test_strings_that_are_not_looked_for_yet_do_not_end_a_text_but_may_begin_in_it():

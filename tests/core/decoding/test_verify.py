@@ -1,4 +1,4 @@
-"""Verification: chosen draws, then the law of what leaves by enumeration of every outcome."""
+"""Verification: chosen draws, then the distribution of emitted tokens by enumeration of every outcome."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from tidar_core.decoding.verify import verify_argmax, verify_sampled
 NEVER_READ = 0.5
 
 
-def test_drafts_stand_while_they_are_what_the_target_drew():
+def test_drafts_are_accepted_while_they_equal_the_draws_of_the_target():
     draft = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]])
     target = torch.tensor([[9, 7, 8, 1], [6, 9, 8, 1], [6, 7, 9, 1], [6, 7, 8, 1]])
     verdict = verify_argmax(draft, target)
@@ -46,7 +46,7 @@ def test_a_drawn_draft_is_kept_with_probability_p_over_q(accept, target, accepte
     assert (verdict.accepted_B.item(), verdict.next_B.item()) == (accepted, follows)
 
 
-def test_equal_laws_keep_every_draft():
+def test_equal_distributions_keep_every_draft():
     p = torch.full((1, 3, 4), 0.25)
     verdict = verify_sampled(torch.tensor([[0, 3, 2]]), p, p, torch.full((1, 3), 1 - 2**-24), torch.zeros(1, 3))
     assert verdict.accepted_B.item() == 3
@@ -58,7 +58,7 @@ def test_nothing_left_over_falls_back_to_the_target():
     assert (verdict.accepted_B.item(), verdict.next_B.item()) == (1, 1)
 
 
-def bad_laws(seed, positions, vocabulary):
+def bad_distributions(seed, positions, vocabulary):
     """Targets p(. | history) for every history, and proposals q that favour what p does not."""
     generator = torch.Generator().manual_seed(seed)
     targets = {}
@@ -70,8 +70,8 @@ def bad_laws(seed, positions, vocabulary):
     return targets, [q / q.sum() for q in proposals]
 
 
-def law_of_what_leaves(targets, proposals, decide, positions, vocabulary, cells):
-    """Exact law of the first tokens after d_1, by enumerating drafts and a grid of draws.
+def emitted_distribution(targets, proposals, decide, positions, vocabulary, cells):
+    """Exact distribution of the first tokens after d_1, by enumerating drafts and a grid of draws.
 
     One round gives n tokens; what it does not give is completed with the target distribution, as later rounds would.
     """
@@ -97,7 +97,7 @@ def law_of_what_leaves(targets, proposals, decide, positions, vocabulary, cells)
     return out
 
 
-def autoregressive_law(targets, positions, vocabulary):
+def autoregressive_distribution(targets, positions, vocabulary):
     out = {}
     for text in itertools.product(range(vocabulary), repeat=positions):
         out[text] = 1.0
@@ -107,9 +107,9 @@ def autoregressive_law(targets, positions, vocabulary):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_drawn_drafts_leave_the_autoregressive_law_exact_for_bad_proposals(seed):
+def test_drawn_drafts_leave_the_autoregressive_distribution_exact_for_bad_proposals(seed):
     positions, vocabulary, cells = 2, 3, 60
-    targets, proposals = bad_laws(seed, positions, vocabulary)
+    targets, proposals = bad_distributions(seed, positions, vocabulary)
     q = torch.stack(proposals)[None]
     total_variation = 0.5 * sum((p - r).abs().sum().item() for p, r in zip([targets[()]], proposals[1:]))
     assert total_variation > 0.2  # the proposals are bad indeed
@@ -117,8 +117,8 @@ def test_drawn_drafts_leave_the_autoregressive_law_exact_for_bad_proposals(seed)
     def decide(draft, p, accepts, targets_drawn):
         return verify_sampled(draft, p, q, accepts, targets_drawn)
 
-    found = law_of_what_leaves(targets, proposals, decide, positions, vocabulary, cells)
-    expected = autoregressive_law(targets, positions, vocabulary)
+    found = emitted_distribution(targets, proposals, decide, positions, vocabulary, cells)
+    expected = autoregressive_distribution(targets, positions, vocabulary)
     assert sum(found.values()) == pytest.approx(1)
     for text, probability in expected.items():
         # a grid of 60 cells places each of at most three thresholds within half a cell
@@ -127,18 +127,18 @@ def test_drawn_drafts_leave_the_autoregressive_law_exact_for_bad_proposals(seed)
 
 def test_a_biased_rule_would_be_noticed():
     positions, vocabulary, cells = 2, 3, 60
-    targets, proposals = bad_laws(0, positions, vocabulary)
+    targets, proposals = bad_distributions(0, positions, vocabulary)
 
     def keep_all(draft, p, accepts, targets_drawn):
         return verify_sampled(draft, p, torch.zeros_like(p), accepts, targets_drawn)
 
-    found = law_of_what_leaves(targets, proposals, keep_all, positions, vocabulary, cells)
-    expected = autoregressive_law(targets, positions, vocabulary)
+    found = emitted_distribution(targets, proposals, keep_all, positions, vocabulary, cells)
+    expected = autoregressive_distribution(targets, positions, vocabulary)
     assert max(abs(found.get(text, 0.0) - p) for text, p in expected.items()) > 2.5 / cells
 
 
 def test_a_chosen_draft_is_kept_with_the_probability_that_the_target_gives_it():
-    targets, _ = bad_laws(2, 2, 4)
+    targets, _ = bad_distributions(2, 2, 4)
     cells = 10_000
     grid = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
     from tidar_core.decoding.sampling import draw

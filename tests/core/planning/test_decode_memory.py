@@ -9,6 +9,7 @@ from decoding import GREEDY, prompts, requests
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.decoder_size import DecoderSize
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.decode_memory import LiveBytes, memory_bound
 from tidar_core.transformer.shapes import named_shape
@@ -21,7 +22,7 @@ def bound(
     config, *, rows, kind="argmax", block_len=K, context_len=None, mode="auto", dtype=torch.float32, device="cpu"
 ):
     draft = DraftConfig(block_len=block_len, kind=kind)
-    size = DecoderSize.of(config, draft, rows=rows, context_len=None, pages=None, page_len=16)
+    size = DecoderSize.of(config, draft, slots=rows, context_len=None, pages=None, page_len=16)
     return memory_bound(config, draft, size, dtype=dtype, mode=mode, device=device)
 
 
@@ -36,7 +37,7 @@ def test_live_bytes_are_those_of_the_tensors_that_are_there_at_once():
 
 
 def test_weights_and_cache_are_those_of_the_decoder(model):
-    decoder, found = Decoder(model, DraftConfig(block_len=K), rows=3), bound(model.config, rows=3)
+    decoder, found = Decoder(model, DraftConfig(block_len=K), slots=3), bound(model.config, rows=3)
     assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     assert found.cache == decoder.cache.bytes
     assert found.total >= found.weights + found.cache + found.tables + found.forwards
@@ -45,18 +46,18 @@ def test_weights_and_cache_are_those_of_the_decoder(model):
 
 @pytest.mark.parametrize("kind", ["argmax", "sampled"])
 def test_no_prefill_and_no_step_takes_more_than_the_bound(model, kind):
-    decoder = Decoder(model, DraftConfig(block_len=K, kind=kind), rows=3)
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=K, kind=kind), slots=3))
     found = bound(model.config, rows=3, kind=kind)
     samplings = [replace(GREEDY, max_tokens=30), WARM, replace(WARM, beta=0.5), replace(WARM, repetition_penalty=1.2)]
     for sampling in samplings:
         with LiveBytes(torch.device("cpu")) as live:
             for request in requests(prompts(90, 60, 80), replace(sampling, logprobs=3, prompt_logprobs=True)):
-                decoder.admit(request)
-            taken = live.above([lambda: decoder.prefill(10**6)])
+                scheduler.submit(request)
+            taken = live.above([lambda: scheduler.prefill(10**6)])
             for plan in (StepPlan(1), StepPlan(K), StepPlan(K, (1,)), StepPlan(K, (1, 2, 3, 4))):
-                taken = max(taken, live.above([lambda plan=plan: decoder.decode_step(plan)]))
-        for request_id in (*decoder.running, *decoder.arriving):
-            decoder.abort(request_id)
+                taken = max(taken, live.above([lambda plan=plan: scheduler.decode_step(plan)]))
+        for request_id in (*scheduler.running, *scheduler.arriving):
+            scheduler.abort(request_id)
         assert 0 < taken <= found.forwards + found.sampling
 
 

@@ -6,10 +6,11 @@ import pytest
 from decoding import GREEDY, expected_texts, prompts, requests
 
 from tidar_core.config import DraftConfig
+from tidar_core.decoding.completion import complete
 from tidar_core.decoding.cuda_graphs import rounded
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
-from tidar_core.decoding.scheduler import Scheduler, complete
+from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.acceptance_model import (
     ALL,
@@ -126,7 +127,7 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
     speeds = {}
     for candidate in all_candidates(K):
         mode, cycle = candidate.mode, candidate.cycle
-        seconds = sum(1.0 + row_cost * plan.rows(K) for plan in cycle)
+        seconds = sum(1.0 + row_cost * plan.query_tokens(K) for plan in cycle)
         if mode == "single-pass":
             tokens = simulated_tokens(cycle[0], regimes)
         else:
@@ -173,7 +174,9 @@ def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
 def test_acceptance_is_counted_per_draft_and_regime_up_to_the_first_rejected_draft():
     acceptance = Acceptance(4)
     acceptance.observe(DecodeStep("r", (1, 2), None, 4, 2, 4), NONE)  # 1 accepted, 2 rejected, 3 not reached
-    acceptance.observe(DecodeStep("r", (1, 2), None, 3, 2, 4, late=1), SOME)  # behind a correction: accepted, rejected
+    acceptance.observe(
+        DecodeStep("r", (1, 2), None, 3, 2, 4, mask_offset=1), SOME
+    )  # behind a correction: accepted, rejected
     acceptance.observe(DecodeStep("r", (1,), None, 1, 1, 4), ALL)  # nothing was drafted
     assert acceptance.tried[NONE] == pytest.approx([0, 1, 1, 0, 0, 0], abs=0.01)
     assert acceptance.kept[NONE] == pytest.approx([0, 1, 0, 0, 0, 0], abs=0.01)
@@ -308,14 +311,14 @@ def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
 def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost):
     texts = prompts(5, 12, 3, 8)
     planner = planner_with(table_of(lambda rows: 1.0 + row_cost * rows), K)
-    batcher = Scheduler(Decoder(model, DraftConfig(block_len=K), rows=3), planner)
-    found = [tuple(c.token_ids) for c in complete(batcher, requests(texts, GREEDY))]
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=K), slots=3), planner)
+    found = [tuple(c.token_ids) for c in complete(scheduler, requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_auto_with_a_block_of_one_token_has_nothing_to_draft_or_probe(model, rows):
-    texts, decoder = prompts(5, 12, 3, 8), Decoder(model, DraftConfig(block_len=1), rows=rows)
+    texts, decoder = prompts(5, 12, 3, 8), Decoder(model, DraftConfig(block_len=1), slots=rows)
     planner = planner_of("auto", decoder, decoding_latency(decoder, context_len=16, repeats=1))
     assert not planner.drafts_at_prefill
     found = [tuple(c.token_ids) for c in complete(Scheduler(decoder, planner), requests(texts, GREEDY))]

@@ -41,7 +41,7 @@ class SimulatedDecoder:
     weights: float
     query_token: float
     context_token: float
-    rows: int = 8
+    slots: int = 8
     context_len: int = 8192
     draft: DraftConfig = field(default_factory=lambda: DraftConfig(block_len=K))
 
@@ -50,7 +50,7 @@ class SimulatedDecoder:
 
     @contextmanager
     def rehearsal(self, batch, context):
-        yield lambda plan: self.clock.run(self.seconds(plan.rows(K), batch, context))
+        yield lambda plan: self.clock.run(self.seconds(plan.query_tokens(K), batch, context))
 
 
 def real_checkpoint(clock):
@@ -97,7 +97,7 @@ def test_without_a_budget_every_shape_is_timed_in_all_its_plans():
 
 def test_a_small_model_is_timed_as_before_in_rows_of_repetitions():
     clock = Clock()
-    decoder = SimulatedDecoder(clock, weights=0.0005, query_token=1e-5, context_token=1e-9, rows=1, context_len=256)
+    decoder = SimulatedDecoder(clock, weights=0.0005, query_token=1e-5, context_token=1e-9, slots=1, context_len=256)
     table = decoding_latency(decoder, clock=clock, repeats=5)
     assert all(point.timed for point in table.points)
     plans = {(p.rows, p.drafts) for p in table.points}

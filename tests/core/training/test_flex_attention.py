@@ -54,11 +54,10 @@ def test_a_tile_is_skipped_when_nothing_in_it_is_visible_and_free_of_the_rule_wh
                 assert (k in full) == (tile.shape == (128, 128) and bool(tile.all()))
 
 
-def test_tiles_judged_row_by_row_are_the_same(monkeypatch):
+def test_tiles_judged_row_by_row_are_the_same():
     layout = LAYOUTS["doubled, blocks of 16"]
     together = FlexAttention(layout).block_mask
-    monkeypatch.setattr("tidar_core.training.flex_attention.PAIRS_AT_ONCE", 1)
-    apart = FlexAttention(layout).block_mask
+    apart = FlexAttention(layout, pairs_at_once=1).block_mask
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(together, name), getattr(apart, name))
 

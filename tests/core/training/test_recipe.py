@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from oracles import documents_row
 
 from tidar_core.errors import ConfigError
-from tidar_core.training import losses
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
 from tidar_core.training.losses import chunk_loss, dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
@@ -170,13 +169,14 @@ def test_no_gradient_flows_through_the_teacher():
     assert student.grad[1].tolist() == [0, 0, 0, 0]  # no label, no loss
 
 
-def test_chunks_of_logits_change_neither_a_weighted_nor_a_distilled_loss(model, monkeypatch):
+def test_chunks_of_logits_change_neither_a_weighted_nor_a_distilled_loss(model):
     recipe = Recipe(masking="random", position_decay=3.0, distillation=0.5, block_share=0.7, block_lens=(2, 4))
-    objective = Objective(model, dual=True, block_len=4, recipe=recipe)
-    made = objective.batch(IDS.repeat(3, 1), DOCUMENTS.repeat(3, 1), seed_B=[1, 2, 3])
+    made = Objective(model, dual=True, block_len=4, recipe=recipe).batch(
+        IDS.repeat(3, 1), DOCUMENTS.repeat(3, 1), seed_B=[1, 2, 3]
+    )
     found = []
-    for at_once in (losses.LOGITS_AT_ONCE, 512 * 7):
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    for at_once in (None, 512 * 7):
+        objective = Objective(model, dual=True, block_len=4, recipe=recipe, logits_at_once=at_once)
         model.zero_grad()
         loss = dual_mode_loss(objective(made), 1.0, *label_counts(made))
         loss.backward()

@@ -1,10 +1,11 @@
 """Attention in chunks equals the dense square, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import documents_row
 
-from tidar_core.transformer import attention
 from tidar_core.transformer.attention import DenseAttention, PiecewiseAttention
 from tidar_core.transformer.layout import causal_layout, training_layout
 
@@ -16,9 +17,7 @@ LAYOUTS |= {f"blocks of {n}": training_layout(DOCUMENTS, n) for n in (1, 2, 4, 7
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 @pytest.mark.parametrize("chunk_len", [3, 16, 256])
-def test_chunks_equal_the_dense_square_forward_and_backward(monkeypatch, name, heads, kv_heads, chunk_len):
-    monkeypatch.setattr(attention, "CLEAN_CHUNK", chunk_len)
-    monkeypatch.setattr(attention, "MASK_CHUNK", chunk_len)
+def test_chunks_equal_the_dense_square_forward_and_backward(name, heads, kv_heads, chunk_len):
     layout = LAYOUTS[name]
     generator = torch.Generator().manual_seed(heads)
     shape = (*layout.position.shape, heads, 8)
@@ -26,7 +25,7 @@ def test_chunks_equal_the_dense_square_forward_and_backward(monkeypatch, name, h
     k, v = (torch.randn(*layout.position.shape, kv_heads, 8, generator=generator) for _ in range(2))
     weight = torch.randn(shape, generator=generator)
     outputs, gradients = [], []
-    for form in (DenseAttention, PiecewiseAttention):
+    for form in (DenseAttention, partial(PiecewiseAttention, clean_chunk=chunk_len, mask_chunk=chunk_len)):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         output = form(layout)(0, *inputs)
         (output * weight).sum().backward()
@@ -38,11 +37,9 @@ def test_chunks_equal_the_dense_square_forward_and_backward(monkeypatch, name, h
         torch.testing.assert_close(ours, dense, rtol=0, atol=1e-5)
 
 
-def test_a_chunk_takes_no_key_before_the_first_and_none_behind_the_last_that_it_sees(monkeypatch):
-    monkeypatch.setattr(attention, "CLEAN_CHUNK", 5)
-    monkeypatch.setattr(attention, "MASK_CHUNK", 5)
+def test_a_chunk_takes_no_key_before_the_first_and_none_behind_the_last_that_it_sees():
     layout = training_layout(documents_row(8, 12), 4)
-    form = PiecewiseAttention(layout)
+    form = PiecewiseAttention(layout, clean_chunk=5, mask_chunk=5)
     assert [(chunk.queries, *chunk.runs) for chunk in form._clean] == [
         (slice(0, 5), slice(0, 5)),
         (slice(5, 10), slice(0, 10)),

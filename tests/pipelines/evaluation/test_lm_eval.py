@@ -136,7 +136,7 @@ def test_a_text_ends_before_the_first_stop_string_in_every_mode(scholar, mode):
     found = model.generate_until(ask(*(("Q: 3+4?\nA:", {"max_gen_toks": 24} | wish) for wish in wishes)))
     assert found[:3] == [" The ", " The answer is", " The answer is 7.\n\nQ:"]
     assert found[3] == " The answer is", "three tokens"
-    assert not model.decoder.running
+    assert not model.scheduler.busy
 
 
 def test_a_wish_that_nobody_honours_and_an_answer_longer_than_the_context_are_refused(scholar):
@@ -151,7 +151,7 @@ def test_lm_eval_knows_the_model_by_name(scholar, tmp_path):
     assert get_model("tidar") is LmEvalModel
     folder = save_like(scholar, tmp_path)
     model = LmEvalModel.create_from_arg_string(f"bundle={folder},mode=two-pass", {"batch_size": 3, "device": "cpu"})
-    assert (model.decoder.rows, model.planner.mode, model.block_len) == (3, "two-pass", 4)
+    assert (model.scheduler.decoder.slots, model.scheduler.planner.mode, model.block_len) == (3, "two-pass", 4)
     assert model.generate_until(ask(("Lima is in", {"until": ["\n"]}))) == [" Peru"]
 
 

@@ -1,4 +1,4 @@
-"""One thread decodes for many asyncio callers; who leaves frees a row, what fails is told."""
+"""One thread decodes for many asyncio callers; a caller that leaves frees a slot, and a failure is reported."""
 
 import asyncio
 import threading
@@ -29,13 +29,13 @@ def model():
 
 
 @pytest.fixture
-def batcher(model):
-    return Scheduler(Decoder(model, DraftConfig(block_len=4), rows=2), max_waiting=5)
+def scheduler(model):
+    return Scheduler(Decoder(model, DraftConfig(block_len=4), slots=2), max_waiting=5)
 
 
 @pytest.fixture
-def loop(batcher):
-    loop = DecodeLoop(batcher)
+def loop(scheduler):
+    loop = DecodeLoop(scheduler)
     yield loop
     loop.stop()
 
@@ -66,10 +66,10 @@ def test_callers_of_different_lengths_each_get_the_autoregressive_tokens(model, 
 def test_the_first_list_begins_with_the_prefill_where_there_is_a_row_and_is_empty_where_there_is_none(loop):
     async def first(name):
         async with aclosing(loop.steps(request(name, max_tokens=ENDLESS))) as batches:
-            heard = await anext(batches)
+            received = await anext(batches)
             if name != "c":
                 await waiting
-            return heard
+            return received
 
     async def together():
         nonlocal waiting
@@ -99,7 +99,7 @@ def test_a_closed_generator_frees_the_row_and_what_waits_takes_it(loop):
     asyncio.run(leave())
 
 
-def test_a_step_that_the_caller_ends_is_its_last_and_frees_the_row_before_the_next_forward(loop, batcher):
+def test_a_step_that_the_caller_ends_is_its_last_and_frees_the_row_before_the_next_forward(loop, scheduler):
     seen = []
 
     def until(step):
@@ -111,7 +111,7 @@ def test_a_step_that_the_caller_ends_is_its_last_and_frees_the_row_before_the_ne
 
     assert asyncio.run(all_steps()) == seen
     assert (len(seen), loop.running) == (3, 0)
-    assert batcher.decoder.pool.held == 0
+    assert scheduler.pool.held == 0
 
 
 def test_a_cancelled_caller_leaves_the_queue(loop):
@@ -163,7 +163,7 @@ def test_a_second_request_of_the_same_id_is_refused_and_does_not_end_the_first(l
     assert len(asyncio.run(twice())) == 60
 
 
-def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, model, monkeypatch):
+def test_a_failed_forward_ends_what_ran_and_spares_what_waits(scheduler, loop, model, monkeypatch):
     async def fail_once():
         running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "ab"]
         await until(lambda: loop.running == 2)
@@ -174,7 +174,7 @@ def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, mod
             monkeypatch.undo()  # before anything can run again
             return 1 / 0
 
-        monkeypatch.setattr(batcher.decoder, "decode_step", fail)
+        monkeypatch.setattr(scheduler.decoder, "decode_step", fail)
         lost = await asyncio.gather(*running, return_exceptions=True)
         return lost, await waiting
 
@@ -185,14 +185,14 @@ def test_a_failed_forward_ends_what_ran_and_spares_what_waits(batcher, loop, mod
     loop.check_health()
 
 
-def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(batcher, loop, monkeypatch):
+def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(scheduler, loop, monkeypatch):
     async def fail(times):
         for n in range(times):
             with pytest.raises(TidarError):
                 await tokens_of(loop, request(str(n)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(batcher.decoder, "prefill", lambda **_: 1 / 0)
+        patch.setattr(scheduler, "prefill", lambda **_: 1 / 0)
         asyncio.run(fail(FAILURES_TOLERATED - 1))
         loop.check_health()
         asyncio.run(fail(1))
@@ -202,9 +202,9 @@ def test_a_loop_that_keeps_failing_is_unhealthy_until_a_forward_succeeds(batcher
     loop.check_health()
 
 
-def test_a_stopped_loop_fails_who_waits_and_who_comes(batcher):
+def test_a_stopped_loop_fails_who_waits_and_who_comes(scheduler):
     async def stop():
-        loop = DecodeLoop(batcher)
+        loop = DecodeLoop(scheduler)
         caller = asyncio.create_task(tokens_of(loop, request("a", max_tokens=ENDLESS)))
         await until(lambda: loop.running == 1)
         loop.stop()
@@ -217,18 +217,18 @@ def test_a_stopped_loop_fails_who_waits_and_who_comes(batcher):
     asyncio.run(stop())
 
 
-def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_first_and_last_at_once(batcher, model):
-    hour = DecodeLoop(batcher, interval=3600)
+def test_steps_that_come_faster_than_the_interval_are_sent_together_and_the_first_and_last_at_once(scheduler, model):
+    hour = DecodeLoop(scheduler, interval=3600)
     watch = TimingRecorder()
 
     async def lists():
-        return [steps async for steps in hour.steps(request("a", max_tokens=400), watch=watch) if steps]
+        return [steps async for steps in hour.steps(request("a", max_tokens=400), timing=watch) if steps]
 
     first, rest = asyncio.run(lists())
     hour.stop()
     assert len(first[0].token_ids) == 1
-    told = tuple(token for step in [*first, *rest] for token in step.token_ids)
-    assert told == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=400).sampling)
+    sent = tuple(token for step in [*first, *rest] for token in step.token_ids)
+    assert sent == generate_autoregressive(model, (5, 6, 7), request("a", max_tokens=400).sampling)
     assert rest[-1].finish_reason == "length"
     timing = watch.timing
     assert timing is not None
@@ -236,22 +236,22 @@ def test_steps_that_come_faster_than_the_interval_are_told_together_and_the_firs
 
 
 @pytest.mark.parametrize(("others", "intervals"), [(0, 1), (1, 2), (3, 2)])
-def test_texts_beside_others_are_told_half_as_often(model, monkeypatch, others, intervals):
-    batcher, told, clock = Scheduler(Decoder(model, DraftConfig(block_len=4), rows=4)), [], SimpleNamespace(now=1000.0)
-    advance, deliver = batcher.advance, _Caller.deliver
+def test_requests_beside_others_are_updated_half_as_often(model, monkeypatch, others, intervals):
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=4), slots=4))
+    sent, clock = [], SimpleNamespace(now=1000.0)
+    advance, deliver = scheduler.advance, _Caller.deliver
 
     def tick():
         clock.now += 1
         return advance()
 
     def note(caller, *now, **last):
-        told.append((caller.request.request_id, len(caller.receiver._taken)))
+        sent.append((caller.request.request_id, len(caller.receiver._taken)))
         deliver(caller, *now, **last)
 
-    monkeypatch.setattr(batcher, "advance", tick)
+    monkeypatch.setattr(scheduler, "advance", tick)
     monkeypatch.setattr(_Caller, "deliver", note)
-    monkeypatch.setattr("serve_apps.replica.decode_loop.time", SimpleNamespace(monotonic=lambda: clock.now))
-    loop = DecodeLoop(batcher, interval=2)
+    loop = DecodeLoop(scheduler, interval=2, clock=lambda: clock.now)
 
     async def beside():
         endless = [asyncio.create_task(tokens_of(loop, request(str(n), max_tokens=ENDLESS))) for n in range(others)]
@@ -262,17 +262,17 @@ def test_texts_beside_others_are_told_half_as_often(model, monkeypatch, others, 
 
     asyncio.run(beside())
     loop.stop()
-    first, *rest, _ = [steps for name, steps in told if name == "a"]
+    first, *rest, _ = [steps for name, steps in sent if name == "a"]
     assert first == 1
     assert set(rest) == {2 * intervals}
 
 
-def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(batcher):
-    loop, watches = DecodeLoop(batcher), [TimingRecorder() for _ in range(3)]
+def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(scheduler):
+    loop, watches = DecodeLoop(scheduler), [TimingRecorder() for _ in range(3)]
 
     async def listen(number, max_tokens):
-        asked = request(str(number), max_tokens=max_tokens)
-        return [steps async for steps in loop.steps(asked, watch=watches[number])]
+        wanted = request(str(number), max_tokens=max_tokens)
+        return [steps async for steps in loop.steps(wanted, timing=watches[number])]
 
     async def together():
         await asyncio.gather(listen(0, 60), listen(1, 60), listen(2, 4))
@@ -284,14 +284,14 @@ def test_a_request_that_waits_for_a_row_is_timed_from_its_row_on(batcher):
     assert waited.begun > max(one.first, other.first)
 
 
-def test_tokens_that_may_wait_for_a_row_are_counted_with_those_that_texts_are_expected_to_have(batcher):
+def test_tokens_that_may_wait_for_a_row_are_counted_with_those_that_texts_are_expected_to_have(scheduler):
     async def crowd():
-        loop = DecodeLoop(batcher, max_waiting_tokens=24)
+        loop = DecodeLoop(scheduler, max_waiting_tokens=24)
         running = [asyncio.create_task(tokens_of(loop, request(n, max_tokens=ENDLESS))) for n in "ab"]
         await until(lambda: loop.running == 2)
         waiting = [asyncio.create_task(tokens_of(loop, request(n))) for n in "cd"]  # 3 to read and 9 to write, twice
         await until(lambda: loop.waiting == 2)
-        with pytest.raises(CapacityError, match="with this request 27 tokens would wait for a row; at most 24 may"):
+        with pytest.raises(CapacityError, match="with this request 27 tokens would wait for a slot; at most 24 may"):
             await tokens_of(loop, request("e", prompt=(5,), max_tokens=2))
         waiting.pop().cancel()
         await until(lambda: loop.waiting == 1)
@@ -307,50 +307,50 @@ def test_tokens_that_may_wait_for_a_row_are_counted_with_those_that_texts_are_ex
 
 def test_the_pace_counts_what_forwards_read_and_write(loop):
     asyncio.run(tokens_of(loop, request("a", prompt=(5,) * 20, max_tokens=9)))
-    pace = loop.pace
+    pace = loop.throughput
     assert 29 * 0.98**30 < pace.tokens <= 29
     assert (pace.texts, pace.written) == (1, 9)
     assert pace.forwards_per_second > 0
 
 
-def test_an_idle_loop_proves_itself_by_a_forward_that_nothing_else_counts(loop, batcher, monkeypatch):
-    asyncio.run(loop.prove(5, seconds=5))
-    assert (loop.pace.forwards, loop.pace.texts, loop.running) == (0, 0, 0)
-    monkeypatch.setattr(batcher.decoder, "prefill", lambda **_: 1 / 0)
+def test_an_idle_loop_proves_itself_by_a_forward_that_nothing_else_counts(loop, scheduler, monkeypatch):
+    asyncio.run(loop.probe(5, seconds=5))
+    assert (loop.throughput.forwards, loop.throughput.texts, loop.running) == (0, 0, 0)
+    monkeypatch.setattr(scheduler, "prefill", lambda **_: 1 / 0)
     with pytest.raises(TidarError, match="ZeroDivisionError"):
-        asyncio.run(loop.prove(5, seconds=5))
+        asyncio.run(loop.probe(5, seconds=5))
 
 
-def test_a_busy_loop_proves_itself_by_its_own_forwards(loop, batcher, monkeypatch):
+def test_a_busy_loop_proves_itself_by_its_own_forwards(loop, scheduler, monkeypatch):
     async def busy():
         running = asyncio.create_task(tokens_of(loop, request("a", max_tokens=ENDLESS)))
         await until(lambda: loop.running == 1)
-        probes, before = [], loop.pace.forwards
-        monkeypatch.setattr(batcher, "submit", probes.append)
-        await loop.prove(5, seconds=5)
+        probes, before = [], loop.throughput.forwards
+        monkeypatch.setattr(scheduler, "submit", probes.append)
+        await loop.probe(5, seconds=5)
         running.cancel()
-        return probes, loop.pace.forwards - before
+        return probes, loop.throughput.forwards - before
 
     probes, forwards = asyncio.run(busy())
     assert probes == []
     assert forwards > 0
 
 
-def test_a_loop_that_hangs_or_has_ended_is_found_out(loop, batcher, monkeypatch):
+def test_a_loop_that_hangs_or_has_ended_is_found_out(loop, scheduler, monkeypatch):
     going_on = threading.Event()
-    advance = batcher.advance
+    advance = scheduler.advance
 
     def hang():
         going_on.wait(10)
         return advance()
 
     with monkeypatch.context() as patch:
-        patch.setattr(batcher, "advance", hang)
+        patch.setattr(scheduler, "advance", hang)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"no forward of the decoder has ended for 0\.1 s"):
-                asyncio.run(loop.prove(5, seconds=0.1))
+                asyncio.run(loop.probe(5, seconds=0.1))
         going_on.set()
-    asyncio.run(loop.prove(5, seconds=5))
+    asyncio.run(loop.probe(5, seconds=5))
     loop.stop()
     with pytest.raises(RuntimeError, match="ended"):
-        asyncio.run(loop.prove(5, seconds=5))
+        asyncio.run(loop.probe(5, seconds=5))

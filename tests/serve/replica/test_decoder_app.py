@@ -127,12 +127,12 @@ def test_its_settings_limit_the_tokens_that_may_wait(served):
 def test_a_replica_whose_decoder_hangs_or_fails_is_not_healthy(served, monkeypatch):
     app = DecoderApp(with_settings(served, hang_seconds=0.1))
     going_on = threading.Event()
-    monkeypatch.setattr(app.pool.champion.engine.batcher.decoder, "prefill", lambda **_: going_on.wait() / 0)
+    monkeypatch.setattr(app.pool.champion.engine.scheduler, "prefill", lambda **_: going_on.wait() / 0)
     with pytest.raises(RuntimeError, match=r"no forward of the decoder has ended for 0\.1 s"):
         asyncio.run(app.check_health())
     going_on.set()
     app = DecoderApp(served)
-    monkeypatch.setattr(app.pool.champion.engine.batcher.decoder, "prefill", lambda **_: 1 / 0)
+    monkeypatch.setattr(app.pool.champion.engine.scheduler, "prefill", lambda **_: 1 / 0)
     with pytest.raises(TidarError, match="ZeroDivisionError"):
         asyncio.run(app.check_health())
 

@@ -101,7 +101,7 @@ def test_deliveries_of_one_forward_are_flushed_together():
             messages.append(sorted(deliveries))
             deliveries.clear()
 
-    loop = DecodeLoop(Scheduler(Decoder(model, DraftConfig(block_len=4), rows=2)), flush=flush)
+    loop = DecodeLoop(Scheduler(Decoder(model, DraftConfig(block_len=4), slots=2)), flush=flush)
     sequences = [Sequence(name, deliveries) for name in "ab"]
     for sequence in sequences:
         sampling = SamplingConfig(max_tokens=60)

@@ -78,7 +78,7 @@ def damaged(served, tmp_path):
 def test_a_text_that_began_before_ends_on_the_old_weights_and_the_next_is_of_the_new(old, new, texts):
     async def swap():
         app = DecoderApp(old)
-        weights = weakref.ref(app.pool.champion.engine.batcher.decoder.model)
+        weights = weakref.ref(app.pool.champion.engine.scheduler.decoder.model)
         gc.collect()
         gc.freeze()  # as Serve does when a replica has started: what is in a cycle now stays for ever
         async with aclosing(app.generate(request("long"))) as began:
@@ -178,7 +178,7 @@ def test_a_challenger_answers_requests_for_it_and_its_share_and_is_promoted_with
         split = [[(await answer(app, key=f"user {n}"))[0] for n in range(8)] for _ in range(2)]
         assert split[0] == split[1]
         assert set(split[0]) == {old.fingerprint, new.fingerprint}
-        assert (await app.load()).pages == 2 * challenger.engine.batcher.decoder.pool.pages
+        assert (await app.load()).pages == 2 * challenger.engine.scheduler.pool.pages
         app.pool.follow(ServingTarget(champion=new))
         await app.pool.followed()
         assert app.pool.champion is challenger
@@ -247,12 +247,11 @@ def test_whoever_changes_his_mind_while_weights_are_loaded_gets_what_he_wants_in
     asyncio.run(change())
 
 
-def test_what_failed_to_load_is_tried_again_after_five_minutes(old, new, texts, tmp_path, monkeypatch):
+def test_what_failed_to_load_is_tried_again_after_five_minutes(old, new, texts, tmp_path):
     wrong, clock = damaged(new, tmp_path), SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("serve_apps.replica.engine_pool.time", SimpleNamespace(monotonic=lambda: clock.now))
 
     async def mend():
-        app = DecoderApp(old)
+        app = DecoderApp(old, clock=lambda: clock.now)
         app.pool.follow(ServingTarget(champion=wrong))
         await app.pool.followed()
         for file in Path(new.bundle_uri).glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""A forward fails while texts run, wait, or have given up their pages: each goes on, or ends in one error."""
+"""A forward fails while requests run, wait, or have given up their pages: each goes on, or ends in one error."""
 
 import asyncio
 from dataclasses import replace
@@ -24,17 +24,17 @@ class Alternating:
     """Even and odd tokens by turns."""
 
     def __init__(self):
-        self.expected, self.finished = 0, False
+        self.emitted, self.finished = 0, False
 
     def allowed(self, tokens):
-        rows = torch.arange(self.expected, self.expected + len(tokens) + 1)[:, None]
+        rows = torch.arange(self.emitted, self.emitted + len(tokens) + 1)[:, None]
         return torch.arange(VOCAB)[None] % 2 == rows % 2
 
     def advance(self, tokens):
-        self.expected += len(tokens)
+        self.emitted += len(tokens)
 
     def retreat(self, count):
-        self.expected -= count
+        self.emitted -= count
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +48,28 @@ async def tokens_of(loop, request):
 
 @pytest.fixture
 def crowded(model):
-    """Four texts on pages for two and a half: the younger texts give their pages up when they have some text."""
-    decoder = Decoder(
-        model, DraftConfig(block_len=4), rows=4, context_len=80, page_len=4, pages=24, share_prefixes=False
-    )
-    return Scheduler(decoder, FixedMode("autoregressive", 4))
+    """Four texts on pages for two and a half: the younger ones give theirs up after some tokens."""
+    decoder = Decoder(model, DraftConfig(block_len=4), slots=4, context_len=80, page_len=4, pages=24)
+    return Scheduler(decoder, FixedMode("autoregressive", 4), share_prefixes=False)
 
 
-def failing_once(decoder, monkeypatch, name, when):
+def failing_once(scheduler, monkeypatch, name, when):
     """One forward fails, the first for which `when` holds; ids of the texts that had given up their pages then."""
-    real, preempted = getattr(decoder, name), []
+    real, preempted = getattr(scheduler.decoder, name), []
 
     def forward(*args, **kwargs):
-        expected = [s.request.request_id for s in decoder._arriving if s.emitted and not s.holding.pages]
-        if not preempted and when(expected):
-            preempted.extend(expected)
+        emitted = [s.request.request_id for s in scheduler._line if s.emitted and not s.pages.ids]
+        if not preempted and when(emitted):
+            preempted.extend(emitted)
             return 1 / 0
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(decoder, name, forward)
+    monkeypatch.setattr(scheduler.decoder, name, forward)
     return preempted
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["free", "grammar"])
-@pytest.mark.parametrize("name", ["decode_step", "_read"])
+@pytest.mark.parametrize("name", ["decode_step", "read"])
 def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, model, monkeypatch, name, constrained):
     sampling = SamplingConfig(max_tokens=60)
     requests = [
@@ -84,9 +82,7 @@ def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, mo
     whole = [
         generate_autoregressive(model, r.prompt, sampling, Alternating() if constrained else None) for r in requests
     ]
-    preempted = failing_once(
-        crowded.decoder, monkeypatch, name, lambda expected: len(expected) >= 2 - (name == "_read")
-    )
+    preempted = failing_once(crowded, monkeypatch, name, lambda emitted: len(emitted) >= 2 - (name == "read"))
     loop = DecodeLoop(crowded)
 
     async def together():
@@ -94,26 +90,24 @@ def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, mo
 
     answers = asyncio.run(together())
     loop.stop()
-    assert preempted, "some text had been sent in part and then gave up its pages"
+    assert preempted, "some request had sent a part of its text and then gave up its pages"
     assert all(answers[int(name)] == whole[int(name)] for name in preempted)
     failed = [answer for answer in answers if not isinstance(answer, tuple)]
     assert failed
     assert {str(error) for error in failed} == {"the decoder failed on this request's batch: ZeroDivisionError"}
     assert [a for a in answers if isinstance(a, tuple)] == [w for w, a in zip(whole, answers) if isinstance(a, tuple)]
-    assert crowded.decoder.pool.held == 0
+    assert crowded.pool.held == 0
 
 
 def test_what_fails_before_any_forward_ends_the_request_that_it_concerns_and_not_the_queue(model, monkeypatch):
-    batcher = Scheduler(Decoder(model, DraftConfig(block_len=4), rows=1))
-    hold = batcher.decoder._hold
-    monkeypatch.setattr(batcher.decoder, "_hold", lambda sequence: 1 / 0 if sequence.arrival == 0 else hold(sequence))
-    loop, sampling = DecodeLoop(batcher), SamplingConfig(max_tokens=9)
+    scheduler = Scheduler(Decoder(model, DraftConfig(block_len=4), slots=1))
+    hold = scheduler._hold
+    monkeypatch.setattr(scheduler, "_hold", lambda sequence: 1 / 0 if sequence.arrival == 0 else hold(sequence))
+    loop, sampling = DecodeLoop(scheduler), SamplingConfig(max_tokens=9)
 
     async def together():
-        request_of = [Request(request_id=name, prompt=(5, 6, 7), sampling=sampling) for name in "ab"]
-        return await asyncio.wait_for(
-            asyncio.gather(*[tokens_of(loop, r) for r in request_of], return_exceptions=True), 60
-        )
+        both = [Request(request_id=name, prompt=(5, 6, 7), sampling=sampling) for name in "ab"]
+        return await asyncio.wait_for(asyncio.gather(*[tokens_of(loop, r) for r in both], return_exceptions=True), 60)
 
     first, second = asyncio.run(together())
     loop.stop()

@@ -149,7 +149,7 @@ def test_a_request_that_brings_more_tokens_than_may_wait_is_refused_in_json_and_
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     error = refused.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "rate_limit_exceeded", None)
-    assert "tokens would wait for a row; at most 60 may" in error["message"]
+    assert "tokens would wait for a slot; at most 60 may" in error["message"]
     assert chain(folder, request_id="much")[0]["attributes"]["tidar.outcome"] == "refused"
 
 

@@ -35,7 +35,7 @@ def test_the_ratio_is_that_of_runs_that_followed_each_other_so_that_a_machine_th
 
 
 def test_in_process_all_texts_are_written_and_never_more_at_once_than_asked():
-    decoder = Decoder(wide_model(named_shape("tiny", vocab_len=300)), DraftConfig(block_len=4), rows=3)
+    decoder = Decoder(wide_model(named_shape("tiny", vocab_len=300)), DraftConfig(block_len=4), slots=3)
     requests = [
         Request(request_id=str(n), prompt=(1, 2 + n), sampling=SamplingConfig(max_tokens=7 + n)) for n in range(5)
     ]

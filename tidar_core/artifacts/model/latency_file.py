@@ -42,7 +42,7 @@ def stored_table(bundle: str, decoder: Decoder, context_len: int | None = None) 
     with suppress(TidarError):  # a damaged cache is none
         cached = _read(_cached(decoder), decoder)
     longest = min(context_len or decoder.context_len, decoder.context_len)
-    kept = (table for table in (beside, cached) if table is not None and _covers(table, decoder.rows, longest))
+    kept = (table for table in (beside, cached) if table is not None and _covers(table, decoder.slots, longest))
     return next(kept, None)
 
 
