@@ -90,7 +90,7 @@ def quickstart(
     """Corpus to served completion on this machine, with no input."""
     import time
 
-    from pipelines.cluster.progress import stderr
+    from pipelines.cluster.console import stderr
     from pipelines.quickstart import MODEL_NAME, PROMPTS, flow
     from serve_apps.app import check_place, shutdown
     from serve_apps.settings import ServeSettings
@@ -339,9 +339,10 @@ def serve(
                "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
     )  # fmt: skip
     if dry_run:
+        from pipelines.evaluation.tables import print_memory
         from serve_apps.replica.replica_memory import memory_facts
 
-        return _print(memory_facts(wanted), as_json)
+        return _print(memory_facts(wanted), as_json, print_memory)
 
     from serve_apps.app import run
 

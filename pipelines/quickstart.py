@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from pipelines.cluster.connection import disconnect
-from pipelines.cluster.progress import stderr
+from pipelines.cluster.console import stderr
 from pipelines.evaluation.evaluate import REPORT, evaluate, held_out_losses
 from pipelines.evaluation.publish import publish
 from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job

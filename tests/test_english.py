@@ -10,7 +10,6 @@ NOT_YET = (
     # root
     "tidar.py",
     # pipelines
-    "pipelines/cluster/",
     "pipelines/evaluation/",
     "pipelines/jobs.py",
     "pipelines/packing/",

@@ -1,1 +1,1 @@
-"""The Ray cluster of a job: connection and progress."""
+"""The Ray cluster of a job: connection, progress, terminal output."""

@@ -1,4 +1,4 @@
-"""Which Ray cluster does a job run on, and what did a task really say when it failed?"""
+"""Connection to the Ray cluster of a job, and the original error of a failed task."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from tidar_core.errors import TidarError
 __all__ = ["connect", "disconnect", "known_tasks", "original_error"]
 
 OBJECT_STORE_BYTES = 512 * 2**20
-"""Of a local cluster: only metadata and small batches travel through it."""
+"""Size of a local cluster's object store: only metadata and small batches travel through it."""
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
@@ -24,16 +24,16 @@ QUIET = {
 
 
 def connect(cpus: int | None = None) -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start a local one of `cpus` (default: all) if that is not set.
+    """Connect to the cluster at RAY_ADDRESS, or start a local cluster of `cpus` (default: all) if it is not set.
 
-    Does nothing when this process is connected already. Raises ConfigError for an address that does not answer.
+    Does nothing when this process is connected already. Raises ConfigError if nothing answers at the address.
     """
     if ray.is_initialized():
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with given_cluster() as address, warnings.catch_warnings(), muted_stderr():
-        warnings.simplefilter("ignore")  # Ray's own deprecations, none of which a user of ours can act on
+        warnings.simplefilter("ignore")  # Ray's own deprecations; our users cannot act on them
         if address is not None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -48,22 +48,22 @@ def connect(cpus: int | None = None) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one ends."""
+    """Disconnect from the cluster; a local cluster stops."""
     ray.shutdown()
 
 
 def known_tasks(workers: int) -> int:
-    """Of how many tasks of one CPU each Ray should know, so that `workers` of them always run.
+    """How many one-CPU tasks to submit at once so that `workers` of them are always running.
 
-    Ray Data sees a few times a second who is done. Where there are no more CPUs than `workers`, nor will be, as in a
-    local cluster, twice as many can be known: a CPU that is done takes the next one up at once.
+    Ray Data looks for finished tasks only a few times a second. A local cluster cannot grow: if it has no more CPUs
+    than `workers`, twice as many tasks are submitted. A free CPU then starts the next one at once.
     """
     grows = bool(os.environ.get("RAY_ADDRESS"))
     return workers if grows or workers < ray.cluster_resources().get("CPU", 0) else 2 * workers
 
 
 def original_error(error: BaseException) -> BaseException:
-    """The TidarError inside an error that Ray wrapped, or the error itself if there is none."""
+    """The TidarError inside an error that Ray wrapped, or the error itself if it contains no TidarError."""
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:

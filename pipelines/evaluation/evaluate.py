@@ -14,7 +14,7 @@ import ray
 import torch
 
 from pipelines.cluster.connection import connect, original_error
-from pipelines.cluster.remote_progress import pin, watched_board
+from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.evaluation.paper_tasks import check_tasks
 from pipelines.evaluation.report import REPORT, report_metrics, write_report
 from pipelines.evaluation.task_scores import (
@@ -68,8 +68,8 @@ def _evaluated(job: EvaluateJob) -> dict[str, Any]:
     connect()
     with _mlflow_run(job) as keep:
         try:
-            with watched_board("evaluate", total=_parts(job), unit="parts") as board:
-                report = ray.get(_on_node.options(num_gpus=job.gpus, num_cpus=job.cpus).remote(job, board))
+            with remote_progress("evaluate", total=_parts(job), unit="parts") as reports:
+                report = ray.get(_on_node.options(num_gpus=job.gpus, num_cpus=job.cpus).remote(job, reports))
         except Exception as error:
             original = original_error(error)
             raise original from (error if original is not error else None)
@@ -106,14 +106,14 @@ def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @ray.remote(max_retries=0)
-def _on_node(job: EvaluateJob, board: Any) -> dict[str, Any]:
+def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
     torch.set_num_threads(job.cpus)
     done = 0
 
     def advance() -> None:
         nonlocal done
         done += 1
-        pin(board, done, {})
+        report_progress(reports, done, {})
 
     service = service_model(job)
     verify_shards(job.shards)

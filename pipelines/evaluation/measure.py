@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pipelines.cluster.progress import job_progress, stderr
+from pipelines.cluster.console import stderr
+from pipelines.cluster.progress import job_progress
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
 from tidar_core.artifacts.text.prompts import read_prompts
@@ -118,11 +119,11 @@ def shape_costs(
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))
 
-        def tell(cost: StepCost) -> None:
+        def report(cost: StepCost) -> None:
             show(next(done), {"batch": cost.batch, "context": cost.context, "ms": 1000 * cost.seconds})
 
         costs = step_costs(
-            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, on_step=tell
+            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, on_step=report
         )
     if not costs:
         stderr.print("no cache of these batches and contexts fits into the memory of the device")

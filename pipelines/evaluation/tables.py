@@ -1,34 +1,51 @@
-"""How does a person read results at a terminal?"""
+"""Results as people read them at a terminal: names beside values, and tables."""
 
-import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_latency", "print_models", "print_modes", "print_steps", "print_values"]
+from pipelines.cluster.console import figure, size, stdout
+
+__all__ = ["print_latency", "print_memory", "print_models", "print_modes", "print_steps", "print_values"]
+
+UNITS = {"_bytes": "bytes", "_gib": "GiB", "_seconds": "s"}
+"""Ends of names, and the unit that the value is shown with. Bytes are shown in GiB or MiB."""
+NOT_KNOWN = "not known"
 
 
-def print_values(values: dict[str, Any]) -> None:
-    """Names beside values; what is not a plain value as JSON."""
-    table = Table(show_header=False)
-    for name, value in values.items():
-        table.add_row(name, json.dumps(value) if isinstance(value, dict | list | tuple) else str(value))
-    Console().print(table)
+def print_values(values: Mapping[str, Any]) -> None:
+    """Print each name beside its value, a line each; lines of a longer text follow its name.
+
+    A value inside another has the outer name before its own. Figures are rounded.
+    """
+    entries = [entry for name, value in values.items() for entry in _entries(name, value)]
+    width = max((len(name) for name, text in entries if "\n" not in text), default=0)
+    for name, text in entries:
+        lines = text.splitlines()
+        shown = f"{name:{width}}  {text}" if len(lines) < 2 else "\n".join([name, *(f"    {line}" for line in lines)])
+        stdout.print(shown.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_memory(facts: Mapping[str, Any]) -> None:
+    """Print a replica's memory: the values are bytes, shown in GiB or MiB."""
+    print_values({name: size(value) if isinstance(value, int) else value for name, value in facts.items()})
 
 
 def print_models(facts: dict[str, Any]) -> None:
-    """Registered versions, a row each, with what they were measured to be."""
+    """Print registered versions, an entry each, with the figures that their gates measured."""
     table = Table("model", "version", "status", "hash", "gates", "bundle")
-    for one in facts["models"]:
-        gates = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                          for name, value in one["gates"].items())  # fmt: skip
-        table.add_row(one["name"], str(one["version"]), one["status"], one["bundle_hash"][:12], gates, one["bundle"])
-    Console().print(table)
+    for version in facts["models"]:
+        gates = ", ".join(f"{name} {_text(value)}" for name, value in version["gates"].items())
+        table.add_row(
+            version["name"], str(version["version"]), version["status"], version["bundle_hash"][:12], gates,
+            version["bundle"],
+        )  # fmt: skip
+    stdout.print(table)
 
 
 def print_modes(facts: dict[str, Any]) -> None:
-    """The modes that a bench compared, a row each."""
+    """Print the modes that a bench compared, an entry each."""
     title = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}"
     columns = ("mode", "tokens/s", "spread", "over AR", "per forward", "per round", "first, ms", "equal to AR")
     table = Table(*columns, title=title)
@@ -44,40 +61,74 @@ def print_modes(facts: dict[str, Any]) -> None:
             f"{1000 * mode['time_to_first_token_seconds']:.1f}",
             "yes" if mode["equal_to_ar"] else "NO",
         )
-    Console().print(table)
-    if rival := facts.get("transformers"):
-        ratio = facts["modes"]["autoregressive"]["tokens_per_second"] / rival["tokens_per_second"]
-        Console().print(
-            f"transformers {rival['tokens_per_second']:.1f} tokens/s; our AR mode is {ratio:.2f} times that"
+    stdout.print(table)
+    if baseline := facts.get("transformers"):
+        ratio = facts["modes"]["autoregressive"]["tokens_per_second"] / baseline["tokens_per_second"]
+        stdout.print(
+            f"transformers {baseline['tokens_per_second']:.1f} tokens/s; our AR mode is {ratio:.2f} times as fast"
         )
     for name, mode in facts["modes"].items():
-        for parted in mode["divergences"]:
-            Console().print(
-                f"{name}: prompt {parted['prompt']} parts at token {parted['token']}, where the two likeliest tokens "
-                f"are {parted['top_2_gap']:.2g} apart"
+        for divergence in mode["divergences"]:
+            stdout.print(
+                f"{name}: prompt {divergence['prompt']} differs at token {divergence['token']}, where the two "
+                f"likeliest tokens are {divergence['top_2_gap']:.2g} apart"
             )
 
 
 def print_steps(facts: dict[str, Any]) -> None:
-    """Milliseconds of each step: steps down, batch and context across; beside it, the time over the AR step's."""
+    """Print the milliseconds of each decode step: steps down, batch and context across; in parentheses, over AR."""
     shapes = sorted({(step["context"], step["batch"]) for step in facts["steps"]})
     costs = {(step["step"], step["context"], step["batch"]): step for step in facts["steps"]}
     title = f"{facts['shape']}, {facts['dtype']}, {facts['device']}: ms (over AR)"
-    table = Table("step", "rows", *(f"context {c}, batch {b}" for c, b in shapes), title=title)
-    for name, rows in dict.fromkeys((step["step"], step["rows"]) for step in facts["steps"]):
-        cells = [costs[name, c, b] for c, b in shapes]
-        table.add_row(name, str(rows), *(f"{1000 * cell['seconds']:.2f} ({cell['over_ar']:.2f})" for cell in cells))
-    floors = [costs["autoregressive", c, b]["floor_share"] for c, b in shapes]
+    columns = (f"context {context}, batch {batch}" for context, batch in shapes)
+    table = Table("step", "query tokens", *columns, title=title)
+    for name, tokens in dict.fromkeys((step["step"], step["rows"]) for step in facts["steps"]):
+        cells = [costs[name, context, batch] for context, batch in shapes]
+        table.add_row(name, str(tokens), *(f"{1000 * cell['seconds']:.2f} ({cell['over_ar']:.2f})" for cell in cells))
+    floors = [costs["autoregressive", context, batch]["floor_share"] for context, batch in shapes]
     table.add_row("AR: share of the floor", "", *(f"{share:.2f}" for share in floors))
-    Console().print(table)
+    stdout.print(table)
 
 
 def print_latency(facts: dict[str, Any]) -> None:
-    """Milliseconds of a forward: rows down, batch and context across."""
+    """Print the milliseconds of a forward: query tokens down, batch and context across."""
     points = {(p["rows"], p["batch"], p["context"]): p["seconds"] for p in facts["points"]}
     shapes = sorted({(batch, context) for _, batch, context in points})
-    table = Table("rows", *(f"batch {b}, context {c}" for b, c in shapes), title="milliseconds of a forward")
-    for rows in sorted({rows for rows, _, _ in points}):
-        table.add_row(str(rows), *(f"{1000 * points[rows, b, c]:.2f}" for b, c in shapes))
-    Console().print(table)
-    Console().print(f"free up to {facts['knee_rows']} rows on {facts['device']} in {facts['dtype']}")
+    columns = (f"batch {batch}, context {context}" for batch, context in shapes)
+    table = Table("query tokens", *columns, title="milliseconds of a forward")
+    for tokens in sorted({tokens for tokens, _, _ in points}):
+        cells = (f"{1000 * points[tokens, batch, context]:.2f}" for batch, context in shapes)
+        table.add_row(str(tokens), *cells)
+    stdout.print(table)
+    stdout.print(f"free up to {facts['knee_rows']} query tokens on {facts['device']} in {facts['dtype']}")
+
+
+def _entries(name: str, value: Any, unit: str = "") -> Iterator[tuple[str, str]]:
+    """Names and texts of a value: an entry for each value inside a mapping, and for each item that is no figure.
+
+    unit   of the mapping or list that holds the value
+    """
+    for ending, own in UNITS.items():
+        if name.endswith(ending):
+            name, unit = name.removesuffix(ending), own
+    name = name.replace("_", " ")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _entries(f"{name} {key}", item, unit)
+    elif isinstance(value, list | tuple) and any(isinstance(item, str | Mapping | list | tuple) for item in value):
+        for number, item in enumerate(value, 1):
+            yield from _entries(f"{name} {number}", item, unit)
+    elif isinstance(value, list | tuple):
+        yield name, ", ".join(_text(item, unit) for item in value)
+    else:
+        yield name, _text(value, unit)
+
+
+def _text(value: Any, unit: str = "") -> str:
+    if value is None:
+        return NOT_KNOWN
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return str(value)
+    return size(value) if unit == "bytes" else f"{figure(value)} {unit}".rstrip()

@@ -26,7 +26,8 @@ import ray
 import ray.data
 
 from pipelines.cluster.connection import connect, known_tasks, original_error
-from pipelines.cluster.progress import job_progress, stderr
+from pipelines.cluster.console import stderr
+from pipelines.cluster.progress import job_progress
 from pipelines.jobs import PackJob, Source, TrainBpe
 from pipelines.packing import corpus, duplicates, pack_tasks
 from pipelines.packing.conversations import READER_VERSION

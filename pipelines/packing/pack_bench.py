@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipelines.cluster.progress import stderr
+from pipelines.cluster.console import stderr
 
 __all__ = ["main", "write_corpus"]
 

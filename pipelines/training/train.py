@@ -8,7 +8,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.cluster.connection import connect, original_error
-from pipelines.cluster.remote_progress import pin, watched_board
+from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import run_folder
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle
@@ -42,8 +42,8 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
     try:
         ray.get(ray.remote(verify_shards).remote(job.shards))
         run_id = _mlflow_run(job, manifest)
-        with watched_board(f"train {job.objective}", total=job.steps, unit="steps") as board:
-            outcome = _trainer(job, run_id, board).fit().return_value  # type: ignore[attr-defined]
+        with remote_progress(f"train {job.objective}", total=job.steps, unit="steps") as reports:
+            outcome = _trainer(job, run_id, reports).fit().return_value  # type: ignore[attr-defined]
         if outcome is not None:
             raise outcome
     except BaseException as error:
@@ -57,12 +57,12 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
     return info
 
 
-def _trainer(job: TrainJob, run_id: str, board: Any) -> TorchTrainer:
+def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
     parent, name = run_folder(job.output).rsplit("/", 1)
     resources = {"CPU": float(job.cpus_per_worker), "GPU": float(job.gpus_per_worker)}
     return TorchTrainer(
         _on_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "board": board},
+        train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "reports": reports},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers, use_gpu=job.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -89,7 +89,7 @@ def _on_worker(config: dict[str, Any]) -> DivergedError | None:
         shown = {name: metrics[name] for name in SHOWN if name in metrics}
         if metrics.get("skipped_updates"):
             shown["skipped_updates"] = metrics["skipped_updates"]
-        pin(config["board"], step, shown)
+        report_progress(config["reports"], step, shown)
         runs.log_metrics(tracking, run_id, metrics, step)
 
     around = Surroundings(

@@ -160,7 +160,7 @@ def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -
                 "RLIMIT_CORE": 0,
             },
         }
-        jail = [sys.executable, "-I", "-S", str(Path(__file__).with_name("jail.py")), json.dumps(settings)]
+        jail = [sys.executable, "-I", "-S", str(Path(__file__).with_name("namespaces.py")), json.dumps(settings)]
         verdict, end = os.pipe()
         os.set_blocking(verdict, False)
         program = [sys.executable, "-I", "-B", "-c", DRIVER, str(end)]

@@ -1,4 +1,4 @@
-"""One cluster a process, and errors as they were raised."""
+"""Connection to one cluster per process, and errors as they were raised."""
 
 import socket
 import time
@@ -14,13 +14,13 @@ def failing():
     raise ShardError("row 17 is short; run pack again")
 
 
-def test_an_error_without_one_of_ours_inside_is_itself():
+def test_an_error_without_a_tidar_error_inside_is_itself():
     error = ValueError("x")
     error.__cause__ = KeyError("y")
     assert original_error(error) is error
 
 
-def test_one_of_ours_is_found_behind_others():
+def test_a_tidar_error_is_found_behind_others():
     inner, outer = ShardError("inner"), RuntimeError("outer")
     outer.__cause__ = inner
     assert original_error(outer) is inner
@@ -42,7 +42,7 @@ def test_an_address_where_nothing_answers_is_one_line_at_once(monkeypatch, schem
 @pytest.mark.parametrize(
     ("address", "reason"), [("garbage", "Ray refused it .*garbage"), ("no.such.host.invalid:6379", "nothing answers")]
 )
-def test_an_address_that_is_none_is_one_line(monkeypatch, address, reason):
+def test_an_invalid_address_is_one_line(monkeypatch, address, reason):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=reason) as caught:
         connect()

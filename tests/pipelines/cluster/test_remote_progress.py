@@ -1,11 +1,15 @@
-"""What a log says of a job that runs in the cluster."""
+"""Progress of a job that runs in the cluster."""
 
-from pipelines.cluster.remote_progress import log_line
+import pytest
+import ray
+
+from pipelines.cluster.remote_progress import remote_progress, report_progress
 
 
-def test_a_line_says_how_far_how_well_and_how_much_longer():
-    numbers = {"ar_loss": 2.34567, "tokens_per_second": 123456.0, "eta_seconds": 3 * 3600 + 62.4}
-    assert log_line("train dual", 120, 23842, "steps", numbers) == (
-        "train dual: 120/23842 steps ar_loss 2.346 tokens_per_second 1.235e+05 left 3:01:02"
-    )
-    assert log_line("evaluate", 1, 2, "parts", {}) == "evaluate: 1/2 parts"
+@pytest.mark.ray
+def test_the_last_report_of_a_task_is_shown_with_figures_that_were_measured_before_it(ray_cluster, capsys):
+    with remote_progress("train dual", total=3, unit="steps") as reports:
+        report_progress(reports, 1, {"validation_loss": 2.5, "ar_loss": 3.0})
+        report_progress(reports, 2, {"ar_loss": 2.25})
+        ray.get(reports.latest.remote())
+    assert capsys.readouterr().err.splitlines()[-1] == "train dual: 2/3 steps validation_loss 2.5 ar_loss 2.25"
