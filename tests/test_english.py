@@ -40,7 +40,6 @@ NOT_YET = (
     "tests/test_model_commands.py",
     "tests/test_river.py",
     # tests pipelines
-    "tests/pipelines/cluster/",
     "tests/pipelines/conftest.py",
     "tests/pipelines/evaluation/",
     "tests/pipelines/packing/",
