@@ -17,7 +17,6 @@ NOT_YET = (
     "pipelines/research/",
     "pipelines/training/",
     # serve_apps
-    "serve_apps/api/",
     "serve_apps/app.py",
     "serve_apps/deployment.py",
     "serve_apps/replica/replica_memory.py",

@@ -1,1 +1,1 @@
-"""What clients send and get: pydantic models and plain values, without Ray and torch."""
+"""Bodies of requests and responses: pydantic models and plain values, without Ray and torch."""

@@ -1,8 +1,8 @@
-"""How large may each part of a request be?
+"""Bounds of each part of a request.
 
-The bounds stand here once: the models of bodies, their errors, the defaults of the settings and the table in
+This is their only home: the models of bodies, their errors, the defaults of the settings and the table in
 docs/operations.md take them from here. A bound keeps the work for one client so small that no other client waits for
-it: costs grow with the number of values and texts, so bytes alone do not bound them.
+it. Costs grow with the number of values and texts, so a bound of bytes alone is not enough.
 """
 
 from dataclasses import dataclass
@@ -12,29 +12,28 @@ from serve_apps.api.errors import ParameterError
 __all__ = ["TABLE", "Bound", "check_ids_len", "check_text_len", "table"]
 
 HEAD_BYTES = 2**16
-"""Request line and headers together."""
+"""Size of the request line and the headers together."""
 HEAD_SECONDS = 30.0
 BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 30.0
 BODIES = 64
-"""Bodies that an ingress may wait for at the same time; a body that arrives together with its head is not counted."""
+"""Bodies that an ingress may wait for at the same time. A body that arrives with its headers is not counted."""
 COPIES = 4
-"""n choices hold n copies of a prompt: n times the bytes of a body are at most so many times the largest body."""
+"""n choices hold n copies of a prompt: n times the bytes of a body are at most COPIES times the largest body."""
 
 VALUES = 2**18
-"""JSON values and keys of a body together. Reading so many takes some 0.1 s, and nothing else goes on
-meanwhile."""
+"""JSON values and keys of a body together. Parsing this many takes about 0.1 s and blocks the event loop."""
 DEPTH = 100
-"""Objects and lists of JSON within each other. Python's recursion limit is 1000, several calls a level."""
+"""Nesting depth of JSON objects and lists. Python's recursion limit is 1000, and each level takes several calls."""
 
 PROMPTS = 2048
 CHOICES = 128
-"""As OpenAI has it."""
+"""OpenAI's bound."""
 CHARS_PER_TOKEN = 64
-"""A text of more characters than this times the context has no chance to fit; it is refused before it is encoded."""
+"""A text with more characters than this times the context cannot fit, so it is refused before it is encoded."""
 NAME_CHARS = 512
 STOP_STRINGS = 64
-"""OpenAI takes 4; each costs a little with every character that is written."""
+"""OpenAI accepts 4. Each stop string costs a little for every generated character."""
 STOP_CHARS = 1024
 STOP_TOKEN_IDS = 1024
 BAD_WORDS = 256
@@ -43,23 +42,23 @@ LOGIT_BIASES = 4096
 METADATA_ENTRIES = 64
 GRAMMAR_CHARS = 2**17
 GRAMMAR_CHOICES = 1024
-"""llguidance follows at most 2000 ways at once, and each choice is one."""
+"""llguidance follows at most 2000 alternatives at the same time, and each choice is an alternative."""
 GRAMMAR_SECONDS = 2.0
-"""Of a process that can be stopped: some grammars of forty characters would take hours."""
+"""Compile time in a process that can be stopped. Some grammars of forty characters would take hours."""
 MESSAGES = 4096
 TOOLS = 128
-"""As OpenAI has it."""
+"""OpenAI's bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An entry of the table."""
+    """Entry of the table of bounds."""
 
     part: str
     most: str
     status: int
     param: str = ""
-    """The field that the error names; empty where no field is to blame."""
+    """Field that the error names; empty if no field is wrong."""
 
 
 TABLE = (
@@ -116,7 +115,7 @@ def check_ids_len(count: int, context_len: int, param: str) -> None:
 
 
 def check_text_len(chars: int, context_len: int, param: str) -> None:
-    """Raise ParameterError for a text that is too long to be encoded only to learn that it does not fit."""
+    """Raise ParameterError for a text that cannot fit into the context, before time is spent on encoding it."""
     if chars > CHARS_PER_TOKEN * context_len:
         raise ParameterError(
             f"{param} has {chars} characters; the model's context is {context_len} tokens, and at most "

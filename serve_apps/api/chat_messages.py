@@ -1,6 +1,6 @@
-"""What may a message of a conversation say?
+"""Models of the messages of a conversation, which hold text alone.
 
-Text alone. What a chat template is shown of it: `tidar_core.artifacts.text.conversation`.
+`tidar_core.artifacts.text.conversation` turns them into variables of a chat template.
 """
 
 from collections.abc import Sequence
@@ -9,37 +9,37 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.generation_fields import said_as
-from serve_apps.api.parsing import null_is_nothing
+from serve_apps.api.generation_fields import as_parameter_error
+from serve_apps.api.parsing import allow_null
 from tidar_core.artifacts.text.conversation import joined_text, read_messages
 from tidar_core.errors import RequestError
 
-__all__ = ["CacheControl", "Message", "as_template_reads", "without_nulls"]
+__all__ = ["CacheControl", "Message", "template_messages", "without_nulls"]
 
 
 TEXT_TYPES = ("text", "refusal")
 
 CacheControl = Annotated[Any, Field(exclude=True)]
-"""Accepted and dropped: common beginnings of prompts are found without it."""
+"""Accepted and ignored: the prefix cache needs no marks."""
 
 
 class Part(BaseModel):
-    """What the messages' parts have in common."""
+    """Base class of messages and their parts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=allow_null)
 
     cache_control: CacheControl = None
 
 
 class TextPart(Part):
-    """A piece of a message."""
+    """Part of a message that holds text."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Part):
-    """A piece of a message in which an assistant refused."""
+    """Part of an assistant's message that holds its refusal."""
 
     type: Literal["refusal"]
     refusal: str
@@ -59,25 +59,25 @@ Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | l
 
 
 class FunctionCalled(Part):
-    """What an assistant called, and with what."""
+    """Function that an assistant called, with its arguments."""
 
     name: str
     arguments: str | dict[str, Any] | None = None
-    """A JSON object, or its text; of a call without arguments nothing."""
+    """A JSON object or its text; nothing for a call without arguments."""
 
 
 class ToolCalled(Part):
-    """One call in an assistant's message."""
+    """A call in an assistant's message."""
 
     id: str
     type: Literal["function"] = "function"
     function: FunctionCalled
     index: int | None = None
-    """Of a streamed call that was put together without taking it out; changes nothing."""
+    """Left over in calls that a client joined from a stream; changes nothing."""
 
 
 class SystemMessage(Part):
-    """How the assistant shall behave."""
+    """Instructions for the assistant."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -85,7 +85,7 @@ class SystemMessage(Part):
 
 
 class UserMessage(Part):
-    """What a user said."""
+    """Message of the user."""
 
     role: Literal["user"]
     content: Content
@@ -93,7 +93,7 @@ class UserMessage(Part):
 
 
 class AssistantMessage(Part):
-    """What the assistant said before."""
+    """Earlier message of the assistant."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -101,17 +101,17 @@ class AssistantMessage(Part):
     reasoning: str | None = None
     thinking: str | None = None
     refusal: str | None = None
-    """The assistant's words where the content has none."""
+    """Text of the assistant if the content is empty."""
     tool_calls: list[ToolCalled] | None = None
     function_call: FunctionCalled | None = None
     """A single call, in OpenAI's older form."""
     annotations: list[Any] = []
-    """Notes on the words, as other services send them; they change nothing."""
+    """Notes on the text, as other services send them; they change nothing."""
     name: str | None = None
 
 
 class ToolMessage(Part):
-    """What a call gave."""
+    """Result of a call."""
 
     role: Literal["tool"]
     content: Content
@@ -120,7 +120,7 @@ class ToolMessage(Part):
 
 
 class FunctionMessage(Part):
-    """What a call gave, in OpenAI's older form."""
+    """Result of a call, in OpenAI's older form."""
 
     role: Literal["function"]
     content: Content
@@ -153,14 +153,14 @@ Message = Annotated[
 
 
 def without_nulls(value: Any) -> Any:
-    """Messages as clients send back what they were told: a null is as good as nothing, but in arguments."""
+    """Messages without null fields, which clients copy from responses; nulls inside `arguments` stay."""
     if isinstance(value, dict):
         given = {name: item for name, item in value.items() if item is not None}
         return {name: item if name == "arguments" else without_nulls(item) for name, item in given.items()}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def as_template_reads(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
-    """Messages for a chat template. ParameterError for what is well formed and no conversation."""
-    with said_as():
+def template_messages(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
+    """Messages for a chat template. Raises ParameterError if well-formed messages make no conversation."""
+    with as_parameter_error():
         return tuple(read_messages([message.model_dump(exclude_none=True) for message in messages]))

@@ -1,4 +1,4 @@
-"""What may a client ask of /v1/chat/completions?"""
+"""Body of POST /v1/chat/completions."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serve_apps.api.bounds import MESSAGES, TOOLS, VALUES, check_text_len
-from serve_apps.api.chat_messages import CacheControl, Message, as_template_reads, without_nulls
+from serve_apps.api.chat_messages import CacheControl, Message, template_messages, without_nulls
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.generation_fields import GenerationFields, shown
+from serve_apps.api.generation_fields import GenerationFields, openapi_limits
 from serve_apps.api.grammar_fields import check_size
 from serve_apps.api.json_text import count_values
 from serve_apps.api.parsing import Body
@@ -21,25 +21,25 @@ Choice = Literal["none", "auto", "required"]
 
 
 class Part(BaseModel):
-    """What the parts of a tool have in common."""
+    """Base class of the parts of a tool."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Function(Part):
-    """What a model may call."""
+    """Function that a model may call."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """JSON schema of its arguments."""
     strict: bool | None = None
-    """Arguments keep to the schema; with tool_choice `required` or a named function they always do."""
+    """Arguments follow the schema; with tool_choice `required` or a named function they always do."""
     cache_control: CacheControl = None
 
 
 class Tool(Part):
-    """A function, in OpenAI's wrapping."""
+    """OpenAI's wrapper of a function."""
 
     type: Literal["function"]
     function: Function
@@ -47,20 +47,20 @@ class Tool(Part):
 
 
 class FunctionName(Part):
-    """Which function must be called."""
+    """Name of the function that must be called."""
 
     name: str
 
 
 class NamedChoice(Part):
-    """One function must be called."""
+    """A tool_choice by which the named function must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class TypedChoice(Part):
-    """A choice spelled as an object."""
+    """A tool_choice that is written as an object."""
 
     type: Choice
 
@@ -72,7 +72,7 @@ def _type_alone(value: Any) -> Any:
 TYPE_ALONE = BeforeValidator(_type_alone, json_schema_input_type=Choice | TypedChoice | NamedChoice)
 
 
-def _few(value: Any) -> Any:
+def _bounded_messages(value: Any) -> Any:
     if isinstance(value, list) and len(value) > MESSAGES:
         raise ParameterError(
             f"messages holds {len(value)} messages; at most {MESSAGES} are read; send fewer", "messages"
@@ -88,7 +88,7 @@ def _few(value: Any) -> Any:
 
 
 def _arguments(messages: Any) -> Iterator[str]:
-    """JSON texts within messages that nobody has looked at yet."""
+    """JSON texts within messages that are not validated yet."""
     for message in messages if isinstance(messages, list) else []:
         if not isinstance(message, dict):
             continue
@@ -103,25 +103,25 @@ def _arguments(messages: Any) -> Iterator[str]:
 
 Messages = Annotated[
     list[Message],
-    BeforeValidator(_few, json_schema_input_type=list[Message]),
+    BeforeValidator(_bounded_messages, json_schema_input_type=list[Message]),
     Field(min_length=1, max_length=MESSAGES),
 ]
 
 
 class ChatFields(Body):
-    """What decides the prompt of a conversation."""
+    """Fields that determine the prompt of a conversation."""
 
     messages: Messages
     tools: Annotated[list[Tool], Field(max_length=TOOLS, default_factory=list)]
     add_generation_prompt: bool = True
-    """The prompt ends with what comes before an assistant's words."""
+    """The prompt ends with the tokens that begin an assistant's message."""
     continue_final_message: bool = False
-    """The last message is to be continued instead."""
+    """The model continues the last message instead."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Variables that the model's template reads."""
+    """Variables of the model's chat template."""
 
     def check_context(self, context_len: int) -> None:
-        """Raise ParameterError if the messages have no chance to fit into the context."""
+        """Raise ParameterError if the messages cannot fit into the context."""
         check_text_len(sum(len(message.content or "") for message in self.messages), context_len, "messages")
 
     def chat(self, *, show_tools: bool = True) -> Chat:
@@ -132,12 +132,12 @@ class ChatFields(Body):
             and "add_generation_prompt" in self.model_fields_set
         ):
             raise ParameterError(
-                "continue_final_message and add_generation_prompt are both true; a prompt ends in one way: drop one",
+                "continue_final_message and add_generation_prompt are both true; a prompt has one end; drop one",
                 "continue_final_message",
             )
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         return Chat(
-            messages=as_template_reads(self.messages),
+            messages=template_messages(self.messages),
             tools=tuple(tools) if tools and show_tools else None,
             add_generation_prompt=self.add_generation_prompt and not self.continue_final_message,
             leave_open=self.continue_final_message,
@@ -163,22 +163,22 @@ class ChatRequest(ChatFields, GenerationFields):
         "web_search_options": (),
     }
 
-    max_tokens: Annotated[int, shown(minimum=1)] | None = None
-    """By default whatever room the prompt leaves in the context."""
-    max_completion_tokens: Annotated[int, shown(minimum=1)] | None = None
-    """The same; OpenAI's newer name."""
+    max_tokens: Annotated[int, openapi_limits(minimum=1)] | None = None
+    """Default: the room that the prompt leaves in the context."""
+    max_completion_tokens: Annotated[int, openapi_limits(minimum=1)] | None = None
+    """OpenAI's newer name of max_tokens."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
     tool_choice: Annotated[Choice | NamedChoice, TYPE_ALONE] | None = None
-    """By default `auto` where there are tools."""
+    """Default: `auto` if there are tools."""
     parallel_tool_calls: bool = True
 
     def check(self, given: set[str]) -> None:
-        """Raise ParameterError if fields that are right alone do not go together."""
+        """Raise ParameterError if fields contradict each other."""
         if {"max_tokens", "max_completion_tokens"} <= given and self.max_tokens != self.max_completion_tokens:
             raise ParameterError(
                 f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}; they mean "
-                "the same: give one",
+                "the same; give one",
                 "max_completion_tokens",
             )
         if self.top_logprobs and not self.logprobs:
@@ -196,7 +196,7 @@ class ChatRequest(ChatFields, GenerationFields):
         self.tool_use()
 
     def sampling(self, seed: int) -> SamplingConfig:
-        """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
+        """Settings of the sampler. Raises RequestError, whose first word is the field's name."""
         most = self.most_tokens
         return self._sampling(
             max_tokens=max(self.min_tokens, 1) if most is None else most,
@@ -206,11 +206,11 @@ class ChatRequest(ChatFields, GenerationFields):
         )
 
     def tool_use(self) -> ToolUse | None:
-        """Which functions may or must be called. Raises ParameterError."""
+        """Functions that may or must be called; None without tools. Raises ParameterError."""
         choice = self.tool_choice
         if not self.tools:
             if choice not in (None, "none", "auto"):
-                raise ParameterError("tool_choice asks for a call and there are no tools; give some", "tool_choice")
+                raise ParameterError("tool_choice requires a call and there are no tools; give some", "tool_choice")
             return None
         functions = [tool.function.model_dump() for tool in self.tools]
         if len({function["name"] for function in functions}) < len(functions):
@@ -220,10 +220,10 @@ class ChatRequest(ChatFields, GenerationFields):
             required, name = True, choice.function.name
             functions = [function for function in functions if function["name"] == name]
             if not functions:
-                raise ParameterError(f"tool_choice names {name!r}, which is none of tools; name one", "tool_choice")
+                raise ParameterError(f"tool_choice names {name!r}, which is not in tools; name a tool", "tool_choice")
         if required and (grammar := self.grammar()) is not None:
             raise ParameterError(
-                f"tool_choice asks for a call and {grammar.param} for a grammar; a text keeps to one: drop one",
+                f"tool_choice requires a call and {grammar.param} a grammar; a text can follow only one; drop one",
                 "tool_choice",
             )
         if choice == "none":
@@ -235,5 +235,5 @@ class ChatRequest(ChatFields, GenerationFields):
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens of a text, under either name; None: all that the context has room for."""
+        """Most tokens of a text, under either name; None means all that fit into the context."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -1,6 +1,6 @@
-"""What does a client of chats get back?
+"""Responses of POST /v1/chat/completions, in OpenAI's shapes with vLLM's extensions.
 
-OpenAI's shapes with vLLM's extensions. Of a piece of a message only what is there is said, as OpenAI does.
+A delta holds only the fields that have a value, as OpenAI's do.
 """
 
 from typing import Literal
@@ -28,37 +28,37 @@ ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatLogprob(BaseModel):
-    """How likely one token was."""
+    """Log probability of a token."""
 
     token: str
     logprob: float
     bytes: list[int]
-    """What it adds to the text, in UTF-8."""
+    """UTF-8 bytes that the token adds to the text."""
 
 
 class ChatTokenLogprob(ChatLogprob):
-    """A token of the text, and the likeliest there."""
+    """A token of the text, with the most likely tokens at its position."""
 
     top_logprobs: list[ChatLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """How likely the tokens of a message were."""
+    """Log probabilities of the tokens of a message."""
 
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class CalledFunction(BaseModel):
-    """What is called, and with what."""
+    """Function that the model calls, with its arguments."""
 
     name: str
     arguments: str
-    """A JSON object as text, as the model wrote it."""
+    """JSON object as the text that the model generated."""
 
 
 class ToolCall(BaseModel):
-    """A call."""
+    """Call of a function."""
 
     id: str
     type: Literal["function"] = "function"
@@ -66,24 +66,24 @@ class ToolCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """What the assistant said."""
+    """Message of the assistant."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    """None where there are calls alone."""
+    """`None` if the message holds calls alone."""
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
 
 
 class FunctionDelta(BaseModel):
-    """A piece of a call's function; the name comes first."""
+    """Delta of a call's function; the first delta has the name."""
 
     name: str | None = None
     arguments: str
 
 
 class ToolCallDelta(BaseModel):
-    """A piece of a call; its id comes first."""
+    """Delta of a call; the first delta has the id."""
 
     index: int
     id: str | None = None
@@ -92,7 +92,7 @@ class ToolCallDelta(BaseModel):
 
 
 class Delta(BaseModel):
-    """A piece of a message."""
+    """Delta of a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -100,19 +100,19 @@ class Delta(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One message."""
+    """A message, with its reason to end."""
 
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason
     stop_reason: int | str | None = None
-    """The stop string or the stop token's id that ended the text; None for the end of a turn."""
+    """Stop string, or id of the stop token, that ended the text; `None` for the end of a turn."""
     token_ids: list[int] | None = None
 
 
 class ChatChunkChoice(BaseModel):
-    """A piece of one message."""
+    """Delta of a choice's message."""
 
     index: int
     delta: Delta
@@ -132,7 +132,7 @@ class ChatCompletion(Answer):
 
 
 class ChatChunk(Answer):
-    """One chunk of a stream."""
+    """Chunk of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]

@@ -1,4 +1,4 @@
-"""What may a client ask of /v1/completions?"""
+"""Body of POST /v1/completions."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,13 +7,13 @@ from pydantic import BeforeValidator, Field
 
 from serve_apps.api.bounds import PROMPTS, check_ids_len, check_text_len
 from serve_apps.api.errors import ParameterError, shortened
-from serve_apps.api.generation_fields import GenerationFields, shown
+from serve_apps.api.generation_fields import GenerationFields, openapi_limits
 from tidar_core.config import SamplingConfig
 
 __all__ = ["CompletionRequest"]
 
 MOST_TOP_LOGPROBS = 5
-"""As OpenAI's completions have it."""
+"""OpenAI's bound for completions."""
 
 Text = str | list[str] | list[int] | list[list[int]]
 TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
@@ -25,7 +25,7 @@ FALSE_IS_NONE = BeforeValidator(
 
 
 def _prompts(value: Any) -> list[str | tuple[int, ...]]:
-    """The four forms of `prompt` as one: a list whose members are a text or token ids."""
+    """The four forms of `prompt` as a list whose members are texts or token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -38,8 +38,7 @@ def _prompts(value: Any) -> list[str | tuple[int, ...]]:
         if all(isinstance(item, list) and _is_ids(item) for item in value):
             return [tuple(item) for item in value]
     raise ParameterError(
-        f"prompt is {shortened(value)}; it must be a string, a list of strings, a list of token ids, or a list of "
-        "lists of token ids, none of the lists empty",
+        f"prompt is {shortened(value)}; it must be a string, token ids, or a list of either, and no list may be empty",
         "prompt",
     )
 
@@ -54,33 +53,33 @@ class CompletionRequest(GenerationFields):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerationFields.NEUTRAL, "suffix": ("",)}
 
     prompt: Annotated[list[str | tuple[int, ...]], BeforeValidator(_prompts, json_schema_input_type=Text)]
-    max_tokens: Annotated[int, shown(minimum=0)] = 16
-    """0 with echo alone: the prompt, and how likely it is."""
+    max_tokens: Annotated[int, openapi_limits(minimum=0)] = 16
+    """0 is allowed with echo alone: it returns the prompt with its log probabilities."""
     best_of: int | None = None
-    """Accepted where it equals n, so that there is nothing to choose from."""
+    """Accepted if it equals n, so that there is nothing to choose from."""
     echo: bool = False
     logprobs: Annotated[TopLogprobs | None, FALSE_IS_NONE] = None
     add_special_tokens: bool = False
-    """Prompts of text are read with the special tokens that the tokenizer puts around texts."""
+    """Text prompts are encoded with the special tokens that the tokenizer adds around texts."""
     return_decoding: bool = False
-    """Each choice says of its tokens which forward brought them, and whether they were drafts that stood."""
+    """Each choice reports which forward produced each token, and which tokens were accepted drafts."""
 
     @property
     def choices(self) -> int:
-        """Texts that are to be written."""
+        """Texts to generate: n for each prompt."""
         return self.n * len(self.prompt)
 
     def check_context(self, context_len: int) -> None:
-        """Raise ParameterError if a prompt has no chance to fit into the context."""
+        """Raise ParameterError if a prompt cannot fit into the context."""
         for prompt in self.prompt:
             check = check_text_len if isinstance(prompt, str) else check_ids_len
             check(len(prompt), context_len, "prompt")
 
     def check(self, given: set[str]) -> None:
-        """Raise ParameterError if fields that are right alone do not go together."""
+        """Raise ParameterError if fields contradict each other."""
         if self.best_of not in (None, self.n):
             raise ParameterError(
-                f"best_of is {self.best_of} and n is {self.n}; this server does not write texts to throw them away; "
+                f"best_of is {self.best_of} and n is {self.n}; this server generates no texts only to discard them; "
                 "drop best_of",
                 "best_of",
                 "unsupported_parameter",
@@ -88,7 +87,7 @@ class CompletionRequest(GenerationFields):
         super().check(given)
 
     def sampling(self, seed: int) -> SamplingConfig:
-        """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
+        """Settings of the sampler. Raises RequestError, whose first word is the field's name."""
         return self._sampling(
             max_tokens=1 if self.echo and self.max_tokens == 0 else self.max_tokens,
             seed=seed,

@@ -1,7 +1,4 @@
-"""What does a client get back?
-
-OpenAI's shapes with vLLM's extensions.
-"""
+"""Responses of /v1/completions and /v1/models, in OpenAI's shapes with vLLM's extensions."""
 
 from typing import Literal
 
@@ -26,18 +23,18 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length"]
-"""How a text ends."""
+"""Reason why a text ended."""
 
 
 class PromptTokensDetails(BaseModel):
-    """What became of the tokens read."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int
-    """In the cache already, from prompts that begin alike."""
+    """Tokens that were in the cache already, from prompts with the same prefix."""
 
 
 class Usage(BaseModel):
-    """Tokens read and written; an end-of-text token that was generated counts."""
+    """Counts of prompt tokens and generated tokens; a generated end-of-text token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -46,14 +43,17 @@ class Usage(BaseModel):
 
 
 class SpeculativeDecoding(BaseModel):
-    """How drafts fared, under vLLM's names. Of the K tokens of a block K - 1 are speculative: its first is final."""
+    """Acceptance of drafts, under vLLM's names.
+
+    A block of K tokens has K - 1 speculative tokens: its first token is final.
+    """
 
     mean_acceptance_length: float
     """Tokens per decode step, the AR token (vLLM's bonus token) included."""
     draft_acceptance_rate: float
-    """Share of the speculative tokens that stood."""
+    """Accepted share of the speculative tokens."""
     acceptance_histogram: list[int]
-    """At index j, the decode steps in which j speculative tokens stood."""
+    """At index j, the number of decode steps that accepted j speculative tokens."""
     num_spec_steps: int
     num_accepted_draft_tokens: int
     num_draft_tokens: int
@@ -62,61 +62,62 @@ class SpeculativeDecoding(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What a response says beyond OpenAI's fields."""
+    """Metrics of a response beyond OpenAI's fields."""
 
     speculative_decoding: SpeculativeDecoding
 
 
 class Logprobs(BaseModel):
-    """How likely tokens were, one entry of each list for each token."""
+    """Log probabilities of tokens; each list has an entry for each token."""
 
     text_offset: list[int] = []
-    """Where the token begins in the text; that of a stop string which was cut off, where it would."""
+    """Character of the text where the token begins. Tokens of a removed stop string have the offset without removal."""
     token_logprobs: list[float | None] = []
-    """None for the first token of an echoed prompt: nothing stands before it."""
+    """`None` for the first token of an echoed prompt, which has no prefix."""
     tokens: list[str] = []
     top_logprobs: list[dict[str, float] | None] = []
-    """The likeliest tokens, and the token itself where it is none of them."""
+    """The most likely tokens, and the token itself if it is not among them."""
 
 
 class TokenScore(BaseModel):
-    """How likely one token was, in vLLM's words."""
+    """Log probability and rank of a token, in vLLM's shape."""
 
     logprob: float
     rank: int | None
-    """1 for the likeliest; None for a token that is not among those asked for."""
+    """1 for the most likely token; None for a token that is not among the requested most likely tokens."""
     decoded_token: str
 
 
 PromptScores = list[dict[int, TokenScore] | None]
-"""For each token of a prompt, it and the likeliest tokens there, by id; None for the first."""
+"""Scores of the tokens of a prompt: the token and the most likely tokens at its position, by id; `None` for the first
+token."""
 
 
 class Choice(BaseModel):
-    """One text, or a piece of it."""
+    """A text, or its next delta in a stream."""
 
     index: int
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None
     stop_reason: int | str | None = None
-    """The stop string or the stop token's id that ended the text; None for the end-of-text token."""
+    """Stop string, or id of the stop token, that ended the text; None for the end-of-text token."""
     prompt_logprobs: PromptScores | None = None
     prompt_token_ids: list[int] | None = None
-    """Where asked for; with the first piece of a stream."""
+    """Present if requested; a stream has it in its first chunk."""
     token_ids: list[int] | None = None
     decoding: Decoding | None = None
-    """Where asked for."""
+    """Present if requested."""
 
 
 class Answer(BaseModel):
-    """What every answer has, and every chunk of a stream."""
+    """Fields that every response and every chunk of a stream has."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
-    """Same weights, same way of decoding: same string."""
+    """The same string for the same weights and the same method of decoding."""
     usage: Usage | None = None
     metrics: Metrics | None = None
 
@@ -129,7 +130,7 @@ class Completion(Answer):
 
 
 class ModelCard(BaseModel):
-    """The model that is served."""
+    """Description of the model that is served."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -144,7 +145,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models that are served."""
+    """List of all models that are served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

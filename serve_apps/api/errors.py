@@ -1,6 +1,6 @@
-"""What does a client read when a request fails?
+"""Exceptions of requests, and their HTTP responses.
 
-The only place where an exception becomes a status and OpenAI's envelope, {"error": {message, type, param, code}}.
+Only here does an exception become a status and OpenAI's envelope, {"error": {message, type, param, code}}.
 """
 
 import json
@@ -33,16 +33,16 @@ __all__ = [
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 RETRY_AFTER_SECONDS = 1
 CLIENT_GONE = 499
-"""nginx's status of a request whose client hung up before its answer began."""
+"""nginx's status of a request whose client disconnected before the response began."""
 MOST_CHARS = 2000
-"""Of a message: some quote what a client sent."""
+"""Longest message, because some messages quote values that a client sent."""
 QUOTED_CHARS = 60
 ONCE = {"x-should-retry": "false"}
-"""Tells OpenAI's clients not to pay for the same work again."""
+"""Header that makes OpenAI's clients not retry, since a retry would cost the same work again."""
 
 
 class ParameterError(RequestError):
-    """A request parameter that cannot be honoured; `param` and `code` go to the client."""
+    """A request parameter that cannot be honoured; the client receives `param` and `code`."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, param, code)
@@ -61,7 +61,7 @@ class ApiKeyError(RequestError):
 
 
 class RateLimitError(CapacityError):
-    """A key that asks more often than it may; it may again after so many `seconds`."""
+    """A key with more requests than its limit; its next request is accepted after `seconds`."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message, seconds)
@@ -72,19 +72,19 @@ class RateLimitError(CapacityError):
 
 
 class ReplicaLostError(TidarError):
-    """The replica that wrote a text died, and no other may begin it again."""
+    """The replica that generated a text died, and no other replica may restart the text."""
 
 
 class BodyTooLargeError(RequestError):
-    """A body that is longer than the service reads."""
+    """A body that is longer than the service accepts."""
 
 
 class RequestTimeoutError(RequestError):
-    """A request that took longer than it may, and was aborted."""
+    """A request that was aborted at its timeout."""
 
 
 class HttpError(RequestError):
-    """A request that no route takes."""
+    """A request that matches no route."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, message, headers)
@@ -95,24 +95,24 @@ class HttpError(RequestError):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str
     param: str | None
-    """The field of the request that is to blame."""
+    """Field of the request that is wrong."""
     code: str | None
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is a refusal or a failure."""
+    """Body of every response to a request that is refused or fails."""
 
     error: ErrorDetail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A failed request, as its client sees it."""
+    """Failure of a request as its client receives it."""
 
     status: int
     message: str
@@ -129,7 +129,7 @@ class Problem:
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What the client is told about `error`. Of an unexpected one it learns nothing but that it happened."""
+    """Response for `error`. An unexpected error is reported without its message."""
     match error:
         case ParameterError():
             return Problem(status=400, message=error.message, param=error.param, code=error.code)
@@ -179,14 +179,14 @@ def problem_of(error: BaseException) -> Problem:
         case _:
             return Problem(
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
-                message="the server failed on this request; the server's log says why, under its X-Request-Id",
+                message="the server failed on this request; its log has the reason, under the X-Request-Id",
                 type=SERVER_ERROR,
                 headers=ONCE,
             )
 
 
 def shortened(value: Any) -> str:
-    """A value of a request, as a message quotes it."""
+    """A value of a request as an error message quotes it, cut to QUOTED_CHARS characters."""
     if isinstance(value, str):
         value = value[:QUOTED_CHARS]
     text = ""

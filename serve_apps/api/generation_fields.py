@@ -1,6 +1,6 @@
-"""Which fields do completions and chats have in common, and what do they ask of the sampler?
+"""Fields that bodies of completions and chats share, and their settings of the sampler.
 
-OpenAI's with vLLM's extensions. How a body becomes a request, or is refused: `reading`.
+They are OpenAI's fields with vLLM's extensions. `parsing` turns a body into a request, or refuses it.
 """
 
 from abc import abstractmethod
@@ -13,18 +13,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from serve_apps.api import bounds
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.grammar_fields import (
-    AskedGrammar,
     Choices,
+    RequestedGrammar,
     ResponseFormat,
     Schema,
     StructuredOutputs,
-    asked_grammar,
+    requested_grammar,
 )
-from serve_apps.api.parsing import Body, null_is_nothing
+from serve_apps.api.parsing import Body, allow_null
 from tidar_core.config import COLDEST, MOST_LOGPROBS, SamplingConfig
 from tidar_core.errors import RequestError
 
-__all__ = ["GenerationFields", "StreamOptions", "said_as", "shown"]
+__all__ = ["GenerationFields", "StreamOptions", "as_parameter_error", "openapi_limits"]
 
 LONGEST_VOCABULARY = 2**31 - 1
 
@@ -32,8 +32,8 @@ Name = Annotated[str, Field(max_length=bounds.NAME_CHARS)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
-def shown(**limits: float) -> Any:
-    """Limits for the OpenAPI document alone: `SamplingConfig` is who refuses, in its own words."""
+def openapi_limits(**limits: float) -> Any:
+    """Limits for the OpenAPI document alone; `SamplingConfig` checks them and words the error."""
     return Field(json_schema_extra={**limits})
 
 
@@ -43,14 +43,14 @@ def _no_number(value: Any) -> Any:
 
 
 class StreamOptions(BaseModel):
-    """How a stream ends."""
+    """Options of a stream."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=allow_null)
 
     include_usage: bool = False
-    """A last chunk without choices says what the request cost."""
+    """A last chunk without choices holds the usage of the request."""
     continuous_usage_stats: bool = False
-    """Every chunk says what the request has cost so far."""
+    """Every chunk holds the usage of the request so far."""
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_no_number)] = False
     """Chunks are not padded here."""
 
@@ -63,8 +63,8 @@ def _without_null(value: Any) -> Any:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def _without_nothing(value: Any) -> Any:
-    """What is null or false asks for nothing here."""
+def _without_null_or_false(value: Any) -> Any:
+    """The fields that request something: null and false request nothing here."""
     return {k: v for k, v in value.items() if v is not None and v is not False} if isinstance(value, dict) else value
 
 
@@ -75,7 +75,7 @@ BadWord = Annotated[str, Field(min_length=1, max_length=bounds.BAD_WORD_CHARS)]
 
 
 class GenerationFields(Body):
-    """What a request for text may say."""
+    """Fields of a request for text."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "allowed_token_ids": ([],),
@@ -100,16 +100,16 @@ class GenerationFields(Body):
     }
 
     model: Name
-    min_tokens: Annotated[int, shown(minimum=0)] = 0
+    min_tokens: Annotated[int, openapi_limits(minimum=0)] = 0
     n: Annotated[int, Field(ge=1, le=bounds.CHOICES)] = 1
     seed: int | None = None
-    temperature: Annotated[float, shown(minimum=0, maximum=100)] = 1.0
-    top_p: Annotated[float, shown(exclusiveMinimum=0, maximum=1)] = 1.0
-    top_k: Annotated[int, shown(minimum=-1)] = 0
-    min_p: Annotated[float, shown(minimum=0, maximum=1)] = 0.0
-    repetition_penalty: Annotated[float, shown(exclusiveMinimum=0)] = 1.0
-    presence_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
-    frequency_penalty: Annotated[float, shown(minimum=-2, maximum=2)] = 0.0
+    temperature: Annotated[float, openapi_limits(minimum=0, maximum=100)] = 1.0
+    top_p: Annotated[float, openapi_limits(exclusiveMinimum=0, maximum=1)] = 1.0
+    top_k: Annotated[int, openapi_limits(minimum=-1)] = 0
+    min_p: Annotated[float, openapi_limits(minimum=0, maximum=1)] = 0.0
+    repetition_penalty: Annotated[float, openapi_limits(exclusiveMinimum=0)] = 1.0
+    presence_penalty: Annotated[float, openapi_limits(minimum=-2, maximum=2)] = 0.0
+    frequency_penalty: Annotated[float, openapi_limits(minimum=-2, maximum=2)] = 0.0
     logit_bias: Annotated[dict[TokenId, float], Field(max_length=bounds.LOGIT_BIASES, default_factory=dict)]
     bad_words: Annotated[list[BadWord], Field(max_length=bounds.BAD_WORDS, default_factory=list)]
     stop: Annotated[StopWords, ONE_OR_MORE, Field(default_factory=list)]
@@ -118,60 +118,60 @@ class GenerationFields(Body):
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     response_format: Annotated[ResponseFormat, BeforeValidator(_without_null)] | None = None
-    structured_outputs: Annotated[StructuredOutputs, BeforeValidator(_without_nothing)] | None = None
+    structured_outputs: Annotated[StructuredOutputs, BeforeValidator(_without_null_or_false)] | None = None
     guided_json: Schema | None = None
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_token_ids: bool = False
-    """The ids of the tokens read and written are told."""
+    """The response holds the ids of prompt tokens and generated tokens."""
     speculative: bool = True
-    """False: written without drafts, one token per forward, which changes no text; where nobody else's text is drafted
-    at the time, this is the plain autoregressive mode."""
+    """False: generated without drafts, one token per forward, which does not change the text. If no other request is
+    drafted at the same time, this is the plain autoregressive mode."""
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_null)] = StreamOptions()
     request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """The answer's id is made of it."""
+    """The id of the response is derived from it."""
     user: Name | None = None
-    """Accepted for the client's own books; changes nothing."""
+    """Accepted for the client's own records; changes nothing."""
     safety_identifier: Name | None = None
-    """As `user`."""
+    """Accepted like `user`; changes nothing."""
     prompt_cache_key: Name | None = None
-    """As `user`: common beginnings of prompts are found without it."""
+    """Accepted like `user`; the prefix cache needs no key."""
     metadata: Annotated[dict[str, Any], Field(max_length=bounds.METADATA_ENTRIES)] | None = None
-    """As `user`."""
+    """Accepted like `user`; changes nothing."""
 
     @property
     def choices(self) -> int:
-        """Texts that are to be written."""
+        """Texts to generate."""
         return self.n
 
     @property
     def copies(self) -> int:
-        """Times that each prompt is read."""
+        """Number of copies of each prompt."""
         return self.n
 
     def check(self, given: set[str]) -> None:
-        """Raise ParameterError if fields that are right alone do not go together."""
+        """Raise ParameterError if fields contradict each other."""
         if self.stream_options != StreamOptions() and not self.stream:
             raise ParameterError(
                 "stream_options is given and stream is false; set stream to true or drop it", "stream_options"
             )
-        with said_as():
+        with as_parameter_error():
             self.sampling(seed=self.seed or 0)
         self.grammar()
 
     @abstractmethod
     def sampling(self, seed: int) -> SamplingConfig:
-        """What is asked of the sampler. Raises RequestError, whose first word is the field's name."""
+        """Settings of the sampler. Raises RequestError, whose first word is the field's name."""
 
-    def grammar(self) -> AskedGrammar | None:
-        """What the texts must keep to. Raises ParameterError if that is asked for twice."""
+    def grammar(self) -> RequestedGrammar | None:
+        """Grammar that the texts must follow. Raises ParameterError if the body requests two."""
         guided: dict[str, Any] = {
             name: getattr(self, name) for name in type(self).model_fields if name.startswith("guided_")
         }
-        return asked_grammar(self.response_format, self.structured_outputs, guided)
+        return requested_grammar(self.response_format, self.structured_outputs, guided)
 
     def _sampling(self, *, max_tokens: int, seed: int, logprobs: int | None, of_prompt: bool) -> SamplingConfig:
         wanted = [count for count in (logprobs, self.prompt_logprobs) if count is not None]
@@ -194,8 +194,8 @@ class GenerationFields(Body):
 
 
 @contextmanager
-def said_as(param: str | None = None) -> Iterator[None]:
-    """RequestErrors of what stands within become ParameterErrors: of `param`, or of the field that they begin with."""
+def as_parameter_error(param: str | None = None) -> Iterator[None]:
+    """Turn a RequestError into a ParameterError of `param`, by default of the field that its message begins with."""
     try:
         yield
     except ParameterError:

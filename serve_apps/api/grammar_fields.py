@@ -1,7 +1,7 @@
-"""Which grammar must a completion keep to, of the many ways to ask for one?
+"""Fields that request a grammar, and the grammar that they request.
 
-OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`: one of them at most. What they ask for
-is compiled where the tokenizer is (`tidar_core.artifacts.text.grammar`).
+They are OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`. A request has at most one
+grammar. `tidar_core.artifacts.text.grammar` compiles it, in the process that has the tokenizer.
 """
 
 import json
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_apps.api.bounds import GRAMMAR_CHARS, GRAMMAR_CHOICES
 from serve_apps.api.errors import ParameterError
 
-__all__ = ["FIELDS", "AskedGrammar", "ResponseFormat", "StructuredOutputs", "asked_grammar", "check_size"]
+__all__ = ["FIELDS", "RequestedGrammar", "ResponseFormat", "StructuredOutputs", "check_size", "requested_grammar"]
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 GUIDED = {
@@ -22,25 +22,25 @@ GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-"""Fields that hold the grammar itself, and its kind."""
+"""Kind of the grammar that each `guided_*` field holds."""
 
 Schema = str | dict[str, Any]
 Choices = Annotated[list[str], Field(min_length=1, max_length=GRAMMAR_CHOICES)]
 
 
 @dataclass(frozen=True, slots=True)
-class AskedGrammar:
-    """A grammar as a client wrote it."""
+class RequestedGrammar:
+    """Grammar as a client wrote it."""
 
     param: str
-    """The field that asks for it."""
+    """Field that requests it."""
     kind: str
     """One of `tidar_core.artifacts.text.grammar.KINDS`."""
     content: Any
 
 
 class JsonSchema(BaseModel):
-    """A JSON schema and its name. Texts always keep to it, whatever `strict` says."""
+    """A JSON schema and its name. Texts always follow it, even if `strict` is false."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -51,7 +51,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's way to ask for JSON."""
+    """OpenAI's request for JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -60,7 +60,7 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's way to ask for a grammar: exactly one of these."""
+    """vLLM's request for a grammar: exactly one of the fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -71,27 +71,28 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
 
 
-def asked_grammar(
+def requested_grammar(
     response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None, guided: dict[str, Any]
-) -> AskedGrammar | None:
-    """The one grammar that is asked for; ParameterError if there are more.
+) -> RequestedGrammar | None:
+    """The grammar of a request; None without a grammar. Raises ParameterError for more than one.
 
-    guided  what stands in the fields of `GUIDED`; None where nothing does
+    guided  values of the fields of `GUIDED`; None for a field that is not given
     """
-    asked = [AskedGrammar(name, kind, guided[name]) for name, kind in GUIDED.items() if guided[name] is not None]
+    found = [RequestedGrammar(name, kind, guided[name]) for name, kind in GUIDED.items() if guided[name] is not None]
     if structured_outputs is not None:
-        asked += _of_structured_outputs(structured_outputs)
+        found += _of_structured_outputs(structured_outputs)
     if response_format is not None and response_format.type != "text":
-        asked.append(_of_response_format(response_format))
-    if len(asked) > 1:
+        found.append(_of_response_format(response_format))
+    if len(found) > 1:
         raise ParameterError(
-            f"{asked[0].param} and {asked[1].param} each ask for a grammar; a text keeps to one: drop the others",
-            asked[1].param,
+            f"{found[0].param} and {found[1].param} each request a grammar; a text can follow only one; "
+            "drop the others",
+            found[1].param,
         )
-    if not asked:
+    if not found:
         return None
-    check_size(asked[0].content, asked[0].param)
-    return asked[0]
+    check_size(found[0].content, found[0].param)
+    return found[0]
 
 
 def check_size(content: Any, param: str) -> None:
@@ -103,24 +104,24 @@ def check_size(content: Any, param: str) -> None:
         )
 
 
-def _of_structured_outputs(given: StructuredOutputs) -> list[AskedGrammar]:
+def _of_structured_outputs(given: StructuredOutputs) -> list[RequestedGrammar]:
     kinds = {name: getattr(given, name) for name in StructuredOutputs.model_fields}
-    asked = [
-        AskedGrammar("structured_outputs", kind, content)
+    found = [
+        RequestedGrammar("structured_outputs", kind, content)
         for kind, content in kinds.items()
         if content is not None and content is not False
     ]
-    if not asked:
+    if not found:
         raise ParameterError(
-            "structured_outputs asks for nothing; give it one of json, regex, choice, grammar, json_object",
+            "structured_outputs is empty; give it one of json, regex, choice, grammar, json_object",
             "structured_outputs",
         )
-    return asked
+    return found
 
 
-def _of_response_format(given: ResponseFormat) -> AskedGrammar:
+def _of_response_format(given: ResponseFormat) -> RequestedGrammar:
     if given.type == "json_object":
-        return AskedGrammar("response_format", "json_object", None)
+        return RequestedGrammar("response_format", "json_object", None)
     if given.json_schema is None:
         raise ParameterError("response_format.json_schema is missing; give it", "response_format.json_schema")
-    return AskedGrammar("response_format", "json_schema", given.json_schema.content)
+    return RequestedGrammar("response_format", "json_schema", given.json_schema.content)

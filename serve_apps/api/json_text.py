@@ -1,7 +1,7 @@
-"""How does JSON from a client become values, without anybody waiting for it?
+"""Parser of JSON from clients, with bounds on its values and its depth.
 
-`json.loads` holds the interpreter until all values are made. So they are counted first, and how deep they lie, by
-operations on the whole text that take milliseconds for megabytes.
+`json.loads` holds the interpreter until all values are made, and other requests wait. So values and depth are counted
+first, by operations on the whole text that take milliseconds for megabytes.
 """
 
 import json
@@ -20,18 +20,18 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(text: str | bytes, most: int, param: str | None = None) -> Any:
-    """The value in a JSON text. Raises ParameterError of `param`, or BodyTooLargeError for more than `most` values."""
+    """Value of a JSON text. Raises ParameterError of `param`, or BodyTooLargeError for more than `most` values."""
     what = "the body" if param is None else param
     try:
         if isinstance(text, bytes):
             text = text.decode(json.detect_encoding(text))
         if count_values(text, most, param) > most:
             raise BodyTooLargeError(
-                f"{what} holds more than {most} JSON values and keys, which are all that is read here; send less"
+                f"{what} holds more than {most} JSON values and keys; at most that many are read; send less"
             )
         value = json.loads(text)
         if HALF_CHARACTER.search(text):
-            json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character, which no text holds
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which JSON can spell
     except UnicodeEncodeError as error:
         raise ParameterError(f"{what} spells half a character: {error}; send whole ones", param) from error
     except (ValueError, RecursionError) as error:
@@ -40,10 +40,10 @@ def parse(text: str | bytes, most: int, param: str | None = None) -> Any:
 
 
 def count_values(text: str, most: int, param: str | None = None) -> int:
-    """Number of values and keys in a JSON text, an empty list as two. Raises ParameterError if they lie too deep.
+    """Number of values and keys in a JSON text; an empty list counts as two. Raises ParameterError if it is too deep.
 
-    Exact up to `most`. Of a text that is not JSON the part before the first mistake is counted right; a parser reads
-    no more.
+    The number is exact up to `most`. In a text that is not JSON, the part before the first mistake is counted exactly,
+    and a parser reads no further.
     """
     bare = text.replace("\\\\", "").replace('\\"', "")  # from now on each quote begins or ends a string
     if (strings := bare.count('"') // 2) > most:

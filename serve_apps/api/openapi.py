@@ -1,8 +1,8 @@
-"""How does the service describe itself, in OpenAPI's words?
+"""OpenAPI document of the service.
 
-Routes read their bodies by hand, so that refusals are in OpenAI's words; what they read is written into the document
-here, from the same models: every field with null, the fields that are known but not honoured with the values that ask
-for nothing, and no others.
+Routes parse their bodies themselves, so that errors have OpenAI's shape. This module therefore writes the bodies into
+the document, from the same models. Every field allows null. A field that is known but not honoured lists the values
+that request nothing. No other fields are listed.
 """
 
 from collections.abc import Mapping
@@ -16,31 +16,31 @@ __all__ = ["DOCS_PAGE", "described", "errors"]
 
 REFERENCE = "#/components/schemas/{model}"
 ERRORS = {
-    400: "The request is wrong; `param` says where.",
-    401: "No key that opens this service.",
+    400: "The request is wrong; `param` names the field.",
+    401: "The request has no valid API key.",
     404: "No such model, or no such route.",
-    405: "Not by this method.",
+    405: "The route does not support this method.",
     408: "The request took too long and was aborted.",
     413: "The body is too long.",
-    429: "No room now; Retry-After says when to come again.",
+    429: "The service is at its limit; Retry-After holds the seconds to wait.",
     500: "The server failed on this request.",
     503: "Not ready.",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI is told of refusals."""
+    """FastAPI's `responses` for statuses of errors."""
     return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses}
 
 
 def described(
     document: dict[str, Any], bodies: Mapping[str, Any], streams: Mapping[str, Any], *, model_name: str, keyed: bool
 ) -> dict[str, Any]:
-    """`document` with the bodies that POST routes read, and the events that they may answer with.
+    """`document` with the bodies of POST routes and the events of their streams.
 
     bodies      pydantic model of the body, by path
     streams     pydantic model of a chunk, by path
-    model_name  the one that is served
+    model_name  name of the served model
     keyed       requests need an API key
     """
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -56,14 +56,14 @@ def described(
         document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {
             "schema": {
                 "type": "object",
-                "description": f"Events; the data of each is a {model.__name__} or an ErrorBody, of the last [DONE].",
+                "description": f"Events; their data is a {model.__name__} or an ErrorBody, and [DONE] in the last.",
                 "properties": {"data": {"type": "string"}},
                 "required": ["data"],
             }
         }
     for methods in document["paths"].values():
         for route in methods.values():
-            route["responses"].pop("422", None)  # FastAPI's own; our refusals are 400
+            route["responses"].pop("422", None)  # FastAPI's own status; this service returns 400
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     if keyed:
@@ -77,7 +77,7 @@ def _body(model: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     for name, neutral in model.NEUTRAL.items():
         schema["properties"][name] = {
             "enum": [*neutral, None],
-            "description": "Not honoured: only what asks for nothing is accepted.",
+            "description": "Not honoured: only values that request nothing are accepted.",
         }
     return schema
 
@@ -105,19 +105,19 @@ const make = (tag, text, ...inner) => {
 };
 const shown = (title, value) =>
   make("details", "", make("summary", title), make("pre", JSON.stringify(value, null, 2)));
-fetch("openapi.json").then(answer => answer.json()).then(api => {
+fetch("openapi.json").then(response => response.json()).then(api => {
   for (const [path, methods] of Object.entries(api.paths)) for (const [method, route] of Object.entries(methods)) {
-    const rows = Object.entries(route.responses).map(([status, said]) =>
-      make("tr", "", make("th", status), make("td", said.description)));
+    const entries = Object.entries(route.responses).map(([status, response]) =>
+      make("tr", "", make("th", status), make("td", response.description)));
     const body = route.requestBody?.content["application/json"].schema.$ref?.split("/").pop();
     document.getElementById("routes").append(make("details", "",
       make("summary", "", make("b", method.toUpperCase()), make("code", path)),
       make("p", route.description ?? route.summary), make("p", body ? "Body: " + body : ""),
-      make("table", "", ...rows)));
+      make("table", "", ...entries)));
   }
   for (const [name, schema] of Object.entries(api.components.schemas))
     document.getElementById("schemas").append(shown(name, schema));
 });
 </script></html>
 """
-"""A page that shows the document; it fetches nothing else."""
+"""HTML page that shows the document; it loads nothing else."""

@@ -1,7 +1,7 @@
-"""How does the body of a request become a request, or a refusal?
+"""Parser of the body of a request: a validated model, or an error that names the first wrong field.
 
-A field is honoured or refused, never passed over: one that is known but not honoured here may only have the value that
-asks for nothing. A refusal names the first field that is wrong.
+Every field is honoured or refused, never ignored. A field that is known but not honoured may only have a value that
+requests nothing.
 """
 
 import re
@@ -14,11 +14,11 @@ from serve_apps.api.bounds import VALUES
 from serve_apps.api.errors import QUOTED_CHARS, ParameterError, shortened
 from serve_apps.api.json_text import parse
 
-__all__ = ["Body", "null_is_nothing", "parse_request"]
+__all__ = ["Body", "allow_null", "parse_request"]
 
 
-def null_is_nothing(schema: dict[str, Any]) -> None:
-    """Write into a JSON schema that a field which may be left out may be null as well."""
+def allow_null(schema: dict[str, Any]) -> None:
+    """Change a JSON schema so that its optional fields may also be null."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
             notes = {key: field.pop(key) for key in ("description", "title", "default") if key in field}
@@ -26,30 +26,30 @@ def null_is_nothing(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """What the bodies of all requests have in common."""
+    """Base class of the bodies of all requests."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, json_schema_extra=null_is_nothing, use_attribute_docstrings=True
+        frozen=True, extra="forbid", strict=True, json_schema_extra=allow_null, use_attribute_docstrings=True
     )
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields of OpenAI and vLLM that are not honoured, and the values, beside null, that ask for nothing."""
+    """Fields of OpenAI and vLLM that are not honoured, with the values, besides null, that request nothing."""
 
     @property
     def choices(self) -> int:
-        """Texts that are to be written."""
+        """Texts to generate."""
         return 1
 
     @property
     def copies(self) -> int:
-        """Times that each prompt is read."""
+        """Number of copies of each prompt."""
         return 1
 
     def check_context(self, context_len: int) -> None:
-        """Raise ParameterError if a prompt has no chance to fit into the context."""
+        """Raise ParameterError if a prompt cannot fit into the context."""
 
     def check(self, given: set[str]) -> None:
-        """Raise ParameterError if fields that are right alone do not go together.
+        """Raise ParameterError if fields contradict each other.
 
         given  names of the fields that the body has
         """
@@ -59,8 +59,7 @@ Request = TypeVar("Request", bound=Body)
 
 
 def parse_request(body: bytes, kind: type[Request]) -> Request:
-    """The request in a JSON body. Raises ParameterError, which names the first parameter that is wrong, or
-    BodyTooLargeError."""
+    """Request in a JSON body. Raises BodyTooLargeError, or ParameterError that names the first wrong parameter."""
     fields = parse(body, VALUES)
     if not isinstance(fields, dict):
         raise ParameterError(f"the body is a JSON {type(fields).__name__}; send one JSON object")
@@ -81,24 +80,25 @@ def _refuse_unsupported(name: str, value: Any, kind: type[Body]) -> None:
         return
     if name not in kind.NEUTRAL:
         raise ParameterError(
-            f"parameter {name[:QUOTED_CHARS]!r} is not known here; known are {', '.join(kind.model_fields)}; drop it",
+            f"parameter {name[:QUOTED_CHARS]!r} is unknown; known are {', '.join(kind.model_fields)}; drop it",
             name,
             "unsupported_parameter",
         )
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in kind.NEUTRAL[name]):
+    neutral = kind.NEUTRAL[name]
+    if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
         raise ParameterError(
             f"{name} is {shortened(value)}; this server does not support it; drop it", name, "unsupported_parameter"
         )
 
 
 def _parameter_error(error: Any, kind: Any) -> ParameterError:
-    """Pydantic's first complaint, in our words."""
+    """The first error of pydantic as a ParameterError."""
     unknown = error["type"] == "extra_forbidden"
     param = _path(error["loc"], set(_names(kind)), unknown)
     if error["type"] == "missing":
         return ParameterError(f"{param} is missing; give it", param)
     if unknown:
-        return ParameterError(f"{param} is not known here; drop it", param, "unsupported_parameter")
+        return ParameterError(f"{param} is unknown; drop it", param, "unsupported_parameter")
     if error["loc"][-1] == "[key]":
         return ParameterError(f"{param} has the key {shortened(error['input'])}; keys are token ids, in digits", param)
     message = re.sub("^(Input|Value|String|List|Dictionary|Tuple) ", "", error["msg"])
@@ -106,7 +106,7 @@ def _parameter_error(error: Any, kind: Any) -> ParameterError:
 
 
 def _path(loc: Sequence[str | int], names: set[str], unknown: bool) -> str:
-    """The way to a field, without pydantic's names of union members, and to no element of a list of plain values."""
+    """Path of a field, without pydantic's names of union members and without the index into a list of plain values."""
     parts = [part for part in loc if isinstance(part, int) or part in names or (unknown and part == loc[-1])]
     while parts and isinstance(parts[-1], int):
         parts.pop()
@@ -114,7 +114,7 @@ def _path(loc: Sequence[str | int], names: set[str], unknown: bool) -> str:
 
 
 def _names(annotation: Any) -> Iterator[str]:
-    """Names of a model's fields as bodies have them, and of the models inside it."""
+    """Names in bodies of the fields of a model and of the models inside it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield field.alias or name

@@ -1,4 +1,4 @@
-"""Which tokens of a text were drafted, and which did the autoregressive side of the model have to say itself?"""
+"""Origin of each token of a text: an accepted draft, or a token of the model's autoregressive side."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -10,26 +10,26 @@ if TYPE_CHECKING:
 __all__ = ["Decoding", "Origin", "origins"]
 
 Origin = Literal["draft", "correction", "bonus", "plain"]
-"""See `Decoding.origin`."""
+"""Origin of a token; `Decoding.origin` defines the values."""
 
 
 class Decoding(BaseModel):
-    """How tokens came to be, one entry of each list for each token that was written."""
+    """Origin of the generated tokens; each list has an entry for each token."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     forward: list[int] = []
-    """Which of the forwards that wrote this text brought it, from 0; tokens of one number came together."""
+    """Number of the forward that produced the token, counted from 0 in this text."""
     origin: list[Origin] = []
-    """`draft` stood; `correction` took the place of the first draft that fell; `bonus` followed a draft that stood as a
-    whole; `plain` came of a forward that put no draft to the test."""
+    """`draft`: an accepted draft. `correction`: replaces the first rejected draft. `bonus`: follows a draft that was
+    accepted as a whole. `plain`: produced by a forward that verified no draft."""
     text_offset: list[int] = []
-    """Where its text begins in the choice's text, in characters; it ends where that of the next token begins."""
+    """Character of the choice's text where the token's text begins; it ends where the next token's text begins."""
 
 
 def origins(step: "DecodeStep") -> list[Origin]:
-    """Of each new token of a step."""
-    stood, tested = max(0, step.accepted - 1), min(step.pending, step.verified) - 1
-    drafts: list[Origin] = ["draft"] * stood
-    last: Origin = "correction" if stood < tested else "bonus" if stood else "plain"
+    """Origin of each new token of a decode step."""
+    accepted, verified = max(0, step.accepted - 1), min(step.pending, step.verified) - 1
+    drafts: list[Origin] = ["draft"] * accepted
+    last: Origin = "correction" if accepted < verified else "bonus" if accepted else "plain"
     return [*drafts, last][: len(step.token_ids)]

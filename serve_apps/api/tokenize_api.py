@@ -1,6 +1,6 @@
-"""What may a client ask of /tokenize and /detokenize, and what comes back?
+"""Bodies and responses of /tokenize, /detokenize and /tokenizer_info, in vLLM's shapes.
 
-vLLM's shapes; a prompt is read here exactly as the completion routes read it.
+A prompt is encoded exactly as the completion routes encode it.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from serve_apps.messages.generation_request import Chat
 
 __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized", "TokenizerInfo"]
 
-OF_CHATS = set(ChatFields.model_fields) - {"messages"}
+CHAT_FIELDS = set(ChatFields.model_fields) - {"messages"}
 
 
 class TokenizeRequest(ChatFields):
-    """The body of POST /tokenize: a prompt or messages."""
+    """Body of POST /tokenize: a prompt or messages."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"chat_template": (), "mm_processor_kwargs": ({},)}
 
@@ -29,37 +29,38 @@ class TokenizeRequest(ChatFields):
     prompt: str | None = None
     messages: Messages | None = None  # type: ignore[assignment]
     add_special_tokens: bool = False
-    """A prompt is read with the special tokens that the tokenizer puts around texts."""
+    """A prompt is encoded with the special tokens that the tokenizer adds around texts."""
     return_token_strs: bool = False
 
     def check(self, given: set[str]) -> None:
-        """Raise ParameterError if fields that are right alone do not go together."""
+        """Raise ParameterError if fields contradict each other."""
         if (self.prompt is None) == (self.messages is None):
-            raise ParameterError("prompt and messages: one of them must be given, and one alone; give one", "prompt")
-        if self.messages is None and (wrong := sorted(given & OF_CHATS)):
+            state = "missing" if self.prompt is None else "given"
+            raise ParameterError(f"prompt and messages are both {state}; exactly one is needed; give one", "prompt")
+        if self.messages is None and (wrong := sorted(given & CHAT_FIELDS)):
             raise ParameterError(f"{wrong[0]} is given and messages is not; drop it", wrong[0])
         if self.messages is not None and self.add_special_tokens:
             raise ParameterError(
-                "add_special_tokens is true and the chat template says which there are; drop it",
+                "add_special_tokens is true, and the chat template alone adds special tokens; drop it",
                 "add_special_tokens",
                 "unsupported_parameter",
             )
-        self.asked()
+        self.prompt_or_chat()
 
     def check_context(self, context_len: int) -> None:
-        """Raise ParameterError if what is to be read is longer than any prompt."""
+        """Raise ParameterError if the prompt or the messages cannot fit into the context."""
         if self.prompt is not None:
             check_text_len(len(self.prompt), context_len, "prompt")
         else:
             super().check_context(context_len)
 
-    def asked(self) -> str | Chat:
-        """What is to be read."""
+    def prompt_or_chat(self) -> str | Chat:
+        """Prompt to encode: a text, or a conversation."""
         return self.chat() if self.prompt is None else self.prompt
 
 
 class Tokenized(BaseModel):
-    """The tokens of a prompt."""
+    """Tokens of a prompt."""
 
     count: int
     max_model_len: int
@@ -68,20 +69,20 @@ class Tokenized(BaseModel):
 
 
 class DetokenizeRequest(Body):
-    """The body of POST /detokenize."""
+    """Body of POST /detokenize."""
 
     model: Name | None = None
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class Detokenized(BaseModel):
-    """The text of tokens, special ones by their names."""
+    """Text of tokens; special tokens appear by their names."""
 
     prompt: str
 
 
 class TokenizerInfo(BaseModel):
-    """What the tokenizer's configuration says."""
+    """Configuration of the tokenizer."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -165,7 +165,7 @@ class HttpApp:
         self._check_model(body.model or self._card.id)
         call = partial(
             self._decoder.tokenize.remote,
-            body.asked(), framed=body.add_special_tokens, spelled=body.return_token_strs,
+            body.prompt_or_chat(), framed=body.add_special_tokens, spelled=body.return_token_strs,
         )  # fmt: skip
         tokenized = await self._limits.in_time(failover.answer(call), http.headers)
         if isinstance(tokenized, GenerationFailed):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.version_routing import Route
 from tidar_core.config import SamplingConfig
 
@@ -69,7 +69,7 @@ class GenerationRequest:
     skip_special: bool = True
     """Special tokens add no text."""
     bad_words: tuple[str, ...] = ()
-    grammar: AskedGrammar | None = None
+    grammar: RequestedGrammar | None = None
     tools: ToolUse | None = None
     echo: bool = False
     """The text begins with the prompt."""

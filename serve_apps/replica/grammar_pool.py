@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from serve_apps.api.bounds import GRAMMAR_SECONDS
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from tidar_core.artifacts.text import grammar_probe
 from tidar_core.artifacts.text.grammar import written
 from tidar_core.artifacts.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class GrammarPool:
         self._end: weakref.finalize[[subprocess.Popen[str]], GrammarPool] | None = None
         self._verdicts: OrderedDict[str, str] = OrderedDict()
 
-    def check(self, grammar: AskedGrammar) -> None:
+    def check(self, grammar: RequestedGrammar) -> None:
         """Raise ParameterError for a grammar that takes too long. A wrong grammar passes: the compiler refuses it."""
         kind, content = written(grammar.kind, grammar.content)
         key = hashlib.sha256(f"{kind} {content}".encode(errors="replace")).hexdigest()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.generation_fields import said_as
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.generation_fields import as_parameter_error
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.replica.bad_words import token_sequences
 from serve_apps.streaming.tool_call_formats import FORMS, call_grammar
@@ -58,11 +58,11 @@ class PromptEncoder:
         )
         if request.to_the_end:
             sampling = replace(sampling, max_tokens=max(self._context_len - len(prompt), sampling.max_tokens))
-        with said_as():
+        with as_parameter_error():
             logit_rules.check(sampling, self._vocab_size)
         constraint: GrammarConstraint | None = None
         if grammar is not None:
-            with said_as(grammar.param):
+            with as_parameter_error(grammar.param):
                 compiled = compile_constraint(grammar.kind, grammar.content, self._tokenizer)
             constraint = compiled.constraint(self._vocab_size, sampling.eos_ids)
         return Request(
@@ -76,7 +76,7 @@ class PromptEncoder:
             if not 0 <= token < self._vocab_size:
                 raise ParameterError(f"{field} names token {token}; ids are 0..{self._vocab_size - 1}; drop it", field)
 
-    def _ends(self, request: GenerationRequest, grammar: AskedGrammar | None) -> list[int]:
+    def _ends(self, request: GenerationRequest, grammar: RequestedGrammar | None) -> list[int]:
         """Tokens of the model that end this text. With a grammar, which has its own end, only special tokens end it."""
         if request.ignore_eos:
             return []
@@ -103,7 +103,7 @@ class PromptEncoder:
                 "tools",
                 "unsupported_parameter",
             )
-        with said_as("messages"):
+        with as_parameter_error("messages"):
             ids = encode_chat(
                 self._template,
                 self._tokenizer,
@@ -115,7 +115,7 @@ class PromptEncoder:
             )
         return tuple(ids)
 
-    def grammar(self, request: GenerationRequest) -> AskedGrammar | None:
+    def grammar(self, request: GenerationRequest) -> RequestedGrammar | None:
         """Grammar of the text."""
         if request.grammar is not None or request.tools is None or self.tool_form is None:
             return request.grammar

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import ToolUse
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def form_of(template: "ChatTemplate", setting: str) -> str | None:
     return "llama3" if template.speaks_of('"parameters"') else None
 
 
-def call_grammar(form: ToolForm, use: ToolUse) -> AskedGrammar | None:
+def call_grammar(form: ToolForm, use: ToolUse) -> RequestedGrammar | None:
     """Grammar of texts that call functions as requested; None if any text is allowed.
 
     If no call is required and arguments must be strict, any text is allowed, but every call in it must be valid.
@@ -71,7 +71,7 @@ def call_grammar(form: ToolForm, use: ToolUse) -> AskedGrammar | None:
             f"call_{place}: {_quoted(_head(form, function['name']))} arguments_{place} {_quoted(_tail(form))}",
             f"arguments_{place}: %json {json.dumps(_schema(function, free=free))}",
         ]
-    return AskedGrammar("tools", "grammar", "\n".join([*_start(form, use), *lines]))
+    return RequestedGrammar("tools", "grammar", "\n".join([*_start(form, use), *lines]))
 
 
 def _start(form: ToolForm, use: ToolUse) -> list[str]:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 from tiny import varied_model
 
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.replica.engine import Engine
 from serve_apps.rollout.model_version import resolve_model
@@ -93,7 +93,7 @@ def test_a_text_that_keeps_to_a_grammar_ends_with_it_though_an_end_token_spells_
     engine, tokenizer, endless, place
 ):
     word = tokenizer.decode([endless[place]])
-    request = AskedGrammar("guided_choice", "choice", [word + word])
+    request = RequestedGrammar("guided_choice", "choice", [word + word])
     text, _, reason, _ = written(engine, grammar=request)
     assert (text, reason) == (word + word, "stop")
 

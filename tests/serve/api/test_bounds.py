@@ -1,4 +1,4 @@
-"""Every part of a request is bounded: just within its bound it is read, just beyond it is refused by name."""
+"""Each part of a request is accepted at its bound and refused by name just beyond it."""
 
 import json
 import time
@@ -58,7 +58,7 @@ def read(kind, fields, context_len=100):
     return request
 
 
-def test_the_table_in_the_docs_is_that_of_the_code():
+def test_the_docs_hold_the_table_of_bounds_of_the_code():
     assert f"\n{bounds.table()}\n" in OPERATIONS.read_text(encoding="utf-8")
 
 
@@ -119,37 +119,37 @@ BEYOND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", FITTING, ids=lambda asked: str(asked[1])[:60])
-def test_what_is_just_within_a_bound_is_read(asked):
-    assert read(*asked).model == asked[1]["model"]
+@pytest.mark.parametrize("body", FITTING, ids=lambda body: str(body[1])[:60])
+def test_a_request_at_a_bound_is_accepted(body):
+    assert read(*body).model == body[1]["model"]
 
 
-@pytest.mark.parametrize(("asked", "param"), BEYOND, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_just_beyond_a_bound_is_refused_by_name_in_few_words(asked, param):
+@pytest.mark.parametrize(("body", "param"), BEYOND, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_request_just_beyond_a_bound_is_refused_with_a_short_message_that_names_the_field(body, param):
     with pytest.raises(TidarError) as caught:
-        read(*asked)
+        read(*body)
     problem = problem_of(caught.value)
     assert (problem.status, problem.param) == (400, param)
     assert len(problem.message) < 400
 
 
 @pytest.mark.parametrize("member", ['"a"', "{}", "1", '{"a":[]}', "null"])
-def test_a_body_of_megabytes_in_small_values_is_refused_before_they_are_made(member):
+def test_megabytes_of_small_values_are_refused_before_the_values_are_created(member):
     body = b'{"model":"m","prompt":[%s]}' % b",".join([member.encode()] * (7 * 2**20 // (len(member) + 1)))
     began = time.process_time()
     with pytest.raises(BodyTooLargeError, match=f"{bounds.VALUES} JSON values"):
         parse_request(body, CompletionRequest)
-    assert time.process_time() - began < 0.5  # making them takes seconds, counting them 0.05 s
+    assert time.process_time() - began < 0.5  # creating them takes seconds, counting them 0.05 s
 
 
 @pytest.mark.parametrize("text", ["a, b: [c] {d} " * 400_000, '"' * 2_000_000, "\\" * 2_000_000])
-def test_signs_of_json_within_a_text_are_text(text):
+def test_json_syntax_inside_a_string_is_not_counted(text):
     body = json.dumps({"model": "m", "prompt": text}).encode()
     assert parse_request(body, CompletionRequest).prompt == [text]
 
 
 def deep_bodies(depth):
-    """Bodies that are so deep in one field or deeper, and the field that the error names."""
+    """Bodies with a field of this depth or deeper, and the field that the error names."""
     deep = '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
     lists = "[" * depth + "]" * depth
     fields = [("prompt", lists), ("guided_json", deep), ("metadata", deep), ("nothing", lists)]
@@ -167,7 +167,7 @@ def deep_bodies(depth):
 
 
 @pytest.mark.parametrize("depth", [bounds.DEPTH + 1, 150, 300, 498, 700, 900, 980, 1100, 5000, 100_000])
-def test_json_that_is_too_deep_is_refused_at_any_depth_and_in_any_field(depth):
+def test_too_deep_json_is_refused_at_any_depth_and_in_any_field(depth):
     for kind, body, param in deep_bodies(depth):
         with pytest.raises(ParameterError, match="depth") as caught:
             parse_request(body.encode(), kind)
@@ -181,7 +181,7 @@ VALUES = st.recursive(
 
 
 def counted(value):
-    """Values and keys, an empty list or object as two."""
+    """Number of values and keys; an empty list or object counts as two."""
     if isinstance(value, dict):
         return 1 + sum(1 + counted(inner) for inner in value.values()) + (not value)
     return 1 + (sum(map(counted, value)) + (not value) if isinstance(value, list) else 0)
@@ -194,7 +194,7 @@ def depth_of(value):
 
 @settings(deadline=None)
 @given(VALUES, st.booleans())
-def test_values_are_counted_as_a_parser_makes_them(value, ascii_alone):
+def test_the_count_of_values_equals_the_number_that_a_parser_creates(value, ascii_alone):
     text = json.dumps(value, ensure_ascii=ascii_alone)
     assert count_values(text, 2**30) == counted(value)
     assert parse(text.encode(), 2**30) == value
@@ -202,7 +202,7 @@ def test_values_are_counted_as_a_parser_makes_them(value, ascii_alone):
 
 
 @given(st.text('ab"\\[]{},: 1\n', max_size=40))
-def test_what_is_no_json_is_refused_and_nothing_else_happens(text):
+def test_text_that_is_not_json_raises_only_a_parameter_error(text):
     try:
         expected = json.loads(text)
     except ValueError:
@@ -213,13 +213,13 @@ def test_what_is_no_json_is_refused_and_nothing_else_happens(text):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_values_are_counted_in_every_encoding_that_json_has(encoding):
+def test_values_are_counted_in_every_encoding_of_json(encoding):
     body = json.dumps({"model": "m", "prompt": ['"\\'] * bounds.VALUES}).encode(encoding)
     with pytest.raises(BodyTooLargeError):
         parse_request(body, CompletionRequest)
 
 
-def test_a_message_of_an_error_quotes_little_of_what_was_sent():
+def test_an_error_message_quotes_little_of_the_request():
     body = json.dumps({"model": "m", "prompt": "a", "x" * 10**6: 1}).encode()
     with pytest.raises(ParameterError) as caught:
         parse_request(body, CompletionRequest)

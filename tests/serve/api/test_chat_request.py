@@ -1,4 +1,4 @@
-"""What a conversation may say: honoured or refused, never passed over."""
+"""Every field of a chat request is honoured or refused, never ignored."""
 
 import json
 
@@ -28,7 +28,7 @@ def refusal(**fields):
     return caught.value.param, caught.value.code
 
 
-def test_the_smallest_conversation_writes_to_the_end_of_the_context():
+def test_the_smallest_conversation_generates_to_the_end_of_the_context():
     (prompt,) = generation_requests(read(), "r")
     assert (prompt.request_id, prompt.prompt.messages) == ("r-0", ({"role": "user", "content": "a"},))
     assert (prompt.to_the_end, prompt.sampling.temperature, prompt.logprobs, prompt.tools) == (True, 1.0, None, None)
@@ -42,13 +42,13 @@ def test_the_number_of_tokens_has_two_names(name):
     assert refusal(max_tokens=7, max_completion_tokens=8) == ("max_completion_tokens", None)
 
 
-def test_every_parameter_of_openais_chats_is_decided_upon():
+def test_every_parameter_of_openais_chats_is_honoured_or_refused():
     official = set(completion_create_params.CompletionCreateParamsBase.__annotations__) | {"stream"}
     assert official <= set(ChatRequest.model_fields) | set(NEUTRAL)
     assert not set(ChatRequest.model_fields) & set(NEUTRAL)
 
 
-def test_messages_reach_the_template_as_it_reads_them():
+def test_messages_reach_the_template_in_its_form():
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "user", "content": "hi", "name": None},
@@ -76,27 +76,27 @@ def test_messages_reach_the_template_as_it_reads_them():
         ({"role": "user", "content": 5}, ("messages.0.content", None)),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ("messages", "unsupported_value")),
         ({"role": "user", "content": [{"type": "text"}]}, ("messages", None)),
-        ({"role": "user", "content": [{"type": "text", "text": "a", "mood": "b"}]}, ("messages", None)),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "color": "b"}]}, ("messages", None)),
         ({"role": "assistant", "function_call": {"arguments": "{}"}}, ("messages.0.function_call.name", None)),
         ({"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [CALL]},
          ("messages.0.function_call", None)),
         ({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "[1]"}}]},
          ("messages.0.tool_calls", None)),
-        ({"role": "user", "content": "a", "mood": "b"}, ("messages.0.mood", "unsupported_parameter")),
+        ({"role": "user", "content": "a", "color": "b"}, ("messages.0.color", "unsupported_parameter")),
         ({"role": "assistant", "audio": {"id": "x"}}, ("messages.0.audio", "unsupported_parameter")),
         ({"role": "tool", "content": "a"}, ("messages.0.tool_call_id", None)),
         ({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "["}}]},
          ("messages.0.tool_calls", None)),
     ],
 )  # fmt: skip
-def test_a_wrong_message_is_refused_by_its_place(message, refused):
+def test_the_error_of_a_wrong_message_names_its_position(message, refused):
     assert refusal(messages=[message]) == refused
 
 
 MARK = {"cache_control": {"type": "ephemeral"}}
 HI = {"role": "assistant", "content": "hi"}
-SAID = {"role": "assistant", "content": ""}
-CALLED = {"type": "function", "function": {"name": "now", "arguments": {}}}
+EMPTY = {"role": "assistant", "content": ""}
+TEMPLATE_CALL = {"type": "function", "function": {"name": "now", "arguments": {}}}
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ CALLED = {"type": "function", "function": {"name": "now", "arguments": {}}}
         ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
          {"role": "assistant", "content": "no"}),
-        (SAID | {"function_call": {"name": "now", "arguments": ""}}, SAID | {"tool_calls": [CALLED]}),
+        (EMPTY | {"function_call": {"name": "now", "arguments": ""}}, EMPTY | {"tool_calls": [TEMPLATE_CALL]}),
         ({"role": "function", "name": "now", "content": "9"}, {"role": "tool", "content": "9", "name": "now"}),
-        (SAID | {"tool_calls": [CALL | MARK]},
-         SAID | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": {"a": 1}}}]}),
+        (EMPTY | {"tool_calls": [CALL | MARK]},
+         EMPTY | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": {"a": 1}}}]}),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_clients_send_back_and_asks_for_nothing_is_taken(echoed, shown):
+def test_fields_that_clients_copy_from_responses_and_that_request_nothing_are_accepted(echoed, shown):
     (prompt,) = generation_requests(read(messages=[echoed]), "r")
     assert prompt.prompt.messages == (shown,)
 
@@ -146,7 +146,7 @@ def test_a_call_without_arguments_has_an_empty_object_and_a_null_inside_them_sta
     assert prompt.prompt.messages[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
-def test_tools_reach_the_template_and_the_reader_of_calls():
+def test_tools_reach_the_template_and_the_parser_of_calls():
     (prompt,) = generation_requests(read(tools=[TOOL, OTHER]), "r")
     assert prompt.prompt.tools == (TOOL, OTHER)
     assert (prompt.tools.names, prompt.tools.required, prompt.tools.parallel) == ({"add", "now"}, False, True)
@@ -184,7 +184,7 @@ def test_tools_reach_the_template_and_the_reader_of_calls():
         ({"temperature": -1}, ("temperature", None)),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_or_is_not_honoured_is_refused(fields, refused):
+def test_contradicting_or_unsupported_fields_are_refused(fields, refused):
     assert refusal(**fields) == refused
 
 
@@ -196,7 +196,7 @@ def test_null_is_the_default_and_neutral_values_are_accepted(name):
         assert read(**{name: value}) == read()
 
 
-ASKS_FOR_NOTHING = [
+REQUESTS_NOTHING = [
     {"stream_options": {}}, {"stream_options": {"include_usage": False, "include_obfuscation": False}},
     {"reasoning_effort": "none"}, {"prompt_cache_retention": "24h"}, {"store": False}, {"service_tier": "auto"},
     {"modalities": ["text"]}, {"prediction": None}, {"logit_bias": None}, {"verbosity": "medium"},
@@ -205,8 +205,8 @@ ASKS_FOR_NOTHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", ASKS_FOR_NOTHING, ids=str)
-def test_what_asks_for_nothing_is_taken(fields):
+@pytest.mark.parametrize("fields", REQUESTS_NOTHING, ids=str)
+def test_values_that_request_nothing_are_accepted(fields):
     assert read(**fields) == read()
 
 
@@ -217,18 +217,18 @@ def test_what_asks_for_nothing_is_taken(fields):
      {"metadata": {"a": "b"}}],
     ids=str,
 )  # fmt: skip
-def test_what_can_change_no_text_is_taken(fields):
+def test_fields_that_change_no_text_are_accepted(fields):
     assert generation_requests(read(seed=1, **fields), "r") == generation_requests(read(seed=1), "r")
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_a_choice_of_tools_may_be_spelled_as_an_object(choice):
-    asked = [read(seed=1, tools=[TOOL], tool_choice=spelled) for spelled in (choice, {"type": choice})]
-    assert generation_requests(asked[0], "r") == generation_requests(asked[1], "r")
+def test_a_tool_choice_may_be_written_as_an_object(choice):
+    text, typed = (read(seed=1, tools=[TOOL], tool_choice=form) for form in (choice, {"type": choice}))
+    assert generation_requests(text, "r") == generation_requests(typed, "r")
     assert refusal(tools=[TOOL], tool_choice={"type": "perhaps"}) == ("tool_choice", None)
 
 
-def test_a_tool_may_carry_the_cache_marks_of_other_services_which_no_template_sees():
+def test_cache_marks_of_tools_are_accepted_and_do_not_reach_the_template():
     mark = {"cache_control": {"type": "ephemeral"}}
     marked = TOOL | mark | {"function": TOOL["function"] | mark}
     assert generation_requests(read(seed=1, tools=[marked]), "r") == generation_requests(
@@ -244,7 +244,7 @@ def test_the_last_message_may_be_left_open():
     assert prompt.prompt.variables == {"enable_thinking": False}
 
 
-def test_each_choice_has_the_next_seed_and_scores_where_asked():
+def test_each_choice_has_the_next_seed_and_the_requested_logprobs():
     prompts = generation_requests(read(n=2, seed=5, logprobs=True, top_logprobs=3), "r")
     assert [(p.request_id, p.sampling.seed, p.sampling.logprobs) for p in prompts] == [("r-0", 5, 3), ("r-1", 6, 3)]
 

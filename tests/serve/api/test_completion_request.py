@@ -1,4 +1,4 @@
-"""What a request may say: honoured or refused, never passed over."""
+"""Every field of a completion request is honoured or refused, never ignored."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_prompt_of_another_form_is_refused(given):
     assert refusal(prompt=given) == ("prompt", None)
 
 
-def test_all_that_is_honoured_reaches_the_sampler():
+def test_all_honoured_fields_reach_the_sampler():
     fields = {
         "max_tokens": 9, "min_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.25, "seed": -5,
         "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 0.5,
@@ -66,7 +66,7 @@ def test_all_that_is_honoured_reaches_the_sampler():
     assert prompt.ignore_eos
 
 
-def test_all_that_the_replica_does_reaches_it():
+def test_all_fields_for_the_replica_reach_it():
     (prompt,) = generation_requests(
         read(
             stop=["a", "b"], include_stop_str_in_output=True, bad_words=["c"], echo=True, logprobs=5, prompt_logprobs=2
@@ -94,18 +94,18 @@ def test_all_that_the_replica_does_reaches_it():
         ({"prompt_logprobs": 0}, (0, True)),
     ],
 )
-def test_the_sampler_reports_what_any_part_of_the_answer_needs(fields, sampling):
+def test_the_sampler_reports_the_logprobs_that_any_part_of_the_response_needs(fields, sampling):
     wanted = read(**fields).sampling(0)
     assert (wanted.logprobs, wanted.prompt_logprobs) == sampling
 
 
-def test_with_echo_no_new_token_may_be_asked_for():
+def test_zero_new_tokens_may_be_requested_with_echo_alone():
     (prompt,) = generation_requests(read(echo=True, max_tokens=0), "id")
     assert (prompt.prompt_alone, prompt.sampling.max_tokens) == (True, 1)
     assert refusal(max_tokens=0) == ("max_tokens", None)
 
 
-def test_the_choices_of_a_prompt_come_together_and_each_has_its_own_seed():
+def test_the_choices_of_a_prompt_are_adjacent_and_each_has_its_own_seed():
     prompts = generation_requests(read(prompt=["a", "b"], n=3, seed=7, best_of=3), "x")
     assert [(p.request_id, p.prompt, p.sampling.seed) for p in prompts] == [
         ("x-0", "a", 7), ("x-1", "a", 8), ("x-2", "a", 9), ("x-3", "b", 7), ("x-4", "b", 8), ("x-5", "b", 9),
@@ -123,7 +123,7 @@ SCHEMA = {"type": "object"}
 
 
 @pytest.mark.parametrize(
-    ("fields", "asked"),
+    ("fields", "expected"),
     [
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, ("response_format", "json_object", None)),
@@ -145,10 +145,10 @@ SCHEMA = {"type": "object"}
         ({"guided_grammar": "g", "response_format": {"type": "text"}}, ("guided_grammar", "grammar", "g")),
     ],
 )  # fmt: skip
-def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
+def test_each_field_that_requests_a_grammar_is_honoured(fields, expected):
     (prompt,) = generation_requests(read(**fields), "id")
     grammar = prompt.grammar
-    assert (grammar and (grammar.param, grammar.kind, grammar.content)) == asked
+    assert (grammar and (grammar.param, grammar.kind, grammar.content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_a_grammar_can_be_asked_for_in_many_ways(fields, asked):
          ("response_format.json_schema.schema", None)),
     ],
 )  # fmt: skip
-def test_a_grammar_asked_for_wrongly_or_twice_is_refused(fields, refused):
+def test_a_grammar_requested_wrongly_or_twice_is_refused(fields, refused):
     assert refusal(**fields) == refused
 
 
-def test_top_k_may_be_off_in_vllms_way_and_longer_than_any_vocabulary():
+def test_top_k_may_be_minus_one_for_off_and_longer_than_any_vocabulary():
     assert read(top_k=-1).sampling(0).top_k == 0
     assert read(top_k=10**30).sampling(0).top_k < 2**31
 
@@ -197,7 +197,7 @@ def test_a_neutral_value_is_accepted(name, value):
     assert read(**{name: value}) == read()
 
 
-ASKS_FOR_NOTHING = [
+REQUESTS_NOTHING = [
     {"stream_options": {}}, {"stream_options": {"include_usage": False}}, {"stream_options": {"include_usage": None}},
     {"stream_options": {"include_obfuscation": False}}, {"prompt_cache_retention": "in_memory"},
     {"prompt_cache_options": {"mode": "implicit"}}, {"reasoning_effort": "none"}, {"reasoning": {"effort": "none"}},
@@ -206,21 +206,21 @@ ASKS_FOR_NOTHING = [
     {"prediction": None}, {"logit_bias": None}, {"logit_bias": {}}, {"stop": []}, {"n": None},
     {"a_field_of_tomorrow": None},
 ]  # fmt: skip
-"""What the clients of OpenAI, LangChain, LiteLLM, Vercel, LibreChat, Open WebUI and others send unasked."""
-ITS_OWN_BOOKS = [
+"""Fields that clients send by default: OpenAI, LangChain, LiteLLM, Vercel, LibreChat, Open WebUI and others."""
+CLIENT_RECORDS = [
     {"user": "u-1"}, {"safety_identifier": "s-1"}, {"prompt_cache_key": "k-1"},
     {"metadata": {"trace": "a", "nested": {"b": [1]}}},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", [*ASKS_FOR_NOTHING, {"logprobs": False}], ids=str)
+@pytest.mark.parametrize("fields", [*REQUESTS_NOTHING, {"logprobs": False}], ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_asks_for_nothing_is_taken(fields, stream):
+def test_values_that_request_nothing_are_accepted(fields, stream):
     assert read(stream=stream, **fields) == read(stream=stream)
 
 
-@pytest.mark.parametrize("fields", ITS_OWN_BOOKS, ids=str)
-def test_what_is_for_the_clients_own_books_changes_no_text(fields):
+@pytest.mark.parametrize("fields", CLIENT_RECORDS, ids=str)
+def test_fields_for_the_clients_own_records_change_no_text(fields):
     assert generation_requests(read(seed=1, **fields), "id") == generation_requests(read(seed=1), "id")
 
 
@@ -245,7 +245,7 @@ def test_what_is_for_the_clients_own_books_changes_no_text(fields):
     ],
     ids=str,
 )
-def test_what_asks_for_something_that_is_not_there_is_refused_by_name(fields, refused):
+def test_the_error_names_a_field_that_requests_an_unsupported_feature(fields, refused):
     assert refusal(**fields)[0] == refused
 
 
@@ -258,11 +258,11 @@ def test_what_asks_for_something_that_is_not_there_is_refused_by_name(fields, re
         ("logprob_token_ids", [5]),
     ],
 )  # fmt: skip
-def test_what_is_not_honoured_is_refused_by_name(name, value):
+def test_the_error_names_an_unsupported_field(name, value):
     assert refusal(**{name: value}) == (name, "unsupported_parameter")
 
 
-def test_every_parameter_of_openais_completions_is_decided_upon():
+def test_every_parameter_of_openais_completions_is_honoured_or_refused():
     kinds = CompletionCreateParams.__args__
     official = {name for kind in kinds for name in kind.__annotations__}
     assert official <= set(CompletionRequest.model_fields) | set(NEUTRAL)
@@ -285,7 +285,7 @@ def test_a_wrong_value_names_its_parameter(name, value):
     assert refusal(**{name: value}) == (name, None)
 
 
-def test_the_way_to_a_wrong_field_inside_is_named():
+def test_the_error_holds_the_path_of_a_wrong_nested_field():
     assert refusal(stream=True, stream_options={"include_usage": 1}) == ("stream_options.include_usage", None)
     assert refusal(stream=True, stream_options={"foo": 1}) == ("stream_options.foo", "unsupported_parameter")
 
@@ -296,12 +296,12 @@ def test_stream_options_need_a_stream():
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe\xfd", b"[" * 100_000, b"null"])
-def test_a_body_that_is_no_json_object_is_refused(body):
+def test_a_body_that_is_not_a_json_object_is_refused(body):
     with pytest.raises(ParameterError, match="body"):
         parse_request(body, CompletionRequest)
 
 
-def test_what_is_missing_is_named():
+def test_the_error_names_a_missing_field():
     for name in SMALLEST:
         with pytest.raises(ParameterError) as caught:
             parse_request(json.dumps({k: v for k, v in SMALLEST.items() if k != name}).encode(), CompletionRequest)
@@ -309,12 +309,12 @@ def test_what_is_missing_is_named():
 
 
 @pytest.mark.parametrize("body", [rb'{"model": "m", "prompt": "\ud800"}', rb'{"\udfff": 1}'])
-def test_half_a_character_is_no_text(body):
+def test_half_a_character_is_refused(body):
     with pytest.raises(ParameterError) as caught:
         parse_request(body, CompletionRequest)
     str(caught.value).encode()
 
 
-def test_the_document_says_that_null_stands_for_nothing_in_stream_options_too():
+def test_the_document_allows_null_in_stream_options_too():
     options = CompletionRequest.model_json_schema()["$defs"]["StreamOptions"]["properties"]
     assert all({"type": "null"} in field["anyOf"] for field in options.values())

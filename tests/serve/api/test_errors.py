@@ -1,4 +1,4 @@
-"""Every failure has a status and OpenAI's envelope."""
+"""Each exception becomes a status and OpenAI's envelope."""
 
 import json
 import pickle
@@ -47,7 +47,7 @@ def test_an_error_has_its_status_and_its_envelope(error, status, kind, param, co
     assert status == 500 or read.message == str(error)
 
 
-def test_a_full_server_says_when_to_come_back_and_a_failed_one_not_to():
+def test_a_full_server_sends_the_time_to_retry_and_a_failed_request_must_not_be_retried():
     assert problem_of(CapacityError("full")).headers == {"Retry-After": "1"}
     assert problem_of(ValueError()).headers == {"x-should-retry": "false"}
     assert problem_of(RequestTimeoutError("60 s")).headers == {"x-should-retry": "false"}

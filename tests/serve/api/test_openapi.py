@@ -1,4 +1,4 @@
-"""A program that reads the service's own document asks all that it allows and much that it does not."""
+"""Responses of a service follow its OpenAPI document, for valid and invalid requests."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def service(bundle, free_port):
-    """Address of a service whose texts end soon: its context is short, so a valid request is answered in full."""
+    """Address of a service with a short context, so that each valid request completes soon."""
     settings = ServeSettings(
         model=bundle, port=free_port, rows=3, context_len=48, max_waiting=4, threads=1, num_cpus=0.5,
         max_body_bytes=2_000_000, stream_interval_seconds=0, vllm_metric_names=True,
@@ -23,9 +23,9 @@ def service(bundle, free_port):
     app.shutdown()
 
 
-def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(service, tmp_path):
+def test_schemathesis_finds_no_response_that_the_document_does_not_describe(service, tmp_path):
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    # One worker: hypothesis parses sources, and Python 3.11's parser fails at times where threads use it at once.
+    # A single worker, because hypothesis parses sources and Python 3.11's parser can fail in parallel threads.
     command = ["run", f"{service}/openapi.json", "--checks", f"{checks},negative_data_rejection,unsupported_method",
                "--phases", "coverage", "--seed", "1", "--workers", "1", "--no-color"]  # fmt: skip
     done = subprocess.run(

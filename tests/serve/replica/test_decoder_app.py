@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 from llguidance import LLParserLimits, grammar_from
 
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
@@ -85,7 +85,7 @@ def test_a_grammar_that_takes_too_much_work_fails_the_request_instead_of_ending_
         return Grammar(grammar_from(kind, content), tokenizer, LLParserLimits(step_max_items=40, verbose_errors=False))
 
     monkeypatch.setattr("serve_apps.replica.prompt_encoder.compile_constraint", narrow)
-    grammar = AskedGrammar("guided_grammar", "grammar", 'start: x\nx: x x | "a" | "aa" | "b"')
+    grammar = RequestedGrammar("guided_grammar", "grammar", 'start: x\nx: x x | "a" | "aa" | "b"')
     requested = dataclasses.replace(prompt_request(max_tokens=60, min_tokens=60), grammar=grammar)
     *_, refused = answer(DecoderApp(with_settings(served, block_len, mode=mode)), requested)
     assert isinstance(refused, GenerationFailed)

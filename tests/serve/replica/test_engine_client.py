@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
@@ -120,7 +120,7 @@ def test_refusals_cross_as_themselves(app):
     (refused,) = asyncio.run(collected(app, request(5000)))
     assert isinstance(refused, GenerationFailed)
     assert isinstance(refused.error, ContextLengthError)
-    grammar = AskedGrammar("guided_json", "json_schema", {"type": "nothing"})
+    grammar = RequestedGrammar("guided_json", "json_schema", {"type": "nothing"})
     (refused,) = asyncio.run(collected(app, request(grammar=grammar)))
     assert isinstance(refused.error, ParameterError)
     assert refused.error.param == "guided_json"

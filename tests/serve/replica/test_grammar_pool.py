@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve_apps.api.errors import ParameterError, problem_of
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import Chat
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import LONG, PromptLanes
@@ -25,7 +25,7 @@ def pool(tokenizer):
 
 
 def grammar(content, kind="json_schema"):
-    return AskedGrammar("guided_json", kind, content)
+    return RequestedGrammar("guided_json", kind, content)
 
 
 def test_a_grammar_that_would_take_hours_is_given_up_and_the_next_is_tried_at_once(pool):

@@ -4,7 +4,7 @@ import pytest
 from chat_templates import chat_tokenizer
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import AskedGrammar
+from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import Chat, GenerationRequest, ToolUse
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.streaming.tool_call_formats import form_of
@@ -106,7 +106,7 @@ def test_special_end_tokens_of_the_model_come_where_a_grammar_may_end_and_tokens
     tokenizer, _ = readers["qwen2.5"]
     other, letter = tokenizer.special_ids["<|im_start|>"], tokenizer.encode("b")[0]
     reader = PromptEncoder(tokenizer, None, end_ids=(other, letter), vocab_size=400, context_len=100, tool_form=None)
-    request = reader.request(request_of(prompt="a", grammar=AskedGrammar("guided_regex", "regex", "b")))
+    request = reader.request(request_of(prompt="a", grammar=RequestedGrammar("guided_regex", "regex", "b")))
     assert request.sampling.eos_ids == (tokenizer.eos_id, other)
     assert request.constraint.allowed([])[0].nonzero()[:, 0].tolist() == [letter]
     request.constraint.advance([letter])
