@@ -46,7 +46,6 @@ NOT_YET = (
     "tests/pipelines/test_jobs.py",
     "tests/pipelines/training/",
     # tests serve
-    "tests/serve/api/",
     "tests/serve/rollout/",
     "tests/serve/telemetry/",
     "tests/serve/test_app.py",
