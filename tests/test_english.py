@@ -49,10 +49,7 @@ NOT_YET = (
     "tests/serve/rollout/",
     "tests/serve/telemetry/",
     "tests/serve/test_app.py",
-    "tests/serve/test_deployments.py",
-    "tests/serve/test_evaluate_service.py",
     "tests/serve/test_settings.py",
-    "tests/serve/test_shared_cluster.py",
     "tests/serve/tools/",
     # tests support
     "tests/support/decoding.py",

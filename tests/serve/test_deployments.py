@@ -1,4 +1,4 @@
-"""What Serve is given of each deployment, and what it makes of it; without a cluster."""
+"""Options of each deployment, and the configuration that Serve makes of them; without a cluster."""
 
 import time
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from serve_apps.settings import ServeSettings
 
 @pytest.fixture(scope="module")
 def deployments(bundle):
-    """By name."""
+    """Deployments by name."""
     settings = ServeSettings(model=bundle, hang_seconds=12, drain_seconds=7, max_replicas=3)
     ingress = app.build_app(settings)._bound_deployment
     decoder = ingress.init_args[0]._bound_deployment

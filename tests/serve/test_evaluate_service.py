@@ -50,7 +50,7 @@ def same(over_http, in_process):
     assert {name: getattr(over_http, name) for name in names} == {name: getattr(in_process, name) for name in names}
 
 
-def test_a_service_says_what_its_bundle_says_in_process_for_the_same_forwards(job, bundle, tmp_path):
+def test_a_service_has_the_scores_of_its_bundle_in_process_for_the_same_forwards(job, bundle, tmp_path):
     tasks = [TaskJob(task="gsm8k", data=write_lines(tmp_path / "sums.jsonl", GSM8K), shots=0, max_tokens=24)]
     try:
         isolation()
@@ -102,9 +102,9 @@ def test_a_service_of_another_bundle_none_at_all_and_a_key_that_is_missing_are_r
 
 def test_the_key_goes_with_every_request_and_into_no_file(job, monkeypatch):
     monkeypatch.setenv("TIDAR_TEST_KEY", "hush-hush")
-    asked = job(service_key_env="TIDAR_TEST_KEY")
-    assert ServiceModel(asked).header["Authorization"] == "Bearer hush-hush"
-    assert "hush-hush" not in json.dumps(asked.model_dump(mode="json"))
+    service_job = job(service_key_env="TIDAR_TEST_KEY")
+    assert ServiceModel(service_job).header["Authorization"] == "Bearer hush-hush"
+    assert "hush-hush" not in json.dumps(service_job.model_dump(mode="json"))
     monkeypatch.setenv("OPENAI_API_KEY", "another-secret")
     assert "another-secret" not in str(ServiceModel(job()).header)
 

@@ -24,7 +24,7 @@ SETTINGS = ServeSettings(model="m", port=8123)
 
 
 def running(applications, **changes):
-    """What Serve reports of itself, with the route prefixes of applications by name."""
+    """Serve's report of itself, with the route prefixes of applications by name."""
     return {
         "proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": 8123},
         "applications": {name: {"route_prefix": prefix} for name, prefix in applications.items()}, **changes,
@@ -79,7 +79,7 @@ def texts(port):
 
 
 def left(cluster, port):
-    """What others have once a service has ended, or could not start."""
+    """State of the others once a service has ended, or could not start."""
     return cluster.applications(), httpx.get(f"http://127.0.0.1:{port}/other", timeout=30).text
 
 
@@ -95,13 +95,13 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
         assert texts(free_port)
         assert left(cluster, free_port) == (["other", "tidar"], "other")
         with command("serve", bundle, "--port", free_port, **environment) as second:
-            _, said = second.communicate(timeout=60)
-        assert (second.returncode, said.count("\n")) == (2, 1)
-        assert "a service runs on this Ray cluster already" in said
+            _, stderr = second.communicate(timeout=60)
+        assert (second.returncode, stderr.count("\n")) == (2, 1)
+        assert "a service runs on this Ray cluster already" in stderr
         assert texts(free_port)
         serving.send_signal(signal.SIGTERM)
-        _, said = serving.communicate(timeout=90)
-        assert serving.returncode == 0, said
+        _, stderr = serving.communicate(timeout=90)
+        assert serving.returncode == 0, stderr
     assert left(cluster, free_port) == others
 
     with command("serve", bundle, "--port", free_port, *settings, **environment) as stopped:
@@ -110,14 +110,14 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
             assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped.send_signal(signal.SIGTERM)  # while it starts
-        _, said = stopped.communicate(timeout=90)
-        assert (stopped.returncode, "Traceback" in said) == (0, False), said
+        _, stderr = stopped.communicate(timeout=90)
+        assert (stopped.returncode, "Traceback" in stderr) == (0, False), stderr
     assert left(cluster, free_port) == others
 
     with command("serve", bundle, "--port", free_port + 1, **environment) as elsewhere:
-        _, said = elsewhere.communicate(timeout=60)
-    assert (elsewhere.returncode, said.count("\n")) == (2, 1)
-    assert f"listens on 127.0.0.1:{free_port}" in said
+        _, stderr = elsewhere.communicate(timeout=60)
+    assert (elsewhere.returncode, stderr.count("\n")) == (2, 1)
+    assert f"listens on 127.0.0.1:{free_port}" in stderr
     assert left(cluster, free_port) == others
 
     broken = tmp_path / "tiny-model"
@@ -127,9 +127,9 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
         damaged = content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content
         (broken / path.name).write_bytes(damaged)
     with command("serve", broken, "--port", free_port, *settings, **environment) as failing:
-        _, said = failing.communicate(timeout=180)
-    assert failing.returncode == 2, said
-    assert "Traceback" not in said
+        _, stderr = failing.communicate(timeout=180)
+    assert failing.returncode == 2, stderr
+    assert "Traceback" not in stderr
     assert left(cluster, free_port) == others
 
 
@@ -140,14 +140,14 @@ def test_a_service_with_a_ray_of_its_own_starts_and_answers_where_the_environmen
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with refusing_proxy(monkeypatch) as asked:
+    with refusing_proxy(monkeypatch) as urls:
         environment = {"PYTHONPATH": str(ROOT)}
         with command("serve", bundle, "--port", port, "--mode", "autoregressive", "--threads", 1, **environment) as own:
             monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the client of this test
             until_ready(own, port)
             assert texts(port)
             own.send_signal(signal.SIGTERM)  # perhaps before the command itself knows that it is ready
-            _, said = own.communicate(timeout=90)
-            assert (own.returncode, "SIGTERM" in said, "Traceback" in said) == (0, False, False), said
+            _, stderr = own.communicate(timeout=90)
+            assert (own.returncode, "SIGTERM" in stderr, "Traceback" in stderr) == (0, False, False), stderr
         clouds = ("169.254.169.254", "metadata.google.internal")  # where Ray looks for the cloud it runs in
-        assert [url for url in asked if not any(cloud in url for cloud in clouds)] == []
+        assert [url for url in urls if not any(cloud in url for cloud in clouds)] == []
