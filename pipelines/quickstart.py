@@ -1,8 +1,8 @@
-"""How does the whole river run on one machine with no input?
+"""Quickstart: all jobs from corpus to champion, on one machine and without input.
 
-The running Python's own standard library is the corpus: pack it, train a small autoregressive model from scratch,
-convert it by dual-mode training, evaluate, publish, promote. Each station is the same one that a cluster runs, and its
-job file is left in the working folder; a second run reuses what is finished and resumes what is not.
+The running Python's own standard library is the corpus. It is packed; a small autoregressive model is trained from
+scratch, converted by dual-mode training, evaluated, published and promoted. A cluster runs the same jobs. Each job file
+stays in the working folder. A second run reuses finished jobs and resumes the others.
 """
 
 import json
@@ -33,7 +33,7 @@ from tidar_core.training.recipe import linked_config
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
-__all__ = ["MODEL_NAME", "PROMPTS", "River", "flow"]
+__all__ = ["MODEL_NAME", "PROMPTS", "Quickstart", "flow"]
 
 MODEL_NAME = "quickstart"
 PROMPTS = ("def main():\n    ", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
@@ -42,22 +42,23 @@ BLOCK_LEN = 8
 ROW_LEN = 256
 ROWS_PER_STEP = 8
 WARMUP = 0.1
-"""Of the steps: with the 0.03 of the paper's long runs, a model this small never recovers from the first high rates."""
+"""Share of the steps. With the 0.03 of the paper's long runs, so small a model never recovers from the high rates."""
 AR_SHARE = 0.2
-"""Of the training budget; the dual-mode phase trains the AR half as well."""
+"""Share of the training budget; the dual-mode phase trains the AR half as well."""
 DUAL_ALPHA = 0.5
-"""Below the paper's 1: with a budget of minutes, drafts lag behind, and what helps the AR half is learned anyway."""
+"""Below the paper's 1: with a budget of minutes drafts lag behind, and the AR half is good enough anyway."""
 LINK_RANK = 256
-"""Each draft follows from the one before it: 1.4 times the tokens per forward with a rank of 64 (docs/experiments.md),
-a tenth more with this one, which a decoder of so small a vocabulary does not feel; 512 brings nothing further."""
+"""Each draft depends on the draft before it. A rank of 64 gives 1.4 times the tokens per forward
+(docs/experiments.md), and this rank a tenth more. Its cost is negligible with so small a vocabulary.
+A rank of 512 adds nothing."""
 PROBE_STEPS = 4
 ENGINE_OVERHEAD = 1.15
-"""A train step under the engine, with data and logging, over the bare one that is probed."""
+"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class River:
-    """Where everything is after the last station."""
+class Quickstart:
+    """Outcomes of all jobs."""
 
     manifest: Manifest
     ar_phase: dict[str, float]
@@ -70,7 +71,7 @@ class River:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What was made, and where it is."""
+        """Figures and locations for a person."""
         splits = self.manifest.splits.values()
         measured = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
         return {
@@ -87,8 +88,8 @@ class River:
         }
 
 
-def flow(workdir: Path, budget_seconds: int) -> River:
-    """Run every station from corpus to champion in `workdir`; training takes about `budget_seconds`."""
+def flow(workdir: Path, budget_seconds: int) -> Quickstart:
+    """Run every job from corpus to champion in `workdir`; training takes about `budget_seconds`."""
     if budget_seconds < 10:
         raise ConfigError(f"budget-seconds is {budget_seconds}; training needs at least 10")
     site = _Site(workdir.resolve(), os.cpu_count() or 1)
@@ -108,7 +109,7 @@ def flow(workdir: Path, budget_seconds: int) -> River:
     model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     ar_phase = held_out_losses(site.path("ar"), site.path("shards"), rows=evaluation.loss_rows, threads=site.threads)
     disconnect()
-    return River(
+    return Quickstart(
         manifest=manifest,
         ar_phase=ar_phase,
         report=report,
@@ -134,7 +135,7 @@ class _Site:
         return str(self.workdir / name)
 
     def job(self, name: str, kind: type[J], /, **values: Any) -> J:
-        """The job file of an earlier run, or a new one of these values; those that are functions are called for it."""
+        """The job of an earlier run's file, or of a new file of these values; functions among them are called."""
         path = self.workdir / "jobs" / f"{name}.yaml"
         if not path.exists():
             made = {key: value() if callable(value) else value for key, value in values.items()}
@@ -212,14 +213,14 @@ def _publish_job(site: _Site) -> PublishJob:
 
 
 def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
-    """The report of an earlier run, if it is about the bundle that lies there now."""
+    """The report of an earlier run, if it describes the present bundle."""
     path = Path(job.output) / REPORT
     report = json.loads(path.read_text()) if path.exists() else None
     return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
 
 
 def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> int:
-    """Train steps that fit a budget on this machine, from a few that are timed."""
+    """Train steps that fit a budget on this machine, estimated from a few timed steps."""
     torch.set_num_threads(threads)
     reader = ShardReader(shards)
     config = named_shape("quickstart", vocab_len=reader.manifest.vocab_len)

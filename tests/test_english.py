@@ -12,10 +12,6 @@ NOT_YET = (
     # pipelines
     "pipelines/evaluation/",
     "pipelines/jobs.py",
-    "pipelines/packing/",
-    "pipelines/quickstart.py",
-    "pipelines/research/",
-    "pipelines/training/",
     # serve_apps
     "serve_apps/app.py",
     "serve_apps/deployment.py",

@@ -1,1 +1,1 @@
-"""From a bundle to a report, and from a report to a registry version."""
+"""Evaluation: a bundle gets a report, and a good report makes a registry version."""

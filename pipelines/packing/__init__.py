@@ -1,1 +1,1 @@
-"""From a corpus to packed shards."""
+"""Packing: a corpus becomes packed shards."""

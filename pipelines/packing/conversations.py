@@ -1,14 +1,16 @@
-"""What does a conversation teach: which texts is it, and which of them does the assistant write?
+"""Conversations as training documents.
 
-A row has `messages`, a list of {"role", "content", ...} with perhaps `tools` beside it, or `prompt` (a text, or
-messages) and `response`. The service's own reader reads them (`tidar_core.artifacts.text.conversation`), and the chat
-template of the tokenizer makes text of them. A turn of the assistant begins where the template's generation prompt
-ends, as in the service, and ends with all that the template puts after it: so the token that ends a turn is learned as
-well. Everything else is read and not learned, and so is a message of the assistant's of `weight` 0.
+Which texts does a conversation become, and which of their tokens does the assistant write?
 
-Some templates write a turn differently once others follow: Qwen3's leaves out the thoughts of earlier turns. Each
-answer is learned after the history as the service would show it at that turn, id for id. Where the document so far does
-not begin that history, it ends, and another document begins with the whole history, read and not learned.
+An entry of the corpus has `messages`, a list of {"role", "content", ...}, and perhaps `tools`. Or it has `prompt` (a
+text, or messages) and `response`. The service's own reader parses them (`tidar_core.artifacts.text.conversation`), and
+the tokenizer's chat template renders them. A turn of the assistant begins where the template's generation prompt ends,
+as in the service. It ends with everything that the template writes after it, so the token that ends a turn is trained
+as well. All other tokens are input only; so are messages of the assistant that have `weight` 0.
+
+Some templates render a turn differently once other turns follow: Qwen3's leaves out the thoughts of earlier turns. Each
+answer is trained after the history as the service would render it at that turn, id for id. If the document so far is
+not the beginning of this history, it ends. A new document then begins with the whole history, as input only.
 """
 
 import json
@@ -29,11 +31,11 @@ __all__ = ["CONVERSATION_FIELDS", "READER_VERSION", "Segment", "conversation_of"
 
 CONVERSATION_FIELDS = ("messages", "tools", "functions", "prompt", "response")
 READER_VERSION = 2
-"""Part of a job's identity: shards of another reading are not taken for this one's."""
+"""Part of a job's identity: shards of another version are not taken for shards of this version."""
 ASSISTANT = "assistant"
 WEIGHT = "weight"
 DAY = datetime(2024, 7, 26)
-"""The day that Llama's own template names where it cannot ask for one."""
+"""The date that Llama's own template uses if it cannot get the date of today."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +56,21 @@ class _Turn:
 
 
 def conversation_of(values: Mapping[str, Any]) -> str:
-    """The conversation in a row, as JSON; the same for both forms. Raises ValueError with what is at fault."""
+    """The conversation of an entry, as JSON; the same for both forms. Raises ValueError with the cause."""
     written = _messages(values)
     try:
         messages = read_messages(written)
         tools = read_tools(values.get("functions") if values.get("tools") is None else values["tools"])
     except RequestError as error:
         raise ValueError(f"holds no conversation that can be read: {error}") from error
-    said = [message for message in messages if message["role"] == ASSISTANT]
+    answers = [message for message in messages if message["role"] == ASSISTANT]
     messages = [message | _weight(given) for message, given in zip(messages, written)]
     if not any(message["role"] == ASSISTANT and WEIGHT not in message for message in messages):
-        raise ValueError("has no message of the assistant's, so nothing to learn")
+        raise ValueError("has no message of the assistant, so nothing to train")
     if messages[0]["role"] == ASSISTANT:
-        raise ValueError("begins with the assistant's words, and nothing that they answer")
-    if not all("content" in message or "tool_calls" in message for message in said):
-        raise ValueError("has a message of the assistant's without content and without calls")
+        raise ValueError("begins with a message of the assistant, which answers nothing")
+    if not all("content" in message or "tool_calls" in message for message in answers):
+        raise ValueError("has a message of the assistant without content and without calls")
     conversation = {"messages": [dict(sorted(message.items())) for message in messages]}
     try:
         return json.dumps(conversation | ({"tools": tools} if tools else {}), ensure_ascii=False)
@@ -77,9 +79,9 @@ def conversation_of(values: Mapping[str, Any]) -> str:
 
 
 def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: Tokenizer) -> list[list[Segment]]:
-    """The documents of a conversation, each cut where the assistant begins and ends to write. Raises CorpusError.
+    """The documents of a conversation, cut where the assistant's turns begin and end. Raises CorpusError.
 
-    What the template calls a special token is one; what somebody wrote never is.
+    The template's special tokens become special tokens; the same characters in a message never do.
     """
     given = json.loads(conversation)
     names = SpecialNames(tokenizer.special_ids, given)
@@ -96,13 +98,13 @@ def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: To
 
 
 def _segments(turns: Sequence[_Turn], names: SpecialNames, tokenizer: Tokenizer) -> list[Segment]:
-    """The tokens of one document; those of each turn are as the whole text has them."""
+    """The tokens of one document; the ids of each turn are equal to its ids within the whole text."""
     before = ["", *(turn.text for turn in turns)]
     return [Segment(names.encode(turn.text, tokenizer, before=text), turn.trained) for turn, text in zip(turns, before)]
 
 
 def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
-    """The messages of a row as they were written."""
+    """The messages of an entry as they were written."""
     messages = values.get("messages")
     if isinstance(messages, str):
         try:
@@ -116,15 +118,15 @@ def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
     prompt, response = values.get("prompt"), values.get("response")
     if not isinstance(response, str) or not isinstance(prompt, str | list):
         raise ValueError("has no conversation; it needs messages, or prompt and response")
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [*asked, {"role": ASSISTANT, "content": response}]
+    history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*history, {"role": ASSISTANT, "content": response}]
 
 
 def _weight(message: Mapping[str, Any]) -> dict[str, int]:
-    """OpenAI's mark of a message of the assistant's that is not to be learned, where `message` has it."""
+    """OpenAI's mark of a message of the assistant that is not trained, if `message` has it."""
     weight = message.get(WEIGHT) if message["role"] == ASSISTANT else None
     if weight not in (None, 0, 1):
-        raise ValueError(f"has a message of weight {weight!r}; a message is learned (1) or not (0)")
+        raise ValueError(f"has a message of weight {weight!r}; a message is trained (1) or not (0)")
     return {WEIGHT: 0} if weight == 0 else {}
 
 
@@ -140,9 +142,9 @@ def _documents(
     render: Callable[..., str],
     seamless: Callable[[Sequence[str]], bool],
 ) -> list[list[_Turn]]:
-    """The texts of a conversation: one where the template only ever adds to what it wrote, else as many as needed.
+    """The texts of a conversation: a single text if the template only ever appends, else as many as needed.
 
-    learned   whether a message, if the assistant's, is to be learned
+    learned   whether a message of the assistant is trained
     seamless  whether an answer between two texts has the same ids as within the whole
     """
     documents: list[list[_Turn]] = []
@@ -150,17 +152,17 @@ def _documents(
     for place, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        asked, answered = render(messages[:place], add_generation_prompt=True), render(messages[: place + 1])
-        if not answered.startswith(asked):
+        question, answered = render(messages[:place], add_generation_prompt=True), render(messages[: place + 1])
+        if not answered.startswith(question):
             raise RequestError(
                 f"messages.{place} is an answer that the chat template does not write behind its own generation "
-                "prompt, so it is not known what the model would have to write"
+                "prompt; the model could not generate it; use another chat template"
             )
-        goes_on = bool(documents) and asked.startswith(written)
-        if not goes_on or not seamless([turn.text for turn in documents[-1][-2:]] + [asked[len(written) :]]):
+        goes_on = bool(documents) and question.startswith(written)
+        if not goes_on or not seamless([turn.text for turn in documents[-1][-2:]] + [question[len(written) :]]):
             documents.append([])
             written = ""
-        documents[-1] += [_Turn(asked[len(written) :], False), _Turn(answered[len(asked) :], learned[place])]
+        documents[-1] += [_Turn(question[len(written) :], False), _Turn(answered[len(question) :], learned[place])]
         written = answered
     whole = render(messages)
     if whole.startswith(written):
@@ -170,5 +172,5 @@ def _documents(
 
 
 def _same_day(form: str) -> str:
-    """For templates that tell the date: shards do not depend on the day on which they are packed."""
+    """The same date always, because shards must not depend on the day on which they are packed."""
     return DAY.strftime(form)

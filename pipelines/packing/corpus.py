@@ -1,12 +1,12 @@
-"""Which documents does a corpus hold, and in which order?
+"""The documents of a corpus, in their order.
 
-The order is that of the sources, then of the file names, and within a file that of its lines or rows. A text file is
-one document; JSON lines (.jsonl, .ndjson) and Parquet hold one in each row: a text under one field, or a conversation.
-Documents of no characters are passed over.
+The order is the order of the sources, then of the file names, and within a file of its lines or entries. A text file is
+one document. JSON lines (.jsonl, .ndjson) and Parquet hold one document in each entry: a text under one field, or a
+conversation. Empty documents are skipped.
 
-Text is UTF-8 and is never repaired. A text file that is not UTF-8 is no document: it is passed over and said so. A
-damaged file, a line that is not JSON, a row without its text or a document without end stops the job by name. A row
-that is no conversation that can be learned is left out and reported.
+Text is UTF-8 and is never repaired. A text file that is not UTF-8 is skipped and reported. A damaged file, a line that
+is not JSON, an entry without text or too long a document ends the job. The error names its place. An entry that is no
+trainable conversation is left out and reported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from pipelines.jobs import Source
 from pipelines.packing.conversations import CONVERSATION_FIELDS, conversation_of
-from pipelines.packing.parquet_reader import conversation_rows, text_rows
+from pipelines.packing.parquet_reader import conversation_entries, text_entries
 from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.compressed import damage_named, open_decompressed
@@ -30,16 +30,16 @@ __all__ = ["Document", "Piece", "documents", "first_texts", "list_corpus", "loca
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 KINDS = {list: "a list", dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
-"""What JSON calls a value, by Python's type."""
+"""Names of JSON's kinds of values, by Python's type."""
 FEWEST_BYTES = 2**16
-"""Read from a file, at least, when a tokenizer is trained on the beginnings of all files."""
+"""Bytes read from each file, at least, when a tokenizer is trained on the beginnings of all files."""
 LONGEST_DOCUMENT = 2**27
-"""Bytes of one document, at most: it is held in memory whole."""
+"""Most bytes of one document, because it is held in memory whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A file, or the part of one whose lines begin in the bytes [start, stop)."""
+    """A file, or the part of a file whose lines begin in the bytes [start, stop)."""
 
     uri: str
     start: int
@@ -49,17 +49,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, or the JSON that `pipelines.packing.conversations` makes of a conversation."""
+    """A text, or the JSON of a conversation that `pipelines.packing.conversations` writes."""
 
     text: str
     place: Callable[[], str]
-    """Where it lies; found when it is needed, for lines are not counted."""
+    """Returns the place of the document; found only when it is needed, because lines are not counted."""
 
 
 def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()) -> list[FileEntry]:
-    """The files of a corpus in order. Raises CorpusError when there are none.
+    """The files of a corpus in order. Raises CorpusError if there are no files.
 
-    exclude  patterns of file and folder names that are left out, with all that is below such a folder
+    exclude  patterns of names of files and folders to leave out; everything below such a folder is left out too
     """
     listed = locations.list_files(locations.absolute(corpus), include, exclude)
     for entry in listed:
@@ -94,16 +94,17 @@ def documents(piece: Piece, source: Source, pass_over: Callable[[str], object]) 
 def located_documents(
     piece: Piece, source: Source, pass_over: Callable[[str], object], left_out: LeftOut
 ) -> Iterator[Document]:
-    """The documents of a piece in order, none empty. `pass_over` is told of each file that is no text.
+    """The documents of a piece in order, without empty documents.
 
-    left_out  counts the rows that are no conversation
+    pass_over  called with each file that is not UTF-8 text
+    left_out   counts the entries that are no trainable conversation
     """
     kind = format_of(piece.uri)
     with damage_named(piece.uri):
         if kind in JSON_LINES:
             found = _json_lines(piece, source, left_out)
         elif kind == PARQUET:
-            found = _parquet_rows(piece.uri, source, left_out)
+            found = _parquet_documents(piece.uri, source, left_out)
         else:
             found = _whole_file(piece.uri, source, pass_over)
         yield from (document for document in found if document is not None and document.text)
@@ -116,7 +117,7 @@ def first_texts(
 
     The last text taken from a file may be cut short.
 
-    taken  whether a text may be read at all
+    taken  whether a text may be used at all
     """
     left = max_bytes
     for ordinal, (file, source) in enumerate(corpus):
@@ -141,7 +142,7 @@ def _pieces(file: FileEntry, unit_bytes: int) -> list[Piece]:
 
 def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) -> Iterator[Document]:
     if source.documents == "conversations":
-        raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet: leave it out by include")
+        raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet; leave it out by include")
     with open_decompressed(uri) as stream:
         content = stream.read(LONGEST_DOCUMENT + 1)
     _require_end(len(content), uri)
@@ -154,7 +155,7 @@ def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) ->
 def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
     with open_decompressed(piece.uri) as stream:
         position = 0
-        if piece.start:  # the line that the byte before us is in belongs to the piece before us
+        if piece.start:  # the line of the byte before this piece belongs to the piece before
             stream.seek(piece.start - 1)
             position = piece.start - 1 + len(_line(stream, piece.uri, piece.start - 1))
         while piece.whole or position < piece.stop:
@@ -167,7 +168,7 @@ def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Doc
                     values = value_in(line)
                 except ValueError as fault:
                     raise CorpusError(f"{place()} {fault}") from None
-                yield _row(values, source, place, left_out)
+                yield _entry_document(values, source, place, left_out)
             position += len(line)
 
 
@@ -178,8 +179,8 @@ def _line(stream: IO[bytes], uri: str, position: int) -> bytes:
     return line
 
 
-def _row(values: Any, source: Source, place: Callable[[], str], left_out: LeftOut) -> Document | None:
-    """The document of a row; None for a row that is left out."""
+def _entry_document(values: Any, source: Source, place: Callable[[], str], left_out: LeftOut) -> Document | None:
+    """The document of an entry; None for an entry that is left out."""
     try:
         text = _document_of(values, source)
     except ValueError as fault:
@@ -191,11 +192,11 @@ def _row(values: Any, source: Source, place: Callable[[], str], left_out: LeftOu
 
 
 def _document_of(values: Any, source: Source) -> str:
-    """The text of a row. Raises ValueError with what is at fault."""
+    """The text of an entry. Raises ValueError with the cause."""
     try:
         text = _conversation_of(values) if source.documents == "conversations" else _text_of(values, source)
     except RecursionError:
-        raise ValueError("is nested too deeply to be read; remove what is nested, or the row") from None
+        raise ValueError("is nested too deeply to be read; flatten or remove the entry") from None
     if not _is_unicode(text):
         raise ValueError("has half a surrogate pair, which no text can hold; repair it")
     return text
@@ -224,7 +225,7 @@ def _kind(value: Any) -> str:
 
 
 def _line_place(uri: str, position: int) -> str:
-    """Counted only when a line is at fault: lines before that byte of the decompressed file, and this one."""
+    """The line that begins at that byte of the decompressed file; lines are counted only for a report."""
     number = 1
     with open_decompressed(uri) as stream:
         while position > 0 and (chunk := stream.read(min(position, locations.CHUNK_BYTES))):
@@ -233,14 +234,15 @@ def _line_place(uri: str, position: int) -> str:
     return f"line {number} of {uri}"
 
 
-def _parquet_rows(uri: str, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
+def _parquet_documents(uri: str, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
     if source.documents == "conversations":
-        rows = conversation_rows(uri, CONVERSATION_FIELDS)
+        entries = conversation_entries(uri, CONVERSATION_FIELDS)
     else:
-        rows = text_rows(uri, str(source.text_field))
-    for row, values in enumerate(rows, 1):
-        document = _row(values, source, f"row {row} of {uri}".__str__, left_out)
-        _require_end(len(document.text) if document else 0, f"row {row} of {uri}")
+        entries = text_entries(uri, str(source.text_field))
+    for number, values in enumerate(entries, 1):
+        place = f"row {number} of {uri}"
+        document = _entry_document(values, source, place.__str__, left_out)
+        _require_end(len(document.text) if document else 0, place)
         yield document
 
 

@@ -1,13 +1,13 @@
-"""Which documents has the corpus held before, word for word?
+"""Removal of documents that repeat an earlier document of the corpus exactly.
 
-The first that is taken, in the order of the corpus, stays. A document that its source's weight leaves out is none that
-was held before: the next source may take it. Three passes, none of which holds more than a share of the hashes:
+Of equal documents, the first taken document stays, in the order of the corpus. A document that its source's weight
+leaves out does not count: the next source may take it. Each of three passes holds only a share of the hashes:
 
-1. Each unit of work leaves the digests of its documents, grouped by their first byte, and which of them are taken.
-2. Each bucket, a range of first bytes, is gathered over all units; its repeats are left, grouped by unit.
-3. Whoever reads a unit's documents asks all buckets which of them are repeats.
+1. Each unit of work writes the digests of its documents, grouped by their first byte, and which of them are taken.
+2. Each bucket, a range of first bytes, is compared over all units; its repeats are written, grouped by unit.
+3. The task that tokenizes a unit reads from all buckets which of its documents are repeats.
 
-What stays follows from the order of the documents alone, not from how they were cut into units or buckets.
+The outcome depends on the order of the documents alone, not on units or buckets.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ from tidar_core.artifacts.store import locations
 __all__ = ["Bucket", "find_repeats", "make_buckets", "read_repeats", "write_digests"]
 
 BUCKET_DOCUMENTS = 2**22
-"""Documents whose digests are compared in one task, about."""
+"""Approximate number of documents whose digests are compared in one task."""
 FIRST_BYTES = 256
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8"), ("ordinal", "<u4"), ("taken", "?")])
-"""Half of a SHA-256, enough to tell documents apart, the document's ordinal in its unit, and whether the weight of its
-source takes it."""
+"""Half of a SHA-256, which is enough to distinguish documents; the document's ordinal in its unit; and whether the
+weight of its source takes it."""
 ORDINAL = np.dtype("<u4")
 INDEX = np.dtype("<u8")
 
@@ -39,7 +39,7 @@ class Bucket:
 
 
 def write_digests(uri: str, digests: Sequence[bytes], taken: Sequence[bool]) -> None:
-    """Leave the digests of a unit's documents, given in order, and which of these are taken."""
+    """Write the digests of a unit's documents, given in order, and which of the documents are taken."""
     halves = np.frombuffer(b"".join(digest[:16] for digest in digests), dtype=">u8").reshape(-1, 2)
     records = np.empty(len(digests), DIGEST)
     records["high"], records["low"], records["ordinal"] = halves[:, 0], halves[:, 1], np.arange(len(digests))
@@ -49,16 +49,16 @@ def write_digests(uri: str, digests: Sequence[bytes], taken: Sequence[bool]) -> 
 
 
 def make_buckets(documents: int) -> list[Bucket]:
-    """As few buckets as hold so many documents in shares of bearable size."""
+    """The fewest buckets that hold about BUCKET_DOCUMENTS documents each; at most FIRST_BYTES of them."""
     count = min(max(1, -(-documents // BUCKET_DOCUMENTS)), FIRST_BYTES)
     edges = [FIRST_BYTES * place // count for place in range(count + 1)]
     return [Bucket(first, last) for first, last in pairwise(edges)]
 
 
 def find_repeats(digests: Iterable[str], bucket: Bucket, uri: str) -> int:
-    """Leave at `uri` which documents of the bucket repeat one that was taken before them; their number.
+    """Write to `uri` which documents of the bucket repeat an earlier taken document; returns their number.
 
-    digests  what `write_digests` left of every unit, in the order of the corpus
+    digests  addresses that `write_digests` wrote, of every unit, in the order of the corpus
     """
     found = [_read_groups(unit, bucket.first, bucket.last, DIGEST) for unit in digests]
     records = np.concatenate(found)
@@ -67,25 +67,28 @@ def find_repeats(digests: Iterable[str], bucket: Bucket, uri: str) -> int:
     high, low, taken = (records[name][order] for name in ("high", "low", "taken"))
     same = np.concatenate([[False], (high[1:] == high[:-1]) & (low[1:] == low[:-1])])[: len(order)]
     before = np.cumsum(taken) - taken  # documents taken, in this order, before each
-    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))  # where the equal ones begin
+    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))  # where a run of equal digests begins
     repeats = np.sort(order[before > before[first]])
     _write_groups(uri, records["ordinal"][repeats].astype(ORDINAL), np.bincount(unit[repeats], minlength=len(found)))
     return len(repeats)
 
 
 def read_repeats(repeats: Iterable[str], unit: int) -> set[int]:
-    """Ordinals of the documents of a unit that are repeats, by what `find_repeats` left of every bucket."""
+    """Ordinals of the documents of a unit that are repeats.
+
+    repeats  addresses that `find_repeats` wrote, of every bucket
+    """
     return {int(ordinal) for uri in repeats for ordinal in _read_groups(uri, unit, unit + 1, ORDINAL)}
 
 
 def _write_groups(uri: str, records: np.ndarray, counts: np.ndarray) -> None:
-    """Records one group after another, behind the number of groups and where each begins."""
+    """Write the records group after group, behind an index: the number of groups, and where each begins."""
     index = np.concatenate([[len(counts), 0], np.cumsum(counts)]).astype(INDEX)
     locations.write_bytes(uri, index.tobytes() + records.tobytes())
 
 
 def _read_groups(uri: str, first: int, last: int, kind: np.dtype) -> np.ndarray:
-    """The records of the groups [first, last), and of no others."""
+    """The records of the groups [first, last) only."""
     with locations.open_random(uri) as file:
         groups = int(np.frombuffer(file.read(INDEX.itemsize), INDEX)[0])
         file.seek((1 + first) * INDEX.itemsize)

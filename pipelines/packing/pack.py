@@ -1,14 +1,14 @@
-"""How does a corpus become packed shards, on many machines, with the same bytes whatever their number?
+"""Packing of a corpus into shards on many machines, with the same bytes for any number of machines.
 
 1. The driver lists the corpus and groups it, in order, into units of work.
-2. If no document may come twice, tasks leave the hashes of each unit's documents and compare them (`duplicates`).
+2. If documents must be unique, tasks write the hashes of each unit's documents and compare them (`duplicates`).
 3. Tasks tokenize units into token parts beside the output; only their counts come back.
-4. From the counts and the weights, arithmetic says which tokens each shard holds (`tidar_core.training.packing`).
-5. Tasks write the shards, each reading just the parts that it needs; only manifest entries come back.
+4. The driver computes from counts and weights which tokens each shard holds (`tidar_core.training.packing`).
+5. Tasks write the shards, each reading only the parts that it needs; only manifest entries come back.
 
-Documents and tokens never pass through the driver. What tasks leave lies in a work folder beside the output, named by
-the identity of the job: a job that was killed finds it there and does the rest (`pipelines.packing.pack_tasks`). The
-output is put in place when it is complete.
+Documents and tokens never pass through the driver. Tasks write into a work folder beside the output, named after the
+identity of the job. A job that was killed finds their files there and does the rest (`pipelines.packing.pack_tasks`).
+The output is put in place when it is complete.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ from tidar_core.training.packing import row_count
 __all__ = ["pack"]
 
 MOST_BLOCKS = 4096
-"""Tasks that Ray Data tracks at once; with more items than this, a task takes several."""
+"""Most tasks that Ray Data tracks at once; with more items, a task takes several items."""
 RAY_DATA: Mapping[str, Any] = {
     "enable_progress_bars": False,
     "print_on_execution_start": False,
@@ -57,7 +57,7 @@ RAY_DATA: Mapping[str, Any] = {
     "downstream_capacity_backpressure_ratio": None,
 }
 KEY_LEN = 16
-"""Of the identity, in the name of the work folder."""
+"""Characters of the identity in the name of the work folder."""
 
 Listing = list[list[FileEntry]]
 """The files of each source."""
@@ -66,7 +66,7 @@ Splits = Mapping[str, list[tuple[int, Part]]]
 
 @dataclass(frozen=True, slots=True)
 class _Tokenized:
-    """What became of each unit, in the order of the corpus."""
+    """Outcomes of all units, in the order of the corpus."""
 
     units: list[dict[str, Any]]
 
@@ -86,9 +86,9 @@ class _Tokenized:
 
 
 def pack(job: PackJob) -> Manifest:
-    """Write the shards of `job` to `job.output`, or return what lies there if the same job completed it before.
+    """Write the shards of `job` to `job.output`; if the same job completed them before, only return the manifest.
 
-    Same corpus, tokenizer and job: same bytes, whatever `workers` and `unit_bytes`, killed and started again or not.
+    The same corpus, tokenizer and job give the same bytes. `workers`, `unit_bytes` and restarts do not change them.
     """
     listing = [corpus.list_corpus(source.path, job.include, job.exclude) for source in job.sources]
     tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
@@ -112,7 +112,7 @@ def _put_shards(job: PackJob, listing: Listing, given: Tokenizer | None, identit
         try:
             with _ray_data_settings():
                 done = _packed(job, listing, given, identity, folder)
-        except CorpusError:  # it must change, and then it is another job: nothing of this one serves again
+        except CorpusError:  # the corpus must change, which makes another job; nothing of this job can be used again
             locations.remove(folder.uri)
             raise
         output_folder.put_in_place(folder.shards, output, shards.MANIFEST)
@@ -151,7 +151,7 @@ def _packed(job: PackJob, listing: Listing, given: Tokenizer | None, identity: s
 
 
 def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, folder: WorkFolder) -> Tokenizer:
-    """Put the tokenizer given, or one trained in a task, into the work folder; the one that lies there is used."""
+    """Put the given tokenizer, or a tokenizer trained in a task, into the work folder, unless it already holds one."""
     if given:
         pack_tasks.keep_tokenizer(lambda: given, folder)
     else:
@@ -166,10 +166,10 @@ def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, fold
 
 
 def _find_repeats(job: PackJob, units: list[Unit], folder: WorkFolder) -> int:
-    """Leave which documents repeat earlier ones; the number of buckets that say so."""
-    leave = partial(pack_tasks.leave_digests, sources=job.sources, held_out=job.held_out, folder=folder)
-    left = _stage("compare documents", "units", units, leave, job.workers)
-    buckets = duplicates.make_buckets(sum(unit["documents"] for unit in left))
+    """Write which documents repeat earlier documents; returns the number of buckets."""
+    write = partial(pack_tasks.write_unit_digests, sources=job.sources, held_out=job.held_out, folder=folder)
+    written = _stage("compare documents", "units", units, write, job.workers)
+    buckets = duplicates.make_buckets(sum(unit["documents"] for unit in written))
     find = partial(pack_tasks.find_bucket_repeats, units=len(units), folder=folder)
     _stage("find duplicates", "buckets", list(enumerate(buckets)), find, job.workers)
     return len(buckets)
@@ -181,8 +181,8 @@ def _tokenize(job: PackJob, units: list[Unit], buckets: int, folder: WorkFolder)
     tokenized = _Tokenized(sorted(done, key=lambda unit: unit["ordinal"]))
     passed_over = [uri for source in range(len(job.sources)) for uri in tokenized.passed_over(source)]
     if passed_over:
-        told = f"passed over {len(passed_over)} files that are not UTF-8 text; the first is {passed_over[0]}"
-        stderr.print(told, soft_wrap=True)
+        line = f"passed over {len(passed_over)} files that are not UTF-8 text; the first is {passed_over[0]}"
+        stderr.print(line, soft_wrap=True)
     for place, source in enumerate(job.sources):
         if rows := tokenized.left_out(place).rows:
             stderr.print(f"left out {rows} rows of {source.path}: {tokenized.left_out(place)}", soft_wrap=True)
@@ -208,7 +208,7 @@ def _split(name: str, parts: list[Part], entries: dict[str, ShardEntry], job: Pa
     rows = row_count(tokens, job.row_len)
     listed = tuple(entries[shards.shard_name(name, n)] for n in range(row_count(rows, job.rows_per_shard)))
     if sum(entry.tokens for entry in listed) != tokens:
-        raise ShardError(f"the shards of {name} hold other than its {tokens} tokens; run pack again")
+        raise ShardError(f"the shards of {name} do not hold its {tokens} tokens; run pack again")
     return Split(documents=sum(part.documents for part in parts), tokens=tokens, rows=rows, shards=listed)
 
 
@@ -228,19 +228,19 @@ def _counts(place: int, source: Source, tokenized: _Tokenized, splits: Splits) -
 def _stage(
     title: str, unit: str, items: Sequence[Any], work: Callable[[Any], dict[str, Any]], workers: int
 ) -> list[dict[str, Any]]:
-    """Do the work of each item somewhere on the cluster; the outcomes in any order.
+    """Do the work of each item somewhere on the cluster; returns the outcomes in any order.
 
-    Tasks, not actors: their processes stay for the next stage, and what they hold (`Tokenizing`) stays with them.
+    Tasks are used, not actors: the processes of tasks live on for the next stage, with the tokenizer that they hold.
     """
-    rows = [{"item": pickle.dumps(item)} for item in items]
-    blocks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
-    known = min(known_tasks(workers), len(rows))
+    pickled = [{"item": pickle.dumps(item)} for item in items]
+    blocks = ray.data.from_items(pickled, override_num_blocks=min(len(pickled), MOST_BLOCKS))
+    known = min(known_tasks(workers), len(pickled))
     outcomes = blocks.map_batches(partial(_outcomes, work=work), batch_size=1, concurrency=known)
     done: list[dict[str, Any]] = []
     began, read = time.monotonic(), 0
     with job_progress(title, total=len(items), unit=unit) as show:
-        for row in outcomes.iter_rows():
-            outcome = pickle.loads(row["outcome"])
+        for item in outcomes.iter_rows():
+            outcome = pickle.loads(item["outcome"])
             if isinstance(outcome, TidarError):
                 raise outcome
             done.append(outcome)
@@ -251,7 +251,7 @@ def _stage(
 
 
 def _outcomes(batch: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
-    """Do the work of each item. An error of ours, or of a disk, is an outcome: Ray Data would lose its type."""
+    """Do the work of each item. A TidarError or a disk's error is an outcome, because Ray Data would lose its type."""
     outcomes = []
     for item in batch["item"]:
         try:
@@ -261,7 +261,9 @@ def _outcomes(batch: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, An
         except OSError as error:
             if error.errno is None:
                 raise
-            outcome = StorageError(f"{error}; check the rights and the room of that disk, and start the job again")
+            outcome = StorageError(
+                f"{error}; check the rights and the free space of this disk, then start the job again"
+            )
         outcomes.append(pickle.dumps(outcome))
     return {"outcome": outcomes}
 
@@ -272,13 +274,13 @@ def _completed(output: str, identity: str) -> Manifest | None:
     try:
         manifest = shards.read_manifest(output)
         shards.check_sizes(output, manifest)
-    except ShardError:  # damaged: it is this job that mends it
+    except ShardError:  # damaged; this job repairs it
         return None
     return manifest if manifest.identity == identity else None
 
 
 def _remove_work(output: str, but: WorkFolder) -> None:
-    """Remove what other jobs left that were to write this output and were killed."""
+    """Remove the work folders of other jobs that were killed before they completed this output."""
     parent, kept = but.uri.rpartition("/")[0], locations.name_of(but.uri)
     name = locations.name_of(locations.followed(output))
     pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{KEY_LEN}}}")
@@ -295,13 +297,13 @@ def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> st
         template = load_chat_template(job.tokenizer) if isinstance(job.tokenizer, str) else None
         if template is None:
             raise TokenizerError(
-                f"the tokenizer {job.tokenizer} has no chat template, and conversations are to be packed; "
+                f"the tokenizer {job.tokenizer} has no chat template; conversations need one; "
                 "put chat_template.jinja into its folder"
             )
         decides["chat_template"] = template.sources
         decides["conversations"] = READER_VERSION
     if job.dedup and any(source.weight < 1 for source in job.sources):
-        decides["dedup"] = "of what is taken"  # shards made before this was so are others
+        decides["dedup"] = "of what is taken"  # shards that were made before this rule are other shards
     sources = [source.model_dump(exclude={"path"}) for source in job.sources]
     return _hash([shards.FORMAT_VERSION, decides, sources, _listing_hash(listing)])
 
@@ -330,17 +332,17 @@ def _require_tokens(job: PackJob, tokenized: _Tokenized, splits: Splits) -> None
         raise CorpusError(f"corpus {paths} holds only empty documents; check corpus, weights and text_field")
     if not splits["train"]:
         raise CorpusError(
-            f"every document of corpus {paths} fell to held_out ({job.held_out}); lower held_out or add documents"
+            f"every document of corpus {paths} was drawn for held_out ({job.held_out}); lower held_out or add documents"
         )
 
 
 @contextmanager
 def _ray_data_settings() -> Iterator[None]:
-    """Ray Data says nothing, and has as many tasks as `concurrency` says at any time.
+    """Ray Data prints nothing, and always runs as many tasks as `concurrency` allows.
 
-    Its reservations know of no CPU in the first second of a stage, and so let one task run in it. Its backpressure
-    compares what waits to be read, a few hundred bytes of outcomes, with what is being read, and where it finds too
-    much of that lets one task run until the end of the stage.
+    Its reservations see no CPU in the first second of a stage, so they would let only one task run in it. Its
+    backpressure compares the unread outcomes, a few hundred bytes, with the outcomes being read. Above a ratio it
+    would let only one task run until the end of the stage.
     """
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before, level = {name: getattr(context, name) for name in RAY_DATA}, logger.level

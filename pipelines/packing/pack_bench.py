@@ -1,11 +1,11 @@
-"""How fast does packing go beside its tokenizer alone, and how much memory does a worker take?
+"""Benchmark of packing against its tokenizer alone: speed, and memory of a worker.
 
     python -m pipelines.packing.pack_bench [--megabytes N] [--workers N] [--pairs N] [--tokenizer FOLDER] [--json]
 
-Both halves see the same documents on the same number of cores: `encode_batch` and `encode_batch_fast` of the bare
-tokenizer, with as many threads as packing has workers, on texts that lie in memory; and a whole pack job, from JSON
-lines on disk to shards in place; by turns, since a machine's speed drifts. The corpus is this Python's own standard
-library, over and over, each time with other names in it.
+Both halves see the same documents on the same number of cores. The bare tokenizer runs `encode_batch` and
+`encode_batch_fast` on texts in memory, with as many threads as packing has workers. The pack job runs from JSON lines
+on disk to shards in place. They take turns, because a machine's speed drifts. The corpus is this Python's own standard
+library, repeated, each time with other names in it.
 """
 
 import argparse
@@ -49,13 +49,13 @@ for line_batch in iter(lambda: sys.stdin.buffer.readlines(2**22), []):
         seconds[name] += time.perf_counter() - began
 print(json.dumps(seconds))
 """
-"""In a process of its own, for the number of threads is read from the environment once."""
+"""Program of a separate process, because the tokenizer reads the number of threads from the environment once."""
 CALLS = ("encode_batch", "encode_batch_fast")
-"""The second tells no places in the text; packing uses it."""
+"""Methods of the tokenizer. The second returns no offsets into the text; packing uses it."""
 
 
 def write_corpus(path: Path, megabytes: float, seed: int = 0) -> int:
-    """Write about so many MB of ordinary text as JSON lines; the bytes of their text."""
+    """Write about `megabytes` of ordinary text as JSON lines; returns the bytes of the text."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     draw, size = random.Random(seed), 0
@@ -73,9 +73,11 @@ def write_corpus(path: Path, megabytes: float, seed: int = 0) -> int:
 
 
 def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None, pairs: int) -> dict[str, Any]:
-    """Pack a corpus of so many MB and encode it bare, `pairs` times in turns; median seconds and MB/s, the median of
-    the ratios within pairs with the least and the greatest, for each call of the tokenizer; the peak memory of a
-    worker."""
+    """Pack a corpus of so many MB and encode it with the bare tokenizer, `pairs` times in turns.
+
+    Returns median seconds and MB/s, and the peak memory of a worker in bytes. Each call of the tokenizer has the
+    median, least and greatest ratio within pairs.
+    """
     from pipelines.cluster.connection import connect, disconnect
     from pipelines.jobs import PackJob
     from pipelines.packing.pack import pack
@@ -121,7 +123,7 @@ def measure(folder: Path, megabytes: float, workers: int, tokenizer: str | None,
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark; prints a table on standard error, or one JSON object on standard output."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.packing.pack_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=128, help="size of the corpus")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing tasks, and threads of the bare")
@@ -148,7 +150,7 @@ def _other_name(renamed: dict[str, str], found: re.Match[str]) -> str:
 
 
 def _bare_seconds(corpus: Path, tokenizer: str, workers: int) -> dict[str, float]:
-    """Of each call."""
+    """Seconds of each call."""
     threads = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(workers)}
     with corpus.open("rb") as lines:
         done = subprocess.run(
@@ -160,17 +162,17 @@ def _bare_seconds(corpus: Path, tokenizer: str, workers: int) -> dict[str, float
 
 @contextmanager
 def _peak_of_workers() -> Iterator[list[int]]:
-    """The most memory, in bytes, that any one Ray worker of this user had resident (Linux; elsewhere 0)."""
+    """Largest resident memory of any Ray worker of this user, in bytes (Linux; elsewhere 0)."""
     peak, over = [0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(2):  # a high-water mark; looking costs as well
+        while not over.wait(2):  # the kernel keeps the peak; reading it costs time too
             for process in Path("/proc").glob("[0-9]*"):
                 try:
                     if process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
                         status = process.joinpath("status").read_text()
                         peak[0] = max(peak[0], 1024 * int(status.partition("VmHWM:")[2].split()[0]))
-                except (OSError, IndexError):  # it ended while we looked
+                except (OSError, IndexError):  # the process ended meanwhile
                     continue
 
     thread = threading.Thread(target=watch, daemon=True)

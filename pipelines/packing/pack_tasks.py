@@ -1,8 +1,8 @@
-"""What does one worker do while a corpus is packed?
+"""The tasks of packing: each does its work once and writes a mark when it is done.
 
-Every task leaves its result in the work folder of the job, and last of all a mark with what the driver must know of it:
-counts and names. A task whose mark lies there is done, and is not done again by whoever starts the job anew. Files
-appear whole or not at all, so what a mark speaks of can be trusted.
+Every task writes its files into the work folder of the job, and a mark last. The mark holds the counts and names that
+the driver needs. A task whose mark exists is done; a restarted job does not do it again. Files appear whole or not at
+all, so every file that a mark names exists.
 """
 
 import os
@@ -37,50 +37,50 @@ __all__ = [
     "WorkFolder",
     "find_bucket_repeats",
     "keep_tokenizer",
-    "leave_digests",
     "plan_shards",
     "tokenize_unit",
     "train_tokenizer",
     "write_planned_shard",
+    "write_unit_digests",
 ]
 
 BATCH_CHARACTERS = 2**20
-"""Text handed to the tokenizer at once, about; a longer document is handed over in pieces."""
+"""Approximate text that the tokenizer gets at once; a longer document is tokenized in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkFolder:
-    """Where a job keeps what it has until the shards are complete."""
+    """Folder that holds the files of a job until the shards are complete."""
 
     uri: str
     unit_bytes: int
 
     @property
     def shards(self) -> str:
-        """Becomes the output."""
+        """Folder that becomes the output."""
         return locations.join(self.uri, "shards")
 
     @property
     def marks(self) -> str:
-        """Of the shards that are written."""
+        """Folder of the marks of shards that are written."""
         return locations.join(self.uri, "marks")
 
     @property
     def units(self) -> str:
-        """Of the units of work, which are others when `unit_bytes` is another."""
+        """Folder of the units of work; another `unit_bytes` cuts other units."""
         return locations.join(self.uri, f"units-{self.unit_bytes}")
 
     @property
     def tokenizer(self) -> str:
-        """The one used, whether given or trained."""
+        """Folder of the tokenizer that is used, given or trained."""
         return locations.join(self.shards, shards.TOKENIZER)
 
     def digests(self, unit: int) -> str:
-        """Digests of a unit's documents, and which are taken."""
+        """Address of the digests of a unit's documents, and of which documents are taken."""
         return locations.join(self.units, f"taken-{unit:07d}")
 
     def repeats(self, bucket: int) -> str:
-        """Repeated documents of a bucket."""
+        """Address of the repeated documents of a bucket."""
         return locations.join(self.units, f"repeats-{bucket:03d}")
 
 
@@ -94,20 +94,20 @@ class Unit:
 
     @property
     def bytes(self) -> int:
-        """As they lie in the corpus."""
+        """Size in the corpus."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """Which tokens of its split a shard holds, and where they lie."""
+    """Range of its split's tokens that a shard holds, and the parts that hold them."""
 
     file: str
     row_len: int
     eos_id: int
     first_document: int
     start: int
-    """Of the tokens of `parts`, the first that the shard holds."""
+    """First token that the shard holds, counted from the start of `parts`."""
     stop: int
     parts: tuple[str, ...]
 
@@ -121,7 +121,7 @@ class _Tokens:
 
 
 def marked(uri: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the mark at `uri` says; if there is none, the outcome of the work, left there as its mark."""
+    """The outcome in the mark at `uri`; if there is no mark, the outcome of the work, written there as the mark."""
     if locations.exists(uri):
         return dict(locations.read_json(uri))
     outcome = work()
@@ -132,7 +132,7 @@ def marked(uri: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def plan_shards(
     split: str, parts: list[Part], *, row_len: int, rows_per_shard: int, eos_id: int
 ) -> Iterator[ShardPlan]:
-    """The shards of a split: which tokens of which parts each is to hold."""
+    """Plans of the shards of a split: the tokens and parts of each."""
     begins = list(accumulate((part.tokens for part in parts), initial=0))
     documents = list(accumulate((part.documents for part in parts), initial=0))
     total, shard_tokens = begins[-1], row_len * rows_per_shard
@@ -153,7 +153,7 @@ def plan_shards(
 def train_tokenizer(
     files: list[tuple[FileEntry, Source]], how: TrainBpe, held_out: float, folder: WorkFolder
 ) -> dict[str, Any]:
-    """Leave a tokenizer trained on the beginnings of all files, on no text that is held out."""
+    """Write a tokenizer trained on the beginnings of all files, without the texts that are held out."""
 
     def trained() -> Tokenizer:
         texts = corpus.first_texts(files, how.max_bytes, lambda text: split_of(digest_of(text), held_out) == "train")
@@ -163,7 +163,7 @@ def train_tokenizer(
 
 
 def keep_tokenizer(made: Callable[[], Tokenizer], folder: WorkFolder) -> dict[str, Any]:
-    """Leave the tokenizer that the shards are made with."""
+    """Write the tokenizer that the shards are made with."""
 
     def work() -> dict[str, Any]:
         tokenizer = made()
@@ -175,8 +175,8 @@ def keep_tokenizer(made: Callable[[], Tokenizer], folder: WorkFolder) -> dict[st
     return marked(locations.join(folder.marks, "tokenizer.json"), work)
 
 
-def leave_digests(unit: Unit, sources: tuple[Source, ...], held_out: float, folder: WorkFolder) -> dict[str, Any]:
-    """Read a unit for the digests of its documents alone."""
+def write_unit_digests(unit: Unit, sources: tuple[Source, ...], held_out: float, folder: WorkFolder) -> dict[str, Any]:
+    """Read a unit and write only the digests of its documents."""
 
     def work() -> dict[str, Any]:
         source = sources[unit.source]
@@ -208,25 +208,25 @@ class Tokenizing:
     sources: tuple[Source, ...]
     held_out: float
     buckets: int
-    """Of repeated documents, which are left out; 0: nothing is."""
+    """Buckets of repeated documents, which are left out; 0: repeats stay."""
     flags: bool
-    """Whether parts say which tokens are ones to learn to say."""
+    """Whether parts mark the tokens that are trained."""
 
 
 def tokenize_unit(unit: Unit, how: Tokenizing) -> dict[str, Any]:
-    """Leave the token parts of a unit; the parts it became."""
+    """Write the token parts of a unit; returns their counts and names."""
     mark = locations.join(how.folder.units, f"tokens-{unit.ordinal:07d}.json")
     return {"ordinal": unit.ordinal} | marked(mark, lambda: _unit_tokenizer(how).parts(unit))
 
 
 @lru_cache(maxsize=1)
 def _unit_tokenizer(how: Tokenizing) -> "_UnitTokenizer":
-    """Loaded once in a process, for all units that it is given."""
+    """The tokenizer of this process, loaded once for all its units."""
     return _UnitTokenizer(how)
 
 
 class _UnitTokenizer:
-    """Holds the tokenizer between units."""
+    """Tokenizer of units; it is kept between units."""
 
     def __init__(self, how: Tokenizing) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a task; more tasks for more cores
@@ -266,13 +266,13 @@ class _UnitTokenizer:
     def _taken(
         self, found: Iterable[corpus.Document], repeats: set[int], weight: float
     ) -> Iterator[tuple[corpus.Document, list[str]]]:
-        """The documents that are to be tokenized, with the streams that each belongs to."""
+        """The documents to tokenize, each with the streams that it belongs to."""
         for ordinal, document in enumerate(found):
             if ordinal not in repeats and (streams := streams_of(digest_of(document.text), self._how.held_out, weight)):
                 yield document, streams
 
     def _encoded(self, documents: list[corpus.Document]) -> Iterator[list[_Tokens]]:
-        """The tokens of each text, the end-of-text token behind them; all are ones to learn to say."""
+        """The tokens of each text, followed by the end-of-text token; all of them are trained."""
         texts = [document.text for document in documents]
         short = iter(self._tokenizer.encode_batch([text for text in texts if len(text) <= BATCH_CHARACTERS]))
         for text in texts:
@@ -285,7 +285,7 @@ class _UnitTokenizer:
             yield [_Tokens(ids, np.ones(len(ids), dtype=bool) if self._how.flags else None)]
 
     def _encoded_conversations(self, documents: list[corpus.Document], left_out: LeftOut) -> Iterator[list[_Tokens]]:
-        """The documents that each conversation becomes; none of one that the template does not take."""
+        """The documents of each conversation; an empty list if the template refuses the conversation."""
         assert self._template is not None, "conversations need a chat template"
         for document in documents:
             try:
@@ -296,9 +296,10 @@ class _UnitTokenizer:
             yield [self._conversation_tokens(segments) for segments in encoded]
 
     def _conversation_tokens(self, segments: list[Segment]) -> _Tokens:
-        """The tokens of one document, those of the assistant marked.
+        """The tokens of one document, with the assistant's tokens marked.
 
-        The end-of-text token behind them is the assistant's if it has the last word, unless it said one already.
+        The end-of-text token at the end is the assistant's if the assistant's turn is the last, unless this turn
+        already contains it.
         """
         ids: list[int] = []
         trained: list[bool] = []
@@ -311,7 +312,7 @@ class _UnitTokenizer:
 
 
 def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
-    """Cut one shard out of the parts that hold its tokens; its entry in the manifest."""
+    """Cut one shard out of the parts that hold its tokens; returns its entry in the manifest."""
 
     def work() -> dict[str, Any]:
         pieces = [read_part(locations.join(folder.units, part)) for part in plan.parts]

@@ -1,4 +1,4 @@
-"""Which rows does a Parquet file hold, in the columns that are asked for?"""
+"""Entries of a Parquet file, in the requested columns."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -8,34 +8,34 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.packing.parquet_values import written_rows
+from pipelines.packing.parquet_values import written_entries
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.compressed import damaged, open_decompressed
 from tidar_core.artifacts.store.file_names import compression_of
 from tidar_core.errors import CorpusError
 
-__all__ = ["conversation_rows", "text_rows"]
+__all__ = ["conversation_entries", "text_entries"]
 
-ROWS_AT_ONCE = 128
+ENTRIES_AT_ONCE = 128
 READ_BYTES = 2**22
-"""Of a column at once."""
+"""Bytes of a column read at once."""
 LARGEST_UNPACKED = 2**33
-"""Bytes of a compressed file that are laid out on this disk, at most: Parquet is read in any order."""
+"""Most bytes of a decompressed copy on this disk. Parquet is read in any order, so a compressed file needs a copy."""
 
 
-def text_rows(uri: str, field: str) -> Iterator[dict[str, Any]]:
-    """The rows of the file at `uri`, with the column `field`, which must be one of text."""
+def text_entries(uri: str, field: str) -> Iterator[dict[str, Any]]:
+    """Entries of the file at `uri`, with the column `field`, which must hold text."""
 
     def require(schema: pa.Schema, found: Sequence[str]) -> None:
         if not found or not _is_text(schema.field(field).type):
             named = ", ".join(_described(column) for column in schema)
             raise CorpusError(f"{uri} has no text column {field!r}; set text_field to one of {named}")
 
-    return _rows(uri, (field,), require, pa.RecordBatch.to_pylist)
+    return _entries(uri, (field,), require, pa.RecordBatch.to_pylist)
 
 
-def conversation_rows(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of the file at `uri`, with those of the columns `fields` that it has.
+def conversation_entries(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Entries of the file at `uri`, with the columns among `fields` that the file has.
 
     Nulls that stand for missing keys are dropped.
     """
@@ -44,11 +44,11 @@ def conversation_rows(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any
         if not found:
             raise CorpusError(f"{uri} has no column of a conversation; it needs messages, or prompt and response")
 
-    return _rows(uri, fields, require, written_rows)
+    return _entries(uri, fields, require, written_entries)
 
 
-def _rows(
-    uri: str, fields: Sequence[str], require: Any, rows_of: Callable[[pa.RecordBatch], list[dict[str, Any]]]
+def _entries(
+    uri: str, fields: Sequence[str], require: Any, entries_of: Callable[[pa.RecordBatch], list[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
     try:
         with _seekable(uri) as stream:
@@ -57,15 +57,15 @@ def _rows(
             for name in found:
                 if found.count(name) > 1:
                     raise CorpusError(
-                        f"{uri} has {found.count(name)} columns named {name!r}, and one is needed; rename the others"
+                        f"{uri} has {found.count(name)} columns named {name!r}; one is needed; rename the others"
                     )
             require(file.schema_arrow, found)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=found):
-                yield from rows_of(batch)
+            for batch in file.iter_batches(ENTRIES_AT_ONCE, columns=found):
+                yield from entries_of(batch)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(uri, error) from error
     except OSError as error:
-        if type(error) is OSError and error.errno is None:  # pyarrow's, of what it read
+        if type(error) is OSError and error.errno is None:  # pyarrow raises it for damaged content
             raise damaged(uri, error) from error
         raise
 
@@ -79,13 +79,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _described(column: pa.Field) -> str:
-    """The name of a column, and what it holds where that is no text."""
+    """The name of a column; with its type, if it holds no text."""
     return column.name if _is_text(column.type) else f"{column.name} ({str(column.type)[:40]})"
 
 
 @contextmanager
 def _seekable(uri: str) -> Iterator[IO[bytes]]:
-    """The file at `uri` for reads in any order; a compressed one is laid out on this disk first."""
+    """The file at `uri` for reads in any order; a compressed file is first decompressed onto this disk."""
     if not compression_of(uri):
         with locations.open_random(uri) as stream:
             yield stream

@@ -1,19 +1,19 @@
-"""What did somebody write who gave a value to Parquet?
+"""Values of Parquet as they were written, without the nulls that Parquet adds.
 
-A struct has the same fields in every row, so a row's missing keys come back as null. Nulls of a struct are dropped; a
-null in a map or a list was written by somebody and stays.
+A struct has the same fields in every entry, so an entry's missing keys come back as null. Nulls of a struct are
+dropped; a null in a map or a list was written on purpose and stays.
 """
 
 from typing import Any
 
 import pyarrow as pa
 
-__all__ = ["written_rows"]
+__all__ = ["written_entries"]
 
 
-def written_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch, each as it was written."""
-    return [_written(row, pa.struct(batch.schema)) for row in batch.to_pylist()]
+def written_entries(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The entries of a batch, each as it was written."""
+    return [_written(entry, pa.struct(batch.schema)) for entry in batch.to_pylist()]
 
 
 def _written(value: Any, kind: pa.DataType) -> Any:

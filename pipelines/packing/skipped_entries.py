@@ -1,6 +1,6 @@
-"""Which rows of a corpus cannot be used, and why?
+"""Count and causes of the corpus entries that cannot be used.
 
-One such row among a million does not end a job: it is counted, and the first rows are named with their reasons.
+One such entry among a million does not end a job: it is counted, and the first entries are named with their causes.
 """
 
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 __all__ = ["LeftOut"]
 
 MOST_NAMED = 3
-"""Rows of a unit, and of a source, by name."""
+"""Entries that are named, of a unit and of a source."""
 
 
 @dataclass(slots=True)
 class LeftOut:
-    """Rows that cannot be used; as text, the first by name and the number of the others."""
+    """Entries that cannot be used; as text, the first by name and the number of the others."""
 
     rows: int = 0
     named: list[str] = field(default_factory=list)
-    """The first, each with its place and reason."""
+    """The first entries, each with its place and cause."""
 
     def add(self, place: Callable[[], str], reason: object) -> None:
-        """Count a row. Its place costs a look into the file, so it is only found for rows that are named."""
+        """Count an entry. Finding its place reads the file, so it is found only for entries that are named."""
         self.rows += 1
         if len(self.named) < MOST_NAMED:
             self.named.append(f"{place()} {reason}")

@@ -1,4 +1,4 @@
-"""How do tokenized documents lie between the two halves of packing?
+"""Files of tokenized documents between the two halves of packing.
 
 In parts: files with one document a row, each written whole by one task and read by the tasks that cut shards from it.
 """
@@ -21,7 +21,7 @@ PART_TOKENS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some consecutive documents of a source and stream, tokenized, in one file."""
+    """Consecutive tokenized documents of a source and stream, in one file."""
 
     source: int
     stream: str
@@ -37,11 +37,11 @@ class PartTokens:
     tokens_T: Tensor
     document_len_N: Tensor
     trained_T: Tensor | None
-    """Whether a token is one to learn to say; None: all are."""
+    """Whether a token is trained; None: all are."""
 
 
 def read_part(uri: str) -> PartTokens:
-    """What a writer left in that file."""
+    """The documents of a part that a `PartWriter` wrote."""
     with locations.open_read(uri) as source:
         table = pq.read_table(source)
     ids = table.column("ids").combine_chunks()
@@ -55,7 +55,7 @@ def read_part(uri: str) -> PartTokens:
 
 @dataclass(slots=True)
 class PartWriter:
-    """Documents of one stream and unit, written out whenever there are enough of them."""
+    """Writer of the documents of one stream and unit; it writes a part whenever it holds enough tokens."""
 
     folder: str
     source: int
@@ -67,7 +67,7 @@ class PartWriter:
     _tokens: int = 0
 
     def add(self, ids: np.ndarray, trained: np.ndarray | None = None) -> None:
-        """Take the next document; `trained` for all documents or for none."""
+        """Add the next document; `trained` is given for all documents or never."""
         self._documents.append(ids)
         if trained is not None:
             self._trained.append(trained)
@@ -76,7 +76,7 @@ class PartWriter:
             self._write()
 
     def close(self) -> list[Part]:
-        """Write what is left; all parts in order."""
+        """Write the rest; returns all parts in order."""
         if self._documents:
             self._write()
         return self._parts

@@ -1,11 +1,12 @@
-"""Which choice of the recipe is worth what, at equal budget?
+"""Experiments: variants of the recipe compared at equal budget.
 
     python -m pipelines.research.experiments infra/experiments/masking.yaml [--shape quickstart-small]
 
-Every variant starts from the same bundle, or as an AR model of its own size trained on the same rows; reads the same
-rows in the same steps, and is measured on the same held-out text. Files with `token_slots` ask what a forward costs
-(`pipelines.research.token_slots`). A finished run is kept in `runs` beside the output: a stopped experiment goes on
-with the next one, and two that have a run in common share it. Hands over results.json, table.md and plot.png.
+Every variant starts from the same bundle, or as an AR model of its own size trained on the same rows. It reads the
+same rows in the same steps, and is measured on the same held-out text. Files with `token_slots` measure the cost of a
+forward (`pipelines.research.token_slots`). A finished run is kept in `runs` beside the output. A stopped experiment
+goes on with the next run, and two experiments share a run that both contain. The output is results.json, table.md and
+plot.png.
 """
 
 import argparse
@@ -41,7 +42,7 @@ __all__ = ["ExperimentJob", "experiment"]
 
 Positive = Annotated[int, Field(ge=1)]
 AR_SEED = 1000
-"""Apart from the seeds of the runs: the rows of the two phases are not the same ones in the same order."""
+"""Added to the seed in the AR phase, so that the two phases read the rows in different orders."""
 
 
 class ExperimentJob(Job):
@@ -50,17 +51,17 @@ class ExperimentJob(Job):
     title: str
     shards: str
     init_from: str | None = None
-    """Bundle that every variant starts from which has no `shape`."""
+    """Bundle that every variant without a `shape` starts from."""
     ar_steps: Annotated[int, Field(ge=0)] = 0
-    """AR train steps from random weights that come first where a variant has a `shape`, its own or by `--shape`; by the
-    same schedule."""
+    """AR train steps from random weights before the variant's own, by the same schedule, if the variant has a `shape`
+    (its own or by `--shape`)."""
     output: str
     train: dict[str, Any]
     """Keys of a train job that all variants share."""
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name -> keys of a train job in which it differs."""
+    """Name -> keys of a train job in which the variant differs."""
     seeds: tuple[int, ...] = (0,)
-    """Of rows and draws; a range over them is the least that a difference must exceed."""
+    """Seeds of rows and draws; a difference must exceed the range over seeds."""
     decode_lens: tuple[Positive, ...] = ()
     """Block lengths to decode with; empty: each variant's own."""
     prompts: Positive = 16
@@ -88,7 +89,7 @@ class ExperimentJob(Job):
         return TrainJob.model_validate(own if "shape" in own else own | {"init_from": self.init_from})
 
     def on(self, shape: str) -> Self:
-        """The same question asked of another size: each variant an AR model of that shape first, all else alike."""
+        """The same experiment at another size: each variant first trains an AR model of this shape."""
         if taken := [name for name, keys in self.variants.items() if "shape" in keys]:
             raise ConfigError(f"variant {taken[0]!r} has a shape of its own; run this file without --shape")
         if not self.ar_steps:
@@ -100,15 +101,15 @@ class ExperimentJob(Job):
         )
 
     def run_name(self, variant: str, seed: int) -> str:
-        """Of the file that keeps what was found; another one for every other setting, not for a new field of jobs."""
-        unsaid = set() if "shape" in self.variants[variant] else {"ar_steps"}
-        settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads", *unsaid})
+        """Name of a run's file. Every other setting gives another name; a new field of jobs does not."""
+        unused = set() if "shape" in self.variants[variant] else {"ar_steps"}
+        settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads", *unused})
         settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
         return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
 
 
 def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
-    """Train and measure what is not there yet; write table and plot; one entry for each variant and seed."""
+    """Train and measure the runs that are missing; write table and plot. Returns an entry per variant and seed."""
     torch.set_num_threads(job.threads)
     output, runs = Path(job.output), Path(job.output).parent / "runs"
     for folder in (output, runs):
@@ -131,7 +132,7 @@ def experiment(job: ExperimentJob) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each variant and block length it decoded with, means over seeds (least to most)."""
+    """Markdown table: a line for each variant and block length of decoding; means over seeds (least to most)."""
     lines = [
         "| variant | steps | AR loss | diffusion loss | second draft right | decoded with K | tokens per forward |",
         "|---|---|---|---|---|---|---|",
@@ -150,21 +151,21 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one experiment; its table on standard output, progress on standard error."""
+    """Run one experiment; prints its table on standard output and progress on standard error."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.research.experiments", description=__doc__.splitlines()[0]
     )
     parser.add_argument("job", help="a file of infra/experiments")
     parser.add_argument("--shape", help="start from random weights of this shape, trained as an AR model first")
-    asked = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        if "token_slots" in read_mapping(asked.job, "experiment", "infra/experiments/*.yaml"):
-            if asked.shape:
+        if "token_slots" in read_mapping(given.job, "experiment", "infra/experiments/*.yaml"):
+            if given.shape:
                 raise ConfigError("--shape is given, and token slots are those of a bundle; name it in the file")
-            print(token_slots(read_job(TokenSlotsJob, asked.job)))
+            print(token_slots(read_job(TokenSlotsJob, given.job)))
             return 0
-        job = read_job(ExperimentJob, asked.job)
-        print(table(experiment(job.on(asked.shape) if asked.shape else job)))
+        job = read_job(ExperimentJob, given.job)
+        print(table(experiment(job.on(given.shape) if given.shape else job)))
     except TidarError as error:
         print(error, file=sys.stderr)
         return 2

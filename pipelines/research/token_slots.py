@@ -1,9 +1,9 @@
-"""What does a forward of one model cost, by the tokens in it?
+"""Cost of a forward of one model, by the number of tokens in it.
 
     python -m pipelines.research.experiments infra/experiments/token-slots.yaml
 
-The free-token-slot curve (TiDAR, figure 1) as an experiment: results.json, table.md and plot.png. Clean tokens, no
-drafts; what a planner goes by is `tidar profile`'s table of whole decode steps.
+The free-token-slot curve (TiDAR, figure 1) as an experiment: results.json, table.md and plot.png. It has clean
+tokens and no drafts; a planner uses the table of whole decode steps that `tidar profile` measures.
 """
 
 import json
@@ -27,14 +27,14 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class TokenSlotsJob(Job):
-    """A bundle -> the time of forwards."""
+    """Job: a bundle -> the time of its forwards."""
 
     title: str
     init_from: str
     """Bundle that is timed."""
     output: str
     token_slots: tuple[Positive, ...] = Field(min_length=1)
-    """Tokens of one sequence in a forward; the first is what the others are compared with."""
+    """Tokens of one sequence in a forward; the others are compared with the first."""
     batches: tuple[Positive, ...] = (1,)
     contexts: tuple[Positive, ...] = (256,)
     """Tokens in the cache."""
@@ -45,7 +45,7 @@ class TokenSlotsJob(Job):
 
 
 def token_slots(job: TokenSlotsJob) -> str:
-    """Time the forwards, write results and plot; the table, in Markdown."""
+    """Time the forwards, write results and plot; returns the table in Markdown."""
     torch.set_num_threads(job.threads)
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""From shards to a bundle."""
+"""Training: shards become a bundle."""

@@ -1,11 +1,11 @@
-"""Where does a run keep what it goes on from, and which of that is whole?
+"""Checkpoints of a run: parts on disk, and the rule that makes a checkpoint whole.
 
     step-00000500/part-00000-of-00004.pt       named tensors in fp32: the weights and both of Adam's moments
                   part-00000-of-00004.json     its note, written when the part is there: size, hash, names, cursor
 
-Each worker writes a part and then its note; a checkpoint is whole when every part has its note and its size. So nobody
-waits for anybody, and what a killed worker left is never taken for a checkpoint. Parts hold whole tensors by name, not
-pieces by rank: any number of workers at any ZeRO stage reads them.
+Each worker writes a part and then its note. A checkpoint is whole when every part has its note and its size. So no
+worker waits for another, and files of a killed worker are never taken for a checkpoint. Parts hold whole tensors by
+name, not pieces by rank: any number of workers at any ZeRO stage reads them.
 """
 
 import hashlib
@@ -27,35 +27,35 @@ __all__ = ["Checkpoint", "CheckpointStore", "Cursor", "Note", "Tensors", "find_c
            "whole_checkpoints"]  # fmt: skip
 
 Tensors = dict[str, dict[str, Tensor]]
-"""What is kept of each parameter, by its name in the model."""
+"""Weights and moments of each parameter, by its name in the model."""
 
 STEP = "step-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where in which run a checkpoint stands."""
+    """The run of a checkpoint, and its place in this run."""
 
     step: int
     """Train steps done."""
     updates: int
-    """Of the optimizer: fewer than steps where a gradient was not finite."""
+    """Updates of the optimizer; fewer than steps if a gradient was not finite."""
     run: Mapping[str, Any]
     """Fields of the job that the losses follow from."""
     shards: str
     """Identity of the shards."""
     start: str
-    """Identity of what the run began from."""
+    """Identity of the weights that the run began with."""
     model: Mapping[str, Any]
     """The model's configuration."""
     validation_loss: float | None = None
     ends: Mapping[str, Any] | None = None
-    """Fields of the model's `EndTokens`; None in checkpoints of before."""
+    """Fields of the model's `EndTokens`; None in older checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """What is known of a part without reading it."""
+    """Description of a part, known without reading the part."""
 
     file: str
     bytes: int
@@ -73,42 +73,42 @@ class Checkpoint:
 
     @property
     def cursor(self) -> Cursor:
-        """The same in every note."""
+        """The cursor, equal in every note."""
         return self.notes[0].cursor
 
 
 def run_folder(output: str) -> str:
-    """Where the checkpoints of the job with this output lie, and what else it needs to go on."""
+    """Folder of the checkpoints of the job with this output, and of its other files for a restart."""
     return locations.absolute(output) + ".run"
 
 
 def whole_checkpoints(uri: str) -> list[Checkpoint]:
-    """Those in a folder of checkpoints, the newest last."""
+    """The whole checkpoints in a folder of checkpoints, the newest last."""
     found = (_whole(folder, files) for folder, files in sorted(_folders(uri).items()))
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def find_checkpoint(uri: str) -> Checkpoint:
-    """The checkpoint at `uri`, or the newest below it. Raises UserError where none is whole."""
+    """The checkpoint at `uri`, or the newest below it. Raises UserError if none is whole."""
     files = {entry.name: entry for entry in locations.list_files(uri)}
     if (one := _whole(uri, files)) is not None:
         return one
     if found := whole_checkpoints(locations.join(uri, "checkpoints")) or whole_checkpoints(uri):
         return found[-1]
     raise UserError(
-        f"{uri} holds no whole checkpoint; give the folder of one, .../checkpoints/{STEP}00000500, or that of a run, "
-        "OUTPUT.run"
+        f"{uri} holds no whole checkpoint; give the folder of a checkpoint, .../checkpoints/{STEP}00000500, "
+        "or of a run, OUTPUT.run"
     )
 
 
 def read_part(checkpoint: Checkpoint, note: Note) -> Tensors:
-    """The tensors of one part. Raises UserError if its bytes are not those that were written."""
+    """The tensors of one part. Raises UserError if its bytes differ from the written bytes."""
     uri = locations.join(checkpoint.uri, note.file)
     digest = locations.sha256(uri)
     if digest != note.sha256:
         raise UserError(
-            f"{uri} has hash {digest[:12]}; its note says {note.sha256[:12]}; remove {checkpoint.uri}, so that the "
-            "checkpoint before it is taken"
+            f"{uri} has hash {digest[:12]}; its note has {note.sha256[:12]}; remove {checkpoint.uri}, so that the "
+            "checkpoint before it is used"
         )
     path = locations.local_path(uri)
     if path is not None:
@@ -133,19 +133,19 @@ class CheckpointStore:
         self._writing: Future[None] | None = None
 
     def newest(self) -> Checkpoint | None:
-        """The one to go on from."""
+        """The checkpoint that the run goes on from."""
         whole = whole_checkpoints(self.uri)
         return whole[-1] if whole else None
 
     def clear_unfinished(self) -> None:
-        """Remove what a killed attempt left half-written, so that no later part completes it. Nobody may be writing."""
+        """Remove half-written checkpoints, so that no later part completes them. No worker may be writing."""
         whole = {checkpoint.uri for checkpoint in whole_checkpoints(self.uri)}
         for name in locations.names_in(self.uri):
             if name.startswith(STEP) and locations.join(self.uri, name) not in whole:
                 locations.remove(locations.join(self.uri, name))
 
     def write(self, tensors: Tensors, cursor: Cursor, *, part: int, parts: int) -> None:
-        """Begin to write one part; training goes on meanwhile. Waits for the part before it, and raises what it met."""
+        """Begin to write one part; training goes on meanwhile. Waits for the part before it, and raises its error."""
         self.wait()
         self._writing = self._writer.submit(self._write, tensors, cursor, part, parts)
 
@@ -155,23 +155,23 @@ class CheckpointStore:
         return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
-        """Until this worker's part is written; raises what was met."""
+        """Wait until this worker's part is written; raises the error of the writing thread."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None
 
     def prune(self) -> None:
-        """Remove the whole checkpoints that are to stay no longer. One worker's business.
+        """Remove the whole checkpoints that need not stay. One worker calls it.
 
-        It is done before the next checkpoint is written, not after: by then train steps have shown that the newest is
-        healthy.
+        It is called before the next checkpoint is written, not after: by then train steps have shown that the newest
+        checkpoint is healthy.
         """
         whole = whole_checkpoints(self.uri)
         by_loss = sorted((checkpoint for checkpoint in whole if math.isfinite(_loss(checkpoint))), key=_loss)
         stay = {checkpoint.uri for checkpoint in whole[-self.keep_last :] + by_loss[: self.keep_best]}
         for checkpoint in whole:
             if checkpoint.uri not in stay:
-                for note in checkpoint.notes:  # first what makes it whole
+                for note in checkpoint.notes:  # notes first: without them the checkpoint is not whole
                     locations.remove(locations.join(checkpoint.uri, _note_name(note.file)))
                 locations.remove(checkpoint.uri)
 
@@ -190,7 +190,7 @@ class CheckpointStore:
 
 
 class _Hashing:
-    """A file to write to that knows the size and hash of what went in."""
+    """Writable file that counts and hashes the written bytes."""
 
     def __init__(self, sink: IO[bytes]) -> None:
         self.sink, self.sha256, self.bytes = sink, hashlib.sha256(), 0
@@ -232,7 +232,7 @@ def _notes(uris: Sequence[str]) -> list[Note]:
 
 
 def _loss(checkpoint: Checkpoint) -> float:
-    """The validation loss; nan where there is none."""
+    """The validation loss; nan if it was not measured."""
     loss = checkpoint.cursor.validation_loss
     return math.nan if loss is None else loss
 

@@ -1,4 +1,4 @@
-"""What does the model say so far? A few prompts, continued greedily while it is being trained."""
+"""Continuations of a few prompts during training, generated greedily."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ __all__ = ["Continuations", "check_prompts", "continued"]
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """Prompts and how they go on."""
+    """Prompts and their continuations."""
 
     prompts: Sequence[str]
     texts: Sequence[str]
-    """Without their prompts."""
+    """Texts without their prompts."""
     tokens_per_forward: float
-    """Of all of them: how well drafts stand already."""
+    """Mean over all continuations: how many drafts are accepted so far."""
 
     def page(self, step: int) -> str:
-        """Markdown to look at."""
+        """Markdown page of the continuations after `step` train steps."""
         pieces = [f"# After {step} train steps\n", f"{self.tokens_per_forward:.2f} tokens per forward\n"]
         pieces += [f"**{prompt!r}**\n\n```\n{prompt}{text}\n```\n" for prompt, text in zip(self.prompts, self.texts)]
         return "\n".join(pieces)
@@ -57,7 +57,7 @@ def continued(
     """Greedy continuations.
 
     end_ids  tokens that end a text
-    drafts  decode with drafts, as a model does that was trained in both modes; the texts are the same
+    drafts  decode with drafts, if the model was trained in both modes; the texts are the same
     """
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=tuple(end_ids))
     requests = [

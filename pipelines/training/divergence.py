@@ -2,8 +2,8 @@
 
 Which train steps had no finite loss or gradient, and how many in a row are too many?
 
-DeepSpeed skips an update whose gradient is not finite and goes on without a word. A loss that is finite shows that the
-weights before its step were healthy; so a checkpoint is known to be healthy once a later step has a finite loss.
+DeepSpeed skips an update whose gradient is not finite, without a warning. A finite loss shows that the weights before
+its step were healthy. So a checkpoint is known to be healthy once a later step has a finite loss.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Health:
     finite_step: int
     """Last train step with a finite loss: checkpoints of earlier steps are healthy."""
     logs: bool
-    """Whether this worker logs what is skipped: one of all does."""
+    """Whether this worker logs skipped updates; only one worker does."""
     in_a_row: int = 0
     """Train steps without a finite loss and an update, up to now."""
 
@@ -63,7 +63,7 @@ class Health:
 
     def diverged(self, step: int, reason: str) -> DivergedError:
         """The error that ends the run."""
-        healthy = [one for one in whole_checkpoints(self.job.checkpoints) if one.cursor.step < self.finite_step]
+        healthy = [kept for kept in whole_checkpoints(self.job.checkpoints) if kept.cursor.step < self.finite_step]
         kept = f"{healthy[-1].uri} is the newest healthy checkpoint" if healthy else "there is no healthy checkpoint"
         return DivergedError(
             f"training of {self.job.output} diverged at train step {step}: {reason}; no bundle is written, and {kept}; "

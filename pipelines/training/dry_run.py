@@ -1,4 +1,4 @@
-"""What will a train job do, and can it? Said before any worker starts; nothing is written."""
+"""Report on a train job before any worker starts: its work, and whether it can run. Nothing is written."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def dry_run(job: TrainJob) -> dict[str, Any]:
-    """Steps, tokens, time and memory of the job, in plain values. Raises UserError for what `train` would refuse."""
+    """Steps, tokens, time and memory of the job, in plain values. Raises UserError if `train` would refuse the job."""
     job = absolute_job(job)
     manifest = read_manifest(job.shards)
     check_sizes(job.shards, manifest)

@@ -1,11 +1,11 @@
-"""How much memory will a training worker need? An estimate, made before any worker starts.
+"""Estimate of the memory of a training worker, made before any worker starts.
 
     fp32     weights 4, gradients 4, moments 8 bytes a parameter, and 4 more for the copy that ZeRO updates
     bf16     weights 2, gradients 2 and 4 more to add them up in, fp32 weights 4, moments 8
 
-ZeRO 1 divides fp32 weights and moments among the workers, ZeRO 2 also the gradients that are added up, ZeRO 3 also the
-weights. Activations are what a layer keeps for its backward pass; what an attention kernel or an allocator takes for
-itself is not counted.
+ZeRO 1 divides fp32 weights and moments among the workers, ZeRO 2 also the accumulated gradients, ZeRO 3 also the
+weights. Activations are the tensors that a layer keeps for its backward pass. The own memory of an attention kernel or
+an allocator is not counted.
 """
 
 from dataclasses import dataclass
@@ -20,29 +20,29 @@ from tidar_core.transformer.model import TidarModel
 __all__ = ["MemoryEstimate", "activation_bytes", "estimated_memory", "parameter_count"]
 
 BUCKET_NUMEL = 500_000_000
-"""Gradients that ZeRO 2 and 3 hold before they are reduced, at most (DeepSpeed's reduce_bucket_size)."""
+"""Most gradients that ZeRO 2 and 3 hold before they are reduced (DeepSpeed's reduce_bucket_size)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one worker, by what holds them."""
+    """Bytes of one worker, by use."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Of one forward of `rows_per_forward` rows, logits included."""
+    """Bytes of one forward of `rows_per_forward` rows, logits included."""
     offloaded: int
-    """Of the optimizer, in the machine's memory instead of beside the weights."""
+    """Bytes of the optimizer that lie in the machine's memory instead of beside the weights."""
 
     @property
     def total(self) -> int:
-        """On the worker's device."""
+        """Bytes on the worker's device."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def estimated_memory(job: TrainJob, model: ModelConfig, row_len: int) -> MemoryEstimate:
-    """What each worker of the job will hold at most."""
+    """Most memory that each worker of the job will hold."""
     count, workers, width = parameter_count(model), job.workers, _width(job)
     largest = model.vocab_size * model.hidden_size  # the table is gathered whole when it is used
     divided = {1: 1, 2: 1, 3: workers}[job.zero_stage]
@@ -50,7 +50,7 @@ def estimated_memory(job: TrainJob, model: ModelConfig, row_len: int) -> MemoryE
     whole = width * (count if job.zero_stage == 1 else min(count, BUCKET_NUMEL))
     added_up = 4 * count // (1 if job.zero_stage == 1 else workers)
     if job.precision == "fp32" and job.zero_stage == 1:
-        added_up = 0  # in the place where they come
+        added_up = 0  # they are accumulated in place
     optimizer = 12 * count // workers
     offloads = job.offload_optimizer == "cpu"
     return MemoryEstimate(
@@ -63,14 +63,14 @@ def estimated_memory(job: TrainJob, model: ModelConfig, row_len: int) -> MemoryE
 
 
 def activation_bytes(job: TrainJob, model: ModelConfig, row_len: int) -> int:
-    """What one forward keeps for its backward pass, and the logits of one chunk of tokens with their gradient."""
+    """Bytes that one forward keeps for its backward pass, and logits of one chunk of tokens with their gradient."""
     tokens = job.rows_per_forward * row_len * (2 if job.objective == "dual" else 1) // job.sequence_parallel
     heads = (model.heads + 2 * model.kv_heads) * model.head_size
     layer = 4 * model.hidden_size + 2 * heads + 2 * model.heads * model.head_size + 4 * model.intermediate_size
     if model.qk_norm:
         layer += (model.heads + model.kv_heads) * model.head_size
     kept = model.layers * (model.hidden_size if job.activation_checkpointing else layer)
-    kept += layer if job.activation_checkpointing else 0  # the one that is computed again
+    kept += layer if job.activation_checkpointing else 0  # the layer that is computed again
     at_once = LOGITS_AT_ONCE_CUDA if job.gpus_per_worker else LOGITS_AT_ONCE
     logits = min(at_once, tokens * model.vocab_size)
     return _width(job) * tokens * (kept + 2 * model.hidden_size) + (_width(job) + 8) * logits

@@ -1,4 +1,4 @@
-"""How does a train job run on a cluster: scale, failures, resumption? The only home of Ray Train."""
+"""Train jobs on a cluster: workers, failures, resumption. Only this file imports Ray Train."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -76,9 +76,9 @@ def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
 
 
 def _on_worker(config: dict[str, Any]) -> DivergedError | None:
-    """Runs in each Ray Train worker, and again in its successor when one of them fails.
+    """Run the job in a Ray Train worker; after a failure, again in its successor.
 
-    Returns why the run diverged: it would do so again, so it is no failure to be retried.
+    Returns the error of a run that diverged. It would diverge again, so it must not be retried as a failure.
     """
     job = TrainJob.model_validate(config["job"])
     tracking, run_id = job.tracking_uri, config["run_id"]
@@ -107,7 +107,7 @@ def _on_worker(config: dict[str, Any]) -> DivergedError | None:
 
 
 def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
-    """The MLflow run of this output: a new one, or the one that a stopped job began."""
+    """The MLflow run of this output: a new run, or the run that a stopped job began."""
     note = locations.join(run_folder(job.output), "mlflow_run_id")
     if locations.exists(note):
         return locations.read_text(note)
@@ -121,7 +121,7 @@ def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
 
 
 def _of_worker(error: BaseException) -> BaseException:
-    """What the first failed worker raised."""
+    """The error of the first failed worker."""
     failures = getattr(error, "worker_failures", None) or {}
     causes = [cause for cause in failures.values() if isinstance(original_error(cause), TidarError)]
     return causes[0] if causes else error

@@ -1,9 +1,9 @@
-"""What does a dual-mode train step cost over the next-token step of the same rows, on this machine?
+"""Benchmark of a dual-mode train step against a next-token train step on the same rows.
 
     python -m pipelines.training.train_bench --shape quickstart --row-lens 256 512 --dtypes fp32 bf16
 
 Forward and backward on random packed rows; both objectives take turns within every repeat, so that a noisy machine
-disturbs both alike. The method's floor is about 2: the doubled row has twice the tokens and twice the visible pairs.
+affects both equally. The method's floor is about 2: the doubled row has twice the tokens and twice the visible pairs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ __all__ = ["measure"]
 def measure(
     model: TidarModel, *, row_len: int, rows: int, documents: int, block_len: int, repeats: int
 ) -> dict[str, Any]:
-    """Clean tokens per second of both objectives, medians of `repeats` after one to warm up, and how they compare."""
+    """Clean tokens per second of both objectives and their ratio: medians of `repeats` after a warm-up."""
     device, vocab = model.embedding.weight.device, model.config.vocab_size
     ids = torch.randint(0, vocab - 1, (rows, row_len), generator=torch.Generator().manual_seed(0)).to(device)
     ends = torch.randint(0, row_len, (rows, documents - 1), generator=torch.Generator().manual_seed(1))
@@ -59,7 +59,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one JSON object."""
+    """Run the benchmark and print one JSON object."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.training.train_bench", description=__doc__.splitlines()[0]
     )

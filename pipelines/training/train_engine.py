@@ -1,7 +1,7 @@
-"""How do gradients become updates on several workers? The only home of DeepSpeed.
+"""Training engine on several workers: gradients become updates. Only this file imports DeepSpeed.
 
-Its configuration is derived from the job; nothing is said twice. What a run goes on from leaves here as whole tensors
-by name, in fp32, each worker with its share of them; so it does not depend on the number of workers or the ZeRO stage.
+DeepSpeed's configuration is derived from the job. A checkpoint gets whole tensors by name, in fp32; each worker
+contributes its share. So a checkpoint does not depend on the number of workers or the ZeRO stage.
 """
 
 import math
@@ -26,17 +26,17 @@ __all__ = ["TrainEngine", "deepspeed_config", "from_rank_0", "learning_rate", "u
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 PERSISTENT_NUMEL = 10_000
-"""ZeRO 3 leaves parameters below this, the norms, whole on every worker."""
+"""ZeRO 3 keeps parameters below this size, the norms, whole on every worker."""
 
 
 class TrainEngine:
-    """An objective under ZeRO: forward, backward, update, share of a checkpoint, restore, gather."""
+    """An objective under ZeRO: forward, backward, update; checkpoints and the gathered model."""
 
     def __init__(self, objective: Objective, job: TrainJob) -> None:
-        """torch.distributed must be up; every worker builds one with the same job."""
+        """torch.distributed must be up; every worker builds an engine with the same job."""
         import deepspeed
 
-        # It would be compiled here for inference alone, and a compiler that was killed blocks all that come after it.
+        # DeepSpeed would compile it for inference only; a killed compiler would block all later ones.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._config = objective.model.config
         decayed = [p for p in objective.parameters() if p.dim() > 1]
@@ -44,7 +44,7 @@ class TrainEngine:
         groups = [{"params": decayed, "weight_decay": job.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=job.learning_rate, betas=job.adam_betas,
-            fused=updates_on_cpu(job) or None,  # one pass over the weights where torch's other forms take nine
+            fused=updates_on_cpu(job) or None,  # one pass over the weights; torch's other forms take nine
         )  # fmt: skip
         self.job, self.world_size, self.rank = job, dist.get_world_size(), dist.get_rank()
         self._gathered = deepspeed.zero.GatheredParameters
@@ -54,7 +54,7 @@ class TrainEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where batches must be."""
+        """Device that batches must be on."""
         return self._engine.device
 
     def forward(self, batch: TrainBatch) -> LossSums:
@@ -64,20 +64,20 @@ class TrainEngine:
     def backward(self, share: Tensor) -> None:
         """Accumulate gradients of this forward's share of the train step's loss.
 
-        The shares of all forwards on all workers add up to the loss; the engine, which averages over both, is given
-        each multiplied back.
+        The shares of all forwards on all workers add up to the loss. The engine averages over both, so each share is
+        multiplied by their number.
         """
         self._engine.backward(share * (self.world_size * self._engine.gradient_accumulation_steps()))
         ends = self._engine.is_gradient_accumulation_boundary()
-        self._engine.step()  # updates at the end of the accumulation only
+        self._engine.step()  # updates only at the end of the accumulation
         if ends and not self.applied and self.job.offload_optimizer == "cpu" and self.job.zero_stage < 3:
             gathered = (
                 self._optimizer.averaged_gradients
-            )  # DeepSpeed 0.19 keeps these, and adds the next step's to them
+            )  # DeepSpeed 0.19 keeps them, and would add the gradients of the next step
             self._optimizer.averaged_gradients = dict.fromkeys(gathered)
 
     def set_learning_rate(self, value: float) -> None:
-        """For the next update."""
+        """Set the learning rate of the next update."""
         for group in self._optimizer.param_groups:
             group["lr"] = value
 
@@ -88,7 +88,7 @@ class TrainEngine:
         return values
 
     def largest(self, value: float) -> float:
-        """Over workers."""
+        """Largest value over workers."""
         found = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.item()
@@ -130,10 +130,10 @@ class TrainEngine:
     def restore(
         self, parts: Sequence[tuple[str, ...]], read: Callable[[int], dict[str, dict[str, Tensor]]], updates: int
     ) -> None:
-        """Take over weights and moments; every worker must call.
+        """Load weights and moments; every worker must call.
 
         parts    names in each part of the checkpoint
-        read     gives a part's tensors; each is read by one worker, which sends them to all
+        read     returns a part's tensors; one worker reads a part and sends it to all
         """
         parameters = dict(self._parameters())
         assert parameters.keys() == {name for part in parts for name in part}, "the checkpoint is of another model"
@@ -150,7 +150,7 @@ class TrainEngine:
                     self._set(parameters[name], key, value)
 
     def gathered_model(self) -> TidarModel | None:
-        """The model as it is used, in its precision, on rank 0's CPU; None elsewhere. Every worker must call."""
+        """The model in its precision, on rank 0's CPU; None on other ranks. Every worker must call."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         dtype = torch.bfloat16 if self.job.precision == "bf16" else torch.float32
@@ -163,11 +163,11 @@ class TrainEngine:
         return model
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those of the model, in its order; a table that is also the head comes once."""
+        """Parameters of the model, in its order; a table that is also the head comes once."""
         return list(self._engine.module.objective.model.named_parameters())
 
     def _begin_moments(self, updates: int) -> None:
-        """Make the optimizer's state, which a first update would make."""
+        """Create the optimizer's state, which a first update would create."""
         flat = next(getattr(self._optimizer, name) for name in FLAT_WEIGHTS if hasattr(self._optimizer, name))
         for weights in flat:
             self._optimizer.optimizer.state[weights] = {
@@ -176,7 +176,7 @@ class TrainEngine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Let parameters find their moments: of several groups, ZeRO 1 and 2 by themselves link the first alone."""
+        """Link parameters to their moments; ZeRO 1 and 2 on their own link only the first of several groups."""
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
@@ -192,7 +192,7 @@ class TrainEngine:
         if key == WEIGHT:
             with self._gathered([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
-        if self.job.zero_stage == 3:  # setting the whole fails where the workers do not divide it
+        if self.job.zero_stage == 3:  # setting the whole tensor fails if the number of workers does not divide it
             part_len = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = F.pad(value.flatten(), (0, part_len * self.world_size - value.numel()))
             value = padded[self.rank * part_len : (self.rank + 1) * part_len]
@@ -206,18 +206,18 @@ class TrainEngine:
 
 
 FLAT_WEIGHTS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-"""What DeepSpeed's optimizers (ZeRO 3; ZeRO 1 and 2; ZeRO 1 in bf16) call the fp32 weights that a worker updates."""
+"""Names in DeepSpeed's optimizers (ZeRO 3; ZeRO 1 and 2; ZeRO 1 in bf16) of the fp32 weights that a worker updates."""
 
 
 class _Tensors(nn.Module):
-    """The objective, with its sums in a tuple: there DeepSpeed finds the tensors that gradients come through."""
+    """The objective, with its sums in a tuple, in which DeepSpeed finds the tensors of the backward pass."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
 
     def forward(self, batch: TrainBatch) -> tuple[Tensor, ...]:
-        sums = self.objective.forward(batch)  # not through its hooks, which know no dataclass
+        sums = self.objective.forward(batch)  # not through its hooks, which do not support dataclasses
         return tuple(getattr(sums, field.name) for field in fields(sums))
 
 
@@ -245,25 +245,25 @@ def updates_on_cpu(job: TrainJob) -> bool:
 
 
 def learning_rate(job: TrainJob, step: int) -> float:
-    """Rate of train step `step`."""
+    """Learning rate of train step `step`."""
     schedule = Schedule(peak=job.learning_rate, minimum=job.min_learning_rate, warmup=job.warmup)
     return schedule.at_step(step, job.steps)
 
 
 def from_rank_0(value: Any) -> Any:
-    """What rank 0 calls it with, on every worker; a small picklable value."""
+    """The value of rank 0, on every worker; it must be small and picklable."""
     held = [value]
     dist.broadcast_object_list(held)
     return held[0]
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, wherever its parts are."""
+    """Shape of the whole parameter, which may be divided among workers."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _owners(sizes: dict[str, int], workers: int) -> dict[str, int]:
-    """Which worker keeps which tensor, so that each keeps about as much."""
+    """Worker of each tensor, so that every worker has about the same number of elements."""
     load = [0] * workers
     owner = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -1,4 +1,4 @@
-"""What happened between two log lines: how good, how fast, how much longer?"""
+"""Metrics between two log lines: losses, speed, memory and time left."""
 
 import resource
 import time
@@ -18,7 +18,7 @@ __all__ = ["MetricsWindow", "loss_metrics", "peak_flops"]
 
 GIB = 2**30
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}
-"""Of the product that a peak is measured by: large, and soon done."""
+"""Size of the matrix product that measures a peak: large, but quick."""
 
 
 class MetricsWindow:
@@ -37,7 +37,7 @@ class MetricsWindow:
         self.opened, self.paused = time.perf_counter(), 0.0
 
     def add(self, sums: LossSums, batch: TrainBatch) -> None:
-        """Count one forward and backward in."""
+        """Add one forward and backward."""
         self.losses.add(sums)
         self.pairs += layout_pairs(batch.layout)
         self.tokens += batch.token_BL.numel()
@@ -45,7 +45,7 @@ class MetricsWindow:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What passes in here is not train steps: no part of tokens per second and MFU."""
+        """Excludes the time inside the context from tokens per second and MFU."""
         began = time.perf_counter()
         yield
         self.paused += time.perf_counter() - began
@@ -71,14 +71,14 @@ class MetricsWindow:
 
 
 def loss_metrics(means: LossMeans) -> dict[str, float]:
-    """Metrics of mean losses by name. A mean over no labels was not measured, and is left out."""
+    """Metrics of mean losses by name. A mean over no labels is left out, because it was not measured."""
     named = {"ar_loss": means.ar_loss, "diffusion_loss": means.diffusion_loss}
     named |= {f"draft_accuracy_{offset:02d}": share for offset, share in enumerate(means.draft_accuracy_K)}
     return {name: value for name, value in named.items() if value is not None}
 
 
 def peak_flops(job: TrainJob, device: torch.device) -> float | None:
-    """What MFU is a share of: as the job says, or measured here; None where it says nothing."""
+    """Peak operations per second for MFU: given by the job, or measured here; None if the job gives nothing."""
     if job.peak_flops != "measure":
         return job.peak_flops
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32

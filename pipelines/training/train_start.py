@@ -1,4 +1,4 @@
-"""May this train job start? Everything that can be known before a worker runs."""
+"""Checks of a train job before any worker runs."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def absolute_job(job: TrainJob) -> TrainJob:
 
 
 def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
-    """The bundle at the job's output, if this very job made it, of these shards."""
+    """The bundle at the job's output, if this same job made it from these shards. Raises ConfigError for another."""
     if not locations.exists(locations.join(job.output, BUNDLE_JSON)):
         return None
     made_by = locations.read_json(locations.join(job.output, MADE_BY))
@@ -47,9 +47,12 @@ def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
 
 
 def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
-    """The checkpoint that the job goes on from, if there is one. Refuses shards without rows, and a start that cannot
-    be: another run's checkpoint or none, no model, no whole bundle, another tokenizer, a model or rows that the job
-    cannot train."""
+    """The checkpoint that the job goes on from, if there is one.
+
+    Raises an error for shards without rows, for a missing checkpoint or a checkpoint of another run, and for a folder
+    without a model. A bundle that is not whole, another tokenizer, and a model or rows that the job cannot train are
+    errors as well.
+    """
     if manifest.splits["train"].rows == 0:
         raise ConfigError(f"{job.shards} has no train rows; pack more text or lower held_out")
     if job.validate_every and manifest.splits["held_out"].rows == 0:
@@ -72,7 +75,7 @@ def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
 
 
 def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Raise ConfigError where the losses would not be those that the checkpoint's run would have gone on to."""
+    """Raise ConfigError if the losses would differ from those of the checkpoint's run, had it not stopped."""
     cursor = checkpoint.cursor
     if cursor.shards != manifest.identity:
         raise ConfigError(
@@ -87,11 +90,11 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
                 "began: set it back, or begin a new run with init_from and another output"
             )
     if cursor.step > job.steps:
-        raise ConfigError(f"steps is {job.steps}; {checkpoint.uri} stands at {cursor.step} already; give more steps")
+        raise ConfigError(f"steps is {job.steps}; {checkpoint.uri} is already at step {cursor.step}; give more steps")
 
 
 def model_config(cursor: Cursor) -> ModelConfig:
-    """Of the model that a checkpoint holds."""
+    """Configuration of the model in a checkpoint."""
     values = dict(cursor.model)
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
@@ -99,7 +102,7 @@ def model_config(cursor: Cursor) -> ModelConfig:
 
 
 def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
-    """Of the model that a new run begins with; its mask token may come after."""
+    """Configuration of the model that a new run begins with; its mask token may be added later."""
     if job.shape is not None:
         config = named_shape(job.shape, vocab_len=manifest.vocab_len)
     else:
@@ -109,13 +112,13 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
 
 
 def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
-    """Raise where no train step could be made of such rows by such a model."""
+    """Raise an error if this model cannot train on these rows."""
     require_rows(model, manifest.vocab_len)
     row_len, dual = manifest.row_len, job.objective == "dual"
     if dual and job.block_len >= row_len:
         raise ConfigError(
             f"block_len is {job.block_len}; rows of {job.shards} have {row_len} tokens, and the first block of a row "
-            "is never learnt: give shorter blocks, or pack longer rows"
+            "is never trained; give shorter blocks, or pack longer rows"
         )
     mask_len = job.recipe.mask_len(row_len, job.block_len) if dual else 0
     require_equal_runs(job.sequence_parallel, row_len, mask_len)

@@ -2,9 +2,9 @@
 
 How long will a train step take?
 
-On a CPU, forward and backward are timed for the model with two of its layers and few tokens; a step's arithmetic at
-that rate is the estimate. The update is timed on a small vector. A GPU is not timed from a machine that may have none:
-there the job's `peak_flops` gives the estimate, at a usual share of it.
+On a CPU, forward and backward are timed for the model with two of its layers and few tokens. A step's arithmetic at
+this rate is the estimate. The update is timed on a small vector. A GPU is not timed, because this machine may have no
+GPU: there a usual share of the job's `peak_flops` gives the estimate.
 """
 
 import time
@@ -25,7 +25,7 @@ __all__ = ["estimated_step"]
 
 SAMPLE_TOKENS = 256
 SAMPLE_PARAMETERS = 250_000_000
-"""A model whose two layers and tables are larger is not timed: it would take minutes."""
+"""Largest model, of two layers and the tables, that is timed; a larger model would take minutes."""
 SAMPLE_UPDATE = 2**22
 USUAL_MFU = 0.4
 GRADIENT_PASSES = 6
@@ -47,7 +47,7 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
         if not isinstance(job.peak_flops, float):
             return None, "nothing: the workers' GPUs are not timed here; give peak_flops as a number"
         return flops / (USUAL_MFU * job.peak_flops), f"{USUAL_MFU:.0%} of peak_flops, {job.peak_flops:.3g}"
-    mask_id = model.vocab_size - 1 if model.mask_id is None else model.mask_id  # a start without a row for it gains one
+    mask_id = model.vocab_size - 1 if model.mask_id is None else model.mask_id  # a start without a mask token gets one
     sample = replace(model, layers=min(2, model.layers), mask_id=mask_id)
     if parameter_count(sample) > SAMPLE_PARAMETERS:
         return None, "nothing: the model is too large to be timed here in seconds"

@@ -1,7 +1,7 @@
-"""What does one training worker do from start to end?
+"""One training worker from start to end.
 
-Rows -> objective -> engine, step after step, from wherever the newest checkpoint's cursor stands; then the bundle. It
-knows no Ray: what it needs of its surroundings is handed in. torch.distributed is up.
+Rows -> objective -> engine, step after step, from the cursor of the newest checkpoint; then the bundle. It does not
+use Ray: `Surroundings` is its interface to the cluster. torch.distributed is up.
 """
 
 import math
@@ -40,14 +40,14 @@ __all__ = ["Surroundings", "end_tokens", "starting_model", "train_worker"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """Who a worker is, and whom it tells."""
+    """Rank of a worker, and the receivers of its reports."""
 
     rank: int
     world_size: int
     log: Callable[[dict[str, float], int], None]
-    """Metrics after so many train steps; called on rank 0 only."""
+    """Logs metrics after a number of train steps; called on rank 0 only."""
     keep_text: Callable[[str, str], None]
-    """A page and the name of the file that it is kept in; called on rank 0 only."""
+    """Stores a page: the name of its file, and its text; called on rank 0 only."""
 
 
 def train_worker(job: TrainJob, around: Surroundings) -> None:
@@ -56,7 +56,7 @@ def train_worker(job: TrainJob, around: Surroundings) -> None:
 
 
 def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
-    """The model that training starts from, mask token included, in fp32; and the identity of where it came from."""
+    """The model that training starts from, mask token included, in fp32; and the identity of its source."""
     if job.shape is not None:
         model = TidarModel(named_shape(job.shape, vocab_len=manifest.vocab_len))
         model.init_weights(job.seed)
@@ -121,7 +121,7 @@ class _Worker:
         self.health = Health(job, skipped=self.done - updates, finite_step=self.done, logs=around.rank == 0)
 
     def run(self) -> None:
-        """From the first step that is not done to the bundle."""
+        """Train from the first step that is not done, and write the bundle."""
         job, window = self.job, MetricsWindow(self.engine, self.job, self.config, first_step=self.done)
         for step in range(self.done + 1, job.steps + 1):
             loss = self._train_step(step - 1, window)
@@ -147,7 +147,7 @@ class _Worker:
         if trained is not None:
             self.store.prune()
             self._write_bundle(trained)
-        dist.barrier()  # nobody leaves, and takes the others with it, before the bundle is there
+        dist.barrier()  # no worker may exit, and stop the others, before the bundle is written
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         self.store.clear_unfinished()
@@ -185,7 +185,7 @@ class _Worker:
 
     @torch.no_grad()
     def _validate(self, step: int) -> float | None:
-        """Both losses on held-out rows; the weighted one, None where no row has a label. Workers take groups in turn.
+        """The weighted loss on held-out rows; None if no row has a label. Workers take groups in turn.
 
         Raises DivergedError for a loss that is not finite.
         """
@@ -195,7 +195,7 @@ class _Worker:
         for first in range(0, len(groups), self.row_groups):
             mine = first + self.row_group
             sums = self.engine.forward(self._batch(self.plain, self.held_out, groups[min(mine, len(groups) - 1)]))
-            if mine < len(groups):  # else this forward was for company: a ZeRO 3 worker needs all others in it
+            if mine < len(groups):  # an extra forward: under ZeRO 3, every worker must take part in each forward
                 totals.add(sums)
         means = loss_metrics(totals.means(self.engine.total(totals.parts)))
         loss = means.get("ar_loss")
@@ -211,12 +211,12 @@ class _Worker:
     def _sample(self, step: int) -> None:
         model = self.engine.gathered_model()
         if model is not None:
-            samples = continued(
+            continuations = continued(
                 model.to(self.engine.device), self.tokenizer, self.job.sample_prompts, block_len=self.job.block_len,
                 max_tokens=self.job.sample_tokens, end_ids=self.ends.ids, drafts=self.job.objective == "dual",
             )  # fmt: skip
-            self.around.keep_text(f"samples/step-{step:08d}.md", samples.page(step))
-            self._log({"sample_tokens_per_forward": samples.tokens_per_forward}, step)
+            self.around.keep_text(f"samples/step-{step:08d}.md", continuations.page(step))
+            self._log({"sample_tokens_per_forward": continuations.tokens_per_forward}, step)
 
     def _save(self, step: int, validation_loss: float | None) -> None:
         cursor = Cursor(

@@ -75,7 +75,7 @@ def test_a_column_of_something_else_is_refused_with_what_it_holds(tmp_path, colu
 def test_two_columns_of_one_name_are_refused_where_they_are_asked_for(tmp_path):
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
     pq.write_table(twice, tmp_path / "a.parquet")
-    line = "a.parquet has 2 columns named 'text', and one is needed; rename the others"
+    line = "a.parquet has 2 columns named 'text'; one is needed; rename the others"
     assert refused(tmp_path / "a.parquet") == line
     assert read(tmp_path / "a.parquet", "body") == ["c"]
     names = ["prompt", "response", "response"]

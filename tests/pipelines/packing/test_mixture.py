@@ -96,7 +96,7 @@ def mixed(tmp_path, sources, held_out, unit_lines):
     tokenizer = train_bpe(iter(["document 0123456789"]), 270)
     pack_tasks.keep_tokenizer(lambda: tokenizer, folder)
     for unit in units:
-        pack_tasks.leave_digests(unit, tuple(given), held_out, folder)
+        pack_tasks.write_unit_digests(unit, tuple(given), held_out, folder)
     for bucket in enumerate(duplicates.make_buckets(10**7)):
         pack_tasks.find_bucket_repeats(bucket, len(units), folder)
     how = pack_tasks.Tokenizing(folder, tuple(given), held_out, len(duplicates.make_buckets(10**7)), flags=False)

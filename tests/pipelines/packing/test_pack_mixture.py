@@ -105,7 +105,7 @@ def test_only_what_the_assistant_says_is_trained_and_texts_beside_it_whole(ray_c
 
 def test_conversations_without_a_chat_template_are_refused_before_any_work(tokenizer_folder, tmp_path):
     path = write_lines(tmp_path / "chat.jsonl", CHAT)
-    with pytest.raises(TokenizerError, match=r"has no chat template, and conversations are to be packed; put chat_tem"):
+    with pytest.raises(TokenizerError, match=r"has no chat template; conversations need one; put chat_tem"):
         pack(job(path, tmp_path / "out", tokenizer_folder, documents="conversations"))
 
 

@@ -63,7 +63,7 @@ def test_a_row_of_parquet_that_cannot_be_used_is_named_by_its_number(tmp_path):
     assert read(tmp_path / "a.parquet", left_out) == [conversation_of(row) for row in (ROWS[0], ROWS[1])]
     assert left_out.rows == 2
     assert str(left_out) == (
-        f"row 2 of {tmp_path}/a.parquet has no message of the assistant's, so nothing to learn; "
+        f"row 2 of {tmp_path}/a.parquet has no message of the assistant, so nothing to train; "
         f"row 3 of {tmp_path}/a.parquet has no conversation; it needs messages, or prompt and response"
     )
 

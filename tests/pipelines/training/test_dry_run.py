@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_by_itself_and_another_job_may_go_on_from_it(shard
         ({"learning_rate": 2e-5}, "learning_rate is 2e-05 and was 1e-05 in the run"),
         ({"seed": 1}, "seed is 1 and was 0"),
         ({"block_len": 8}, "block_len is 8 and was 4"),
-        ({"steps": 4}, "stands at 5 already"),
+        ({"steps": 4}, "is already at step 5"),
     ],
 )
 def test_a_run_goes_on_as_it_began_or_not_at_all(shards, stopped_run, changes, words):
