@@ -220,13 +220,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; text appears as it is committed."""
-    from serve_apps.tools.offline_generation import OneText
+    from serve_apps.tools.offline_generation import OfflineGeneration
 
     asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
              "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
     uri = _found(model, tracking_uri)
-    writing = OneText(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len, report=_note)
-    for text in writing.pieces():
+    writing = OfflineGeneration(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len, report=_note)
+    for text in writing.deltas():
         if not as_json:
             print(text, end="", flush=True)
     facts = writing.figures()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from serve_apps.api import bounds
-from serve_apps.rollout.canary import Trial
+from serve_apps.rollout.canary import CanarySettings
 from tidar_core.errors import ConfigError
 
 __all__ = ["DRAIN_SECONDS", "REGISTRY_SCHEME", "ServeSettings"]
@@ -33,7 +33,7 @@ class ServeSettings(BaseModel):
     follow_alias_seconds: Annotated[float, Field(gt=0)] | None = None
     """Look that often which version the alias names, and serve that one from then on; by default the version that it
     names at the start stays. A replica needs memory for one bundle and one cache more than it serves."""
-    challenger: Trial | None = None
+    challenger: CanarySettings | None = None
     """Serve a second version beside the champion to some clients, and take its alias away where it falls short."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -172,7 +172,7 @@ class ServeSettings(BaseModel):
 def _in_words(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        owner = Trial if error["loc"][0] == "challenger" and len(error["loc"]) > 1 else ServeSettings
+        owner = CanarySettings if error["loc"][0] == "challenger" and len(error["loc"]) > 1 else ServeSettings
         return f"unknown key {key!r}; known are {', '.join(owner.model_fields)}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; add it"

@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from serve_apps.ingress.serve_proxy import CALLBACK
 from serve_apps.settings import ServeSettings
-from serve_apps.telemetry.tracing import told_to_proxies, tracing_config
+from serve_apps.telemetry.tracing import proxy_tracing_env, tracing_config
 from tidar_core.artifacts.network.cluster_address import given_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError
@@ -111,7 +111,7 @@ def start_ray(settings: ServeSettings) -> None:
         return
     _set_environment()
     os.environ.update(UNBOUNDED_HEADERS_ENV)
-    with told_to_proxies(settings), muted_stderr():
+    with proxy_tracing_env(settings), muted_stderr():
         ray.init(
             address="local",  # never a cluster that happens to run here
             include_dashboard=False,

@@ -1,6 +1,6 @@
-"""Which weights does a service serve, and how?
+"""Version of a model that a service serves: its weights and its decoding.
 
-A model's name is looked up once, so that every replica loads the same weights, whatever becomes of the name meanwhile.
+A model's name is looked up once, so that every replica loads the same weights even if the name changes meanwhile.
 """
 
 import time
@@ -15,12 +15,12 @@ from tidar_core.errors import ConfigError
 __all__ = ["ModelVersion", "ServingTarget", "resolve_model"]
 
 HASH_SHOWN = 12
-"""Characters of a bundle's hash that tell it from others."""
+"""Characters of a bundle's hash that identify it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """A bundle, and how it is decoded."""
+    """A bundle with the settings of its decoding."""
 
     settings: ServeSettings
     bundle_uri: str
@@ -28,33 +28,33 @@ class ModelVersion:
     block_len: int
     """K of the decoder: 1 in the autoregressive mode."""
     version: int | None = None
-    """In the registry; None for a bundle that was given by its location."""
+    """Number in the registry; None for a bundle that was given by its location."""
 
     @property
     def fingerprint(self) -> str:
-        """Same weights, same way of decoding: same string."""
+        """The same string for the same weights and the same method of decoding."""
         return f"{self.bundle_hash[:HASH_SHOWN]}-{self.settings.mode}-{self.block_len}"
 
     @property
     def label(self) -> str:
-        """What logs and metrics call it: the registry's number, else the beginning of the hash."""
+        """Name in logs and metrics: the registry's number, else the beginning of the hash."""
         return self.bundle_hash[:HASH_SHOWN] if self.version is None else str(self.version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingTarget:
-    """What replicas shall serve."""
+    """Versions that replicas are to serve."""
 
     champion: ModelVersion
     challenger: ModelVersion | None = None
     proven: ModelVersion | None = None
-    """The last champion that some replica has served: for a new replica that cannot load the present one."""
+    """Last champion that a replica has served; a new replica that cannot load the champion serves it instead."""
 
 
 def resolve_model(settings: ServeSettings, model: str | None = None) -> tuple[ModelVersion, ModelCard]:
-    """What `model` names now, by default that of the settings; reads the bundle's description, no weights.
+    """Version that `model`, by default the model of the settings, names now, with its card.
 
-    Raises RegistryError, BundleError or ConfigError.
+    Reads the bundle's description, no weights. Raises RegistryError, BundleError or ConfigError.
     """
     model = model or settings.model
     found = model_registry.find_bundle(settings.tracking_uri, model)
@@ -63,7 +63,7 @@ def resolve_model(settings: ServeSettings, model: str | None = None) -> tuple[Mo
     if settings.context_len is not None and settings.context_len > shape.context_len:
         raise ConfigError(
             f"context_len is {settings.context_len}; the context of {model} is {shape.context_len}; "
-            "give no more than that"
+            "give at most that number"
         )
     block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
     served = ModelVersion(

@@ -1,7 +1,7 @@
-"""What has this ingress served so far, and what are its decoder replicas at, in Prometheus' words?
+"""Prometheus metrics of an ingress and its decoder replicas.
 
-Totals are those of one process, the ingress or a replica; rates and ratios are for who asks. Names follow vLLM's, with
-our prefix.
+A total belongs to a process, which is the ingress or a replica. Rates and ratios are left to the queries. Names follow
+vLLM's, with the prefix `tidar`.
 """
 
 import time
@@ -20,61 +20,75 @@ __all__ = ["PREFIX", "Counters", "gauges", "text_of"]
 
 PREFIX, VLLM = "tidar", "vllm"
 SPEC_DECODE = "spec_decode_"
-"""What vLLM's own tools look for."""
+"""Prefix of the names that vLLM's own tools look for."""
 TOTALS: dict[str, tuple[str, str | None]] = {
-    "requests": ("Completion requests answered, by HTTP status; a stream counts as what it began with.", "status"),
-    "requests_ended_early": ("Streams that an error broke off.", None),
-    "requests_abandoned": ("Requests whose client hung up: in its body, before the answer, in the stream.", "phase"),
-    "request_success": ("Texts written to their end, by what ended them.", "finished_reason"),
-    "prompt_tokens": ("Tokens read.", None),
-    "generation_tokens": ("Tokens written.", None),
+    "requests": ("Completion requests by HTTP status; a stream counts by its first status.", "status"),
+    "requests_ended_early": ("Streams that an error ended.", None),
+    "requests_abandoned": (
+        "Requests whose client disconnected: during the body, before the response, during the stream.", "phase",
+    ),
+    "request_success": ("Completed texts, by their reason to end.", "finished_reason"),
+    "prompt_tokens": ("Prompt tokens.", None),
+    "generation_tokens": ("Generated tokens.", None),
     "spec_decode_num_drafts": ("Decode steps that verified a draft.", None),
-    "spec_decode_num_draft_tokens": ("Speculative tokens verified: K - 1 for each draft.", None),
-    "spec_decode_num_accepted_tokens": ("Speculative tokens that stood.", None),
-    "spec_decode_num_accepted_tokens_per_pos": ("The same by their place in the draft, from 0.", "position"),
-}
-"""Meaning, and the label beside the model's name."""
+    "spec_decode_num_draft_tokens": ("Verified speculative tokens: K - 1 for each draft.", None),
+    "spec_decode_num_accepted_tokens": ("Accepted speculative tokens.", None),
+    "spec_decode_num_accepted_tokens_per_pos": (
+        "Accepted speculative tokens by their position in the draft, from 0.", "position",
+    ),
+}  # fmt: skip
+"""Meaning of each total, and its label besides the model's name."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 SPREADS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "time_to_first_token_seconds": ("From a request, once it is read, to each text's first token.", SECONDS),
-    "inter_token_latency_seconds": ("Between two pieces of a stream: tokens of one decode step, or of a few.", SECONDS),
+    "time_to_first_token_seconds": ("Time from the parsed request to each text's first token.", SECONDS),
+    "inter_token_latency_seconds": ("Time between two deltas of a stream, each of one or more decode steps.", SECONDS),
     "request_time_per_output_token_seconds": ("A text's decode time over its tokens after the first.", SECONDS),
-    "e2e_request_latency_seconds": ("From a request, once it is read, to each text's end.", SECONDS),
-    "request_queue_time_seconds": ("A text's wait for a row of its replica.", SECONDS),
-    "request_prefill_time_seconds": ("From there to its first token.", SECONDS),
-    "request_decode_time_seconds": ("From there to its last.", SECONDS),
+    "e2e_request_latency_seconds": ("Time from the parsed request to each text's end.", SECONDS),
+    "request_queue_time_seconds": ("Time that a text waits for a slot of its replica.", SECONDS),
+    "request_prefill_time_seconds": ("Time from the slot to the first token.", SECONDS),
+    "request_decode_time_seconds": ("Time from the first token to the last.", SECONDS),
     "request_inference_time_seconds": ("Prefill and decode time together.", SECONDS),
     "request_prompt_tokens": ("Tokens of a text's prompt.", TOKENS),
     "request_generation_tokens": ("Tokens of a text.", TOKENS),
 }
-"""Meaning, and the bounds of the histogram's buckets."""
+"""Meaning of each histogram, and the bounds of its buckets."""
 OF_REPLICAS: dict[str, tuple[type[Any], str, Callable[[Load], float | None]]] = {
-    "num_requests_running": (GaugeMetricFamily, "Sequences that hold a row.", lambda load: load.running),
-    "num_requests_waiting": (GaugeMetricFamily, "Sequences that wait for a row.", lambda load: load.waiting),
-    "num_tokens_waiting": (GaugeMetricFamily, "What those bring and may write.", lambda load: load.waiting_tokens),
-    "tokens_per_forward": (GaugeMetricFamily, "Read and written lately.", lambda load: load.tokens_per_forward),
-    "forwards_per_second": (GaugeMetricFamily, "Lately, while at work.", lambda load: load.forwards_per_second),
+    "num_requests_running": (GaugeMetricFamily, "Sequences that hold a slot.", lambda load: load.running),
+    "num_requests_waiting": (GaugeMetricFamily, "Sequences that wait for a slot.", lambda load: load.waiting),
+    "num_tokens_waiting": (
+        GaugeMetricFamily,
+        "Prompt tokens and expected tokens of waiting sequences.",
+        lambda load: load.waiting_tokens,
+    ),
+    "tokens_per_forward": (
+        GaugeMetricFamily, "Recent tokens per forward, prompts included.", lambda load: load.tokens_per_forward
+    ),
+    "forwards_per_second": (
+        GaugeMetricFamily, "Recent forwards per second while busy.", lambda load: load.forwards_per_second
+    ),
     "kv_cache_pages": (GaugeMetricFamily, "Pages of the KV cache.", lambda load: load.pages),
     "kv_cache_pages_used": (GaugeMetricFamily, "Pages that sequences hold.", lambda load: load.pages_held),
-    "kv_cache_usage_perc": (GaugeMetricFamily, "Their share of all.", lambda load: load.pages_held / load.pages),
+    "kv_cache_usage_perc": (
+        GaugeMetricFamily, "Share of the pages that sequences hold.", lambda load: load.pages_held / load.pages
+    ),
     "prefix_cache_hits": (CounterMetricFamily, "Prompt tokens found in the cache.", lambda load: load.shared_tokens),
     "num_preemptions": (CounterMetricFamily, "Sequences that gave up their pages.", lambda load: load.preemptions),
     "decode_mode": (GaugeMetricFamily, "1 for the mode that the planner has chosen.", lambda load: 1),
     "decode_expected_speedup": (
         GaugeMetricFamily,
-        "Tokens per second that the chosen mode promises over the autoregressive one; absent where the mode is fixed.",
+        "Expected tokens per second of the chosen mode over the autoregressive mode; absent if the mode is fixed.",
         lambda load: load.expected_over_ar,
     ),
-}
-"""Type, meaning and value of what each replica is asked."""
+}  # fmt: skip
+"""Type, meaning and value of each metric of a replica."""
 
 
 class Counters:
     """Totals and histograms since this process began."""
 
     def __init__(self, model_name: str, *, vllm_names: bool = False) -> None:
-        """vllm_names  what concerns drafts is told under vLLM's names too, for tools that know no others"""
+        """vllm_names  metrics of drafts appear under vLLM's names too, for tools that know only these names"""
         disable_created_metrics()
         self._model_name, self._vllm_names = model_name, vllm_names
         self._registry = CollectorRegistry()
@@ -93,19 +107,19 @@ class Counters:
             spread.labels(model_name)
 
     def count_answer(self, status: int) -> None:
-        """One request was answered."""
+        """Count a request by the status of its response."""
         self._count("requests", 1, str(status))
 
     def count_break(self) -> None:
-        """An error ended one stream before its text."""
+        """Count a stream that an error ended early."""
         self._count("requests_ended_early", 1)
 
     def count_abandoned(self, phase: Literal["body", "answer", "stream"]) -> None:
-        """The client of one request hung up."""
+        """Count a request whose client disconnected."""
         self._count("requests_abandoned", 1, phase)
 
     def count_tokens(self, usage: UsageCounts) -> None:
-        """What one request has cost."""
+        """Count the tokens of a request."""
         self._count("prompt_tokens", usage.prompt_tokens)
         self._count("generation_tokens", usage.completion_tokens)
         if (metrics := usage.metrics()) is not None:
@@ -114,34 +128,34 @@ class Counters:
             self._count("spec_decode_num_draft_tokens", drafts.num_draft_tokens)
             self._count("spec_decode_num_accepted_tokens", drafts.num_accepted_draft_tokens)
             for position in range(drafts.num_spec_tokens):
-                stood = sum(drafts.acceptance_histogram[position + 1 :])
-                self._count("spec_decode_num_accepted_tokens_per_pos", stood, str(position))
+                accepted = sum(drafts.acceptance_histogram[position + 1 :])
+                self._count("spec_decode_num_accepted_tokens_per_pos", accepted, str(position))
 
     async def timed(
-        self, pieces: AsyncGenerator[tuple[int, TextDelta], None], *, streamed: bool
+        self, deltas: AsyncGenerator[tuple[int, TextDelta], None], *, streamed: bool
     ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """`pieces` of the texts of a request that is read now, each timed as it passes; closed at their end.
+        """Pass on and time the deltas of a request that was parsed just now; closes `deltas` at the end.
 
-        streamed  the client hears each piece as it passes; else it hears all at the last one
+        streamed  the client receives each delta at once; otherwise it receives the whole text with the last delta
         """
-        began, heard = time.monotonic(), dict[tuple[int, int], float]()
-        async with aclosing(pieces):
-            async for index, piece in pieces:
+        began, sent = time.monotonic(), dict[tuple[int, int], float]()
+        async with aclosing(deltas):
+            async for index, delta in deltas:
                 now = time.monotonic()
-                if piece.usage.completion_tokens and (piece.finish_reason is not None or (streamed and piece.text)):
-                    if (text := (index, piece.attempt)) in heard:
-                        self._spread("inter_token_latency_seconds", now - heard[text])
+                if delta.usage.completion_tokens and (delta.finish_reason is not None or (streamed and delta.text)):
+                    if (text := (index, delta.attempt)) in sent:
+                        self._spread("inter_token_latency_seconds", now - sent[text])
                     else:
-                        written = 0.0 if piece.timing is None else piece.timing.decode  # all of it came at once
-                        self._spread("time_to_first_token_seconds", now - began - written)
-                    heard[text] = now
-                if piece.finish_reason is not None:
+                        decode = 0.0 if delta.timing is None else delta.timing.decode  # the whole text is this delta
+                        self._spread("time_to_first_token_seconds", now - began - decode)
+                    sent[text] = now
+                if delta.finish_reason is not None:
                     self._spread("e2e_request_latency_seconds", now - began)
-                    self._count_text(piece)
-                yield index, piece
+                    self._count_text(delta)
+                yield index, delta
 
     def exposition(self) -> str:
-        """All of it in Prometheus' text format."""
+        """All totals and histograms in Prometheus' text format."""
         families = list(self._registry.collect())
         if self._vllm_names:
             families += [_under_vllms_name(family) for family in families if SPEC_DECODE in family.name]
@@ -169,7 +183,7 @@ class Counters:
 
 
 def gauges(model_name: str, loads: Sequence[Load]) -> str:
-    """What the replicas are at, in Prometheus' text format."""
+    """Metrics of the replicas in Prometheus' text format."""
     families = []
     for name, (kind, meaning, value_of) in OF_REPLICAS.items():
         shows_mode = name == "decode_mode"
@@ -182,7 +196,7 @@ def gauges(model_name: str, loads: Sequence[Load]) -> str:
 
 
 def text_of(families: Iterable[Metric]) -> str:
-    """Families of metrics in Prometheus' text format."""
+    """Text of metric families in Prometheus' format."""
     return generate_latest(_Given(families)).decode()
 
 

@@ -1,6 +1,6 @@
-"""What does a replica that is not ready yet do?
+"""Stage of a replica that is not ready yet.
 
-A replica answers nothing while it loads, so it leaves a line in the key-value store of its Ray cluster. The ingress
+A replica sends no response while it loads, so it leaves a line in the key-value store of its Ray cluster. The ingress
 shows that line at /ready, and `tidar serve` prints it.
 """
 
@@ -16,7 +16,7 @@ PREFIX = b"start:"
 
 
 def publish(replica: str, line: str) -> None:
-    """Leave the line of a replica; nothing happens where no Ray runs."""
+    """Leave the line of a replica; nothing happens without Ray."""
     if internal_kv._internal_kv_initialized():
         stage = json.dumps({"line": line, "at": time.time()}).encode()
         internal_kv._internal_kv_put(_key(replica), stage, overwrite=True, namespace=NAMESPACE)
@@ -29,7 +29,7 @@ def clear(replica: str) -> None:
 
 
 def latest() -> str | None:
-    """The line that was left last; None where no replica loads."""
+    """The line that was left last; None if no replica loads."""
     if not internal_kv._internal_kv_initialized():
         return None
     keys = internal_kv._internal_kv_list(PREFIX, namespace=NAMESPACE) or []

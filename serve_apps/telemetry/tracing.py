@@ -1,7 +1,8 @@
-"""How does a request become spans of OpenTelemetry?
+"""Spans of OpenTelemetry for requests.
 
-Serve makes them where it is told to: of its proxy, of the ingress and of the decoder's replica, in one trace, which is
-the client's if it sends `traceparent`. What the texts were is noted here. By default no span is made.
+Serve creates the spans of its proxy, of the ingress and of the decoder's replica if the settings name an exporter. They
+form one trace, which continues the client's trace if the client sends `traceparent`. This module adds attributes of the
+texts. By default no span is created.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from serve_apps.settings import ServeSettings
 from tidar_core.errors import ConfigError
 
-__all__ = ["note", "otlp", "told_to_proxies", "tracing_config"]
+__all__ = ["note", "otlp", "proxy_tracing_env", "tracing_config"]
 
 EXPORTERS = {
     "file": "ray.serve._private.tracing_utils:default_tracing_exporter",
@@ -25,11 +26,11 @@ EXPORTERS = {
 }
 """Import paths behind the short names in settings."""
 OTLP = "opentelemetry.exporter"
-"""Which is there if tidar[tracing] is."""
+"""Package that tidar[tracing] installs."""
 
 
 def note(**facts: str | bool | float | None) -> None:
-    """Attributes of the span that this request has here, if it has one; an underscore pair stands for a dot."""
+    """Add attributes to the current span of this request, if there is one. `__` in a name stands for a dot."""
     span = trace.get_current_span()
     if span.is_recording():
         known = {name.replace("__", "."): value for name, value in facts.items() if value is not None}
@@ -37,7 +38,7 @@ def note(**facts: str | bool | float | None) -> None:
 
 
 def tracing_config(settings: ServeSettings) -> dict[str, Any] | None:
-    """What Serve is told, at its start or in its config; None for no tracing. Raises ConfigError."""
+    """Tracing configuration for Serve's start or its config file; None for no tracing. Raises ConfigError."""
     if settings.trace_exporter is None:
         return None
     if settings.trace_exporter == "otlp" and not _has_otlp():
@@ -47,8 +48,8 @@ def tracing_config(settings: ServeSettings) -> dict[str, Any] | None:
 
 
 @contextmanager
-def told_to_proxies(settings: ServeSettings) -> Iterator[None]:
-    """The environment in which Ray is to be started: Serve's proxies hear of tracing by it alone."""
+def proxy_tracing_env(settings: ServeSettings) -> Iterator[None]:
+    """Environment to start Ray in; Serve's proxies take the tracing configuration only from there."""
     config = tracing_config(settings)
     wanted = {} if config is None else {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": config["exporter_import_path"],
@@ -68,7 +69,7 @@ def told_to_proxies(settings: ServeSettings) -> Iterator[None]:
 
 
 def otlp() -> list[SpanProcessor]:
-    """Serve's hook: spans go to OTEL_EXPORTER_OTLP_ENDPOINT, by HTTP, in batches."""
+    """Serve's hook: processors that send spans to OTEL_EXPORTER_OTLP_ENDPOINT by HTTP, in batches."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return [BatchSpanProcessor(OTLPSpanExporter())]

@@ -1,4 +1,4 @@
-"""What do the versions of a model do, in Prometheus' words?"""
+"""Prometheus metrics of the versions of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,36 +12,40 @@ __all__ = ["version_metrics"]
 
 OUTCOMES = ("texts", "errors", "refused", "aborted")
 TOTALS: dict[str, tuple[str, Callable[[VersionStats], float]]] = {
-    "version_generation_tokens": ("Tokens that a version has written.", lambda t: t.tokens),
-    "version_forwards": ("Forwards that gave a text tokens, counted for each text.", lambda t: t.forwards),
+    "version_generation_tokens": ("Tokens that a version has generated.", lambda t: t.tokens),
+    "version_forwards": ("Forwards that produced tokens of a text, counted for each text.", lambda t: t.forwards),
     "version_draft_tokens": ("Speculative tokens that a version has verified.", lambda t: t.draft_tokens),
-    "version_accepted_tokens": ("Speculative tokens that stood.", lambda t: t.accepted_tokens),
+    "version_accepted_tokens": ("Accepted speculative tokens.", lambda t: t.accepted_tokens),
 }
-"""Meaning and value of what is counted."""
+"""Meaning and value of each counter."""
 SECONDS: dict[str, tuple[str, Callable[[VersionStats], tuple[float, int]]]] = {
-    "version_text_seconds": ("From a text's arrival at its replica to its end.", lambda t: (t.seconds, t.texts)),
-    "version_first_token_seconds": ("From there to its first token.", lambda t: (t.first_seconds, t.firsts)),
+    "version_text_seconds": ("Time from a text's arrival at its replica to its end.", lambda t: (t.seconds, t.texts)),
+    "version_first_token_seconds": (
+        "Time from a text's arrival at its replica to its first token.",
+        lambda t: (t.first_seconds, t.firsts),
+    ),
 }
-"""Meaning, sum and count of what is timed."""
+"""Meaning, sum and count of each time."""
 
 
 def version_metrics(model_name: str, reports: Sequence[VersionReport], steps: Mapping[str, int]) -> str:
-    """What replicas say of each version, and what happened in the model's life, in Prometheus' text format.
+    """Reports of each version at each replica, and events in the model's life, in Prometheus' text format.
 
-    steps  what the watcher counts; empty where nobody watches
+    steps  counts of the alias watcher; empty without an alias watcher
     """
     names = ["model_name", "replica", "version"]
-    rows = [([model_name, report.replica, report.version], report) for report in reports]
+    entries = [([model_name, report.replica, report.version], report) for report in reports]
     info = GaugeMetricFamily(
-        f"{PREFIX}:model_version_info", "1 for what a version is to a replica.", labels=[*names, "state", "fingerprint"]
-    )
+        f"{PREFIX}:model_version_info", "1 for the state of a version at a replica.",
+        labels=[*names, "state", "fingerprint"],
+    )  # fmt: skip
     texts = CounterMetricFamily(
         f"{PREFIX}:version_texts",
-        "Texts written, failed, refused, or not waited for.",
+        "Texts by outcome: completed, failed, refused, or aborted by the client.",
         labels=[*names, "outcome"],
     )
-    life = CounterMetricFamily(f"{PREFIX}:model_life", "Steps in the model's life.", labels=["model_name", "step"])
-    for where, report in rows:
+    life = CounterMetricFamily(f"{PREFIX}:model_life", "Events in the model's life.", labels=["model_name", "step"])
+    for where, report in entries:
         info.add_metric([*where, report.state, report.fingerprint], 1)
         for outcome in OUTCOMES:
             texts.add_metric([*where, outcome], getattr(report.totals, outcome))
@@ -51,12 +55,12 @@ def version_metrics(model_name: str, reports: Sequence[VersionReport], steps: Ma
     families = [info, texts, life]
     for name, (meaning, value_of) in TOTALS.items():
         total = CounterMetricFamily(f"{PREFIX}:{name}", meaning, labels=names)
-        for where, report in rows:
+        for where, report in entries:
             total.add_metric(where, value_of(report.totals))
         families.append(total)
     for name, (meaning, timed) in SECONDS.items():
         summary = SummaryMetricFamily(f"{PREFIX}:{name}", meaning, labels=names)
-        for where, report in rows:
+        for where, report in entries:
             seconds, count = timed(report.totals)
             summary.add_metric(where, count_value=count, sum_value=seconds)
         families.append(summary)

@@ -1,6 +1,6 @@
-"""How is one text written without a service?
+"""Generation of a text in this process, without a service.
 
-In this process, by the same reading of fields, the same rules and the same transcript as the service has.
+It uses the service's own parser of fields, rules and detokenizer.
 """
 
 import json
@@ -21,14 +21,14 @@ from tidar_core.artifacts.model.bundle import Bundle
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.completion import Completion
 
-__all__ = ["OneText"]
+__all__ = ["OfflineGeneration"]
 
 TIMING_SECONDS = 5.0
-"""Longest that decode steps are timed for one text, where no latency table was kept."""
+"""Longest time for timing decode steps before a text if there is no latency table."""
 
 
-class OneText:
-    """The completion of one prompt."""
+class OfflineGeneration:
+    """Completion of a single prompt."""
 
     def __init__(
         self,
@@ -40,51 +40,53 @@ class OneText:
         block_len: int | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """fields     of the body of POST /v1/completions; n is 1. Raises RequestError for those that are wrong
-        block_len  K; by default what the bundle was trained with
-        report     takes a line about what is done before the first token
+        """fields     fields of the body of POST /v1/completions; n is 1. Raises RequestError for a wrong field
+        block_len  K; by default the length that the bundle was trained with
+        report     called with a line about the work before the first token
         """
         body = parse_request(json.dumps({"model": bundle_uri, **fields}).encode(), CompletionRequest)
-        if len(asked := generation_requests(body, "text")) != 1:
-            raise ParameterError(f"{len(asked)} texts are asked for; one is written here; give one prompt and n = 1")
-        self._asked, self._mode = asked[0], mode
+        if len(requests := generation_requests(body, "text")) != 1:
+            raise ParameterError(
+                f"{len(requests)} texts are requested; this command generates one; give one prompt and n = 1"
+            )
+        self._request, self._mode = requests[0], mode
         runtime = BundleRuntime(bundle, bundle_uri, DraftConfig(block_len=block_len or bundle.info.block_len), slots=1)
         self._prompts = runtime.prompts
-        self._completion = Completion(self._prompts.request(self._asked))
+        self._completion = Completion(self._prompts.request(self._request))
         request = self._completion.request
         runtime.decoder.check(request)
         length = len(request.prompt) + request.sampling.max_tokens
         self._scheduler = runtime.scheduler(mode, planned_len=length, budget=TIMING_SECONDS, report=report)
-        self._detokenizer = runtime.detokenizer(self._asked, request.prompt)
-        self._answer: dict[str, Any] = {"text": "", "finish_reason": None, "stop_reason": None}
+        self._detokenizer = runtime.detokenizer(self._request, request.prompt)
+        self._facts: dict[str, Any] = {"text": "", "finish_reason": None, "stop_reason": None}
 
-    def pieces(self) -> Iterator[str]:
-        """Text as it becomes final."""
+    def deltas(self) -> Iterator[str]:
+        """Generate the text, and yield its parts as they become final."""
         began = time.perf_counter()
-        completion, detokenizer, answer = self._completion, self._detokenizer, self._answer
+        completion, detokenizer, facts = self._completion, self._detokenizer, self._facts
         self._scheduler.submit(completion.request)
         while detokenizer.finish_reason is None:
             for step in self._scheduler.advance():
                 completion.add(step)
                 detokenizer.add([step])
-            piece = detokenizer.take()
-            answer["text"] += piece.text
-            for kind, part in (("logprobs", piece.logprobs), ("decoding", piece.decoding)):
+            delta = detokenizer.take()
+            facts["text"] += delta.text
+            for kind, part in (("logprobs", delta.logprobs), ("decoding", delta.decoding)):
                 if isinstance(part, Logprobs | Decoding):
-                    so_far = answer.setdefault(kind, {})
-                    for name, told in part.model_dump(mode="json").items():
-                        so_far.setdefault(name, []).extend(told)
-            if piece.prompt_logprobs is not None:
-                answer["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(piece.prompt_logprobs, mode="json")
-            yield piece.text
-        self._prompts.check_grammar(self._asked, completion.request)
-        answer |= {"finish_reason": detokenizer.finish_reason, "stop_reason": detokenizer.stop_reason}
-        answer["seconds"] = time.perf_counter() - began
+                    so_far = facts.setdefault(kind, {})
+                    for name, values in part.model_dump(mode="json").items():
+                        so_far.setdefault(name, []).extend(values)
+            if delta.prompt_logprobs is not None:
+                facts["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(delta.prompt_logprobs, mode="json")
+            yield delta.text
+        self._prompts.check_grammar(self._request, completion.request)
+        facts |= {"finish_reason": detokenizer.finish_reason, "stop_reason": detokenizer.stop_reason}
+        facts["seconds"] = time.perf_counter() - began
 
     def figures(self) -> dict[str, Any]:
-        """All that is known once the pieces have come."""
+        """Text, tokens, forwards and times; complete after the last delta."""
         completion = self._completion
-        return self._answer | {
+        return self._facts | {
             "token_ids": completion.token_ids,
             "mode": self._mode,
             "forwards": completion.forwards,

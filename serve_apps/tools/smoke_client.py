@@ -1,4 +1,4 @@
-"""Does a served model answer over HTTP?"""
+"""Smoke test of a service: it starts the service and completes prompts over HTTP."""
 
 import json
 import urllib.request
@@ -14,9 +14,9 @@ TIMEOUT_SECONDS = 120
 
 
 def completions_over_http(settings: ServeSettings, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
-    """Start the service, complete each prompt greedily through its HTTP endpoint, and give the texts.
+    """Start the service, complete each prompt greedily through its HTTP endpoint, and return the texts.
 
-    The service goes on; `serve_apps.app.shutdown` ends it.
+    The service keeps running; `serve_apps.app.shutdown` ends it.
     """
     run(settings, blocking=False)
     return [_complete(settings, prompt, max_tokens) for prompt in prompts]
@@ -29,5 +29,5 @@ def _complete(settings: ServeSettings, prompt: str, max_tokens: int) -> str:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with open_direct(request, timeout=TIMEOUT_SECONDS) as answer:
-        return json.load(answer)["choices"][0]["text"]
+    with open_direct(request, timeout=TIMEOUT_SECONDS) as response:
+        return json.load(response)["choices"][0]["text"]

@@ -11,7 +11,7 @@ from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.replica.engine import Engine
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from serve_apps.tools.offline_generation import OneText
+from serve_apps.tools.offline_generation import OfflineGeneration
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.text.end_tokens import EndTokens
 from tidar_core.config import SamplingConfig
@@ -100,8 +100,10 @@ def test_a_text_that_keeps_to_a_grammar_ends_with_it_though_an_end_token_spells_
 
 @pytest.mark.parametrize("mode", ["single-pass", "two-pass", "autoregressive"])
 def test_a_text_without_a_service_ends_at_any_end_token(ending, endless, place, mode):
-    text = OneText(load_bundle(ending), ending, {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}, mode=mode)
-    for _ in text.pieces():
+    text = OfflineGeneration(
+        load_bundle(ending), ending, {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}, mode=mode
+    )
+    for _ in text.deltas():
         pass
     facts = text.figures()
     assert tuple(facts["token_ids"]) == tuple(endless[: place + 1])

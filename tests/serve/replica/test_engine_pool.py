@@ -15,7 +15,7 @@ from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.messages.version_routing import CHALLENGER, CHAMPION, Route
 from serve_apps.replica.decoder_app import DecoderApp
-from serve_apps.rollout.canary import Trial
+from serve_apps.rollout.canary import CanarySettings
 from serve_apps.rollout.model_version import ServingTarget, resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.config import SamplingConfig
@@ -163,7 +163,7 @@ def test_beside_a_challenger_a_replica_has_memory_for_three_bundles_and_no_more(
 
 
 def test_a_challenger_answers_requests_for_it_and_its_share_and_is_promoted_without_being_loaded_again(old, new, texts):
-    canary = old.settings.model_copy(update={"challenger": Trial(weight=0.5)})
+    canary = old.settings.model_copy(update={"challenger": CanarySettings(weight=0.5)})
     old, new = (dataclasses.replace(served, settings=canary) for served in (old, new))
 
     async def rise():

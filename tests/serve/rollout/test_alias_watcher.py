@@ -1,4 +1,4 @@
-"""What is to be served by now, asked of a real registry; replicas are played by their reports."""
+"""The alias watcher with a real registry; reports stand for the replicas."""
 
 import asyncio
 import dataclasses
@@ -7,7 +7,7 @@ import pytest
 
 from serve_apps.messages.version_stats import VersionReport, VersionStats
 from serve_apps.rollout.alias_watcher import AliasWatcher
-from serve_apps.rollout.canary import Trial
+from serve_apps.rollout.canary import CanarySettings
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.model.bundle import read_bundle_info
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def name(registry_uri, bundle, other_bundle, request):
-    """A model of two versions; the first is its champion."""
+    """Name of a model with two versions; the first version is its champion."""
     name = request.node.name[:40]
     for place in (bundle, other_bundle):
         model_registry.publish_version(registry_uri, name, place, read_bundle_info(place), {})
@@ -30,9 +30,9 @@ def name(registry_uri, bundle, other_bundle, request):
 
 @pytest.fixture
 def watch(name, registry_uri):
-    trial = Trial(texts=10, error_rate=0.1)
+    canary = CanarySettings(texts=10, error_rate=0.1)
     settings = ServeSettings(
-        model=f"models:/{name}@champion", tracking_uri=registry_uri, follow_alias_seconds=1, challenger=trial
+        model=f"models:/{name}@champion", tracking_uri=registry_uri, follow_alias_seconds=1, challenger=canary
     )
     return AliasWatcher(*resolve_model(settings))
 
@@ -45,45 +45,45 @@ def report(served, state, problem="", **totals):
 
 
 def look(watch, *reports):
-    """Ask once and tell once; gives what replicas were told, each time."""
-    told = []
+    """Look up and update once; returns the versions of each target that was sent."""
+    sent = []
 
-    async def tell(target):
-        told.append(target)
+    async def send(target):
+        sent.append(target)
         return reports
 
     async def once():
-        await watch.ask()
-        await watch.tell(tell)
+        await watch.look_up()
+        await watch.update_replicas(send)
 
     asyncio.run(once())
-    return [tuple(None if s is None else s.version for s in (t.champion, t.challenger)) for t in told]
+    return [tuple(None if s is None else s.version for s in (t.champion, t.challenger)) for t in sent]
 
 
 def steps(watch):
     return {step: count for step, count in watch.steps.items() if count}
 
 
-def test_replicas_are_told_at_each_look_what_the_aliases_name(watch, name, registry_uri):
+def test_each_lookup_sends_the_versions_of_the_aliases_to_the_replicas(watch, name, registry_uri):
     assert look(watch) == [(1, None)]
     model_registry.set_challenger(registry_uri, name, 2)
     assert look(watch) == [(1, 2)]
     assert look(watch) == [(1, 2)]
     model_registry.promote(registry_uri, name, 2)
-    assert look(watch) == [(2, None)]  # it is no challenger of itself
+    assert look(watch) == [(2, None)]  # the champion cannot be its own challenger
     model_registry.rollback(registry_uri, name)
     assert look(watch) == [(1, 2)]
     assert steps(watch) == {"champion_changed": 2, "challenger_changed": 3}
     assert watch.card.bundle_hash == watch.target.champion.bundle_hash
 
 
-def test_without_a_trial_in_the_settings_the_challengers_alias_is_nobodys_business(watch, name, registry_uri):
+def test_without_a_canary_in_the_settings_the_challengers_alias_is_ignored(watch, name, registry_uri):
     settings = watch.target.champion.settings.model_copy(update={"challenger": None})
     model_registry.set_challenger(registry_uri, name, 2)
     assert look(AliasWatcher(*resolve_model(settings))) == [(1, None)]
 
 
-def test_a_registry_that_does_not_answer_changes_nothing_and_is_told_once(watch, name, registry_uri, tmp_path):
+def test_a_failing_registry_changes_nothing_and_is_logged_once(watch, name, registry_uri, tmp_path):
     model_registry.set_challenger(registry_uri, name, 2)
     look(watch)
     watch.settings = watch.settings.model_copy(update={"tracking_uri": f"sqlite:///{tmp_path}/gone.db"})
@@ -91,9 +91,7 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_told_once(watch,
     assert steps(watch) == {"challenger_changed": 1, "lookup_failed": 1}
 
 
-def test_a_champion_that_is_not_where_the_registry_says_changes_nothing_and_is_told_once(
-    watch, name, registry_uri, bundle
-):
+def test_a_champion_whose_bundle_is_missing_changes_nothing_and_is_logged_once(watch, name, registry_uri, bundle):
     info = dataclasses.replace(read_bundle_info(bundle), bundle_hash="0" * 64)
     model_registry.promote(registry_uri, name, model_registry.publish_version(registry_uri, name, "/gone", info, {}))
     assert look(watch) == look(watch) == [(1, None)]
@@ -122,12 +120,12 @@ def test_a_challenger_that_is_promoted_goes_on_until_the_champion_can_be_looked_
     look(watch)
     model_registry.promote(registry_uri, name, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "_found", unreachable)
+        patch.setattr(watch, "_resolved", unreachable)
         assert look(watch) == [(1, 2)]
     assert look(watch) == [(2, None)]
 
 
-def test_a_challenger_that_cannot_be_looked_up_keeps_no_champion_from_its_place(watch, name, registry_uri, bundle):
+def test_a_failed_lookup_of_the_challenger_does_not_stop_the_champion(watch, name, registry_uri, bundle):
     info = dataclasses.replace(read_bundle_info(bundle), bundle_hash="0" * 64)
     gone = model_registry.publish_version(registry_uri, name, "/gone", info, {})
     model_registry.promote(registry_uri, name, 2)
@@ -135,9 +133,7 @@ def test_a_challenger_that_cannot_be_looked_up_keeps_no_champion_from_its_place(
     assert look(watch) == [(2, None)]
 
 
-def test_an_alias_that_the_registry_does_not_take_away_keeps_no_champion_from_its_place(
-    watch, name, registry_uri, monkeypatch
-):
+def test_a_failed_withdrawal_of_the_challenger_does_not_stop_the_champion(watch, name, registry_uri, monkeypatch):
     model_registry.set_challenger(registry_uri, name, 2)
     champion, challenger = watch.target.champion, resolve_model(watch.target.champion.settings, f"models:/{name}/2")[0]
     monkeypatch.setattr(model_registry, "withdraw", refused)
@@ -155,9 +151,7 @@ def refused(*_):
     raise RegistryError("read only")
 
 
-def test_what_a_replica_cannot_load_is_told_once_and_a_new_one_may_begin_with_what_another_has_served(
-    watch, name, registry_uri
-):
+def test_a_failed_load_is_logged_once_and_a_new_replica_may_start_with_the_proven_version(watch, name, registry_uri):
     first = watch.target.champion
     look(watch, report(first, "champion"))
     model_registry.promote(registry_uri, name, 2)
@@ -168,13 +162,11 @@ def test_what_a_replica_cannot_load_is_told_once_and_a_new_one_may_begin_with_wh
     assert (watch.target.champion.version, watch.target.proven) == (2, first)
 
 
-def test_a_challenger_that_fails_is_taken_away_from_the_replicas_and_from_the_registry(
-    watch, name, registry_uri, caplog
-):
+def test_a_failing_challenger_is_removed_from_the_replicas_and_from_the_registry(watch, name, registry_uri, caplog):
     caplog.set_level("INFO", logger="ray.serve")
     model_registry.set_challenger(registry_uri, name, 2)
     champion, challenger = watch.target.champion, resolve_model(watch.target.champion.settings, f"models:/{name}/2")[0]
-    before = {"texts": 500, "errors": 500}  # of another trial
+    before = {"texts": 500, "errors": 500}  # of an earlier canary
     assert look(watch, report(champion, "champion"), report(challenger, "challenger", **before)) == [(1, 2)]
     now = {"texts": 509, "errors": 501}
     assert look(watch, report(champion, "champion"), report(challenger, "challenger", **now)) == [(1, 2)]
@@ -191,14 +183,12 @@ def test_a_challenger_that_fails_is_taken_away_from_the_replicas_and_from_the_re
         (name, "challenger_rolled_back", f"model {name}: challenger_rolled_back: version 2: {tags['withdrawn']}"),
     ]
 
-    model_registry.set_challenger(registry_uri, name, 2)  # by hand, once it is mended: another trial
+    model_registry.set_challenger(registry_uri, name, 2)  # set by hand after a repair: a new canary begins
     for _ in range(2):
         assert look(watch, report(champion, "champion"), report(challenger, "challenger", **now)) == [(1, 2)]
 
 
-def test_a_rollback_that_the_registry_does_not_take_yet_holds_all_the_same_and_is_tried_again(
-    watch, name, registry_uri, tmp_path
-):
+def test_a_rollback_holds_although_the_registry_fails_and_is_retried(watch, name, registry_uri, tmp_path):
     model_registry.set_challenger(registry_uri, name, 2)
     champion, challenger = watch.target.champion, resolve_model(watch.target.champion.settings, f"models:/{name}/2")[0]
     look(watch, report(champion, "champion"), report(challenger, "challenger"))

@@ -1,12 +1,12 @@
-"""When a challenger must go."""
+"""Limits at which a challenger is rolled back."""
 
 import pytest
 
 from serve_apps.messages.text_delta import UsageCounts
 from serve_apps.messages.version_stats import Since, VersionReport, VersionStats
-from serve_apps.rollout.canary import Trial, failure
+from serve_apps.rollout.canary import CanarySettings, failure
 
-TRIAL = Trial(texts=10, error_rate=0.2, tokens_per_forward=2.0, of_champion=0.5)
+LIMITS = CanarySettings(texts=10, error_rate=0.2, tokens_per_forward=2.0, of_champion=0.5)
 CHAMPION = VersionStats(texts=10, tokens=400, forwards=100)
 
 
@@ -30,16 +30,16 @@ def report(replica, bundle_hash, totals):
     "stays",
     [
         challenger(),
-        challenger(tokens=200),  # 2.0 per forward: both bars are met, and no more
-        challenger(texts=9, tokens=90),  # slow, of too few texts
+        challenger(tokens=200),  # 2.0 per forward: exactly at both limits
+        challenger(texts=9, tokens=90),  # slow, but too few texts
         challenger(texts=0, tokens=0, forwards=0),
         challenger(texts=8, errors=2),  # 0.2 of ten
-        challenger(texts=0, errors=2, tokens=0, forwards=0),  # eight good ones would make up for it
-        VersionStats(texts=10, refused=99, aborted=99, tokens=300, forwards=100),  # the clients' own doing
+        challenger(texts=0, errors=2, tokens=0, forwards=0),  # eight good texts would bring the share to the limit
+        VersionStats(texts=10, refused=99, aborted=99, tokens=300, forwards=100),  # caused by clients
     ],
 )
-def test_a_challenger_that_meets_every_bar_or_has_not_written_enough_stays(stays):
-    assert failure(TRIAL, stays, CHAMPION) is None
+def test_a_challenger_within_every_limit_or_with_too_few_texts_stays(stays):
+    assert failure(LIMITS, stays, CHAMPION) is None
 
 
 @pytest.mark.parametrize(
@@ -47,26 +47,26 @@ def test_a_challenger_that_meets_every_bar_or_has_not_written_enough_stays(stays
     [
         (challenger(texts=97, errors=33), "33 of 130 texts failed; at most 0.2 of all may"),
         (challenger(texts=0, errors=3, tokens=0, forwards=0), "3 of 3 texts failed; at most 0.2 of all may"),
-        (challenger(tokens=199), "1.990 tokens per forward; at least 2 are asked for"),
-        (challenger(tokens=0, forwards=0), "0.000 tokens per forward; at least 2 are asked for"),
+        (challenger(tokens=199), "1.990 tokens per forward; at least 2 are required"),
+        (challenger(tokens=0, forwards=0), "0.000 tokens per forward; at least 2 are required"),
     ],
 )
-def test_a_challenger_that_fails_too_often_or_drafts_too_badly_goes(goes, why):
-    assert failure(TRIAL, goes, CHAMPION) == why
+def test_a_challenger_that_fails_too_often_or_drafts_too_badly_is_rolled_back(goes, why):
+    assert failure(LIMITS, goes, CHAMPION) == why
 
 
-def test_beside_the_champion_it_is_judged_once_both_have_written_enough():
-    trial = Trial(texts=10, of_champion=0.9)
+def test_it_is_compared_with_the_champion_once_both_have_enough_texts():
+    limits = CanarySettings(texts=10, of_champion=0.9)
     slow = challenger(tokens=359)
-    assert failure(trial, slow, CHAMPION) == (
-        "3.590 tokens per forward beside the champion's 4.000; at least 0.9 of that is asked for"
+    assert failure(limits, slow, CHAMPION) == (
+        "3.590 tokens per forward beside the champion's 4.000; at least 0.9 of that is required"
     )
-    assert failure(trial, challenger(tokens=360), CHAMPION) is None
-    assert failure(trial, slow, VersionStats(texts=9, tokens=360, forwards=90)) is None
-    assert failure(Trial(texts=10, of_champion=0), slow, CHAMPION) is None
+    assert failure(limits, challenger(tokens=360), CHAMPION) is None
+    assert failure(limits, slow, VersionStats(texts=9, tokens=360, forwards=90)) is None
+    assert failure(CanarySettings(texts=10, of_champion=0), slow, CHAMPION) is None
 
 
-def test_a_text_is_counted_by_how_it_ended_and_with_what_it_cost():
+def test_a_text_is_counted_by_its_outcome_with_its_tokens_and_time():
     totals = VersionStats()
     totals.count_first(0.5)
     totals.count("texts", UsageCounts(3, 9, (2, 1, 0, 1)), 2.0)
@@ -78,7 +78,7 @@ def test_a_text_is_counted_by_how_it_ended_and_with_what_it_cost():
     )  # fmt: skip
 
 
-def test_a_trial_counts_from_its_beginning_over_all_replicas_those_that_died_included():
+def test_counts_of_a_canary_begin_with_it_and_include_all_replicas_even_dead_replicas():
     since = Since([report("a", "new", VersionStats(texts=5)), report("a", "old", VersionStats(texts=50))])
     since.update([report("a", "new", VersionStats(texts=7)), report("b", "new", VersionStats(texts=10))])
     since.update([report("a", "new", VersionStats(texts=8)), report("a", "old", VersionStats(texts=51))])

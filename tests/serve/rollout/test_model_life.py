@@ -1,4 +1,4 @@
-"""A service that follows its model's alias: real Serve, a real registry, and weights that change under real traffic."""
+"""A service that follows its model's alias, with real Serve, a real registry and a change of weights under traffic."""
 
 import asyncio
 import re
@@ -14,7 +14,7 @@ from ray import serve
 from serve_apps import app
 from serve_apps.messages.version_routing import Route, role_of
 from serve_apps.replica.decoder_app import DecoderApp
-from serve_apps.rollout.canary import Trial
+from serve_apps.rollout.canary import CanarySettings
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.model.bundle import read_bundle_info, save_bundle
@@ -27,13 +27,13 @@ NAME = "tidar-tiny"
 PROMPT = "def add(a, b):\n    return"
 SAMPLING = {"temperature": 3.0, "seed": 5, "max_tokens": 24}
 LONG = SAMPLING | {"max_tokens": 1500}
-TRIAL = Trial(weight=0.5, texts=30, tokens_per_forward=3.9)
-"""More than random weights ever draft."""
+LIMITS = CanarySettings(weight=0.5, texts=30, tokens_per_forward=3.9)
+"""Limits with more tokens per forward than random weights reach."""
 
 
 @pytest.fixture(scope="module")
 def tracking_uri(registry_uri, bundle, other_bundle):
-    """A registry with the weights of `model` as version 1, the champion, and those of `other_model` as version 2."""
+    """Registry with the weights of `model` as version 1, the champion, and of `other_model` as version 2."""
     for place in (bundle, other_bundle):
         model_registry.publish_version(registry_uri, NAME, place, read_bundle_info(place), {})
     model_registry.promote(registry_uri, NAME, 1)
@@ -44,7 +44,7 @@ def tracking_uri(registry_uri, bundle, other_bundle):
 def settings(tracking_uri, free_port):
     return ServeSettings(
         model=f"models:/{NAME}@champion", tracking_uri=tracking_uri, port=free_port, rows=3, threads=1, num_cpus=0.5,
-        follow_alias_seconds=0.2, challenger=TRIAL,
+        follow_alias_seconds=0.2, challenger=LIMITS,
     )  # fmt: skip
 
 
@@ -57,23 +57,23 @@ def service(settings, free_port):
 
 @pytest.fixture(scope="module")
 def fingerprints(settings):
-    """Of versions 1 and 2."""
+    """Fingerprints of versions 1 and 2."""
     return {number: resolve_model(settings, f"models:/{NAME}/{number}")[0].fingerprint for number in (1, 2)}
 
 
 @pytest.fixture(scope="module")
 def texts(fingerprints, oracle_text, model, other_model):
-    """What each version says, by its fingerprint."""
+    """Text of each version, by its fingerprint."""
     weights = {1: model, 2: other_model}
     return {fingerprints[n]: oracle_text(PROMPT, model=weights[n], **SAMPLING)[0] for n in weights}
 
 
 @pytest.fixture(scope="module")
-def ask(service, texts):
-    """One answer, which is checked against what its weights say: its fingerprint, or the refusal's message."""
+def complete(service, texts):
+    """Function that requests a completion and checks its text; returns the fingerprint, or the message of an error."""
     client = httpx.Client(timeout=60)
 
-    def one(**headers):
+    def completed(**headers):
         body = {"model": NAME, "prompt": PROMPT, **SAMPLING}
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         answer = client.post(f"{service}/v1/completions", json=body, headers=names)
@@ -84,7 +84,7 @@ def ask(service, texts):
         assert read.choices[0].text == texts[read.system_fingerprint]
         return read.system_fingerprint
 
-    yield one
+    yield completed
     client.close()
 
 
@@ -96,7 +96,7 @@ def until(condition, seconds=60):
 
 
 def metrics(service, name):
-    """Samples of one name: labels and value."""
+    """Labels and value of each sample of a metric."""
     lines = re.findall(rf"^tidar:{name}{{(.*)}} (\S+)$", httpx.get(f"{service}/metrics").text, re.MULTILINE)
     return [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for labels, value in lines]
 
@@ -110,33 +110,35 @@ def states(service):
 
 
 def test_the_alias_moves_under_traffic_and_no_request_is_dropped(
-    service, settings, ask, fingerprints, oracle_text, tracking_uri
+    service, settings, complete, fingerprints, oracle_text, tracking_uri
 ):
     old, new = fingerprints[1], fingerprints[2]
     answers, swapped = [], threading.Event()
 
     def trickle():
         while not swapped.is_set():
-            answers.append(ask())
+            answers.append(complete())
 
-    asking = threading.Thread(target=trickle)
+    requesting = threading.Thread(target=trickle)
     with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
         stream = client.completions.create(
             model=NAME, prompt=PROMPT, stream=True, extra_body={"ignore_eos": True}, **LONG
         )
         chunks = [next(iter(stream))]
-        asking.start()
+        requesting.start()
         model_registry.promote(tracking_uri, NAME, 2)
         try:
             until(lambda: new in answers[-1:])
         finally:
             swapped.set()
-            asking.join()
+            requesting.join()
         chunks += list(stream)
     assert {chunk.system_fingerprint for chunk in chunks} == {old}
     assert "".join(chunk.choices[0].text for chunk in chunks) == oracle_text(PROMPT, ignore_eos=True, **LONG)[0]
     assert set(answers) == {old, new}
-    assert answers == sorted(answers, key=[old, new].index)  # once the new weights answer, the old do not again
+    assert answers == sorted(
+        answers, key=[old, new].index
+    )  # after the first text of the new weights, the old weights serve no more
     until(lambda: states(service) == {"1": "gone", "2": "champion"})
     (listed,) = httpx.get(f"{service}/v1/models").json()["data"]
     assert listed["bundle_hash"] == resolve_model(settings)[0].bundle_hash
@@ -145,10 +147,10 @@ def test_the_alias_moves_under_traffic_and_no_request_is_dropped(
     assert written["1"] > 1500
 
 
-def test_a_replica_that_is_started_later_serves_what_is_current(service, settings, fingerprints):
+def test_a_replica_that_starts_later_serves_the_current_version(service, settings, fingerprints):
     at_the_start = resolve_model(settings, f"models:/{NAME}/1")[0]
 
-    async def start():  # as Serve does: there, it is the only way in which this service's replicas get any weights
+    async def start():  # as Serve does; replicas of this service get their weights only here
         replica = DecoderApp(at_the_start, serve.get_deployment_handle("watcher", app_name=app.APP_NAME))
         await replica.reconfigure({"watched": True})
         return replica.pool.champion.served.fingerprint
@@ -156,38 +158,38 @@ def test_a_replica_that_is_started_later_serves_what_is_current(service, setting
     assert asyncio.run(start()) == fingerprints[2]
 
 
-def test_a_challenger_answers_its_share_to_the_same_clients_and_is_rolled_back_unattended_where_it_falls_short(
-    service, settings, ask, fingerprints, tracking_uri
+def test_a_challenger_serves_its_share_of_clients_and_is_rolled_back_automatically_if_it_fails_its_limits(
+    service, settings, complete, fingerprints, tracking_uri
 ):
     champion, challenger = fingerprints[2], fingerprints[1]
-    assert "no challenger is served here now" in ask(x_tidar_version="challenger")
+    assert "no challenger is served here now" in complete(x_tidar_version="challenger")
     model_registry.set_challenger(tracking_uri, NAME, 1)
     until(lambda: states(service).get("1") == "challenger")
-    assert ask(x_tidar_version="challenger") == challenger
-    assert ask(x_tidar_version="champion") == champion
+    assert complete(x_tidar_version="challenger") == challenger
+    assert complete(x_tidar_version="champion") == champion
     hash_1 = resolve_model(settings, f"models:/{NAME}/1")[0].bundle_hash
     sent = {f"s{n}": role_of(Route(f"session s{n}"), hash_1, 0.5) for n in range(12)}
     assert set(sent.values()) == {"champion", "challenger"}
-    for _ in range(2):  # fewer texts than a verdict takes
-        answered = {session: ask(x_session_id=session) for session in sent}
+    for _ in range(2):  # fewer texts than a verdict needs
+        answered = {session: complete(x_session_id=session) for session in sent}
         assert answered == {s: {"champion": champion, "challenger": challenger}[role] for s, role in sent.items()}
     assert model_registry.aliases(tracking_uri, NAME) == {"champion": 2, "challenger": 1}
 
-    until(lambda: "no challenger is served here now" in ask(x_tidar_version="challenger"))
+    until(lambda: "no challenger is served here now" in complete(x_tidar_version="challenger"))
     until(lambda: model_registry.aliases(tracking_uri, NAME) == {"champion": 2})
     assert (
-        "tokens per forward; at least 3.9 are asked for"
+        "tokens per forward; at least 3.9 are required"
         in client_of(tracking_uri).get_model_version(NAME, "1").tags["withdrawn"]
     )
-    assert {ask(x_session_id=session) for session in sent} == {champion}
+    assert {complete(x_session_id=session) for session in sent} == {champion}
     assert life(service)["challenger_rolled_back"] == 1
     ended = {(labels["version"], labels["outcome"]): value for labels, value in metrics(service, "version_texts_total")}
-    assert ended["1", "texts"] >= TRIAL.texts
+    assert ended["1", "texts"] >= LIMITS.texts
     until(lambda: states(service) == {"1": "gone", "2": "champion"})
 
 
-def test_a_version_that_cannot_be_loaded_is_told_and_the_old_weights_go_on(
-    service, ask, fingerprints, tracking_uri, tmp_path, model, tokenizer
+def test_a_version_that_cannot_be_loaded_is_reported_and_the_old_weights_stay(
+    service, complete, fingerprints, tracking_uri, tmp_path, model, tokenizer
 ):
     folder = tmp_path / "damaged"
     described = {"mask_id": model.config.mask_id, "objective": "dual", "lineage": {"shards": "others"}, "made_by": {}}
@@ -200,7 +202,7 @@ def test_a_version_that_cannot_be_loaded_is_told_and_the_old_weights_go_on(
     model_registry.promote(tracking_uri, NAME, damaged)
     until(lambda: life(service)["load_failed"] == 1)
     assert states(service)[str(damaged)] == "failed"
-    assert ask() == fingerprints[2]
+    assert complete() == fingerprints[2]
     model_registry.rollback(tracking_uri, NAME)
     until(lambda: life(service)["champion_changed"] == 3)
-    assert ask() == fingerprints[2]
+    assert complete() == fingerprints[2]

@@ -12,7 +12,7 @@ from pipelines.evaluation.lm_eval_model import LmEvalModel
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
-from serve_apps.tools.offline_generation import OneText
+from serve_apps.tools.offline_generation import OfflineGeneration
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.tokenizer import Tokenizer
@@ -90,8 +90,8 @@ def test_a_stop_string_that_names_a_special_token_ends_a_text_at_the_token(bundl
         "prompt": "hi", "max_tokens": 8, "temperature": 0, "logit_bias": {str(end): 100}, "stop": [END],
         "skip_special_tokens": skip_special, "include_stop_str_in_output": include,
     }  # fmt: skip
-    writing = OneText(loaded, bundle, fields, mode=mode)
-    text = "".join(writing.pieces())
+    writing = OfflineGeneration(loaded, bundle, fields, mode=mode)
+    text = "".join(writing.deltas())
     facts = writing.figures()
     assert (text, facts["finish_reason"], facts["stop_reason"]) == (END if include else "", "stop", END)
     assert facts["token_ids"] == [end]
@@ -101,8 +101,8 @@ def test_a_special_token_that_no_stop_string_names_ends_nothing(bundle):
     loaded = load_bundle(bundle)
     end = loaded.tokenizer.special_ids[END]
     fields = {"prompt": "hi", "max_tokens": 5, "logit_bias": {str(end): 100}, "stop": ["<|im_start|>"]}
-    writing = OneText(loaded, bundle, json.loads(json.dumps(fields)), mode="single-pass")
-    assert "".join(writing.pieces()) == ""
+    writing = OfflineGeneration(loaded, bundle, json.loads(json.dumps(fields)), mode="single-pass")
+    assert "".join(writing.deltas()) == ""
     assert (writing.figures()["finish_reason"], len(writing.figures()["token_ids"])) == ("length", 5)
 
 

@@ -25,7 +25,7 @@ IDLE = Load(
 
 
 def samples(text):
-    """Values by name and by what is said beside the model's name."""
+    """Values by name and by the labels besides the model's name."""
     families = text_string_to_metric_families(text)
     return {
         (s.name, *(value for label, value in s.labels.items() if label != "model_name")): s.value
@@ -34,8 +34,8 @@ def samples(text):
     }
 
 
-def told(counters):
-    """What is not zero."""
+def nonzero(counters):
+    """Samples that are not zero."""
     return {name: value for name, value in samples(counters.exposition()).items() if value}
 
 
@@ -46,7 +46,7 @@ def test_totals_add_up_over_requests():
     counters.count_break()
     counters.count_tokens(UsageCounts(3, 9, (2, 1, 0, 1)))
     counters.count_tokens(UsageCounts(1, 1, (0, 0, 0, 0)))
-    assert told(counters) == {
+    assert nonzero(counters) == {
         ("tidar:requests_total", "200"): 2,
         ("tidar:requests_total", "429"): 1,
         ("tidar:requests_ended_early_total",): 1,
@@ -61,7 +61,7 @@ def test_totals_add_up_over_requests():
     }
 
 
-def test_totals_without_another_label_are_there_before_anything_is_counted():
+def test_totals_without_another_label_are_present_before_anything_is_counted():
     there = samples(Counters("m").exposition())
     assert there["tidar:generation_tokens_total",] == 0
     assert there["tidar:time_to_first_token_seconds_count",] == 0
@@ -72,11 +72,11 @@ def test_every_total_carries_the_model_name():
     assert {s.labels["model_name"] for family in families for s in family.samples} == {'a "model"'}
 
 
-def test_what_concerns_drafts_has_vllms_names_too_where_that_is_asked_for():
+def test_metrics_of_drafts_have_vllms_names_too_if_requested():
     plain, doubled = Counters("m"), Counters("m", vllm_names=True)
     for counters in (plain, doubled):
         counters.count_tokens(UsageCounts(3, 9, (2, 1, 0, 1)))
-    ours, both = told(plain), told(doubled)
+    ours, both = nonzero(plain), nonzero(doubled)
     assert {name: value for name, value in both.items() if name in ours} == ours
     assert {name: value for name, value in both.items() if name not in ours} == {
         ("vllm:spec_decode_num_drafts_total",): 4,
@@ -88,16 +88,16 @@ def test_what_concerns_drafts_has_vllms_names_too_where_that_is_asked_for():
     }
 
 
-def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_told():
+def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_nonzero():
     counters = Counters("m")
-    pieces = [
+    deltas = [
         TextDelta("", None, UsageCounts(7, 0)),
         TextDelta("a", None, UsageCounts(7, 2)),
         TextDelta("b", None, UsageCounts(7, 3)),
         TextDelta("c", "length", UsageCounts(7, 5), timing=RequestTiming(queue=0.25, prefill=0.5, decode=2.0)),
     ]
-    assert asyncio.run(pass_through(counters, pieces)) == pieces
-    values = told(counters)
+    assert asyncio.run(pass_through(counters, deltas)) == deltas
+    values = nonzero(counters)
     sums = {name[0].removesuffix("_sum"): value for name, value in values.items() if name[0].endswith("_sum")}
     counts = {name[0].removesuffix("_count"): value for name, value in values.items() if name[0].endswith("_count")}
     assert values["tidar:request_success_total", "length"] == 1
@@ -117,25 +117,25 @@ def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_told():
 
 
 @pytest.mark.parametrize(("streamed", "early"), [(True, ""), (False, ""), (False, "a")])
-def test_the_first_token_of_a_text_that_is_heard_whole_is_timed_before_its_decoding(streamed, early):
+def test_the_first_token_of_an_unstreamed_text_is_timed_before_its_decoding(streamed, early):
     counters = Counters("m")
 
     async def slowly():
-        yield 0, TextDelta(early, None, UsageCounts(1, 1))  # admitted late: a token has come, its text unheard
+        yield 0, TextDelta(early, None, UsageCounts(1, 1))  # admitted late: a token without a delta for the client
         await asyncio.sleep(0.05)
         yield 0, TextDelta("ab", "stop", UsageCounts(1, 2), timing=RequestTiming(queue=0.0, prefill=0.01, decode=0.04))
 
-    async def listen():
-        return [piece async for piece in counters.timed(slowly(), streamed=streamed)]
+    async def consume():
+        return [delta async for delta in counters.timed(slowly(), streamed=streamed)]
 
-    asyncio.run(listen())
+    asyncio.run(consume())
     values = samples(counters.exposition())
     whole, first = values["tidar:e2e_request_latency_seconds_sum",], values["tidar:time_to_first_token_seconds_sum",]
     assert whole - first == pytest.approx(0.04, abs=1e-6)
     assert values["tidar:inter_token_latency_seconds_count",] == 0
 
 
-def test_who_stops_listening_closes_the_source():
+def test_a_consumer_that_stops_closes_the_source():
     closed = []
 
     async def endless():
@@ -146,14 +146,14 @@ def test_who_stops_listening_closes_the_source():
             closed.append(True)
 
     async def leave():
-        async with aclosing(Counters("m").timed(endless(), streamed=True)) as pieces:
-            await anext(pieces)
+        async with aclosing(Counters("m").timed(endless(), streamed=True)) as deltas:
+            await anext(deltas)
 
     asyncio.run(leave())
     assert closed == [True]
 
 
-def test_each_replica_says_what_it_is_at_under_vllms_names():
+def test_each_replica_reports_its_state_under_vllms_names():
     families = list(text_string_to_metric_families(gauges("m", [BUSY, IDLE])))
     found = {(s.name, s.labels["replica"]): s for family in families for s in family.samples}
     values = {key: sample.value for key, sample in found.items()}
@@ -175,5 +175,5 @@ def test_each_replica_says_what_it_is_at_under_vllms_names():
     assert {family.type for family in families if family.name.endswith(("hits", "preemptions"))} == {"counter"}
 
 
-def test_without_replicas_there_is_nothing_to_say_of_them():
+def test_without_replicas_there_are_no_samples():
     assert not [s for family in text_string_to_metric_families(gauges("m", [])) for s in family.samples]

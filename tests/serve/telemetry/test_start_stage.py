@@ -1,4 +1,4 @@
-"""What a replica does before it is ready is known outside of it."""
+"""Stages of a replica that is not ready yet are visible to other processes."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_a_start_reports_its_stages_and_how_long_timing_may_take(bundle):
     assert lines[0].startswith("memory of a replica on cpu, at most: weights ")
     assert lines[1] == f"weights are loaded from {bundle}"
     assert lines[2].startswith("decode steps are timed, for about 3 s at most")
-    assert lines[-2] == "a first text is decoded"
+    assert lines[-2] == "a first request is decoded"
     assert lines[-1].startswith("ready to decode after ")
 
 
@@ -69,7 +69,7 @@ def test_the_latest_stage_of_any_replica_is_read_by_all_processes_of_the_cluster
     assert start_stage.latest() is None
 
 
-def test_without_ray_a_stage_is_published_to_nobody():
+def test_without_ray_publishing_a_stage_has_no_effect():
     code = "from serve_apps.telemetry import start_stage as s; s.publish('a', 'b'); s.clear('a'); print(s.latest())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"

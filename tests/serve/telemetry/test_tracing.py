@@ -1,4 +1,4 @@
-"""Each request leaves spans of OpenTelemetry in one trace, if that is asked for, and none otherwise."""
+"""Each request has spans of OpenTelemetry in one trace if the settings name an exporter, and no spans otherwise."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from serve_apps.deployment import serve_config
 from serve_apps.ingress.body_forwarding import PrefetchBody
 from serve_apps.ingress.serve_proxy import Enveloper
 from serve_apps.settings import ServeSettings
-from serve_apps.telemetry.tracing import note, otlp, told_to_proxies, tracing_config
+from serve_apps.telemetry.tracing import note, otlp, proxy_tracing_env, tracing_config
 from tidar_core.errors import ConfigError
 
 CLIENT_TRACE, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -40,14 +40,14 @@ try:
 finally:
     app.shutdown()
 """
-"""In a process of its own, which starts its own Ray: proxies hear of tracing by the environment that Ray starts in, and
-of what they are to do with a request."""
+"""Program of a service in a process of its own, with its own Ray. Proxies take the tracing configuration and their
+middlewares from the environment that Ray starts in."""
 BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def traced(bundle, free_port):
-    """Base address of a service that writes spans to files, the folder of those, and the leader of its group."""
+    """Base address of a service that writes spans to files, the folder of the files, and the leader of its group."""
     settings = ServeSettings(
         model=bundle, port=free_port, rows=1, max_waiting_tokens=60, threads=1, num_cpus=0.5, trace_exporter="file"
     )  # fmt: skip
@@ -62,14 +62,14 @@ def traced(bundle, free_port):
 
 
 def spans(folder):
-    """All that were written so far."""
+    """Spans that are written so far."""
     decoder, found = json.JSONDecoder(), []
     for path in folder.glob("*.json"):
         text = path.read_text().strip()
         while text:
             try:
                 span, end = decoder.raw_decode(text)
-            except json.JSONDecodeError:  # it is being written
+            except json.JSONDecodeError:  # this span is not complete yet
                 break
             found.append(span)
             text = text[end:].lstrip()
@@ -77,17 +77,17 @@ def spans(folder):
 
 
 def chain(folder, seconds=30, **attributes):
-    """The decoder's span with these attributes, then its parent, and so on to the first that has none here."""
+    """The decoder's span with these attributes, its parent, and so on to the first span without a parent here."""
     deadline = time.monotonic() + seconds
     while True:
-        told = {span["context"]["span_id"]: span for span in spans(folder)}
-        wanted = [s for s in told.values() if s["name"] == DECODER and attributes.items() <= s["attributes"].items()]
+        known = {span["context"]["span_id"]: span for span in spans(folder)}
+        wanted = [s for s in known.values() if s["name"] == DECODER and attributes.items() <= s["attributes"].items()]
         line = wanted[:1]
-        while line and line[-1]["parent_id"] in told:
-            line.append(told[line[-1]["parent_id"]])
+        while line and line[-1]["parent_id"] in known:
+            line.append(known[line[-1]["parent_id"]])
         if line and "proxy" in line[-1]["name"]:
             return line
-        assert time.monotonic() < deadline, sorted(span["name"] for span in told.values())
+        assert time.monotonic() < deadline, sorted(span["name"] for span in known.values())
         time.sleep(0.05)
 
 
@@ -103,8 +103,8 @@ def test_the_proxy_of_a_service_that_starts_its_own_ray_sends_bodies_along(trace
 def test_a_request_is_one_trace_of_its_client_across_proxy_ingress_and_replica(traced):
     url, folder, _ = traced
     headers = {"traceparent": f"00-{CLIENT_TRACE}-{CLIENT_SPAN}-01", "x-request-id": "mine"}
-    with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}, headers=headers) as answer:
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}, headers=headers) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     line = chain(folder, request_id="mine")
     assert {span["context"]["trace_id"] for span in line} == {f"0x{CLIENT_TRACE}"}
     assert line[-1]["parent_id"] == f"0x{CLIENT_SPAN}"
@@ -129,21 +129,21 @@ def test_a_request_is_one_trace_of_its_client_across_proxy_ingress_and_replica(t
 @pytest.mark.slow
 def test_a_request_of_a_client_without_traces_is_a_trace_of_its_own(traced):
     url, folder, _ = traced
-    told = httpx.post(f"{url}/v1/completions", json=BODY | {"speculative": False}, headers={"x-request-id": "own"})
+    response = httpx.post(f"{url}/v1/completions", json=BODY | {"speculative": False}, headers={"x-request-id": "own"})
     line = chain(folder, request_id="own")
     assert {span["context"]["trace_id"] for span in line} != {f"0x{CLIENT_TRACE}"}
     assert len({span["context"]["trace_id"] for span in line}) == 1
     assert line[-1]["parent_id"] is None
-    assert told.status_code == 200
+    assert response.status_code == 200
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_request_that_brings_more_tokens_than_may_wait_is_refused_in_json_and_its_span_says_so(traced):
+def test_a_request_with_more_tokens_than_may_wait_is_refused_in_json_and_in_its_span(traced):
     url, folder, _ = traced
     with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"max_tokens": 4000, "stream": True}) as busy:
         lines = busy.iter_lines()
-        next(lines)  # so it has the only row, and keeps it as long as somebody listens
+        next(lines)  # so this stream has the only slot, and keeps it while it is open
         much = BODY | {"prompt": [5] * 100}
         refused = httpx.post(f"{url}/v1/completions", json=much, headers={"x-request-id": "much"})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -158,25 +158,25 @@ def test_a_request_that_brings_more_tokens_than_may_wait_is_refused_in_json_and_
 def test_a_signal_to_the_whole_group_ends_the_service_though_ray_is_gone_before_it(traced):
     *_, service = traced
     os.killpg(service.pid, signal.SIGTERM)
-    assert service.wait(timeout=45) == 0  # whoever asks a Ray that is gone waits for 60 s, then is ended with 1
+    assert service.wait(timeout=45) == 0  # a call to an ended Ray waits for 60 s and exits with 1
 
 
-def test_tracing_is_off_unless_it_is_asked_for():
+def test_tracing_is_off_by_default():
     plain = ServeSettings(model="m")
     assert tracing_config(plain) is None
     assert "tracing_config" not in serve_config(plain)
     before = dict(os.environ)
-    with told_to_proxies(plain):
+    with proxy_tracing_env(plain):
         assert os.environ == before
 
 
-def test_a_cluster_and_its_proxies_are_told_of_the_exporter(monkeypatch):
+def test_a_cluster_and_its_proxies_receive_the_exporter(monkeypatch):
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
     settings = ServeSettings(model="m", trace_exporter="mine.spans:processors", trace_share=0.25)
-    told = {"enabled": True, "exporter_import_path": "mine.spans:processors", "sampling_ratio": 0.25}
-    assert serve_config(settings)["tracing_config"] == told
+    expected = {"enabled": True, "exporter_import_path": "mine.spans:processors", "sampling_ratio": 0.25}
+    assert serve_config(settings)["tracing_config"] == expected
     before = dict(os.environ)
-    with told_to_proxies(settings):
+    with proxy_tracing_env(settings):
         assert {name: value for name, value in os.environ.items() if name not in before} == {
             "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "mine.spans:processors",
             "RAY_SERVE_TRACING_SAMPLING_RATIO": "0.25",
@@ -185,13 +185,13 @@ def test_a_cluster_and_its_proxies_are_told_of_the_exporter(monkeypatch):
     assert os.environ == before
 
 
-def test_a_collector_hears_of_spans_by_http(monkeypatch):
-    heard = []
+def test_a_collector_receives_spans_by_http(monkeypatch):
+    received = []
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["content-length"]))
-            heard.append((self.path, ExportTraceServiceRequest.FromString(body)))
+            received.append((self.path, ExportTraceServiceRequest.FromString(body)))
             self.send_response(200)
             self.end_headers()
 
@@ -208,14 +208,14 @@ def test_a_collector_hears_of_spans_by_http(monkeypatch):
             note(gen_ai__usage__output_tokens=9, tidar__queue_seconds=None)
         provider.shutdown()
         server.shutdown()
-    [(path, told)] = heard
-    [span] = told.resource_spans[0].scope_spans[0].spans
+    [(path, export)] = received
+    [span] = export.resource_spans[0].scope_spans[0].spans
     assert (path, span.name) == ("/v1/traces", "a text")
     assert [(fact.key, fact.value.int_value) for fact in span.attributes] == [("gen_ai.usage.output_tokens", 9)]
     assert tracing_config(ServeSettings(model="m", trace_exporter="otlp"))["exporter_import_path"].endswith(":otlp")
 
 
 @pytest.mark.parametrize("wrong", [{"trace_exporter": "nowhere"}, {"trace_share": 2}])
-def test_an_exporter_that_cannot_be_is_refused(wrong):
+def test_wrong_tracing_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="trace_"):
         ServeSettings(model="m", **wrong)

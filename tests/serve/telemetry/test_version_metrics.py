@@ -1,4 +1,4 @@
-"""What Prometheus reads of versions."""
+"""Prometheus metrics of versions."""
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -14,7 +14,7 @@ REPORT = VersionReport(
 )  # fmt: skip
 
 
-def test_each_version_at_each_replica_says_what_it_is_and_how_it_does():
+def test_each_version_at_each_replica_has_its_state_and_its_totals():
     text = version_metrics('a "model"', [REPORT], {"champion_changed": 2, "load_failed": 0})
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     assert {s.labels.pop("model_name") for s in samples} == {'a "model"'}
@@ -37,5 +37,5 @@ def test_each_version_at_each_replica_says_what_it_is_and_how_it_does():
     assert (info["state"], info["fingerprint"]) == ("challenger", "0123-auto-4")
 
 
-def test_without_replicas_and_without_a_watcher_there_is_nothing_to_say():
+def test_without_replicas_and_without_an_alias_watcher_there_are_no_samples():
     assert not [s for family in text_string_to_metric_families(version_metrics("m", [], {})) for s in family.samples]

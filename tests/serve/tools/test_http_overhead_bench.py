@@ -1,4 +1,4 @@
-"""What the benchmark of HTTP's cost says of the texts that it has seen."""
+"""Figures of the benchmark of HTTP's overhead."""
 
 import pytest
 from tiny import wide_model
@@ -11,7 +11,7 @@ from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.transformer.shapes import named_shape
 
 
-def test_figures_are_those_of_the_median_run_and_of_all_waits():
+def test_figures_cover_the_median_run_and_all_latencies():
     slow = Run([Flow(0.0, [1.0, 2.0, 6.0], 9)], 10.0)
     fast = Run([Flow(0.0, [0.5, 1.5, 2.5], 9), Flow(1.0, [1.25], 1)], 2.5)
     assert figures([slow, fast, fast]) == {
@@ -26,30 +26,30 @@ def test_figures_are_those_of_the_median_run_and_of_all_waits():
     }
 
 
-def test_the_ratio_is_that_of_runs_that_followed_each_other_so_that_a_machine_that_slows_down_changes_nothing():
+def test_ratios_are_of_adjacent_runs_so_that_a_machine_that_slows_down_changes_nothing():
     def run(seconds):
         return Run([Flow(0.0, [1.0, 2.0], 9)], seconds)
 
-    told = compared([run(1), run(4), run(8)], [run(2), run(5), run(16)])
-    assert (told["ratio"], told["ratio_spread"]) == (0.5, [0.5, 0.8])
+    facts = compared([run(1), run(4), run(8)], [run(2), run(5), run(16)])
+    assert (facts["ratio"], facts["ratio_spread"]) == (0.5, [0.5, 0.8])
 
 
-def test_in_process_all_texts_are_written_and_never_more_at_once_than_asked():
+def test_in_process_all_texts_are_generated_and_never_more_than_requested_at_the_same_time():
     decoder = Decoder(wide_model(named_shape("tiny", vocab_len=300)), DraftConfig(block_len=4), slots=3)
     requests = [
         Request(request_id=str(n), prompt=(1, 2 + n), sampling=SamplingConfig(max_tokens=7 + n)) for n in range(5)
     ]
     run = in_process(Scheduler(decoder), requests, 2)
     assert sorted(flow.tokens for flow in run.flows) == [7, 8, 9, 10, 11]
-    assert all(flow.asked <= flow.heard[0] for flow in run.flows)
-    asked = sorted(flow.asked for flow in run.flows)
-    ended = sorted(flow.heard[-1] for flow in run.flows)
-    assert all(later >= earlier for later, earlier in zip(asked[2:], ended))
+    assert all(flow.sent <= flow.arrivals[0] for flow in run.flows)
+    sent = sorted(flow.sent for flow in run.flows)
+    ended = sorted(flow.arrivals[-1] for flow in run.flows)
+    assert all(later >= earlier for later, earlier in zip(sent[2:], ended))
 
 
 @pytest.mark.parametrize(
     "wrong", [["--repeats", "0"], ["--settings", "{"], ["--settings", "[]"], ["--concurrency", "0"]]
 )
-def test_what_cannot_be_measured_is_said_in_one_line(wrong, capsys):
+def test_wrong_options_are_reported_in_one_line(wrong, capsys):
     assert main(["nowhere", *wrong]) == 2
     assert capsys.readouterr().err.count("\n") == 1
