@@ -16,11 +16,8 @@ NOT_YET = (
     "serve_apps/app.py",
     "serve_apps/deployment.py",
     "serve_apps/replica/replica_memory.py",
-    "serve_apps/rollout/",
     "serve_apps/settings.py",
     "serve_apps/shared_cluster.py",
-    "serve_apps/telemetry/",
-    "serve_apps/tools/",
     # tests artifacts
     "tests/artifacts/model/",
     "tests/artifacts/network/",
@@ -42,11 +39,8 @@ NOT_YET = (
     "tests/pipelines/test_jobs.py",
     "tests/pipelines/training/",
     # tests serve
-    "tests/serve/rollout/",
-    "tests/serve/telemetry/",
     "tests/serve/test_app.py",
     "tests/serve/test_settings.py",
-    "tests/serve/tools/",
     # tests support
     "tests/support/decoding.py",
     "tests/support/fast_ray_env.py",
