@@ -11,12 +11,13 @@ TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) 
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
 
-.PHONY: quickstart check lint types test format install clean
+.PHONY: quickstart check lint types test test-fast test-jobs test-service test-fast-model \
+	test-fast-rest format install clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
-check: install lint types test
+check: install lint test types
 
 lint: install
 	$(BIN)/ruff check .
@@ -25,8 +26,24 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test: install
-	$(BIN)/pytest
+# Every test is in one of these parts, the longest first; `make --jobs=2 check` runs two parts at a time.
+test: test-jobs test-service test-fast-model test-fast-rest
+
+# No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
+test-fast: install
+	$(MAKE) --jobs=2 test-fast-model test-fast-rest
+
+test-jobs: install
+	$(BIN)/pytest -m "ray or slow" --ignore=tests/serve
+
+test-service: install
+	$(BIN)/pytest -m "ray or slow" tests/serve
+
+test-fast-model: install
+	$(BIN)/pytest -m "not ray and not slow" tests/core tests/artifacts
+
+test-fast-rest: install
+	$(BIN)/pytest -m "not ray and not slow" --ignore=tests/core --ignore=tests/artifacts
 
 format: install
 	$(BIN)/ruff check --fix .

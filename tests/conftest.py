@@ -18,12 +18,33 @@ CORPUS = {
 LINES = [f"document {n}: " + "lorem ipsum dolor " * (n % 7 + 1) for n in range(40)]
 
 
+NO_RAY = "/dev/null/a-test-without-the-mark-ray-starts-no-Ray"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark every test that uses the Ray cluster of the session `ray`, before tests are selected by their marks."""
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker("ray")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let no test without the mark `ray` start Ray: neither here nor in a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("ray") is None:
+            patch.setenv("RAY_TMPDIR", NO_RAY)  # where Ray begins, so it fails with these words
+        return (yield)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_environment():
     """Tests start their own Ray, and their clients reach the tests' servers where the environment names a proxy."""
     from tidar_core.artifacts.network.loopback import exempt_loopback
 
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"  # Serve kills a proxy that needs longer to start: 5 s
     exempt_loopback()
 
 

@@ -73,6 +73,7 @@ def interrupted(uri, before, change):
         yield name
 
 
+@pytest.mark.slow
 def test_no_rollback_after_a_killed_promotion_comes_to_a_version_that_was_never_champion(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
@@ -86,6 +87,7 @@ def test_no_rollback_after_a_killed_promotion_comes_to_a_version_that_was_never_
             model_registry.rollback(uri, name)
 
 
+@pytest.mark.slow
 def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
@@ -96,6 +98,7 @@ def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri
         assert model_registry.rollback(uri, name) == reached - 1
 
 
+@pytest.mark.slow
 def test_a_killed_promotion_is_completed_by_the_same_command_and_another_one_passes_it_by(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         assert model_registry.promote(uri, name, 3) == champion(uri, name) == 3
@@ -106,6 +109,7 @@ def test_a_killed_promotion_is_completed_by_the_same_command_and_another_one_pas
         assert model_registry.rollback(uri, name) == reached
 
 
+@pytest.mark.slow
 def test_a_killed_rollback_is_completed_by_the_same_command_or_undone_by_promoting_the_champion(uri):
     for name in interrupted(uri, (1, 2, 3), lambda name: model_registry.rollback(uri, name)):
         if champion(uri, name) == 3:
@@ -117,6 +121,7 @@ def test_a_killed_rollback_is_completed_by_the_same_command_or_undone_by_promoti
         assert model_registry.rollback(uri, name) == champion(uri, name) == reached - 1
 
 
+@pytest.mark.slow
 def test_a_killed_promotion_after_a_killed_promotion_leaves_no_trace_either(uri):
     for name in interrupted(uri, (1,), lambda name: model_registry.promote(uri, name, 2)):
         if killed(uri, lambda name=name: model_registry.promote(uri, name, 3), 1):

@@ -18,9 +18,10 @@ from tidar_core.errors import UserError
 MARKER = "done.json"
 HOLD = """
 import sys, time
-from tidar_core.artifacts.store.output_lock import output_lock
+from tidar_core.artifacts.store import output_lock
 
-with output_lock(sys.argv[1], "done.json"):
+output_lock.RENEW_SECONDS = 0.1
+with output_lock.output_lock(sys.argv[1], "done.json"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -91,16 +92,19 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(root, holder):
 def test_of_many_jobs_that_begin_at_once_one_holds_the_lock(root):
     start, outcomes, all_done = threading.Barrier(6), [], threading.Event()
 
+    def note(outcome):
+        outcomes.append(outcome)
+        if len(outcomes) == 6:
+            all_done.set()
+
     def run():
         start.wait()
         try:
             with held(f"{root}/out"):
-                outcomes.append("held")
+                note("held")
                 all_done.wait(20)
         except UserError:
-            outcomes.append("refused")
-        if len(outcomes) == 6:
-            all_done.set()
+            note("refused")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output_lock, "LEASE_SECONDS", 60.0)

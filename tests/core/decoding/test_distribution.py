@@ -18,6 +18,8 @@ from tidar_core.transformer.attention import DenseAttention
 from tidar_core.transformer.layout import causal_layout
 from tidar_core.transformer.shapes import named_shape
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, TOKENS, TEXTS = 4, 3, 1500
 PROMPT = (1, 2, 0)
 

@@ -196,6 +196,7 @@ def subjects(task):
     return [load_yaml(path, resolve_func=False)["dataset_name"] for path in TASK_FOLDER.glob(PAPER_TASKS[task].files)]
 
 
+@pytest.mark.slow
 def test_the_twelve_tasks_of_the_paper_run_from_folders_on_disk(scholar, tmp_path, sandbox):
     folders = write_paper_data(tmp_path, subjects("minerva_math"), subjects("mmlu"))
     assert (*TABLE_2, *TABLE_3) == tuple(folders) == tuple(PAPER_TASKS)

@@ -23,6 +23,8 @@ from serve_apps.settings import ServeSettings
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import BundleError, ContextLengthError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "def add(a, b):\n    return"
 
 REPLICA = """

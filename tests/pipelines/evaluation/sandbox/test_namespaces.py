@@ -56,6 +56,7 @@ def landlock():
     assert said.startswith("Landlock and a filter of system calls, no namespaces")
 
 
+@pytest.mark.slow
 def test_a_program_without_namespaces_reads_and_writes_only_its_own_folder_and_starts_and_signals_nobody(tmp_path):
     (tmp_path / "secret").write_text("hush")
     mode = (tmp_path / "secret").stat().st_mode
@@ -102,6 +103,7 @@ while True:
 MEMORY_FILE = "import ctypes; assert ctypes.CDLL(None).memfd_create(b'held', 0) >= 0"
 
 
+@pytest.mark.slow
 def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_limits():
     honest = [
         "import math, tempfile\nwith tempfile.TemporaryFile() as file:\n    file.write(b'a')\nopen('b', 'w').close()",
