@@ -1,6 +1,6 @@
-"""How is the service put together, started and ended?
+"""Assembly, start and end of the service.
 
-Everything a user can get wrong (the port, the model's name, the bundle) is looked at here, before Ray starts anything.
+All that a user can get wrong (the port, the model's name, the bundle) is checked here before Ray starts anything.
 """
 
 import contextlib
@@ -48,37 +48,41 @@ __all__ = ["APP_NAME", "address_of", "build_app", "check_place", "run", "shutdow
 
 INGRESS_CPUS = 0.1
 UNBOUNDED = 10**6
-"""Requests in flight at an ingress. It counts itself what it has in hand, and answers 429; beyond a bound of Serve's,
-probes would wait as well."""
+"""Serve's bound on requests in flight at an ingress. The ingress counts them itself and returns 429. With a bound of
+Serve's, probes would wait as well."""
 DRAIN_LOOK_SECONDS = 0.2
 STAGE_LOOK_SECONDS = 0.5
 
 logger = logging.getLogger("ray.serve")
+_level_before: int | None = None
+"""Level of Serve's logger before `_quiet` raised it; `None` while it is not raised."""
 
 
 def build_app(settings: ServeSettings) -> serve.Application:
-    """The ingress over the decoder, for `serve.run` here or a Serve config on a cluster.
+    """Application of the ingress over the decoder, for `serve.run` here or a Serve config on a cluster.
 
-    Looks up the model's name and reads the bundle's description, no weights: raises RegistryError or BundleError.
+    Looks up the model's name and reads the bundle's description, no weights. Raises RegistryError or BundleError.
     """
     served, card = resolve_model(settings)
     most = settings.rows + settings.max_waiting
-    watcher = None
+    alias_watcher = None
     if settings.follow_alias_seconds is not None:
-        watching = serve.deployment(
+        deployment = serve.deployment(
             name="watcher",
-            max_ongoing_requests=4 * settings.max_replicas + 100,  # new replicas and ingresses that ask
+            max_ongoing_requests=4 * settings.max_replicas + 100,  # calls of new replicas and of ingresses
             ray_actor_options={"num_cpus": INGRESS_CPUS},
         )(WatcherApp)
-        watcher = watching.bind(served, card)
+        alias_watcher = deployment.bind(served, card)
     decoder = serve.deployment(
         name=DECODER,
-        user_config={} if watcher is None else {"watched": True},  # so that Serve calls `reconfigure` of a new replica
-        max_ongoing_requests=2 * most,  # our own queue says 429 in JSON; Serve's limit stays out of its way
+        user_config={}
+        if alias_watcher is None
+        else {"watched": True},  # makes Serve call `reconfigure` of new replicas
+        max_ongoing_requests=2 * most,  # twice the decoder's own limit, which returns 429 in JSON
         ray_actor_options=wide_actor() | {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config=autoscaling(settings),
         health_check_period_s=settings.hang_seconds / 3,
-        health_check_timeout_s=settings.hang_seconds * 4 / 3,  # so it is our own check that says what hangs, if it can
+        health_check_timeout_s=settings.hang_seconds * 4 / 3,  # the check itself can report a hang before this timeout
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )(DecoderApp)
@@ -95,15 +99,15 @@ def build_app(settings: ServeSettings) -> serve.Application:
     )  # fmt: skip
     access = Access(keys=settings.api_keys, per_minute=settings.requests_per_minute)
     return ingress.bind(
-        decoder.bind(served, watcher, configured=True), card, limits, access, settings.cors_origins, watcher,
-        sleeps=settings.min_replicas == 0, vllm_names=settings.vllm_metric_names,
+        decoder.bind(served, alias_watcher, configured=True), card, limits, access, settings.cors_origins,
+        alias_watcher, sleeps=settings.min_replicas == 0, vllm_names=settings.vllm_metric_names,
     )  # fmt: skip
 
 
 def run(settings: ServeSettings, *, blocking: bool = True) -> None:
-    """Start the service and wait until it answers.
+    """Start the service and wait until it is ready.
 
-    blocking  then stay until Ctrl-C or SIGTERM, and end it; otherwise return, and `shutdown` ends it
+    blocking  serve until Ctrl-C or SIGTERM, then end the service; otherwise return, and `shutdown` ends it
     """
     with _quiet():
         check_place(settings)
@@ -118,7 +122,7 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
             if blocking:
                 _wait_for_signal()
         ended = blocking
-    except KeyboardInterrupt:  # before it had begun to wait for one
+    except KeyboardInterrupt:  # during the start
         ended = True
         if not blocking:
             raise
@@ -131,9 +135,9 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
 
 
 def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
-    """End what `run` started: the service, and Serve and Ray where they did not run before.
+    """End the service that `run` started, and Serve and Ray if `run` started them.
 
-    drain_seconds  what has begun may go on for so long; nothing begins any more
+    drain_seconds  timeout for requests in flight; new requests are not accepted
     """
     if ray.is_initialized():
         with _quiet():
@@ -145,13 +149,13 @@ def shutdown(drain_seconds: float = DRAIN_SECONDS) -> None:
 
 
 def start_error(message: str) -> TidarError:
-    """What a replica raised, from the text of its traceback: itself if it is one of ours."""
+    """Error of a replica, from the text of its traceback: the same TidarError, or a TidarError about another error."""
     last = [line.strip() for line in message.splitlines() if line.strip()][-1]
-    kind, _, said = last.partition(": ")
-    ours = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
-    if isinstance(ours, type) and issubclass(ours, TidarError):
-        return ours(said)
-    return TidarError(f"the service did not start: {last}; the logs of Ray, in /tmp/ray, say more")
+    kind, _, text = last.partition(": ")
+    own = getattr(errors, kind.removeprefix(f"{errors.__name__}."), None)
+    if isinstance(own, type) and issubclass(own, TidarError):
+        return own(text)
+    return TidarError(f"the service did not start: {last}; see the logs of Ray in /tmp/ray")
 
 
 def _end(drain_seconds: float) -> None:
@@ -160,11 +164,11 @@ def _end(drain_seconds: float) -> None:
     try:
         end_own()
     except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
-        logger.warning("the service could not be ended in order: %s", error)
+        logger.warning("the service could not be ended cleanly: %s", error)
 
 
 def _ray_answers() -> bool:
-    """False once Ray has ended before us, as by a signal to a process group: who asks it then waits for a minute."""
+    """Whether Ray still runs. A signal to the process group can end it first; a call to it then waits for a minute."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=DRAIN_LOOK_SECONDS * 10).close()
@@ -174,7 +178,7 @@ def _ray_answers() -> bool:
 
 
 def _drain(seconds: float) -> None:
-    """Wait until nobody is being answered. Serve itself would end its proxies first, and every answer with them."""
+    """Wait until no request is in flight. Serve itself would end its proxies first, and all responses with them."""
     deadline = time.monotonic() + seconds
     try:
         ingress = serve.get_app_handle(APP_NAME)
@@ -183,8 +187,8 @@ def _drain(seconds: float) -> None:
                 break
             time.sleep(DRAIN_LOOK_SECONDS)
     except (RayServeException, RayError, RuntimeError, TimeoutError) as error:
-        logger.info("nothing runs that could finish what it has: %s", error)
-    time.sleep(DRAIN_LOOK_SECONDS)  # last bytes are on their way through the proxy
+        logger.info("no ingress runs that could drain: %s", error)
+    time.sleep(DRAIN_LOOK_SECONDS)  # the last bytes are still in the proxy
 
 
 def _start(settings: ServeSettings, app: serve.Application) -> None:
@@ -194,13 +198,13 @@ def _start(settings: ServeSettings, app: serve.Application) -> None:
             with _stages_printed():
                 deploy(app)
         except RuntimeError as error:
-            raise start_error(_said_by_deployments() or str(error)) from error
+            raise start_error(_deployment_messages() or str(error)) from error
     _wait_until_ready(settings)
 
 
 @contextlib.contextmanager
 def _stages_printed() -> Iterator[None]:
-    """Print what the first replica does, to standard error, until it is ready."""
+    """Print the stages of the first replica to standard error until it is ready."""
     started = threading.Event()
 
     def look() -> None:
@@ -221,7 +225,7 @@ def _stages_printed() -> Iterator[None]:
 
 
 def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:
-    """Replicas are up when Serve says so; the proxy learns of them a moment later."""
+    """Wait until /ready succeeds: the proxy learns of the replicas a moment after Serve reports them."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -229,21 +233,21 @@ def _wait_until_ready(settings: ServeSettings, seconds: float = 60) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise TidarError(f"{address_of(settings)} does not answer after {seconds:.0f} s: {error}") from error
+                raise TidarError(f"{address_of(settings)} is not ready after {seconds:.0f} s: {error}") from error
             time.sleep(0.1)
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a start as Ctrl-C does: what was deployed by then is ended in order."""
+    """Make SIGTERM end a start as Ctrl-C does, so that a partial deployment is ended cleanly."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # it cannot set handlers
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)  # in the place of Ray's handler
+    before = signal.signal(signal.SIGTERM, interrupt)  # replaces Ray's handler
     try:
         yield
     finally:
@@ -251,10 +255,11 @@ def _terminable() -> Iterator[None]:
 
 
 def _wait_for_signal() -> None:
-    asked = threading.Event()
-    handlers = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    signalled = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *_: signalled.set()) for number in numbers}
     try:
-        while not asked.wait(timeout=1):  # a bare wait would not let the handler run everywhere
+        while not signalled.wait(timeout=1):  # on some platforms handlers do not run during a wait without timeout
             pass
     finally:
         for number, handler in handlers.items():
@@ -263,17 +268,26 @@ def _wait_for_signal() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's deprecations and progress notes, none of which a user of ours can act on, stay out of the way.
+    """Suppress Ray's deprecation warnings and progress notes, which a user of the service cannot act on.
 
-    Standard output is for our own JSON: what Ray prints there is dropped; its logs have it too, and what fails raises.
+    Standard output is for the service's own JSON, so Ray's output there is dropped. Ray's logs have it too, and
+    failures raise. Serve's logger stays at ERROR while a service of this process is deployed.
     """
+    global _level_before
+    if _level_before is None:
+        _level_before = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if not deployed_here():
+                logger.setLevel(_level_before)
+                _level_before = None
 
 
-def _said_by_deployments() -> str:
+def _deployment_messages() -> str:
     """Serve's status message of the deployment that did not start: its replica's traceback, as text."""
     if APP_NAME not in (applications := serve.status().applications):
         return ""

@@ -1,10 +1,10 @@
-"""What does a cluster have to be told to run the service?
+"""Serve config of the service, for `serve deploy` and KubeRay.
 
     python -m serve_apps.deployment SETTINGS.yaml TARGET.yaml...
 
 writes the Serve config of the settings into each target: as the whole file, for `serve deploy`, or as the serveConfigV2
-of a RayService manifest. How many replicas there are and what each needs follows from the settings when the application
-is built, so the config does not repeat it.
+of a RayService manifest. The number of replicas and their resources follow from the settings when the application is
+built, so the config does not repeat them.
 """
 
 import sys
@@ -23,9 +23,9 @@ from tidar_core.errors import ConfigError, TidarError
 __all__ = ["command_settings", "embedded", "main", "read_settings", "serve_config"]
 
 BUILDER = "serve_apps.app:build_app"
-"""Called on the cluster with the settings; looks the model up there."""
+"""Function that the cluster calls with the settings; it looks up the model there."""
 FIELD = "  serveConfigV2: |\n"
-"""Last field of a RayService manifest of ours: what follows it is the config."""
+"""Last field of this project's RayService manifests; the config follows it."""
 
 
 def read_settings(path: str | Path) -> ServeSettings:
@@ -36,8 +36,8 @@ def read_settings(path: str | Path) -> ServeSettings:
 def command_settings(path: Path | None, *, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> ServeSettings:
     """Settings of a service on this machine. Raises ConfigError.
 
-    path      YAML file; its keys go before `defaults`
-    given     of the command line, which goes before both; None was not given
+    path      YAML file; its keys override `defaults`
+    given     values of the command line, which override both; None means not given
     """
     stated = {} if path is None else read_mapping(path, "settings file", "infra/serve.settings.yaml")
     values = dict(defaults) | stated | {key: value for key, value in given.items() if value is not None}
@@ -48,7 +48,7 @@ def command_settings(path: Path | None, *, defaults: Mapping[str, Any], given: M
 
 
 def serve_config(settings: ServeSettings) -> dict[str, Any]:
-    """What `serve deploy` reads, and KubeRay's serveConfigV2."""
+    """Config for `serve deploy` and for KubeRay's serveConfigV2."""
     tracing = tracing_config(settings)
     return {
         "proxy_location": "EveryNode",
@@ -73,7 +73,7 @@ def embedded(manifest: str, config: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the config of a settings file into each target; the exit code."""
+    """Write the config of a settings file into each target and return the exit code."""
     if len(arguments) < 2:
         print("usage: python -m serve_apps.deployment SETTINGS.yaml TARGET.yaml...", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""What of a Ray cluster belongs to this service, and what to others?
+"""Start and end of a service on a Ray cluster that may be shared.
 
-A cluster at RAY_ADDRESS may run Serve applications of others. A service takes its place beside them, or is refused
-before anything is deployed. It ends what it started, and nothing else.
+A cluster at RAY_ADDRESS may run Serve applications of others. A service runs beside them, or is refused before anything
+is deployed. It ends only the parts that it started.
 """
 
 import logging
@@ -44,7 +44,7 @@ PATHS = (
     "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info", "/health",
     "/ready", "/version", "/metrics", "/docs", "/openapi.json",
 )  # fmt: skip
-"""Where a service answers, besides its page at /."""
+"""Paths of a service, besides its page at /."""
 OBJECT_STORE_BYTES = 256 * 2**20
 QUIET_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each worker without accelerators warns
@@ -52,26 +52,27 @@ QUIET_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 RAY_FAST_PATH_ENV = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours holds an event loop up for long
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the service's code never blocks an event loop for long
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # pieces of text go from process to process, not through the object store
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # deltas go from process to process, not through the object store
     "RAY_SERVE_LOG_TO_STDERR": "0",  # each line is in Serve's own logs already
-    "grpc_proxy": "",  # so that gRPC takes no `http_proxy` for the addresses of the cluster's own nodes
+    "grpc_proxy": "",  # so that gRPC uses no `http_proxy` for the addresses of the cluster's own nodes
 } | CALLBACK
-"""They make each request and each piece of text cheaper on its way. A cluster's nodes have them in their manifests."""
+"""Environment that makes each request and each delta cheaper. A cluster's nodes have it in their manifests."""
 UNBOUNDED_HEADERS_ENV = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
-"""Bodies and answers pass from process to process whole. gRPC's own 4 MiB are less than either may have."""
+"""Environment without gRPC's limit of 4 MiB, because bodies and responses pass between processes whole and may be
+longer."""
 KILL_HUNG_REPLICAS_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
-"""A replica that hangs is not asked to finish what it has begun: its clients would wait for that in vain."""
+"""Environment in which Serve does not drain a hung replica, since its clients would wait in vain."""
 
 
 @dataclass(slots=True)
 class _Own:
-    """What this process started. Ray is one per process; so is this."""
+    """Parts that this process started. A process has a single Ray, so it has a single record."""
 
     ray: bool = False
     connection: bool = False
-    """To a Ray cluster that others started."""
+    """Connection to a Ray cluster that others started."""
     serve: bool = False
     application: bool = False
 
@@ -86,9 +87,9 @@ def address_of(settings: ServeSettings) -> str:
 
 
 def check_place(settings: ServeSettings) -> None:
-    """Raise ConfigError if the service could not listen, or could not run beside what the cluster runs already.
+    """Raise ConfigError if the service cannot listen, or cannot run beside the applications of the cluster.
 
-    Connects to the cluster at RAY_ADDRESS, where that is set; starts nothing.
+    Connects to the cluster at RAY_ADDRESS if it is set; starts nothing.
     """
     connects = not ray.is_initialized() and bool(os.environ.get("RAY_ADDRESS"))
     if connects:
@@ -149,12 +150,12 @@ def deploy(app: serve.Application) -> None:
 
 
 def deployed_here() -> bool:
-    """This process has deployed the service."""
+    """Whether this process has deployed the service."""
     return _own.application
 
 
 def end_own() -> None:
-    """End the application and the Serve that this process started; a Serve that others use goes on."""
+    """End the application and the Serve that this process started; a Serve that others use keeps running."""
     if not ray.is_initialized():  # Serve would start a Ray of its own
         return
     if _own.ray:
@@ -187,7 +188,7 @@ def _set_environment() -> None:
 
 
 def _running_serve() -> dict[str, Any] | None:
-    """What Serve reports of itself on this cluster; None where it does not run."""
+    """Serve's report of itself on this cluster; None if it does not run."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.get_serve_details()
 

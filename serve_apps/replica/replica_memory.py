@@ -1,4 +1,4 @@
-"""Does a replica fit into the memory of its device?
+"""Memory bound of a replica, and the check that it fits into the memory of its device.
 
 The bound is computed from the bundle's description before any weights are loaded: `tidar serve --dry-run` prints it,
 and a replica reports it first.
@@ -27,23 +27,23 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    """What a replica needs at most, and what its device has."""
+    """Most memory that a replica needs, and free memory of its device."""
 
     device: str
     need: MemoryBound
     free: int | None
-    """Bytes on the device now; None where it cannot be found out, as for a GPU that this machine lacks."""
+    """Free bytes of the device now; None if they are unknown, as for a GPU that this machine lacks."""
 
     @property
     def fits(self) -> bool:
-        """False where the need is known to exceed what is free."""
+        """False if the need is known to exceed the free memory."""
         return self.free is None or self.need.total <= self.free
 
     @property
     def line(self) -> str:
-        """The bound in one line."""
+        """The bound as a line of text."""
         parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in asdict(self.need).items() if size)
-        left = "free memory not known here"
+        left = "free memory is unknown here"
         if self.free is not None:
             over = self.need.total - self.free
             left = f"does not fit: {_size(over)} too much" if over > 0 else f"{_size(-over)} left"
@@ -61,7 +61,7 @@ class ReplicaMemory:
 
 
 def replica_memory(served: ModelVersion) -> ReplicaMemory:
-    """The bound of a replica of that service, beside what is free on this machine. Raises ConfigError."""
+    """Memory bound of a replica of `served`, with the free memory of this machine. Raises ConfigError."""
     settings = served.settings
     config = replace(read_config(served.bundle_uri), mask_id=read_bundle_info(served.bundle_uri).mask_id)
     draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
@@ -73,14 +73,14 @@ def replica_memory(served: ModelVersion) -> ReplicaMemory:
 
 
 def memory_facts(settings: ServeSettings) -> dict[str, object]:
-    """Bytes of a replica of that service by name, for a report. Raises ConfigError where it does not fit."""
+    """Bytes of a replica of the service by name, for a report. Raises ConfigError if it does not fit."""
     memory = replica_memory(resolve_model(settings)[0])
     memory.require_fit()
     return memory.facts()
 
 
 def free_bytes(device: str) -> int | None:
-    """Bytes that a process may still take on a device of this machine."""
+    """Bytes that a process may still allocate on a device of this machine."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     if not MEMINFO.is_file():
@@ -91,7 +91,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file of a control group; None where there is no file, or no limit."""
+    """Number in a file of a control group; None without the file or without a limit."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None
 

@@ -1,5 +1,6 @@
-"""What is looked at before anything starts, and what is said when it does not."""
+"""Checks before the start of a service, and errors of a failed start."""
 
+import logging
 import socket
 
 import pytest
@@ -20,7 +21,7 @@ TRACEBACK = """The deployment failed to start 3 times in a row. Error:
 """
 
 
-def test_a_taken_port_is_a_config_error_in_one_line_and_a_free_one_none():
+def test_a_taken_port_is_a_config_error_in_one_line_and_a_free_port_is_accepted():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -39,36 +40,50 @@ def test_an_address_of_another_machine_is_a_config_error():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_the_own_port_is_never_asked_through_a_proxy(monkeypatch, host):
+def test_requests_to_the_own_port_use_no_proxy(monkeypatch, host):
     paths = []
 
-    def answer(path):
+    def respond(path):
         paths.append(path)
         return {"choices": [{"text": "a"}]}
 
-    with answering(answer) as server, refusing_proxy(monkeypatch) as asked:
+    with answering(respond) as server, refusing_proxy(monkeypatch) as proxied:
         settings = ServeSettings(model="m", host=host, port=server.rsplit(":", 1)[1])
         app._wait_until_ready(settings, seconds=1)
         monkeypatch.setattr(smoke_client, "run", lambda settings, blocking: None)
         assert smoke_client.completions_over_http(settings, ["x"], max_tokens=2) == ["a"]
-        assert (paths, asked) == (["/ready", "/v1/completions"], [])
+        assert (paths, proxied) == (["/ready", "/v1/completions"], [])
 
 
-def test_a_replicas_own_error_comes_out_as_itself():
+def test_a_tidar_error_of_a_replica_keeps_its_type_and_message():
     error = start_error(TRACEBACK + "tidar_core.errors.BundleError: model.safetensors has hash 1; fetch it again\n")
     assert type(error) is BundleError
     assert str(error) == "model.safetensors has hash 1; fetch it again"
 
 
-def test_another_error_comes_out_in_one_line():
+def test_another_error_of_a_replica_becomes_a_tidar_error_of_one_line():
     error = start_error(TRACEBACK + "RuntimeError: out of memory")
     assert type(error) is TidarError
     assert "RuntimeError: out of memory" in str(error)
     assert "\n" not in str(error)
 
 
+def test_serves_logger_is_quiet_while_a_service_is_deployed_and_gets_its_level_back(monkeypatch):
+    levels, deployed = [], [False, True, True, False]
+    monkeypatch.setattr(app, "deployed_here", iter(deployed).__next__)
+    before = app.logger.level
+    app.logger.setLevel(logging.INFO)
+    for _ in deployed:
+        with app._quiet():
+            levels.append(app.logger.level)
+        levels.append(app.logger.level)
+    app.logger.setLevel(before)
+    quiet, loud = logging.ERROR, logging.INFO
+    assert levels == [quiet, loud, quiet, quiet, quiet, quiet, quiet, loud]
+
+
 @pytest.mark.slow
-def test_an_alias_is_served_under_its_registered_name_and_a_bundle_changed_since_is_refused(tmp_path, model, tokenizer):
+def test_an_alias_is_served_under_its_registered_name_and_a_changed_bundle_is_refused(tmp_path, model, tokenizer):
     uri, tracking_uri = str(tmp_path / "bundle"), f"sqlite:///{tmp_path}/mlflow.db"
     described = {"mask_id": model.config.mask_id, "objective": "dual", "lineage": {}, "made_by": {}}
     save_bundle(uri, model, tokenizer, block_len=4, **described)

@@ -1,4 +1,4 @@
-"""What a service may be told."""
+"""Settings of a service: defaults, checks, and their order of precedence."""
 
 import pytest
 
@@ -21,18 +21,18 @@ def test_clients_see_the_last_part_of_the_location_or_the_registered_name(model,
     assert ServeSettings(model=model, model_name="mine").shown_name == "mine"
 
 
-def test_it_listens_on_loopback_unless_told_otherwise():
+def test_it_listens_on_loopback_by_default():
     assert ServeSettings(model="m").host == "127.0.0.1"
 
 
-def test_a_gpu_share_is_what_makes_it_compute_there():
+def test_a_share_of_a_gpu_selects_the_gpu():
     assert (ServeSettings(model="m").device, ServeSettings(model="m", num_gpus=0.5).device) == ("cpu", "cuda")
 
 
 ALIAS = {"model": "models:/m@champion"}
 
 
-def test_an_alias_can_be_followed_and_tried_against_another():
+def test_an_alias_can_be_followed_and_compared_with_a_challenger():
     settings = ServeSettings(follow_alias_seconds=5, challenger={"weight": 0.1}, **ALIAS)
     assert settings.model_alias == ("m", "champion")
     assert (settings.challenger.alias, settings.challenger.weight) == ("challenger", 0.1)
@@ -61,14 +61,14 @@ def test_an_alias_can_be_followed_and_tried_against_another():
         ({"challenger": {"wait": 2}} | ALIAS, "unknown key 'challenger.wait'; known are alias, weight, "),
     ],
 )
-def test_what_is_unknown_or_impossible_is_named_in_one_line(wrong, named):
+def test_the_error_names_an_unknown_or_impossible_setting_in_one_line(wrong, named):
     with pytest.raises(ConfigError) as caught:
         ServeSettings(**{"model": "m"} | wrong)
     assert str(caught.value).startswith(f"serve settings: {named}")
     assert "\n" not in str(caught.value)
 
 
-def test_options_go_before_the_settings_file_and_the_file_before_the_defaults(tmp_path):
+def test_options_override_the_settings_file_and_the_file_overrides_the_defaults(tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("model: /data/one\nrows: 4\nmode: two-pass\ncontext_len: 512\n")
     defaults = {"mode": "auto", "threads": 1, "tracking_uri": "sqlite:////x.db"}
@@ -91,6 +91,6 @@ def test_a_service_without_a_model_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0, -1])
-def test_a_budget_for_timing_is_more_than_nothing(seconds):
+def test_a_budget_for_timing_is_positive(seconds):
     with pytest.raises(ConfigError, match=f"timing_seconds is {seconds}; "):
         ServeSettings(model="m", timing_seconds=seconds)
