@@ -13,11 +13,6 @@ NOT_YET = (
     "pipelines/evaluation/",
     "pipelines/jobs.py",
     # serve_apps
-    "serve_apps/app.py",
-    "serve_apps/deployment.py",
-    "serve_apps/replica/replica_memory.py",
-    "serve_apps/settings.py",
-    "serve_apps/shared_cluster.py",
     # tests artifacts
     "tests/artifacts/model/",
     "tests/artifacts/network/",
@@ -39,8 +34,6 @@ NOT_YET = (
     "tests/pipelines/test_jobs.py",
     "tests/pipelines/training/",
     # tests serve
-    "tests/serve/test_app.py",
-    "tests/serve/test_settings.py",
     # tests support
     "tests/support/decoding.py",
     "tests/support/fast_ray_env.py",
