@@ -1,6 +1,7 @@
 """The walls: who may import whom, how long things may be, what the core shows."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def imports(path):
     """Full dotted names of what a file imports, inside functions too."""
     found = set()

@@ -1,16 +1,14 @@
 """A tiny bundle with random weights, and the texts of its model, one token at a time."""
 
 import contextlib
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_templates import chat_tokenizer
+from serving import running_service, unused_port
 from tiny import wide_model
 
-from serve_apps import app
-from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.model.bundle import save_bundle
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
@@ -61,28 +59,26 @@ def registry_uri(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """The port of a module's own service."""
+    return unused_port()
+
+
+@pytest.fixture(scope="session")
+def shared_service(ray_cluster, bundle):
+    """Base address of the service of `tiny-model` that several modules send requests to."""
+    with running_service(bundle) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def service(bundle, free_port):
-    """Base address of a running service of `tiny-model`, with three rows and little room to wait."""
-    settings = ServeSettings(
-        model=bundle,
-        port=free_port,
-        rows=3,
-        max_waiting=4,
-        threads=1,
-        num_cpus=0.5,
-        max_body_bytes=100_000,
-        stream_interval_seconds=0,
-        vllm_metric_names=True,
-    )
-    app.run(settings, blocking=False)
-    yield f"http://127.0.0.1:{free_port}"
-    app.shutdown()
+def service(shared_service):
+    """Base address of a running service of `tiny-model`; a module with settings of its own overrides this fixture."""
+    return shared_service
+
+
+def pytest_collection_modifyitems(items):
+    """Run the tests of the shared service last: a cluster runs one service at a time, and it lives until the end."""
+    items.sort(key=lambda item: "shared_service" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import pytest
 from memorised_bundle import PLACES, save_scholar, write_lines, write_task
 from paper_data import GSM8K, HUMANEVAL
+from serving import running_service
 
 from pipelines.evaluation.lm_eval_model import LmEvalModel
 from pipelines.evaluation.lm_eval_service import ServiceModel
@@ -34,6 +35,13 @@ metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher
 def bundle(tmp_path_factory):
     """The service's: one that knows a few answers by heart."""
     return save_scholar(tmp_path_factory.mktemp("scholar") / "scholar")
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster, bundle):
+    """Base address of a service of this bundle."""
+    with running_service(bundle) as address:
+        yield address
 
 
 @pytest.fixture

@@ -349,9 +349,10 @@ def test_every_route_answers_and_every_refusal_has_the_envelope(service, method,
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_taken_port_is_reported_in_one_line_before_ray_starts(service, bundle, free_port):
-    with pytest.raises(ConfigError, match=str(free_port)) as caught:
-        app.run(ServeSettings(model=bundle, port=free_port), blocking=False)
+def test_a_taken_port_is_reported_in_one_line_before_ray_starts(service, bundle):
+    port = httpx.URL(service).port
+    with pytest.raises(ConfigError, match=str(port)) as caught:
+        app.run(ServeSettings(model=bundle, port=port), blocking=False)
     assert "\n" not in str(caught.value)
 
 

@@ -1,8 +1,9 @@
-"""A service in a process of its own, with a Ray of its own, as `tidar serve` starts it."""
+"""Services for tests: on the Ray cluster of the session, or in a process with a Ray of its own."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from serve_apps import app
+from serve_apps.settings import ServeSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,3 +58,30 @@ def own_service(folder, port, **settings):
     with command("serve", "--settings", file, **environment) as process:
         until_ready(process, port)
         yield httpx.URL(f"http://127.0.0.1:{port}")
+
+
+def unused_port():
+    """A port of loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_service(bundle):
+    """Base address of a service of `bundle`, with three slots and little room to wait, on the Ray cluster that runs."""
+    port = unused_port()
+    settings = ServeSettings(
+        model=bundle,
+        port=port,
+        rows=3,
+        max_waiting=4,
+        threads=1,
+        num_cpus=0.5,
+        max_body_bytes=100_000,
+        stream_interval_seconds=0,
+        vllm_metric_names=True,
+    )
+    app.run(settings, blocking=False)
+    yield f"http://127.0.0.1:{port}"
+    app.shutdown()

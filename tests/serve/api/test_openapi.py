@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def service(bundle, free_port):
+def service(ray_cluster, bundle, free_port):
     """Address of a service with a short context, so that each valid request completes soon."""
     settings = ServeSettings(
         model=bundle, port=free_port, rows=3, context_len=48, max_waiting=4, threads=1, num_cpus=0.5,

@@ -48,7 +48,7 @@ def settings(bundle, free_port):
 
 
 @pytest.fixture(scope="module")
-def service(settings, free_port):
+def service(ray_cluster, settings, free_port):
     """Base address of a service of two replicas."""
     app.run(settings, blocking=False)
     yield f"http://127.0.0.1:{free_port}"

@@ -49,7 +49,7 @@ def settings(tracking_uri, free_port):
 
 
 @pytest.fixture(scope="module")
-def service(settings, free_port):
+def service(ray_cluster, settings, free_port):
     app.run(settings, blocking=False)
     yield f"http://127.0.0.1:{free_port}"
     app.shutdown()
