@@ -1,7 +1,7 @@
-"""What does a job file say, and when is it refused?
+"""Job files: their keys, defaults and checks.
 
-A job is YAML read into a frozen model; unknown keys are errors, so that a misspelt one never becomes a default.
-All locations are URIs or local paths (see tidar_core/artifacts/store/locations.py).
+A job is YAML read into a frozen model. Unknown keys are errors, so that a misspelt key never becomes a default. All
+locations are URIs or local paths (see tidar_core/artifacts/store/locations.py).
 """
 
 from dataclasses import fields, replace
@@ -23,7 +23,7 @@ Documents = Literal["text", "conversations"]
 
 
 class Job(BaseModel):
-    """What all job files share: frozen, unknown keys and numbers that are not finite forbidden."""
+    """Base of all job files: frozen; unknown keys and numbers that are not finite are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -43,20 +43,20 @@ class Source(Job):
     path: str
     """File, folder (searched recursively) or glob; local, file:// or s3://."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Passes over its documents. 2: `train` holds each of them twice; 0.3: about three in ten of them, chosen by the
-    hash of the text; 2.3: twice, and those three in ten a third time. `held_out` holds each document once, whatever
-    the weight."""
+    """Passes over its documents. With 2, `train` holds each document twice. With 0.3, it holds about three in ten of
+    them, chosen by the hash of the text. With 2.3, it holds each twice, and three in ten a third time. `held_out` holds
+    each document once for any weight."""
     documents: Documents | None = None
-    """As the job has it, unless given."""
+    """Default: the job's."""
     text_field: str | None = None
-    """As the job has it, unless given."""
+    """Default: the job's."""
 
 
 class PackJob(Job):
     """Corpus -> packed shards.
 
-    What the shards hold follows from the corpus, the tokenizer and the keys below, except `unit_bytes` and `workers`.
-    A job that was killed goes on where it stood when it is started again.
+    The shards follow from the corpus, the tokenizer and the keys below, except `unit_bytes` and `workers`.
+    A job that was killed goes on from its finished tasks when it is started again.
     """
 
     corpus: Annotated[
@@ -70,41 +70,41 @@ class PackJob(Job):
     """Folder of a Hugging Face tokenizer, or how to train one."""
     include: tuple[str, ...] = ("*.txt", "*.md", "*.jsonl", "*.ndjson", "*.parquet")
     """File-name patterns read from a folder; each also matches with .gz or .zst appended, and with suffixes in upper
-    case. The part before a compression suffix says the format: .jsonl, .ndjson and .parquet have one document a row,
-    anything else one a file. Links are followed."""
+    case. The part before a compression suffix gives the format. .jsonl, .ndjson and .parquet have one document an
+    entry; any other file is one document. Links are followed."""
     exclude: tuple[str, ...] = ()
-    """Patterns of file and folder names that are left out, with all that is below such a folder."""
+    """Patterns of file and folder names to leave out; everything below such a folder is left out too."""
     documents: Documents = "text"
-    """`text`: each has one text, in a file of its own or under `text_field`, and every token is trained.
-    `conversations`: rows of JSON lines or Parquet with `messages` (and perhaps `tools`), or with `prompt` and
-    `response`; the tokenizer's chat template makes text of them, and only the assistant's tokens are trained. Rows
-    that cannot be used are left out, counted in the manifest, and the first are named."""
+    """`text`: each has one text, in its own file or under `text_field`, and every token is trained.
+    `conversations`: entries of JSON lines or Parquet with `messages` (and perhaps `tools`), or with `prompt` and
+    `response`. The tokenizer's chat template renders them, and only the assistant's tokens are trained. Entries that
+    cannot be used are left out and counted in the manifest, and the first are named."""
     text_field: str = "text"
     """Key or column that holds the text."""
     dedup: bool = False
-    """Leave out every document whose text one before it has, in the order of sources, files and rows. A document that
-    its source's weight leaves out is none before others; of equal ones, the first taken is as often there as its own
-    source's weight says."""
+    """Leave out every document whose text an earlier document has, in the order of sources, files and entries. A
+    document that its source's weight leaves out does not count as earlier. Of equal documents, the first taken document
+    stays, as often as its own source's weight gives."""
     row_len: Positive = 4096
     """Tokens in a packed row (S)."""
     rows_per_shard: Positive = 8192
     held_out: Fraction = 0.01
-    """Share of documents kept for evaluation, chosen by the hash of the text: equal texts are never on both sides."""
+    """Share of documents kept for evaluation, chosen by the hash of the text: equal texts are on the same side."""
     unit_bytes: Positive = 16 * 2**20
-    """Input handled by one task. Does not change the output."""
+    """Input of one task. Does not change the output."""
     workers: Positive = 2
-    """Tasks at a time, each on one core. Does not change the output."""
+    """Tasks at a time, one core each. Does not change the output."""
 
     @model_validator(mode="after")
     def some_source(self) -> Self:
-        """At least one source."""
+        """Check that there is at least one source."""
         if not self.corpus:
             raise ValueError(f"corpus is {self.corpus!r}; give a path, or a list of sources with a path each")
         return self
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The corpus as a mixture, each source with all that it takes over from the job."""
+        """The corpus as a mixture, each source with the defaults of the job."""
         given = (Source(path=self.corpus),) if isinstance(self.corpus, str) else self.corpus
         own = {"documents": self.documents, "text_field": self.text_field}
         return tuple(source.model_copy(update=own | source.model_dump(exclude_none=True)) for source in given)
@@ -125,8 +125,8 @@ class TrainJob(Job):
     """Packed shards (+ a start) -> checkpoints and a bundle.
 
     A job begins with exactly one of `init_from`, `shape` and `resume_from`. The first two begin a new run, from
-    weights; `resume_from` lets a run go on, from its weights, moments and place in the data. A job that was stopped or
-    killed goes on by itself when it is started again: what lies in `<output>.run` comes before any of the three.
+    weights. `resume_from` continues a run, from its weights, moments and place in the data. A job that was stopped or
+    killed continues by itself when it is started again: a checkpoint in `<output>.run` comes before any of the three.
     """
 
     shards: str
@@ -138,8 +138,9 @@ class TrainJob(Job):
     shape: str | None = None
     """Named shape to start from random weights instead; see `tidar_core.transformer.shapes`."""
     resume_from: str | None = None
-    """Checkpoint to go on from, `.../checkpoints/step-00000500`, or a run, `OUTPUT.run`, for its newest. All that the
-    losses follow from must be as it was; only `steps` may differ, and the number of workers, ZeRO and such."""
+    """Checkpoint to go on from, `.../checkpoints/step-00000500`, or a run, `OUTPUT.run`, for its newest.
+    Every field that changes the losses must be as it was. `steps`, the number of workers, the ZeRO stage and other
+    fields outside the run may differ."""
     block_len: Positive = 16
     """K of the diffusion half."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
@@ -155,7 +156,7 @@ class TrainJob(Job):
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive
-    """Global batch, in rows, whatever the number of workers."""
+    """Global batch in rows, for any number of workers."""
     rows_per_forward: Positive = 8
     """Rows in one forward of one worker; the rest is accumulated."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -169,22 +170,23 @@ class TrainJob(Job):
     seed: int = 0
     workers: Positive = 1
     sequence_parallel: Positive = 1
-    """Workers that share each row, a run of its tokens each; must divide `workers`, the row length and the model's
-    heads. Shortens what a long row makes a worker keep; `rows_per_step` counts rows, whoever shares them."""
+    """Workers that share each row, with a run of its tokens each. It must divide `workers`, the row length and the
+    model's heads. It reduces the memory that a long row needs on each worker. `rows_per_step` counts shared rows
+    once."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Positive = 1
     zero_stage: Literal[1, 2, 3] = 1
-    """Divided among workers: 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    """State divided among workers: 1: the optimizer's, 2: also gradients, 3: also weights."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's state lies and is updated: beside the weights, or in the machine's memory."""
+    """Place of the optimizer's state and update: beside the weights, or in the machine's memory."""
     activation_checkpointing: bool = False
-    """Keep only what goes into each layer; the backward pass computes the rest again."""
+    """Keep only each layer's input; the backward pass computes the rest again."""
     checkpoint_every: Positive = 500
     """Train steps between checkpoints, a multiple of `log_every`; the last step is always one."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that stay."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Checkpoints of lowest validation loss that stay besides."""
+    """Checkpoints of lowest validation loss that stay as well."""
     validate_every: Annotated[int, Field(ge=0)] = 0
     """Train steps between validations on held-out rows; then every checkpoint is validated too. 0: none."""
     validation_rows: Positive = 256
@@ -202,13 +204,13 @@ class TrainJob(Job):
     """Seconds between measurements of each machine's load, memory, disk and GPUs. 0: none."""
     peak_flops: Annotated[float, Field(gt=0)] | Literal["measure"] | None = None
     """Operations per second that a worker's device can do, for MFU; `measure` times a matrix product at the start.
-    None: no MFU."""
+    `None`: no MFU."""
     tracking_uri: str = "sqlite:///mlflow.db"
     experiment: str = "tidar"
 
     @property
     def run(self) -> dict[str, Any]:
-        """What the losses follow from, shards and start aside: in it a run that goes on must be as it was."""
+        """Fields that determine the losses, except shards and start; a continued run must not change them."""
         return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
 
     @property
@@ -218,17 +220,17 @@ class TrainJob(Job):
 
     @property
     def row_groups(self) -> int:
-        """Workers, those that share rows counted once."""
+        """Number of workers; workers that share rows are counted once."""
         return self.workers // self.sequence_parallel
 
     @property
     def recipe(self) -> Recipe:
-        """How the doubled row is made and weighed."""
+        """Recipe of the doubled row and its losses."""
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
     @model_validator(mode="after")
     def one_recipe(self) -> Self:
-        """A recipe that can be followed, by an objective that has a mask half."""
+        """Check that the recipe is valid, and that the objective has a mask half if a recipe is given."""
         try:
             chosen = replace(self.recipe.checked(self.block_len), alpha=1.0)
         except ConfigError as error:
@@ -239,7 +241,7 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def one_start(self) -> Self:
-        """Exactly one start; a global batch that the workers can share; curves that do not depend on stops."""
+        """Check for one start, a global batch that divides among workers, and logs that do not depend on stops."""
         starts = {name: getattr(self, name) for name in ("init_from", "shape", "resume_from")}
         if sum(start is not None for start in starts.values()) != 1:
             given = " and ".join(f"{name} {start!r}" for name, start in starts.items() if start is not None)
@@ -271,11 +273,11 @@ class TaskJob(Job):
     """One task of an evaluation."""
 
     task: str
-    """One of the paper's, see `pipelines.evaluation.paper_tasks`; or the path of an lm-eval YAML file."""
+    """A task of the paper, see `pipelines.evaluation.paper_tasks`, or the path of an lm-eval YAML file."""
     data: str | None = None
     """Its questions on disk: a folder with a copy of the data set as the hub has it, or a JSONL or Parquet file."""
     limit: Positive | None = None
-    """Questions asked, of each subject; all by default."""
+    """Number of questions of each subject; all by default."""
     shots: Annotated[int, Field(ge=0)] | None = None
     """Examples before the question; the paper's number by default."""
     max_tokens: Positive | None = None
@@ -289,7 +291,7 @@ class EvaluateJob(Job):
     shards: str
     output: str
     parent: str | None = None
-    """AR checkpoint that the bundle was converted from, a bundle or a Hugging Face folder: measured on the same."""
+    """AR checkpoint that the bundle was converted from, a bundle or a Hugging Face folder; it is measured as well."""
     prompts: Positive = 16
     """Held-out documents whose beginnings are continued, greedily, by TiDAR and by the AR mode."""
     prompt_len: Positive = 64
@@ -308,10 +310,10 @@ class EvaluateJob(Job):
     task_context: Positive = 4096
     """Most tokens of a task's prompt and answer, as far as the model goes; longer prompts lose their beginning."""
     service: str | None = None
-    """A running service of this bundle, such as http://HOST:8000/v1: the tasks are asked of it too, over HTTP; of
-    it alone where `task_modes` is []."""
+    """A running service of this bundle, such as http://HOST:8000/v1. The tasks are sent to it too, over HTTP; only to
+    it if `task_modes` is []."""
     service_model: str | None = None
-    """What the service calls the bundle; needed where it serves several models."""
+    """Name of the bundle in the service; needed if it serves several models."""
     service_key_env: str | None = None
     """Environment variable, where the job runs, that holds the service's API key. The key itself is in no file."""
     allow_code_execution: bool = False
@@ -323,7 +325,7 @@ class EvaluateJob(Job):
     experiment: str = "tidar"
 
     @model_validator(mode="after")
-    def _somebody_is_asked(self) -> Self:
+    def _tasks_have_a_model(self) -> Self:
         if self.tasks and not self.task_modes and self.service is None:
             raise ValueError(
                 "task_modes is [] and no service is given; tasks need one of them; give a mode or a service"

@@ -10,8 +10,6 @@ NOT_YET = (
     # root
     "tidar.py",
     # pipelines
-    "pipelines/evaluation/",
-    "pipelines/jobs.py",
     # serve_apps
     # tests artifacts
     "tests/artifacts/model/",

@@ -1,9 +1,9 @@
-"""How good is a bundle on text it has not seen, and does it say what its autoregressive mode says?
+"""Evaluation of a bundle on held-out text, and comparison of its texts with its autoregressive mode.
 
-Bundle + held-out rows -> report.json, report.md and plots. Losses are means over labels, in nats; texts are greedy, in
-fp32, and compared token for token with the plain one-token-at-a-time loop, which shares no cache and no layout with the
-decoder. Where the job names the AR checkpoint that the bundle was converted from, it is measured on the same rows,
-prompts and tasks.
+Bundle + held-out rows -> report.json, report.md and plots. Losses are means over labels, in nats. Texts are greedy, in
+fp32. They are compared token for token with the plain one-token-at-a-time loop, which shares no cache and no layout
+with the decoder. If the job names the AR checkpoint that the bundle was converted from, this parent is measured on the
+same rows, prompts and tasks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from pipelines.evaluation.task_scores import (
     scores,
     service_model,
     service_scores,
-    task_rows,
+    task_entries,
     tasks_in_mode,
 )
 from pipelines.jobs import EvaluateJob
@@ -57,7 +57,7 @@ Advance = Callable[[], None]
 
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
-    """Run the job on the cluster and give the report; an existing one of the same job and bundle is replaced."""
+    """Run the job on the cluster and return the report; an earlier report at the same output is replaced."""
     job = _absolute(job)
     check_tasks(job.tasks, allow_code_execution=job.allow_code_execution)
     with output_lock(job.output, REPORT):
@@ -79,7 +79,7 @@ def _evaluated(job: EvaluateJob) -> dict[str, Any]:
 
 @contextmanager
 def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A run that keeps the report, below the run that trained the bundle; nothing where the job names no server."""
+    """An MLflow run that keeps the report, below the run that trained the bundle; none if the job names no server."""
     if job.tracking_uri is None:
         yield lambda report: None
         return
@@ -133,13 +133,13 @@ def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
         parent = _parent(job.parent, bundle, device)
         report["parent"] = _measured_parent(job, parent, bundle, reader, texts, advance)
         found[PARENT] = scores(job, parent, "autoregressive", job.tasks, advance)
-    report["tasks"] = task_rows(found)
+    report["tasks"] = task_entries(found)
     write_report(job, report)
     return report
 
 
 def _parts(job: EvaluateJob) -> int:
-    """How often the work says that it is further, the parent's included."""
+    """Number of progress reports of the whole job, the parent's included."""
     runs = [(len(MODES), job.prompts + sum(len(tasks_in_mode(job, mode)) for mode in job.task_modes))]
     if job.parent is not None:
         runs.append((1, len(job.tasks)))
@@ -152,7 +152,7 @@ def _parts(job: EvaluateJob) -> int:
 
 
 def _absolute(job: EvaluateJob) -> EvaluateJob:
-    """The same job with every location absolute: it runs in another folder."""
+    """The same job with absolute locations, because it runs in another folder."""
     changed: dict[str, Any] = {
         name: locations.absolute(given)
         for name in ("bundle", "shards", "output", "parent")
@@ -175,7 +175,7 @@ def _absolute(job: EvaluateJob) -> EvaluateJob:
 def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Advance) -> dict[str, Any]:
     """The report of a loaded bundle on held-out rows."""
     if bundle.tokenizer.fingerprint != reader.manifest.tokenizer:
-        raise ConfigError(f"{job.shards} were made with another tokenizer than {job.bundle} has; pack with its own")
+        raise ConfigError(f"{job.shards} were packed with another tokenizer than {job.bundle} has; pack with its own")
     block_len = bundle.info.block_len
     losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance)
     prompts = _prompts(reader, job.prompts, job.prompt_len)
@@ -195,7 +195,9 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         on_prompt=advance,
     )
     single_pass = modes["single-pass"]
-    verified = block_len == 1 or sum(single_pass.acceptance_histogram) > 0  # else every text ended with its first token
+    verified = (
+        block_len == 1 or sum(single_pass.acceptance_histogram) > 0
+    )  # otherwise every text ended with its first token
     equal = sum(len({text, *others}) == 1 for text, *others in zip(plain, *(mode.texts for mode in modes.values())))
     return {
         "bundle": job.bundle,
@@ -239,7 +241,9 @@ def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
         parent = Bundle(load_model(folder, device=device), tokenizer, info, ends.ids)
         require_finite(parent.model, uri)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
-        raise ConfigError(f"parent {uri} has another tokenizer than the bundle; give the checkpoint that it came from")
+        raise ConfigError(
+            f"parent {uri} has another tokenizer than the bundle; give the checkpoint it was converted from"
+        )
     return parent
 
 
@@ -251,9 +255,9 @@ def _measured_parent(
     texts: Sequence[tuple[int, ...]],
     advance: Advance,
 ) -> dict[str, Any]:
-    """What the parent is on the bundle's rows and prompts.
+    """Figures of the parent on the bundle's rows and prompts.
 
-    texts  what the bundle said to the prompts
+    texts  continuations of the prompts by the bundle
     """
     losses = _finite_losses(str(job.parent), parent, reader, job.loss_rows, advance, dual=False)
     own = compare_modes(
@@ -272,7 +276,7 @@ def _measured_parent(
         "hash": parent.info.bundle_hash,
         "is_start": parent.info.bundle_hash in bundle.info.lineage.values(),
         "ar_loss": losses["ar_loss"],
-        "prompts_equal": sum(said == text for said, text in zip(own.texts, texts)),
+        "prompts_equal": sum(own_text == text for own_text, text in zip(own.texts, texts)),
         "tokens_per_second": own.tokens_per_second,
         "tokens_per_second_spread": own.tokens_per_second_spread,
     }
@@ -281,7 +285,7 @@ def _measured_parent(
 def _finite_losses(
     uri: str, bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True
 ) -> dict[str, Any]:
-    """The losses of the bundle at `uri`. Raises BundleError where one is not finite: its texts would mean nothing."""
+    """The losses of the bundle at `uri`. Raises BundleError if a loss is not finite: its texts would mean nothing."""
     found = _losses(bundle, reader, rows, advance, dual=dual)
     if wrong := not_finite(found):
         raise BundleError(
@@ -295,7 +299,7 @@ def _finite_losses(
 def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True) -> dict[str, Any]:
     """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block.
 
-    None stands for a mean over nothing, which was not measured.
+    A mean over no labels was not measured and is `None`.
     """
     block_len = bundle.info.block_len
     objective = Objective(bundle.model, dual=dual, block_len=block_len)
@@ -324,7 +328,7 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
 
 
 def _prompts(reader: ShardReader, count: int, prompt_len: int) -> list[tuple[int, ...]]:
-    """The first tokens of the first held-out documents that begin in a row with room for them."""
+    """The first `prompt_len` tokens of the first held-out documents that have so many in one row."""
     prompts: list[tuple[int, ...]] = []
     last_document = PADDING
     for index in range(len(reader)):

@@ -1,4 +1,4 @@
-"""Which bars must a report meet before its bundle is released, and which does it miss?"""
+"""Bars that a report must meet before its bundle is released."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,11 @@ class Bar:
     name: str
     met: bool
     words: str
-    """What was measured, and the bar."""
+    """The measured figure and the bar, in words."""
 
 
 def bars(job: PublishJob, report: Mapping[str, Any]) -> list[Bar]:
-    """Every bar of the job, held against the report. No bar is met by what was not measured or is not finite."""
+    """Every bar of the job, compared with the report. A figure that is missing or not finite meets no bar."""
     return [*_speeds(job, report), *_losses(job, report), *_tasks(job, report)]
 
 
@@ -40,9 +40,9 @@ def _losses(job: PublishJob, report: Mapping[str, Any]) -> Iterator[Bar]:
 
 def _speeds(job: PublishJob, report: Mapping[str, Any]) -> Iterator[Bar]:
     if job.require_greedy_equal:
-        asked = report.get("prompts") or 0
-        words = f"greedy texts equal the AR mode's on {report.get('prompts_equal', 0)} of {asked} prompts"
-        yield Bar("greedy_equal", asked > 0 and report.get("greedy_equal") is True, words)
+        prompts = report.get("prompts") or 0
+        words = f"greedy texts equal the AR mode's on {report.get('prompts_equal', 0)} of {prompts} prompts"
+        yield Bar("greedy_equal", prompts > 0 and report.get("greedy_equal") is True, words)
     per_forward, bar = report.get("tokens_per_forward"), job.min_tokens_per_forward
     if per_forward is None:
         yield _unmeasured("tokens per forward", bar, "give the evaluate job more prompts and max_tokens")
@@ -52,23 +52,23 @@ def _speeds(job: PublishJob, report: Mapping[str, Any]) -> Iterator[Bar]:
 
 
 def _tasks(job: PublishJob, report: Mapping[str, Any]) -> Iterator[Bar]:
-    rows = {row["task"]: row for row in report.get("tasks", ())}
+    entries = {entry["task"]: entry for entry in report.get("tasks", ())}
     for figure, pick, wanted in (
         ("score", min, job.min_scores),
         ("tokens_per_forward", max, job.min_task_tokens_per_forward),  # of the mode that would serve
     ):
         for task, bar in wanted.items():
             name = f"{figure} of {task}"
-            modes = rows[task]["modes"].values() if task in rows else ()
+            modes = entries[task]["modes"].values() if task in entries else ()
             if values := [mode[figure] for mode in modes if mode[figure] is not None]:
                 found = pick(values) if all(map(math.isfinite, values)) else math.nan
                 yield Bar(name, _within(bar, found), f"{name} is {found:.4f}, the bar {bar}")
             else:
                 yield _unmeasured(name, bar, "add the task to the evaluate job")
     if (most := job.max_score_drop) is not None:
-        measured = {task: row for task, row in rows.items() if row["parent"]}
-        for task, row in measured.items():
-            scores, before = [mode["score"] for mode in row["modes"].values()], row["parent"]["score"]
+        measured = {task: entry for task, entry in entries.items() if entry["parent"]}
+        for task, entry in measured.items():
+            scores, before = [mode["score"] for mode in entry["modes"].values()], entry["parent"]["score"]
             score = min(scores) if all(map(math.isfinite, scores)) else math.nan
             words = f"score of {task} is {score:.4f}, {before - score:.4f} below the parent's, the bar {most}"
             yield Bar(f"score_drop of {task}", _within(before - score, most), words)

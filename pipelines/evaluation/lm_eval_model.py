@@ -1,6 +1,6 @@
-"""How does lm-eval ask a bundle? For likelihoods and for texts.
+"""A bundle behind lm-eval's interface, for likelihoods and for texts.
 
-Likelihoods are those of the AR mode, one plain causal forward a text; texts come from the decoder, in any mode, many
+Likelihoods belong to the AR mode, with one plain causal forward a text. Texts come from the decoder, in any mode, many
 at a time. Registered with lm-eval as `tidar`: lm-eval's own command takes it as
 
     python -m pipelines.evaluation.lm_eval_model run --model tidar --model_args bundle=FOLDER,mode=two-pass --tasks ...
@@ -28,7 +28,7 @@ from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
 from tidar_core.errors import ConfigError
 
-__all__ = ["LmEvalModel", "Told"]
+__all__ = ["GeneratedTexts", "LmEvalModel"]
 
 DEFAULT_MAX_TOKENS = 256
 SAMPLED = ("temperature", "top_p", "top_k")
@@ -52,7 +52,7 @@ class LmEvalModel(TemplateLM):
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         """batch_size   prompts decoded together; `max_batch_size` is lm-eval's and has no meaning here
-        context_len  most tokens of a prompt and its answer; longer prompts lose their beginning. The model's by default
+        context_len  most tokens of a prompt and its answer; longer prompts lose their beginning; default: the model's
         on_answer    called after each request of lm-eval's
         """
         super().__init__()
@@ -64,16 +64,16 @@ class LmEvalModel(TemplateLM):
         draft = DraftConfig(block_len=self.block_len)
         decoder = Decoder(bundle.model, draft, slots=int(batch_size), context_len=self.max_length)
         self.scheduler = Scheduler(decoder, FixedMode(mode, self.block_len), max_waiting=sys.maxsize)
-        self.told: defaultdict[str | None, Told] = defaultdict(Told)
-        """By lm-eval's name of the task."""
+        self.generated: defaultdict[str | None, GeneratedTexts] = defaultdict(GeneratedTexts)
+        """Generated texts by lm-eval's name of the task."""
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """Token before a text that has no context."""
         return self.bundle.tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, nothing added."""
+        """Token ids, without special tokens."""
         return self.bundle.tokenizer.encode(string)
 
     def _loglikelihood_tokens(
@@ -86,7 +86,7 @@ class LmEvalModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context where they are longer."""
+        """Log-likelihood of whole texts, in windows of the context if they are longer."""
         answers = []
         for request in requests:
             windows = utils.get_rolling_token_windows(
@@ -94,7 +94,7 @@ class LmEvalModel(TemplateLM):
                 max_seq_len=self.max_length - 1, context_len=1,
             )  # fmt: skip
             pairs = [utils.make_disjoint_window(window) for window in windows]
-            answers.append(sum(self._likelihood(context, told)[0] for context, told in pairs))
+            answers.append(sum(self._likelihood(context, continuation)[0] for context, continuation in pairs))
             self.on_answer()
         return answers
 
@@ -110,8 +110,8 @@ class LmEvalModel(TemplateLM):
                     self.scheduler.abort(step.request_id)
                     self.on_answer()
         for instance, text in zip(requests, texts.values()):
-            self.told[instance.task_name].add(text)
-        return [text.said for text in texts.values()]
+            self.generated[instance.task_name].add(text)
+        return [text.text for text in texts.values()]
 
     def _likelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         if not continuation:
@@ -125,17 +125,17 @@ class LmEvalModel(TemplateLM):
         return float(scores.logprob_L[-count:].sum()), greedy
 
     def _text(self, request_id: str, instance: Instance) -> "_Text":
-        context, wishes = instance.args
-        if unknown := wishes.keys() - set(UNDERSTOOD):
+        context, given = instance.args
+        if unknown := given.keys() - set(UNDERSTOOD):
             raise ConfigError(f"generation_kwargs hold {', '.join(sorted(unknown))}; known are {', '.join(UNDERSTOOD)}")
-        max_tokens = int(wishes.get("max_gen_toks") or min(DEFAULT_MAX_TOKENS, self.max_length // 2))
+        max_tokens = int(given.get("max_gen_toks") or min(DEFAULT_MAX_TOKENS, self.max_length // 2))
         if max_tokens >= self.max_length:
             raise ConfigError(
                 f"max_tokens of task {instance.task_name} is {max_tokens}; the context of {self.max_length} must hold "
                 "a prompt as well; lower it"
             )
-        drawn = {key: wishes[key] for key in SAMPLED if key in wishes} if wishes.get("do_sample") else {}
-        until = wishes.get("until") or []
+        drawn = {key: given[key] for key in SAMPLED if key in given} if given.get("do_sample") else {}
+        until = given.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         ends = dict.fromkeys([*self.bundle.end_ids, *stop_tokens(stops, self.bundle.tokenizer.special_ids)])
         sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=tuple(ends), **drawn)
@@ -146,43 +146,43 @@ class LmEvalModel(TemplateLM):
 
 @dataclass(slots=True)
 class _Text:
-    """A text as it is said, up to a stop string."""
+    """A text while it is generated, up to a stop string."""
 
     request: Request
     stream: TextStream
     stops: StopStrings
-    said: str = ""
+    text: str = ""
     tokens: int = 0
     forwards: int = 0
     accepted: Counter[int] = field(default_factory=Counter)
     ended: bool = False
 
     def add(self, step: DecodeStep) -> bool:
-        """Take in one more step; True when the text has ended with it."""
+        """Add a decode step; returns whether the text has ended."""
         self.forwards += 1
         if step.verified > 1:
             self.accepted[step.accepted] += 1
         for token in step.token_ids:
             self.tokens += 1
             if token not in self.request.sampling.eos_ids:
-                self._say(self.stream.push(token))
+                self._add_text(self.stream.push(token))
             if self.ended:
                 return True
         if step.finish_reason is not None:
-            self._say(self.stream.flush())
-            self.said += self.stops.flush()
+            self._add_text(self.stream.flush())
+            self.text += self.stops.flush()
             self.ended = True
         return self.ended
 
-    def _say(self, piece: str) -> None:
-        """Add text up to the first stop string that is complete, which ends it."""
-        self.said += self.stops.push(piece)
+    def _add_text(self, delta: str) -> None:
+        """Add text up to the first complete stop string, which ends the text."""
+        self.text += self.stops.push(delta)
         self.ended = self.stops.found is not None
 
 
 @dataclass(slots=True)
-class Told:
-    """What was generated for one of lm-eval's tasks."""
+class GeneratedTexts:
+    """Texts generated for a task of lm-eval, and their cost."""
 
     tokens: int = 0
     forwards: int = 0
@@ -190,11 +190,11 @@ class Told:
     texts: list[str] = field(default_factory=list)
 
     def add(self, text: _Text) -> None:
-        """Account for a text that has ended."""
+        """Add a text that has ended."""
         self.tokens += text.tokens
         self.forwards += text.forwards
         self.accepted += text.accepted
-        self.texts.append(text.said)
+        self.texts.append(text.text)
 
 
 if __name__ == "__main__":

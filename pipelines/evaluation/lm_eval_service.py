@@ -1,7 +1,7 @@
-"""How does lm-eval ask a running service? Over HTTP, by its own client of completions.
+"""A running service behind lm-eval's interface, called over HTTP by lm-eval's own client of completions.
 
-Prompts go as token ids of the bundle's tokenizer, so that both ends read the same; what a text cost is what the service
-tells of its decoding. Nothing but the service is asked for anything.
+Prompts are sent as token ids of the bundle's tokenizer, so that both ends read the same. The cost of a text is the
+service's own report on its decoding. No other server is called.
 """
 
 import json
@@ -16,7 +16,7 @@ import aiohttp
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from pipelines.evaluation.lm_eval_model import Told
+from pipelines.evaluation.lm_eval_model import GeneratedTexts
 from pipelines.jobs import EvaluateJob
 from tidar_core.artifacts.model.bundle import read_bundle_info
 from tidar_core.artifacts.network.loopback import exempt_loopback, open_url
@@ -26,9 +26,9 @@ from tidar_core.errors import ConfigError
 __all__ = ["ServiceModel"]
 
 CARD_SECONDS = 30.0
-"""That the service may take to say what it serves."""
+"""Timeout of the request for the list of models."""
 ANSWER_SECONDS = 600
-"""That one question may take."""
+"""Timeout of a question."""
 
 
 class ServiceModel(LocalCompletionsAPI):
@@ -39,21 +39,21 @@ class ServiceModel(LocalCompletionsAPI):
         self.service = job.service.rstrip("/")
         headers = _headers(job.service_key_env)
         self.card = _card(self.service, headers, job.service_model)
-        """What the service says of its model."""
+        """The service's description of its model."""
         if (served := self.card.get("bundle_hash")) != (ours := read_bundle_info(job.bundle).bundle_hash):
             raise ConfigError(
                 f"service {self.service} serves bundle {str(served)[:12]} as {self.card['id']}; {job.bundle} is "
                 f"{ours[:12]}; name the bundle that is served"
             )
         self.block_len = 1 if self.card["mode"] == "autoregressive" else int(self.card["block_len"])
-        self.told: defaultdict[str | None, Told] = defaultdict(Told)
-        """Texts by lm-eval's name of the task; what all of them cost under None."""
+        self.generated: defaultdict[str | None, GeneratedTexts] = defaultdict(GeneratedTexts)
+        """Texts by lm-eval's name of the task; the cost of all texts is under `None`."""
         exempt_loopback()  # lm-eval's client reads the environment
         super().__init__(
             model=self.card["id"],
             base_url=f"{self.service}/completions",
             header=headers,
-            tokenizer_backend=None,  # lm-eval's own would open the folder by the class that it names
+            tokenizer_backend=None,  # lm-eval would load the tokenizer class that the folder names
             num_concurrent=job.task_batch,
             max_length=min(job.task_context, int(self.card["max_model_len"])),
             timeout=ANSWER_SECONDS,
@@ -67,7 +67,7 @@ class ServiceModel(LocalCompletionsAPI):
 
     @property
     def prefix_token_id(self) -> int:
-        """The same."""
+        """Token before a text that has no context."""
         return int(self.tokenizer.eos_id)
 
     @property
@@ -76,7 +76,7 @@ class ServiceModel(LocalCompletionsAPI):
         return str(self.tokenizer.decode([self.tokenizer.eos_id], skip_special=False))
 
     def tok_encode(self, string: str | list[str], left_truncate_len: int | None = None, **_: Any) -> Any:
-        """Token ids of a text, or of each of several; nothing added, the last `left_truncate_len` of each."""
+        """Token ids of a text, or of each of several; without special tokens; the last `left_truncate_len` of each."""
         if isinstance(string, str):
             return self.tokenizer.encode(string)[-(left_truncate_len or 0) :]
         return [ids[-(left_truncate_len or 0) :] for ids in self.tokenizer.encode_batch(string)]
@@ -86,17 +86,17 @@ class ServiceModel(LocalCompletionsAPI):
         with self._in_one_line():
             texts: list[str] = super().generate_until(requests, disable_tqdm)
         for request, text in zip(requests, texts):
-            self.told[request.task_name].texts.append(text)
+            self.generated[request.task_name].texts.append(text)
         return texts
 
     def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
-        """The texts of one answer or several; their cost is noted."""
+        """The texts of one answer or several; their cost is counted."""
         for answer in [outputs] if isinstance(outputs, dict) else outputs:
-            told = self.told[None]
-            told.tokens += answer["usage"]["completion_tokens"]
-            told.forwards += sum(max(choice["decoding"]["forward"]) + 1 for choice in answer["choices"])
+            cost = self.generated[None]
+            cost.tokens += answer["usage"]["completion_tokens"]
+            cost.forwards += sum(max(choice["decoding"]["forward"]) + 1 for choice in answer["choices"])
             if metrics := answer.get("metrics"):
-                told.accepted += Counter(dict(enumerate(metrics["speculative_decoding"]["acceptance_histogram"], 1)))
+                cost.accepted += Counter(dict(enumerate(metrics["speculative_decoding"]["acceptance_histogram"], 1)))
         return list(super().parse_generations(outputs, **kwargs))
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -115,12 +115,12 @@ class ServiceModel(LocalCompletionsAPI):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ConfigError(
                 f"service {self.service} did not answer a question ({reason}); look at its log, then evaluate again, "
-                "with a lower task_batch where it was full"
+                "with a lower task_batch if it was full"
             ) from error
 
 
 def _headers(key_env: str | None) -> dict[str, str]:
-    """What every request carries; without a key of the job's, none: lm-eval would send OpenAI's."""
+    """Headers of every request. Without a key of the job they hold no key, where lm-eval would send OpenAI's."""
     if key_env is None:
         return {"Accept": "application/json"}
     if not (key := os.environ.get(key_env)):
@@ -129,16 +129,16 @@ def _headers(key_env: str | None) -> dict[str, str]:
 
 
 def _card(service: str, headers: dict[str, str], name: str | None) -> dict[str, Any]:
-    """What the service says of the model of that name; of its only one, without a name."""
+    """The service's description of the model `name`; without a name, of its only model."""
     remedy = "give the address of a running service, such as http://HOST:8000/v1"
     if not service.startswith(("http://", "https://")):
         raise ConfigError(f"service is {service}; {remedy}")
     try:
-        asked = urllib.request.Request(f"{service}/models", headers=headers)
-        with open_url(asked, timeout=CARD_SECONDS) as answer:
+        request = urllib.request.Request(f"{service}/models", headers=headers)
+        with open_url(request, timeout=CARD_SECONDS) as answer:
             cards = {card["id"]: card for card in json.load(answer)["data"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"service {service} does not say what it serves ({error}); {remedy}") from error
+        raise ConfigError(f"service {service} does not list its models ({error}); {remedy}") from error
     if name is None and len(cards) == 1:
         return dict(next(iter(cards.values())))
     if name not in cards:

@@ -1,6 +1,7 @@
-"""How fast does a model decode on this machine, and where does the time go?
+"""Measurements of a model on this machine: speed of decoding, and time of forwards.
 
-What `tidar bench` and `tidar profile` do once the model is there; progress on standard error, figures as plain values.
+This is the work of `tidar bench` and `tidar profile` after the model is loaded. Progress goes to standard error;
+figures are plain values.
 """
 
 from collections.abc import Sequence
@@ -33,9 +34,9 @@ __all__ = ["bench_prompts", "compared_modes", "latency_curve", "loaded_bundle", 
 
 
 def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
-    """A bundle, verified, on the GPU where there is one.
+    """A verified bundle, on the GPU if there is one.
 
-    threads  of torch in this process, from now on
+    threads  threads of torch in this process from now on
     dtype    a key of DTYPES
     """
     torch.set_num_threads(threads)
@@ -43,7 +44,7 @@ def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
 
 
 def bench_prompts(bundle: Bundle, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Token ids of prompts, their beginnings cut off where the context could not hold them and the completion."""
+    """Token ids of prompts; the beginning is cut off if the context cannot hold prompt and completion."""
     context_len = bundle.model.config.context_len
     if max_tokens >= context_len:
         raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
@@ -62,7 +63,7 @@ def compared_modes(
 ) -> dict[str, Any]:
     """Every mode on the same prompts in one run.
 
-    uri  location of the bundle, beside which a latency table may be kept
+    uri  location of the bundle, which may have a latency table beside it
     """
     modes = (*MODES, AUTO)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
@@ -83,7 +84,7 @@ def compared_modes(
 
 
 def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
-    """Forwards of 1 to 512 rows, up to `batch` sequences, at several contexts: the free-token-slot curve."""
+    """Free-token-slot curve: time of forwards of 1 to 512 query tokens, of up to `batch` sequences, by context."""
     rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     batches = [count for count in (1, 4, 16, 64) if count < batch] + [batch]
     contexts = [count for count in (64, 1024, 8192) if count < model.config.context_len]
@@ -101,7 +102,7 @@ def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:
 
 
 def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
-    """Time the decode steps that the planner weighs, up to `batch` sequences; address of the table kept for it."""
+    """Time the planner's decode steps, up to `batch` sequences; returns the address of the stored latency table."""
     decoder = Decoder(bundle.model, DraftConfig(block_len=bundle.info.block_len), slots=batch)
     with job_progress("planner's table", total=len(latency_shapes(decoder)), unit="steps") as show:
         done = iter(range(1, len(latency_shapes(decoder)) + 1))
@@ -111,7 +112,7 @@ def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
 def shape_costs(
     shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], dtype: str
 ) -> dict[str, Any]:
-    """Decode steps of a published shape with random weights, against the floor that memory bandwidth sets."""
+    """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth = copy_bandwidth(device)
     model = random_model(named_shape(shape), DTYPES[dtype], device)

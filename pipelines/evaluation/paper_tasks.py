@@ -1,8 +1,8 @@
-"""Which tasks does the paper report, on which terms, and where do their questions lie?
+"""Tasks of the paper: their settings, and the place of their questions.
 
-Twelve tasks (TiDAR, table 6): six are texts (table 2), six are choices by likelihood (table 3). Prompts, few-shot
-examples, filters and metrics are lm-eval's own; what it leaves to the hub or to chance is fixed here: the data lie on
-disk, programs run in the sandbox. A task of one's own is an lm-eval YAML file, by its path.
+There are twelve tasks (TiDAR, table 6): six are texts (table 2), six are choices by likelihood (table 3). Prompts,
+few-shot examples, filters and metrics are lm-eval's own. This module fixes the choices that lm-eval leaves open: the
+data lie on disk, and programs run in the sandbox. Any other task is an lm-eval YAML file, given by its path.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,27 +16,27 @@ from tidar_core.artifacts.store.file_names import compression_of, format_of
 from tidar_core.artifacts.store.json_lines import is_blank, value_in
 from tidar_core.errors import ConfigError
 
-__all__ = ["PAPER_TASKS", "TABLE_2", "TABLE_3", "PaperTask", "check_tasks", "program", "read_rows"]
+__all__ = ["PAPER_TASKS", "TABLE_2", "TABLE_3", "PaperTask", "check_tasks", "program", "read_entries"]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperTask:
-    """One task of the paper, and where lm-eval keeps it."""
+    """A task of the paper, and its files in lm-eval."""
 
     title: str
     data: str
-    """The data set, as the Hugging Face hub names it."""
+    """Name of the data set on the Hugging Face hub."""
     files: str
     """lm-eval's task files, a pattern below its folder of tasks."""
     metric: str
     """Metric and filter that the paper reports."""
     shots: int
     max_tokens: int | None = None
-    """New tokens at most; None: nothing is generated."""
+    """Most new tokens; None: nothing is generated."""
     runs_code: bool = False
-    """Its answers are programs."""
+    """Whether its answers are programs."""
 
 
 PAPER_TASKS = {
@@ -79,13 +79,13 @@ PAPER_TASKS = {
         title="Winogrande", data="allenai/winogrande", files="winogrande/default.yaml", metric="acc,none", shots=5
     ),
 }  # fmt: skip
-"""By lm-eval's names."""
+"""Tasks of the paper by lm-eval's names."""
 TABLE_2 = tuple(name for name, task in PAPER_TASKS.items() if task.max_tokens)
 TABLE_3 = tuple(name for name, task in PAPER_TASKS.items() if not task.max_tokens)
 
 
 def check_tasks(tasks: Sequence[TaskJob], *, allow_code_execution: bool) -> None:
-    """Refuse, before any work, tasks that nobody knows, that lack their data, or that would run programs unasked."""
+    """Raise ConfigError for tasks that are unknown, lack their data, or would run programs without permission."""
     wrong = [line for task in tasks for line in _wrong(task, allow_code_execution)]
     if wrong:
         raise ConfigError("; ".join(wrong))
@@ -103,33 +103,33 @@ def _wrong(job: TaskJob, allow_code_execution: bool) -> Iterator[str]:
         source = f"a copy of the data set {known.data} or a JSONL file" if known else "a JSONL file or a folder"
         yield f"data of task {job.task}: {job.data} does not exist; put {source} there"
     if known is not None and known.runs_code and not allow_code_execution:
-        yield f"task {job.task} runs programs that the model wrote; say allow_code_execution: true, or leave it out"
+        yield f"task {job.task} runs programs that the model wrote; set allow_code_execution: true, or leave it out"
 
 
-def read_rows(uri: str) -> list[dict[str, Any]] | None:
-    """The rows of a JSON lines file, compressed (.gz, .zst) or not, or of a Parquet file; None for a folder."""
+def read_entries(uri: str) -> list[dict[str, Any]] | None:
+    """Entries of a JSON lines file, compressed (.gz, .zst) or not, or of a Parquet file; None for a folder."""
     kind = format_of(uri)
     if kind == ".parquet" and not compression_of(uri):
-        return _parquet_rows(uri)
+        return _parquet_entries(uri)
     if kind not in JSON_LINES:
         return None
-    rows = []
+    entries = []
     with damage_named(uri), open_decompressed(uri) as lines:
         for number, line in enumerate(lines, 1):
             if not is_blank(line):
                 try:
-                    rows.append(value_in(line))
+                    entries.append(value_in(line))
                 except ValueError as fault:
                     raise ConfigError(f"{uri} line {number} {fault}") from None
-    if not rows:
+    if not entries:
         raise ConfigError(f"{uri} has no rows; give one JSON object a line")
-    return rows
+    return entries
 
 
 def program(doc: dict[str, Any], completion: str) -> str:
-    """The source that passes if `completion` answers a row of HumanEval or MBPP.
+    """The source that passes if `completion` answers an entry of HumanEval or MBPP.
 
-    MBPP+ is held to the assertions of `test_list`, as lm-eval does, hence the paper; EvalPlus's own tests are not run.
+    MBPP+ is checked by the assertions of `test_list`, as in lm-eval and so in the paper; EvalPlus's tests are not run.
     """
     if "entry_point" in doc:
         return f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})\n"
@@ -137,7 +137,7 @@ def program(doc: dict[str, Any], completion: str) -> str:
     return "\n".join([*before, completion, *doc["test_list"]]) + "\n"
 
 
-def _parquet_rows(uri: str) -> list[dict[str, Any]]:
+def _parquet_entries(uri: str) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

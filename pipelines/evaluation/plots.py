@@ -1,4 +1,4 @@
-"""What do people want to see of a report? The only home of matplotlib."""
+"""Plots of reports, benchmarks and experiments. Only this file imports matplotlib."""
 
 import io
 import math
@@ -18,9 +18,9 @@ __all__ = ["acceptance_plot", "bench_plot", "experiment_plot", "latency_plot", "
 def acceptance_plot(
     histogram: Sequence[int], by_position: Sequence[float] | None, draft_accuracy: Sequence[float | None]
 ) -> bytes:
-    """PNG: how many drafts stood at once, and how likely each position of the block was to stand.
+    """PNG: how many drafts were accepted at once, and how likely each position of the block was accepted.
 
-    What was not measured, None, is not drawn.
+    A figure that was not measured, `None`, is not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = range(1, len(histogram) + 1)
@@ -46,40 +46,40 @@ def speed_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def quality_plot(tasks: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: the score of each task against tokens per forward, from the parent's one a forward where it was measured.
+    """PNG: the score of each task against tokens per forward, from the parent's 1 token per forward, if measured.
 
-    tasks  rows of a report whose answers were generated
+    tasks  task entries of a report whose answers were generated
     """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, row in enumerate(tasks):
-        points = sorted((mode["tokens_per_forward"], 100 * mode["score"]) for mode in row["modes"].values())
-        if row["parent"]:
-            start = (1.0, 100 * row["parent"]["score"])
+    for number, entry in enumerate(tasks):
+        points = sorted((mode["tokens_per_forward"], 100 * mode["score"]) for mode in entry["modes"].values())
+        if entry["parent"]:
+            start = (1.0, 100 * entry["parent"]["score"])
             axes.plot(*zip(start, points[0]), color=f"C{number}", linestyle="--")
             axes.plot(*start, color=f"C{number}", marker="s", markerfacecolor="white")
-        axes.plot(*zip(*points), color=f"C{number}", marker="o", label=row["title"])
+        axes.plot(*zip(*points), color=f"C{number}", marker="o", label=entry["title"])
         axes.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(6, 4), textcoords="offset points")
     axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    reached = [mode["tokens_per_forward"] for row in tasks for mode in row["modes"].values()]
+    reached = [mode["tokens_per_forward"] for entry in tasks for mode in entry["modes"].values()]
     axes.set(xlim=(0.8 * min(1.0, *reached), 1.1 * max(2.0, *reached)), ylim=(0, 105))
     axes.set(xlabel="tokens per forward", ylabel="score, per cent", title="Quality against tokens per forward")
     of_parent = [Line2D([], [], color="grey", marker="s", linestyle="--", markerfacecolor="white", label="parent (AR)")]
-    handles = axes.get_legend_handles_labels()[0] + of_parent * any(row["parent"] for row in tasks)
+    handles = axes.get_legend_handles_labels()[0] + of_parent * any(entry["parent"] for entry in tasks)
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 
 def bench_plot(modes: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """PNG: tokens per second of each mode, and how far drafts stood in those that draft."""
+    """PNG: tokens per second of each mode, and acceptance by position for modes that draft."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
     _speeds(left, modes)
     for name, mode in modes.items():
         by_position = mode["acceptance_by_position"]
         if any(by_position):
             right.plot(range(1, len(by_position) + 1), by_position, marker="o", label=name)
-    right.set(xlabel="position in the block", ylabel="share that stood", ylim=(0, 1.05), title="Acceptance by position")
+    right.set(xlabel="position in the block", ylabel="share accepted", ylim=(0, 1.05), title="Acceptance by position")
     right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if right.lines:  # none where a block is one token
+    if right.lines:  # there are no lines if a block is one token
         right.legend()
     return _png(figure)
 
@@ -104,16 +104,18 @@ def experiment_plot(title: str, runs: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def latency_plot(points: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: what a forward costs against rows, over one row; a line for each batch and context.
+    """PNG: time of a forward over that of one query token, by query tokens; a line for each batch and context.
 
-    points  with rows, batch, context and seconds, as `tidar profile` prints them
+    points  entries of rows (query tokens), batch, context and seconds, as `tidar profile --json` prints them
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for batch, context in sorted({(p["batch"], p["context"]) for p in points}):
         curve = sorted((p["rows"], p["seconds"]) for p in points if (p["batch"], p["context"]) == (batch, context))
         rows, seconds = zip(*curve)
         axes.plot(rows, [s / seconds[0] for s in seconds], marker="o", label=f"batch {batch}, context {context}")
-    axes.set(xscale="log", yscale="log", xlabel="rows of a sequence", ylabel="time over that of one row")
+    axes.set(
+        xscale="log", yscale="log", xlabel="query tokens of a sequence", ylabel="time over that of one query token"
+    )
     axes.legend()
     return _png(figure)
 

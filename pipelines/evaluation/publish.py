@@ -1,7 +1,7 @@
-"""Which bundles may be released?
+"""Release of a bundle as a registry version.
 
-A bundle becomes a registry version when its report is its own and meets every bar of the job; the version then carries
-the alias `challenger`, and says which bars it met, what it was made from and which runs made and measured it.
+Which bundles may be released? The report must be about the bundle and meet every bar of the job. The new version gets
+the alias `challenger`. Its tags hold the bars that it met, its sources, and the runs that trained and evaluated it.
 """
 
 import json
@@ -19,7 +19,7 @@ __all__ = ["publish"]
 
 
 NAMED = 12
-"""Figures that are not finite, of a report that is refused, at most."""
+"""Most figures that an error names, of a report with figures that are not finite."""
 
 
 def publish(job: PublishJob) -> int:
@@ -41,7 +41,7 @@ def publish(job: PublishJob) -> int:
     if missed := [bar.words for bar in held if not bar.met]:
         raise GateError(f"{job.bundle} is not published: {'; '.join(missed)}")
     tracking_uri = model_registry.absolute_tracking_uri(job.tracking_uri)
-    made = {station: runs.find_run(tracking_uri, station, info.bundle_hash) for station in ("train", "evaluate")}
+    made = {job_kind: runs.find_run(tracking_uri, job_kind, info.bundle_hash) for job_kind in ("train", "evaluate")}
     tags = {
         "bars": json.dumps([bar.words for bar in held]),
         "report": locations.absolute(job.report),
@@ -57,13 +57,13 @@ def publish(job: PublishJob) -> int:
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
-    """What a list of versions tells of a report."""
+    """Figures of a report that a list of versions shows."""
     names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "greedy_equal", "prompts", "speed_over_ar")
     summary = {name: report.get(name) for name in names}
     if parent := report.get("parent"):
         summary["ar_loss_of_parent"] = parent["ar_loss"]
-    for row in report.get("tasks", ()):
-        summary[row["task"]] = min(mode["score"] for mode in row["modes"].values())
+    for entry in report.get("tasks", ()):
+        summary[entry["task"]] = min(mode["score"] for mode in entry["modes"].values())
     return summary
 
 

@@ -1,6 +1,6 @@
-"""How is a report told: as JSON, as words and tables, as pictures?
+"""A report as JSON, as Markdown with tables, and as pictures.
 
-Tasks are laid out as in the paper: texts as in table 2, tokens per forward in parentheses; choices as in table 3.
+Tasks have the paper's layout: texts as in table 2, with tokens per forward in parentheses; choices as in table 3.
 """
 
 import json
@@ -21,7 +21,7 @@ NOT_RUN = "-"
 
 
 def write_report(job: EvaluateJob, report: Mapping[str, Any]) -> None:
-    """Put the report's folder at the job's output."""
+    """Write the report's folder to the job's output."""
     parents = {"bundle": report["bundle_hash"], "shards": report["shards"]}
     if report["parent"]:
         parents[PARENT] = report["parent"]["hash"]
@@ -42,7 +42,7 @@ def write_report(job: EvaluateJob, report: Mapping[str, Any]) -> None:
 
 
 def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
-    """The report in words, `pictures` at its end."""
+    """The report in Markdown, with `pictures` at its end."""
     parent = report["parent"]
     return (
         "\n\n".join(
@@ -65,17 +65,17 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 
 def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a report under names of their own, as a tracking server keeps them."""
+    """The figures of a report by metric name, for a tracking server."""
     names = ("ar_loss", "diffusion_loss", "tokens_per_forward", "tokens_per_round", "speed_over_ar", "prompts_equal")
     metrics = {name: float(report[name]) for name in names if report[name] is not None}
     metrics |= {f"tokens_per_second/{name}": mode["tokens_per_second"] for name, mode in report["modes"].items()}
     if report["parent"] and report["parent"]["ar_loss"] is not None:
         metrics["parent/ar_loss"] = report["parent"]["ar_loss"]
-    for row in report["tasks"]:
-        for name, figures in {**row["modes"], PARENT: row["parent"]}.items():
+    for entry in report["tasks"]:
+        for name, figures in {**entry["modes"], PARENT: entry["parent"]}.items():
             for figure in ("score", "tokens_per_forward"):
                 if figures and figures[figure] is not None:
-                    metrics[f"{row['task']}/{name}/{figure}"] = figures[figure]
+                    metrics[f"{entry['task']}/{name}/{figure}"] = figures[figure]
     return metrics
 
 
@@ -86,30 +86,30 @@ def _of_parent(parent: Mapping[str, Any]) -> str:
 
 
 def _of_service(service: Mapping[str, Any]) -> str:
-    return f"Tasks were asked over HTTP of {service['address']} as {service['id']}, which decodes {service['mode']}."
+    return f"Tasks were sent over HTTP to {service['address']} as {service['id']}, which decodes {service['mode']}."
 
 
 def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     parent = report["parent"]
 
-    def row(name: str, value: str, of_parent: str = "") -> tuple[str, ...]:
+    def entry(name: str, value: str, of_parent: str = "") -> tuple[str, ...]:
         return (name, value, of_parent) if parent else (name, value)
 
-    yield row(
+    yield entry(
         f"AR loss (nats per token, {report['held_out_rows']} rows)",
         _number(report["ar_loss"], 4),
         _number(parent["ar_loss"], 4) if parent else "",
     )
-    yield row("diffusion loss (nats per token)", _number(report["diffusion_loss"], 4))
-    yield row(
+    yield entry("diffusion loss (nats per token)", _number(report["diffusion_loss"], 4))
+    yield entry(
         "greedy texts equal to the plain AR loop",
         f"{report['prompts_equal']} of {report['prompts']} prompts",
-        f"says the same on {parent['prompts_equal']}" if parent else "",
+        f"equal on {parent['prompts_equal']}" if parent else "",
     )
-    yield row("tokens per forward (greedy, single-pass)", _number(report["tokens_per_forward"], 2), "1.00")
+    yield entry("tokens per forward (greedy, single-pass)", _number(report["tokens_per_forward"], 2), "1.00")
     speed = f"speed over the AR mode ({report['batch']} at a time, {report['threads']} threads)"
     ar = report["modes"]["autoregressive"]["tokens_per_second"]
-    yield row(speed, f"{report['speed_over_ar']:.2f}", f"{parent['tokens_per_second'] / ar:.2f}" if parent else "")
+    yield entry(speed, f"{report['speed_over_ar']:.2f}", f"{parent['tokens_per_second'] / ar:.2f}" if parent else "")
 
 
 def _modes(modes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -140,7 +140,7 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield _table(("model", *titles, "avg"), _standings([by_name.get(name) for name in names]))
     yield "## How the tasks were run"
     yield _table(
-        ("task", "metric", "shots", "questions", "standard error", "modes say the same", "programs ran in"),
+        ("task", "metric", "shots", "questions", "standard error", "modes agree", "programs ran in"),
         (
             (
                 row["title"],
@@ -157,20 +157,20 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _standings(rows: Sequence[Mapping[str, Any] | None]) -> Iterator[tuple[str, ...]]:
-    """A line for the parent, and one for each mode: scores in per cent, and their mean over the tasks that were run."""
+    """A line for the parent and for each mode: scores in per cent, and their mean over the tasks that were run."""
     run = [row for row in rows if row]
     for name in dict.fromkeys([PARENT, *(mode for row in run for mode in row["modes"])]):
         found = [_figures(row, name) for row in rows]
-        had = [one for one in found if one]
+        had = [figures for figures in found if figures]
         if not had:
             continue
-        speeds = [one["tokens_per_forward"] for one in had if one["tokens_per_forward"]]
+        speeds = [figures["tokens_per_forward"] for figures in had if figures["tokens_per_forward"]]
         mean = {
-            "score": sum(one["score"] for one in had) / len(had),
+            "score": sum(figures["score"] for figures in had) / len(had),
             "tokens_per_forward": sum(speeds) / len(speeds) if speeds else None,
         }
         title = "parent (AR)" if name == PARENT else name
-        yield (title, *(_cell(one, of_parent=name == PARENT) for one in (*found, mean)))
+        yield (title, *(_cell(figures, of_parent=name == PARENT) for figures in (*found, mean)))
 
 
 def _figures(row: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What do a job's tasks say of a bundle, mode by mode and as it is served, and of its parent?"""
+"""Scores of a job's tasks: a bundle in each mode, the bundle as it is served, and its parent."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from pipelines.evaluation.lm_eval_service import ServiceModel
     from pipelines.evaluation.lm_eval_tasks import TaskScore
 
-__all__ = ["PARENT", "SERVICE", "scores", "service_model", "service_scores", "task_rows", "tasks_in_mode"]
+__all__ = ["PARENT", "SERVICE", "scores", "service_model", "service_scores", "task_entries", "tasks_in_mode"]
 
 PARENT = "parent"
-"""Stands where a mode would, for the AR checkpoint."""
+"""Name of the AR checkpoint in the place of a mode."""
 SERVICE = "service"
-"""Stands where a mode would, for the bundle as it is served."""
+"""Name of the served bundle in the place of a mode."""
 
 
 def tasks_in_mode(job: EvaluateJob, mode: str) -> list[TaskJob]:
-    """The tasks to be run in one of the job's modes: those that no mode changes, in the first alone."""
+    """The tasks to run in a mode of the job. Tasks that no mode changes run only in the first mode."""
     return [task for task in job.tasks if mode == job.task_modes[0] or task.task not in TABLE_3]
 
 
 def scores(
     job: EvaluateJob, bundle: Bundle, mode: str, tasks: Sequence[TaskJob], advance: Callable[[], None]
 ) -> "list[TaskScore]":
-    """What the bundle scores on `tasks` in `mode`.
+    """Scores of the bundle on `tasks` in `mode`.
 
     advance  called after each task
     """
@@ -43,7 +43,7 @@ def scores(
 
 
 def service_model(job: EvaluateJob) -> "ServiceModel | None":
-    """The service that the job asks; None where it names none. Raises ConfigError if that serves something else."""
+    """The service that the job names, or None. Raises ConfigError if it serves another bundle."""
     if job.service is None:
         return None
     with _lm_eval_needed():
@@ -52,26 +52,26 @@ def service_model(job: EvaluateJob) -> "ServiceModel | None":
 
 
 def service_scores(job: EvaluateJob, service: "ServiceModel", advance: Callable[[], None]) -> "list[TaskScore]":
-    """What the service scores on the job's tasks."""
+    """Scores of the service on the job's tasks."""
     return _scores_of(service, job.tasks, advance)
 
 
-def task_rows(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, Any]]:
-    """A row for each task: what it is, what each mode made of it, and the parent where there is one."""
-    rows: dict[str, dict[str, Any]] = {}
+def task_entries(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, Any]]:
+    """An entry for each task: its facts, the figures of each mode, and the parent's if there is a parent."""
+    entries: dict[str, dict[str, Any]] = {}
     texts: dict[str, set[tuple[str, ...]]] = {}
     for mode, of_mode in found.items():
-        for one in of_mode:
-            known = PAPER_TASKS.get(one.task)
-            facts = {name: getattr(one, name) for name in ("task", "metric", "documents", "shots", "isolation")}
-            new = facts | {"title": known.title if known else one.task, "modes": {}, "parent": None}
-            row = rows.setdefault(one.task, new)
+        for score in of_mode:
+            known = PAPER_TASKS.get(score.task)
+            facts = {name: getattr(score, name) for name in ("task", "metric", "documents", "shots", "isolation")}
+            new = facts | {"title": known.title if known else score.task, "modes": {}, "parent": None}
+            entry = entries.setdefault(score.task, new)
             if mode == PARENT:
-                row["parent"] = one.figures()
+                entry["parent"] = score.figures()
             else:
-                row["modes"][mode] = one.figures()
-                texts.setdefault(one.task, set()).add(one.texts)
-    return [row | {"modes_say_the_same": len(texts[name]) == 1} for name, row in rows.items()]
+                entry["modes"][mode] = score.figures()
+                texts.setdefault(score.task, set()).add(score.texts)
+    return [entry | {"modes_say_the_same": len(texts[name]) == 1} for name, entry in entries.items()]
 
 
 def _scores_of(

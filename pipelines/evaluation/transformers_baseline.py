@@ -1,4 +1,4 @@
-"""How fast does transformers decode the same model on the same prompts?"""
+"""Baseline: speed of transformers on the same model and prompts."""
 
 import statistics
 import tempfile
@@ -21,17 +21,17 @@ def generate_speed(
 ) -> dict[str, Any]:
     """Greedy `generate` with its cache, one prompt at a time, exactly `max_tokens` new tokens each.
 
-    Tokens per second over all prompts, prefills included; median and spread over `repeats`, after a first prompt.
+    Returns tokens per second over all prompts, prefills included: median and spread over `repeats`, after a warm-up.
     """
     weight = model.embedding.weight
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder))
-        rival: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
-    rival = rival.to(weight.device).eval()
+        baseline: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
+    baseline = baseline.to(weight.device).eval()
 
     def run(tokens: tuple[int, ...]) -> None:
         ids = torch.tensor([tokens], device=weight.device)
-        rival.generate(
+        baseline.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens,
             min_new_tokens=max_tokens, pad_token_id=0,
         )  # fmt: skip

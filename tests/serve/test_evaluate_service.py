@@ -11,7 +11,7 @@ from pipelines.evaluation.lm_eval_model import LmEvalModel
 from pipelines.evaluation.lm_eval_service import ServiceModel
 from pipelines.evaluation.lm_eval_tasks import run_task
 from pipelines.evaluation.sandbox.runner import isolation
-from pipelines.evaluation.task_scores import SERVICE, service_model, service_scores, task_rows
+from pipelines.evaluation.task_scores import SERVICE, service_model, service_scores, task_entries
 from pipelines.jobs import EvaluateJob, TaskJob
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.errors import ConfigError, UserError
@@ -73,7 +73,7 @@ def test_a_service_has_the_scores_of_its_bundle_in_process_for_the_same_forwards
         assert found[0].tokens_per_forward > 1.5
         for score, task in zip(found, tasks, strict=True):
             same(score, run_task(LmEvalModel(loaded), task))
-    assert {name for row in task_rows({SERVICE: found}) for name in row["modes"]} == {"service"}
+    assert {name for row in task_entries({SERVICE: found}) for name in row["modes"]} == {"service"}
 
 
 def test_likelihoods_over_http_choose_what_they_choose_in_process(job, bundle, tmp_path):
@@ -97,7 +97,7 @@ def test_a_service_of_another_bundle_none_at_all_and_a_key_that_is_missing_are_r
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     for changes, words in (
         ({"bundle": other_bundle}, "name the bundle that is served"),
-        ({"service": service}, "does not say what it serves"),
+        ({"service": service}, "does not list its models"),
         ({"service": "127.0.0.1:9"}, "service is 127.0.0.1:9; give the address"),
         ({"service": "http://127.0.0.1:9/v1"}, r"Connection refused.*; give the address of a running service"),
         ({"service_model": "other"}, "service_model is other; .* serves scholar; give one of them"),

@@ -1,21 +1,22 @@
-"""Shut this process in, then become another program: run by path, as the first process of a sandbox.
+"""Sandbox of this process, which then becomes another program. Run by path, as the first process of a sandbox.
 
-    python -I -S jail.py SETTINGS COMMAND...
+    python -I -S namespaces.py SETTINGS COMMAND...
 
-Own mount, pid, network, ipc and host-name namespaces (as root), and a user namespace where we are not root. The root is
-an empty tmpfs with the interpreter and the system's libraries bound into it, all of it read-only but a small /tmp;
-there is no /proc, no network interface, no host process. When this process dies, everything in the sandbox dies.
+The sandbox has its own mount, pid, network, ipc and host-name namespaces, and a user namespace unless we are root. The
+root is an empty tmpfs with the interpreter and the system's libraries bound into it. All of it is read-only except a
+small /tmp. There is no /proc, no network interface and no host process. When this process dies, everything in the
+sandbox dies.
 
-A filter of system calls keeps the program from what the namespaces would allow it: further namespaces and mounts,
-memory that no limit counts (System V segments, memory files, message queues), keys, tracing, and sockets of kinds that
-a network namespace does not separate.
+A filter of system calls refuses actions that the namespaces would allow. These are further namespaces and mounts, keys,
+tracing, and kinds of sockets that a network namespace does not separate. Memory that no limit counts is refused too:
+System V segments, memory files, message queues.
 
-Where namespaces are not allowed, settings that say `fence` build a lower wall of what every user may ask for: Landlock
-(the same folders are readable, one small folder is writable) and a stricter filter (no socket, no process but this one,
-no signal to another, no way to change a file's owner, mode or times). Weaker than the first: the program can see that
-other files exist, and its folder is looked at a few times a second instead of being limited by the kernel.
+If namespaces are not allowed, the setting `landlock` builds a weaker sandbox from features that every user has. Under
+Landlock the same folders are readable and one small folder is writable. A stricter filter allows no socket, no other
+process, no signal to another process, and no change of a file's owner, mode or times. It is weaker because the program
+can see that other files exist. Also, its folder is checked a few times a second instead of being limited by the kernel.
 
-The standard library alone: nothing of the project can be imported from in here.
+Only the standard library is imported, because nothing of the project can be imported here.
 """
 
 import ctypes
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSED = 125
-"""Exit code when the sandbox could not be built; nothing was run."""
+"""Exit code if the sandbox could not be built; nothing was run."""
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -48,11 +49,11 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 PR_SET_SECUREBITS, SECURE_NO_ROOT = 28, 3
-"""For good: over execve, root keeps no privilege."""
+"""Bit that is final: over execve, root keeps no privilege."""
 SECCOMP_KILL, SECCOMP_ERRNO, SECCOMP_ALLOW = 0x80000000, 0x50000, 0x7FFF0000
 BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_SET, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, ARGUMENT_0 = 0, 4, 16
-"""Places in what a filter is told of a call."""
+"""Offsets in a filter's description of a call."""
 X32 = 0x40000000
 CLONE_THREAD = 0x10000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -68,9 +69,9 @@ DENIED = {
     "semget": (64, 190), "semctl": (66, 191), "mq_open": (240, 180), "mq_unlink": (241, 181),
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
 }  # fmt: skip
-"""System calls that every program is refused: on x86-64, on ARM."""
+"""System calls that are refused to every program: numbers on x86-64 and on ARM."""
 SOCKET = (41, 198)
-FENCED = {
+LANDLOCK_DENIED = {
     "socket": SOCKET, "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
     "fork": (57, None), "vfork": (58, None), "setsid": (112, 157), "setpgid": (109, 154), "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
@@ -83,30 +84,30 @@ FENCED = {
     "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
     "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
 }  # fmt: skip
-"""System calls that the fence refuses besides."""
+"""System calls that are refused as well in the sandbox without namespaces."""
 SOCKET_FAMILIES = (1, 2, 10)
-"""Families of sockets in a network namespace of its own: Unix, IPv4, IPv6. Others, such as the host's VSOCK, are not
-separated by it."""
+"""Families of sockets in a network namespace of its own: Unix, IPv4, IPv6. It does not
+separate others, such as the host's VSOCK."""
 CLONE_NEW = 0x7E020000
-"""Flags of `clone` that ask for a namespace."""
+"""Flags of `clone` that create a namespace."""
 CLONE, CLONE3, PRCTL = (56, 220), (435, 435), (157, 167)
 KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
 SYS_LANDLOCK = 444
 """landlock_create_ruleset; add_rule and restrict_self follow it."""
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
-"""How many rights over files Landlock knows since each of its versions."""
-LOOK_SECONDS = 0.02
-"""How often the folder of a fenced program is looked at."""
+"""Number of rights over files that Landlock has since each of its versions."""
+CHECK_SECONDS = 0.02
+"""Time between checks of the folder of a program without namespaces."""
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(settings: dict[str, Any], command: list[str]) -> int:
-    """Build the sandbox, run `command` in it, and give its exit code; 128 and the signal's number if one killed it."""
+    """Build the sandbox, run `command` in it, and return its exit code; 128 + the signal that killed it."""
     _call("prctl", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
-    if settings["fence"]:
-        return _fenced(settings, command)
+    if settings["landlock"]:
+        return _run_under_landlock(settings, command)
     uid = _unshare(settings["uid"])
     init = os.fork()  # the first process of the new pid namespace: when it dies, the kernel kills all others there
     if init:
@@ -118,15 +119,15 @@ def main(settings: dict[str, Any], command: list[str]) -> int:
     if not program:
         _limit(settings["limits"])
         _become(uid)
-        _filter_calls(os.getpid(), fence=False)
+        _filter_calls(os.getpid(), landlock=False)
         os.execve(command[0], command, settings["environment"])
     while (ended := os.wait())[0] != program:
         pass
     os._exit(_code(ended[1]))
 
 
-def _fenced(settings: dict[str, Any], command: list[str]) -> int:
-    """Run `command` behind the fence, in the folder that was to be its root, and give its exit code."""
+def _run_under_landlock(settings: dict[str, Any], command: list[str]) -> int:
+    """Run `command` under Landlock, in the folder that would be its root, and return its exit code."""
     folder, parent = settings["root"], os.getpid()
     program = os.fork()
     if not program:
@@ -140,7 +141,7 @@ def _fenced(settings: dict[str, Any], command: list[str]) -> int:
         _call("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         os.chdir(folder)
         _landlock(folder, [*SYSTEM_FOLDERS, *settings["readable"]])
-        _filter_calls(os.getpid(), fence=True)
+        _filter_calls(os.getpid(), landlock=True)
         os.execve(command[0], command, settings["environment"] | {"HOME": folder, "TMPDIR": folder})
     while (ended := os.waitpid(program, os.WNOHANG))[0] != program:
         if (excess := _excess(folder, settings["folder_bytes"], settings["files"])) is not None:
@@ -148,12 +149,12 @@ def _fenced(settings: dict[str, Any], command: list[str]) -> int:
             os.waitpid(program, 0)
             os.write(2, f"killed: {excess}\n".encode())
             return 128 + signal.SIGKILL
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
     return _code(ended[1])
 
 
 def _excess(folder: str, most_bytes: int, most_files: int) -> str | None:
-    """What the files of a program take beyond their limits; None while they keep to them."""
+    """The limit that the files of a program exceed, in words; None if they exceed no limit."""
     files = total = 0
     for path, folders, names in os.walk(folder):
         files += len(folders) + len(names)
@@ -162,13 +163,13 @@ def _excess(folder: str, most_bytes: int, most_files: int) -> str | None:
         for name in names:
             try:
                 total += os.lstat(os.path.join(path, name)).st_blocks * 512
-            except OSError:  # removed meanwhile
+            except OSError:  # the file was removed meanwhile
                 continue
     return f"more than {most_bytes} bytes in its folder" if total > most_bytes else None
 
 
 def _landlock(folder: str, readable: list[str]) -> None:
-    """Nothing but `folder` can be written from now on, and nothing but it and `readable` read."""
+    """Allow writes to `folder` only, and reads of `folder` and `readable` only, from now on."""
     version = libc.syscall(SYS_LANDLOCK, None, ctypes.c_size_t(0), 1)
     if version < 1:
         _call("landlock", version)
@@ -188,20 +189,20 @@ def _landlock(folder: str, readable: list[str]) -> None:
     os.close(rules)
 
 
-def _filter_calls(own_pid: int, *, fence: bool) -> None:
-    """Refuse the calls above from now on. The fence refuses further calls that name a process other than this one."""
+def _filter_calls(own_pid: int, *, landlock: bool) -> None:
+    """Refuse the calls above from now on; with `landlock`, also calls that name a process other than this one."""
     column, architecture = MACHINES[platform.machine()]
     refuse, allow = (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.EPERM), (BPF_RETURN, 0, 0, SECCOMP_ALLOW)
     lines = [(BPF_LOAD, 0, 0, ARCHITECTURE), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, SECCOMP_KILL),
              (BPF_LOAD, 0, 0, NUMBER)]  # fmt: skip
     if platform.machine() == "x86_64":
         lines += [(BPF_AT_LEAST, 0, 1, X32), refuse]  # the same calls under other numbers
-    for numbers in (DENIED | (FENCED if fence else {})).values():
+    for numbers in (DENIED | (LANDLOCK_DENIED if landlock else {})).values():
         if (number := numbers[column]) is not None:
             lines += [(BPF_EQUAL, 0, 1, number), refuse]
     # clone3 hides its flags from a filter; without it, clone is tried
     lines += [(BPF_EQUAL, 0, 1, CLONE3[column]), (BPF_RETURN, 0, 0, SECCOMP_ERRNO | errno.ENOSYS)]
-    lines += _fence_lines(column, own_pid, refuse, allow) if fence else _namespace_lines(column, refuse, allow)
+    lines += _landlock_lines(column, own_pid, refuse, allow) if landlock else _namespace_lines(column, refuse, allow)
     code = b"".join(struct.pack("=HBBI", *line) for line in [*lines, allow])
     kept = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(lines) + 1, ctypes.addressof(kept))
@@ -209,11 +210,11 @@ def _filter_calls(own_pid: int, *, fence: bool) -> None:
 
 
 Line = tuple[int, int, int, int]
-"""Of a filter: operation, lines to skip if it holds, if it does not, operand."""
+"""Line of a filter: operation, lines to skip if it holds, lines to skip if it does not, operand."""
 
 
-def _fence_lines(column: int, own_pid: int, refuse: Line, allow: Line) -> list[Line]:
-    """Threads are made, no processes; signals and limits are for this process alone."""
+def _landlock_lines(column: int, own_pid: int, refuse: Line, allow: Line) -> list[Line]:
+    """Allow new threads but no new processes, and signals and limits for this process only."""
     lines: list[Line] = []
     for numbers, test, value in (
         (CLONE, BPF_SET, CLONE_THREAD),
@@ -230,7 +231,7 @@ def _fence_lines(column: int, own_pid: int, refuse: Line, allow: Line) -> list[L
 
 
 def _namespace_lines(column: int, refuse: Line, allow: Line) -> list[Line]:
-    """Processes are made without further namespaces, and sockets of few families."""
+    """Allow new processes without further namespaces, and sockets of few families."""
     families = [(BPF_EQUAL, len(SOCKET_FAMILIES) - index, 0, family) for index, family in enumerate(SOCKET_FAMILIES)]
     return [
         (BPF_EQUAL, 0, 4, CLONE[column]), (BPF_LOAD, 0, 0, ARGUMENT_0), (BPF_SET, 0, 1, CLONE_NEW), refuse, allow,
@@ -239,7 +240,7 @@ def _namespace_lines(column: int, refuse: Line, allow: Line) -> list[Line]:
 
 
 def _unshare(uid: int) -> int:
-    """New namespaces; gives the user that the program is to be: `uid`, or ourselves where only that can be."""
+    """Create the namespaces; returns the user id of the program: `uid`, or our own if we are not root."""
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     user, group = os.getuid(), os.getgid()
     if user == 0:
@@ -253,7 +254,7 @@ def _unshare(uid: int) -> int:
 
 
 def _enter_new_root(settings: dict[str, Any]) -> None:
-    """A root of our own: what is bound into it is read-only, /tmp is small, and the old root is gone."""
+    """Enter a new root: bound folders are read-only, /tmp is small, and the old root is gone."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = settings["root"]
     _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=1k,mode=755")
@@ -285,7 +286,7 @@ def _limit(limits: dict[str, int]) -> None:
 
 
 def _become(uid: int) -> None:
-    """Drop every privilege for good: what is not root anywhere keeps none over execve."""
+    """Drop every privilege for good: a process that is not root keeps no privilege over execve."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -324,6 +325,6 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     try:
         sys.exit(main(given, sys.argv[2:]))
-    except (OSError, KeyError, ValueError) as error:  # also in the processes that were forked: none may go on
+    except (OSError, KeyError, ValueError) as error:  # in forked processes too, which must not go on
         os.write(2, f"{given['token']} refused: {error}\n".encode())
         os._exit(REFUSED)

@@ -1,9 +1,9 @@
-"""What does a program do that a model wrote? Nobody knows, so it runs shut in.
+"""Run programs that a model wrote in a sandbox, because their behaviour is unknown.
 
-A separate process in namespaces of its own (see `jail`): no network, a read-only root without the user's files, a small
-folder to write in, limits on processors, memory, files and processes, an empty environment, a wall clock after which
-everything in there is killed. Where the machine allows no namespaces, Landlock and a filter of system calls stand in
-for them; where it allows neither, nothing is run.
+A program runs in a separate process in its own namespaces (see `namespaces`). It has no network, a read-only root
+without the user's files, a small folder to write in, and an empty environment. Processors, memory, files and processes
+are limited. After a timeout everything in the sandbox is killed. If the machine allows no namespaces, Landlock and a
+filter of system calls replace them; if it allows neither, nothing is run.
 """
 
 import json
@@ -25,7 +25,7 @@ from tidar_core.errors import ConfigError
 __all__ = ["Limits", "Outcome", "isolation", "run_program"]
 
 FIRST_UID, UIDS = 1 << 20, 1 << 30
-"""Users of programs, another one each time: nobody's files, and nobody else's share of processes."""
+"""User ids of programs, another id each time: it owns no files, and shares its process limit with no other."""
 ENVIRONMENT = {
     "HOME": "/tmp",
     "TMPDIR": "/tmp",
@@ -65,51 +65,51 @@ main.__code__ = main.__code__.replace(co_consts=bound)
 del bound, os
 main()
 """
-"""A program has passed when its last statement is behind it: a program that exits before its tests has not.
+"""Program that runs a model's program, which passes if it reaches its end; exiting before its tests is a failure.
 
-The verdict is a secret that the C library writes when the process ends with status 0: `on_exit` calls `dprintf` with
+The verdict is a secret that the C library writes when the process ends with status 0. `on_exit` calls `dprintf` with
 the status, which is the file descriptor of a pipe, and the secret. Once the program begins, no Python object holds the
-secret. Whatever the program raises, `SystemExit` included, ends in `os._exit(1)`, which calls no handler. That function
-is a constant of the driver's code, so that no name which the program binds anew takes its place. What is left to a
-program that knows all this: native code, such as `ctypes`, and trace functions.
+secret. Every exception of the program, `SystemExit` included, ends in `os._exit(1)`, which calls no handler. This
+function is a constant of the driver's code, so a program cannot replace it by binding a name. A program that knows all
+this could still use native code, such as `ctypes`, and trace functions.
 """
 VERDICT_BYTES = 4096
-TOLD_BYTES = 400
-"""Of what a failed program said last."""
+LAST_BYTES = 400
+"""Bytes kept of the last output of a failed program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """Resources that a program may use."""
 
     seconds: float = 10.0
-    """By the wall clock; also of processor time."""
+    """Limit of wall-clock time, and of processor time."""
     memory_bytes: int = 2**30
-    """Of each process's address space."""
+    """Address space of each process."""
     file_bytes: int = 2**24
-    """Of one file, and of what is printed."""
+    """Size of one file, and of the output."""
     folder_bytes: int = 2**26
-    """Of all files together; they lie in memory."""
+    """Size of all files together; they lie in memory."""
     files: int = 4096
-    """Files and folders together."""
+    """Number of files and folders together."""
     processes: int = 8
-    """Threads counted."""
+    """Number of processes and threads."""
     open_files: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a program."""
+    """Outcome of a program."""
 
     passed: bool
-    """It ran to its end, every assertion included."""
+    """Whether it ran to its end, every assertion included."""
     reason: str
-    """`passed`, `timed out`, or how it ended and its last words."""
+    """`passed`, `timed out`, or its exit code or signal and its last line of output."""
 
 
 def isolation() -> str:
-    """What programs are shut in by on this machine, in words. Raises ConfigError where they cannot be."""
-    if _fence_needed():
+    """Isolation of programs on this machine, in words. Raises ConfigError if it allows no isolation."""
+    if _landlock_needed():
         return "Landlock and a filter of system calls, no namespaces, our user without privileges, resource limits"
     kinds = "mount, pid, network, ipc and uts" if os.getuid() == 0 else "user, mount, pid, network, ipc and uts"
     user = "a user of its own" if os.getuid() == 0 else "our user without privileges"
@@ -119,32 +119,32 @@ def isolation() -> str:
 def run_program(source: str, limits: Limits | None = None, *, readable: Sequence[str] = ()) -> Outcome:
     """Run Python source to its end, with this interpreter and its packages.
 
-    readable  folders that the program may read besides
+    readable  further folders that the program may read
     """
-    return _run(source, limits or Limits(), readable, fence=_fence_needed())
+    return _run(source, limits or Limits(), readable, landlock=_landlock_needed())
 
 
 @cache
-def _fence_needed() -> bool:
-    """Whether this machine allows the fence alone. Raises ConfigError where it allows nothing."""
-    outcome = _run("import os\nassert os.getpid() == 2", Limits(), (), fence=False)
+def _landlock_needed() -> bool:
+    """Whether this machine allows Landlock but no namespaces. Raises ConfigError if it allows neither."""
+    outcome = _run("import os\nassert os.getpid() == 2", Limits(), (), landlock=False)
     if outcome.passed:
         return False
-    fenced = _run("pass", Limits(), (), fence=True)
-    if fenced.passed:
+    under_landlock = _run("pass", Limits(), (), landlock=True)
+    if under_landlock.passed:
         return True
     raise ConfigError(
-        f"programs of a model cannot be shut in on this machine ({outcome.reason}; {fenced.reason}); none is run: run "
-        "as root, or allow user namespaces (Linux 5.12) or Landlock (5.13), or leave allow_code_execution off"
+        f"programs of a model cannot be isolated on this machine ({outcome.reason}; {under_landlock.reason}); none is run: "
+        "run as root, or allow user namespaces (Linux 5.12) or Landlock (5.13), or leave allow_code_execution off"
     )
 
 
-def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -> Outcome:
+def _run(source: str, limits: Limits, readable: Sequence[str], *, landlock: bool) -> Outcome:
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="tidar-jail-") as root, tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryDirectory(prefix="tidar-sandbox-") as root, tempfile.TemporaryFile() as output:
         settings = {
-            "token": token,  # of a refusal, which the program never sees
-            "fence": fence,
+            "token": token,  # marks a refusal; the program never sees it
+            "landlock": landlock,
             "root": root,
             "uid": FIRST_UID + secrets.randbelow(UIDS),
             "readable": [*dict.fromkeys([sys.prefix, sys.base_prefix, *readable])],
@@ -160,40 +160,40 @@ def _run(source: str, limits: Limits, readable: Sequence[str], *, fence: bool) -
                 "RLIMIT_CORE": 0,
             },
         }
-        jail = [sys.executable, "-I", "-S", str(Path(__file__).with_name("namespaces.py")), json.dumps(settings)]
+        sandbox = [sys.executable, "-I", "-S", str(Path(__file__).with_name("namespaces.py")), json.dumps(settings)]
         verdict, end = os.pipe()
         os.set_blocking(verdict, False)
         program = [sys.executable, "-I", "-B", "-c", DRIVER, str(end)]
         process = subprocess.Popen(
-            [*jail, *program], stdin=subprocess.PIPE, stdout=output, stderr=output, env={}, pass_fds=[end],
+            [*sandbox, *program], stdin=subprocess.PIPE, stdout=output, stderr=output, env={}, pass_fds=[end],
             start_new_session=True,
         )  # fmt: skip
         os.close(end)
         secret = secrets.token_hex(16).encode()
         try:
             process.communicate(secret + b"\n" + source.encode(), timeout=limits.seconds)
-            said = _last_words(output).replace(secret.decode(), "")  # status 1 is a file descriptor, too
-            return _outcome(process.returncode, said, token, _passed(verdict, secret))
+            printed = _last_output(output).replace(secret.decode(), "")  # status 1 is a file descriptor too
+            return _outcome(process.returncode, printed, token, _passed(verdict, secret))
         except subprocess.TimeoutExpired:
             return Outcome(False, f"timed out after {limits.seconds:g} s")
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # all that is in there dies with it
+                os.killpg(process.pid, signal.SIGKILL)  # everything in the sandbox dies with it
                 process.wait()
             os.close(verdict)
 
 
 def _passed(verdict: int, secret: bytes) -> bool:
-    """Whether the pipe holds the secret and nothing else, once for each process that came to its end."""
+    """Whether the pipe holds only the secret, once for each process that reached its end."""
     try:
         written = os.read(verdict, VERDICT_BYTES)
-    except BlockingIOError:  # a process of the program is still there, and wrote nothing
+    except BlockingIOError:  # a process of the program still runs and has written nothing
         return False
     return bool(written) and not written.replace(secret, b"")
 
 
-def _outcome(code: int, said: str, token: str, passed: bool) -> Outcome:
-    words, _, verdict = said.rpartition(token)
+def _outcome(code: int, printed: str, token: str, passed: bool) -> Outcome:
+    words, _, verdict = printed.rpartition(token)
     if code == 0 and passed:
         return Outcome(True, "passed")
     if code == REFUSED and verdict.startswith(" refused"):
@@ -203,7 +203,7 @@ def _outcome(code: int, said: str, token: str, passed: bool) -> Outcome:
     return Outcome(False, ": ".join((ended, *last)))
 
 
-def _last_words(output: IO[bytes]) -> str:
+def _last_output(output: IO[bytes]) -> str:
     size = output.seek(0, os.SEEK_END)
-    output.seek(max(0, size - TOLD_BYTES))
+    output.seek(max(0, size - LAST_BYTES))
     return output.read().decode(errors="replace")

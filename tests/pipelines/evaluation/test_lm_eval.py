@@ -242,7 +242,7 @@ def test_every_task_that_cannot_run_is_named_before_any_work(tmp_path):
     with pytest.raises(ConfigError) as caught:
         check_tasks(tasks, allow_code_execution=False)
     assert str(caught.value).split("; ") == [
-        "task humaneval runs programs that the model wrote", "say allow_code_execution: true, or leave it out",
+        "task humaneval runs programs that the model wrote", "set allow_code_execution: true, or leave it out",
         "task gsm8k has no data", "give the path of a copy of the data set openai/gsm8k, or of a JSONL file",
         "data of task piqa: /nowhere/piqa does not exist",
         "put a copy of the data set baber/piqa or a JSONL file there",

@@ -55,7 +55,7 @@ def test_texts_stand_as_in_table_2_and_choices_as_in_table_3():
     ):
         assert line in lines
     assert "| AR loss (nats per token, 8 rows) | 1.2500 | 1.2000 |" in lines
-    assert "| greedy texts equal to the plain AR loop | 4 of 4 prompts | says the same on 3 |" in lines
+    assert "| greedy texts equal to the plain AR loop | 4 of 4 prompts | equal on 3 |" in lines
 
 
 def test_a_report_without_parent_and_tasks_has_no_empty_places_for_them():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipelines.evaluation.paper_tasks import read_rows
+from pipelines.evaluation.paper_tasks import read_entries
 from pipelines.jobs import Source
 from pipelines.packing import corpus
 from tidar_core.artifacts.store import locations
@@ -79,7 +79,7 @@ def test_all_streams_of_a_file_are_read_and_each_is_held_to_its_end(root, suffix
 
 def test_skippable_empty_and_far_reaching_frames_of_zstandard_are_read(tmp_path):
     skipped = struct.pack("<II", 0x184D2A50, 5) + b"hello"
-    reach = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)  # decoders take 27 unless they are told
+    reach = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)  # the default limit of decoders is 27
     far = zstandard.ZstdCompressor(compression_params=reach).compressobj()
     frames = skipped + zstandard.compress(b"") + far.compress(TEXT) + far.flush() + skipped
     (tmp_path / "a.zst").write_bytes(frames)
@@ -102,9 +102,9 @@ def test_prompts_and_questions_in_a_file_that_was_cut_are_refused_by_its_name(tm
     path = str(tmp_path / f"a.jsonl{suffix}")
     content = PACKERS[suffix](LINES)
     locations.write_bytes(path, content)
-    assert len(read_prompts(path, 99)) == len(read_rows(path)) == 20
+    assert len(read_prompts(path, 99)) == len(read_entries(path)) == 20
     locations.write_bytes(path, content[:-3])
-    for reader in (lambda: read_prompts(path, 99), lambda: read_rows(path)):
+    for reader in (lambda: read_prompts(path, 99), lambda: read_entries(path)):
         with pytest.raises(CorpusError, match=rf"a\.jsonl{suffix} is damaged"):
             reader()
 

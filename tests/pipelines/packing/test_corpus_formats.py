@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.evaluation.paper_tasks import read_rows
+from pipelines.evaluation.paper_tasks import read_entries
 from pipelines.jobs import PackJob, Source
 from pipelines.packing import corpus, parquet_reader
 from pipelines.packing.skipped_entries import LeftOut
@@ -91,7 +91,7 @@ def test_json_nested_too_deeply_is_named_by_its_line(tmp_path, documents):
     assert refused(tmp_path / "a.jsonl", documents=documents) == (
         "line 2 of a.jsonl is JSON nested too deeply to be read; remove what is nested, or the line"
     )
-    for reader, kind in ((lambda path: read_prompts(path, 9), CorpusError), (read_rows, ConfigError)):
+    for reader, kind in ((lambda path: read_prompts(path, 9), CorpusError), (read_entries, ConfigError)):
         with pytest.raises(kind, match=r"a\.jsonl line 2 is JSON nested too deeply to be read"):
             reader(str(tmp_path / "a.jsonl"))
 

@@ -100,7 +100,7 @@ def test_a_tokenizer_sees_the_start_of_every_file_and_no_held_out_text(tmp_path)
     assert list(corpus.first_texts(files, 300_000, lambda text: False)) == []
 
 
-def test_the_share_held_out_is_about_what_was_asked_and_depends_on_the_text_alone():
+def test_the_share_held_out_is_about_the_requested_share_and_depends_on_the_text_alone():
     splits = [split_of(digest_of(f"text {n}"), 0.25) for n in range(4000)]
     assert splits == [split_of(digest_of(f"text {n}"), 0.25) for n in range(4000)]
     assert 900 < splits.count("held_out") < 1100  # 1000 expected; the texts are fixed, so is the count
@@ -129,11 +129,13 @@ def test_a_file_at_fault_is_named(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_file_that_is_not_utf_8_is_passed_over_and_told(tmp_path):
+def test_a_text_file_that_is_not_utf_8_is_passed_over_and_reported(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
-    told = []
-    assert list(corpus.documents(corpus.Piece(str(tmp_path / "a.txt"), 0, 4, whole=True), TEXTS, told.append)) == []
-    assert told == [str(tmp_path / "a.txt")]
+    passed_over = []
+    assert (
+        list(corpus.documents(corpus.Piece(str(tmp_path / "a.txt"), 0, 4, whole=True), TEXTS, passed_over.append)) == []
+    )
+    assert passed_over == [str(tmp_path / "a.txt")]
 
 
 def test_a_parquet_file_without_the_text_is_named(tmp_path):

@@ -141,9 +141,9 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_named_and_end_no_job(
         "user\na\nassistant\nb\nuser\nc\nassistant\nd\n",
     ]
     assert manifest.splits["train"].documents == 2 + len(CHAT)
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"left out 4 rows of {path}: line 1 of {path} begins with the assistant's words" in told
-    assert f"line 4 of {path} has no conversation" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"left out 4 rows of {path}: line 1 of {path} begins with a message of the assistant" in printed
+    assert f"line 4 of {path} has no conversation" in printed
     assert packed("again", unit_bytes=100) == manifest
     assert shard_bytes(tmp_path / "again") == shard_bytes(tmp_path / "out")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.evaluation.sandbox import namespaces
-from pipelines.evaluation.sandbox.namespaces import DENIED, FENCED, MACHINES, SYS_LANDLOCK
+from pipelines.evaluation.sandbox.namespaces import DENIED, LANDLOCK_DENIED, MACHINES, SYS_LANDLOCK
 
 ROOT = Path(__file__).parents[4]
 HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
@@ -51,7 +51,7 @@ def where_forbidden(calls, programs):
 @pytest.fixture(scope="module", autouse=True)
 def landlock():
     said = where_forbidden([DENIED["unshare"]], [])[0]
-    if "cannot be shut in" in said:
+    if "cannot be isolated" in said:
         pytest.skip(said)
     assert said.startswith("Landlock and a filter of system calls, no namespaces")
 
@@ -90,7 +90,7 @@ def test_a_program_without_namespaces_reads_and_writes_only_its_own_folder_and_s
 
 
 LAST_WILL = "import ctypes; assert ctypes.CDLL(None).prctl(1, 0) == -1"
-"""To outlive its parent a program would have to be told of its death no more."""
+"""A program could outlive its parent only if the kernel no longer signalled the parent's death."""
 
 
 ENDLESS = """
@@ -128,7 +128,7 @@ def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_
 
 def test_where_neither_namespaces_nor_landlock_are_allowed_nothing_is_run():
     (said,) = where_forbidden([DENIED["unshare"], (SYS_LANDLOCK, SYS_LANDLOCK)], ["open('/tmp/never', 'w')"])
-    assert "programs of a model cannot be shut in on this machine (refused: [Errno 1] unshare: " in said
+    assert "programs of a model cannot be isolated on this machine (refused: [Errno 1] unshare: " in said
     assert "refused: [Errno 1] landlock: Operation not permitted); none is run" in said
 
 
@@ -144,7 +144,7 @@ def test_the_numbers_of_system_calls_are_the_kernel_s_on_each_machine(machine):
               "tgkill": namespaces.TGKILL, "prlimit64": namespaces.PRLIMIT,
               "landlock_create_ruleset": (SYS_LANDLOCK,) * 2,
               "pivot_root": tuple(namespaces.SYS_PIVOT_ROOT[machine] for machine in HEADERS)}  # fmt: skip
-    ours = {name: numbers[MACHINES[machine][0]] for name, numbers in (DENIED | FENCED | others).items()}
+    ours = {name: numbers[MACHINES[machine][0]] for name, numbers in (DENIED | LANDLOCK_DENIED | others).items()}
     newer = {"fchmodat2", "setxattrat", "removexattrat"}  # than the oldest headers that we build with
     for name, number in ours.items():
         assert kernel.get(name) == number or (name in newer and name not in kernel), name

@@ -23,7 +23,7 @@ SHORT = Limits(seconds=2, processes=8)
 def sandbox():
     try:
         if isolation().startswith("Landlock"):
-            pytest.skip("no namespaces are allowed here; what stands in for them is tested in test_fence")
+            pytest.skip("no namespaces are allowed here; their replacement is tested in test_namespaces")
     except ConfigError as error:
         pytest.skip(str(error))
 
