@@ -9,7 +9,6 @@ from english import ROOT, blocks, document_problems, problems_of, python_problem
 NOT_YET = (
     # root
     "tidar.py",
-    # pipelines
     # serve_apps
     # tests artifacts
     "tests/artifacts/model/",

@@ -134,8 +134,8 @@ def _landlock_needed() -> bool:
     if under_landlock.passed:
         return True
     raise ConfigError(
-        f"programs of a model cannot be isolated on this machine ({outcome.reason}; {under_landlock.reason}); none is run: "
-        "run as root, or allow user namespaces (Linux 5.12) or Landlock (5.13), or leave allow_code_execution off"
+        f"programs of a model cannot be isolated on this machine ({outcome.reason}; {under_landlock.reason}); none is "
+        "run: run as root, or allow user namespaces (Linux 5.12) or Landlock (5.13), or leave allow_code_execution off"
     )
 
 
