@@ -24,12 +24,7 @@ NOT_YET = (
     "tests/test_model_commands.py",
     "tests/test_river.py",
     # tests pipelines
-    "tests/pipelines/conftest.py",
     "tests/pipelines/evaluation/",
-    "tests/pipelines/packing/",
-    "tests/pipelines/research/",
-    "tests/pipelines/test_jobs.py",
-    "tests/pipelines/training/",
     # tests serve
     # tests support
     "tests/support/decoding.py",

@@ -1,4 +1,4 @@
-"""One small river for all tests of the stations: each fixture is a real run of one station."""
+"""Small jobs from corpus to report, shared by the tests of pipelines: each fixture is a real run of a job."""
 
 import asyncio
 from pathlib import Path
@@ -14,33 +14,33 @@ from tidar_core.decoding.autoregressive import generate_autoregressive
 
 
 @pytest.fixture(scope="session")
-def river(tmp_path_factory):
-    """The folder that the stations work in."""
-    return tmp_path_factory.mktemp("river")
+def workdir(tmp_path_factory):
+    """The folder that the jobs work in."""
+    return tmp_path_factory.mktemp("workdir")
 
 
 @pytest.fixture(scope="session")
-def shards(river, ray_cluster):
+def shards(workdir, ray_cluster):
     """The sources of asyncio, packed into rows of 64."""
     from pipelines.packing.pack import pack
 
     pack(PackJob(
-        corpus=str(Path(asyncio.__file__).parent), include=("*.py",), output=str(river / "shards"),
+        corpus=str(Path(asyncio.__file__).parent), include=("*.py",), output=str(workdir / "shards"),
         tokenizer=TrainBpe(vocab_size=320, max_bytes=100_000), row_len=64, held_out=0.2, workers=1,
     ))  # fmt: skip
-    return str(river / "shards")
+    return str(workdir / "shards")
 
 
 @pytest.fixture(scope="session")
-def train_job(river, shards):
+def train_job(workdir, shards):
     """A small train job of two workers; keyword arguments change it."""
 
     def make(name, **changes):
         values = {
-            "shards": shards, "output": str(river / name), "shape": "tiny", "objective": "ar", "block_len": 4,
+            "shards": shards, "output": str(workdir / name), "shape": "tiny", "objective": "ar", "block_len": 4,
             "steps": 30, "rows_per_step": 8, "rows_per_forward": 2, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
             "precision": "fp32", "workers": 2, "checkpoint_every": 10, "log_every": 1, "warmup": 0.1,
-            "tracking_uri": f"sqlite:///{river}/mlflow.db", "experiment": "tests",
+            "tracking_uri": f"sqlite:///{workdir}/mlflow.db", "experiment": "tests",
         }  # fmt: skip
         return TrainJob.model_validate(values | changes)
 
@@ -77,24 +77,25 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture(scope="session")
-def continuations(river, dual_bundle):
-    """A task of four questions, three of which `dual_bundle` answers as expected: one token at a time says how."""
+def continuations(workdir, dual_bundle):
+    """A task of four questions; decoding one token at a time with `dual_bundle` answers three of them as expected."""
     bundle = load_bundle(dual_bundle.output)
     rows = []
     for beginning in ("def main(", "import ", "class Future:", "    return "):
         prompt, sampling = tuple(bundle.tokenizer.encode(beginning)), SamplingConfig(max_tokens=12)
-        said = bundle.tokenizer.decode(generate_autoregressive(bundle.model, prompt, sampling)).split(")")[0]
-        rows.append({"beginning": beginning, "end": said if len(rows) < 3 else f"{said}?"})
+        answer = bundle.tokenizer.decode(generate_autoregressive(bundle.model, prompt, sampling)).split(")")[0]
+        rows.append({"beginning": beginning, "end": answer if len(rows) < 3 else f"{answer}?"})
     return TaskJob(
-        task=write_task(river, "continuations", CONTINUATIONS), data=write_lines(river / "continuations.jsonl", rows)
+        task=write_task(workdir, "continuations", CONTINUATIONS),
+        data=write_lines(workdir / "continuations.jsonl", rows),
     )
 
 
 @pytest.fixture(scope="session")
-def evaluate_job(river, shards, ar_bundle, dual_bundle, continuations):
+def evaluate_job(workdir, shards, ar_bundle, dual_bundle, continuations):
     """The evaluation of `dual_bundle` against `ar_bundle`, which it was converted from."""
     return EvaluateJob(
-        bundle=dual_bundle.output, shards=shards, output=str(river / "report"), parent=ar_bundle.output, prompts=3,
+        bundle=dual_bundle.output, shards=shards, output=str(workdir / "report"), parent=ar_bundle.output, prompts=3,
         prompt_len=16, max_tokens=24, batch=2, loss_rows=20, repeats=1, tasks=(continuations,),
         task_modes=("single-pass", "autoregressive"), tracking_uri=dual_bundle.tracking_uri, experiment="tests",
     )  # fmt: skip
@@ -110,7 +111,7 @@ def report(evaluate_job):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A small tokenizer, trained on what the small corpora say."""
+    """A small tokenizer, trained on the words of the small corpora."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_bpe(iter(["the quick brown fox return a + b document lorem ipsum dolor " * 9]), 290).save(folder)
     return str(folder)

@@ -51,16 +51,19 @@ def test_a_wrong_job_is_refused_in_one_line(tmp_path, text, words):
 
 
 def test_tasks_that_nobody_is_to_answer_are_refused(tmp_path):
-    path, asked = tmp_path / "job.yaml", "bundle: b\nshards: s\noutput: o\ntasks: [{task: gsm8k}]\ntask_modes: []\n"
-    path.write_text(asked)
+    path, given_task = (
+        tmp_path / "job.yaml",
+        "bundle: b\nshards: s\noutput: o\ntasks: [{task: gsm8k}]\ntask_modes: []\n",
+    )
+    path.write_text(given_task)
     with pytest.raises(ConfigError, match="task_modes is \\[\\] and no service is given"):
         read_job(EvaluateJob, path)
-    path.write_text(asked + "service: http://127.0.0.1:8000/v1\n")
+    path.write_text(given_task + "service: http://127.0.0.1:8000/v1\n")
     assert read_job(EvaluateJob, path).task_modes == ()
 
 
 @pytest.mark.parametrize("kind", ["mixture", "sft"])
-def test_a_pack_job_may_name_several_sources_which_take_over_what_they_do_not_say(kind):
+def test_a_pack_job_may_name_several_sources_which_take_over_missing_keys(kind):
     job = read_job(PackJob, JOBS / f"pack.{kind}.yaml")
     assert PackJob.model_validate(job.model_dump(mode="json")) == job
     assert [(source.weight, source.documents, source.text_field) for source in job.sources] == {

@@ -1,4 +1,4 @@
-"""Of a conversation, what the assistant says is learned: to the token, and whatever anybody wrote."""
+"""Training tokens of a conversation: exactly the tokens of the assistant, for every content of messages."""
 
 import json
 from datetime import date
@@ -45,19 +45,19 @@ def encode(row, template, tokenizer):
     return segments
 
 
-def said(segments, tokenizer, trained):
+def texts_of(segments, tokenizer, trained):
     return [tokenizer.decode(segment.ids, skip_special=False) for segment in segments if segment.trained == trained]
 
 
 def test_every_turn_of_the_assistant_is_trained_with_the_token_that_ends_it_and_nothing_else(qwen):
     template, tokenizer = qwen
     segments = encode({"messages": TURNS, "tools": TOOLS}, template, tokenizer)
-    assert said(segments, tokenizer, True) == [
+    assert texts_of(segments, tokenizer, True) == [
         '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>\n',
         "It is 3.<|im_end|>\n",
         "You say <|im_end|>.<|im_end|>\n",
     ]
-    assert said(segments, tokenizer, False)[1] == (
+    assert texts_of(segments, tokenizer, False)[1] == (
         "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     ids = [token for segment in segments for token in segment.ids]
@@ -65,7 +65,7 @@ def test_every_turn_of_the_assistant_is_trained_with_the_token_that_ends_it_and_
     assert ids.count(tokenizer.special_ids["<|im_end|>"]) == 1 + len(TURNS)  # the system message's, and no forged one
 
 
-def test_a_response_begins_where_the_model_is_asked_for_it(qwen):
+def test_a_response_begins_at_the_generation_prompt(qwen):
     template, tokenizer = qwen
     segments = encode({"messages": TURNS[:1] + TURNS[3:4]}, template, tokenizer)
     assert [segment.trained for segment in segments] == [False, True]
@@ -100,7 +100,7 @@ def test_a_prompt_and_a_response_are_the_conversation_of_their_messages():
         ({"messages": [{"role": "user", "content": "a"}, WHEN]}, "holds a value that JSON does not have"),
     ],
 )
-def test_a_row_that_is_no_conversation_says_why(row, words):
+def test_an_entry_that_is_no_conversation_has_a_reason(row, words):
     with pytest.raises(ValueError, match=words) as caught:
         conversation_of(row)
     assert "\n" not in str(caught.value)
@@ -138,11 +138,11 @@ def test_the_template_is_shown_by_training_what_the_service_shows_it(qwen):
     messages = [{"content": [{"text": "hi", "type": "text"}], "role": "user"},
                 {"tool_calls": [call], "content": "so", "role": "assistant"}]  # fmt: skip
     tool = {"function": {"parameters": {"type": "object", "default": None}, "name": "add"}, "type": "function"}
-    assert said(encode({"messages": messages, "tools": [tool]}, whole, tokenizer), tokenizer, False) == [
+    assert texts_of(encode({"messages": messages, "tools": [tool]}, whole, tokenizer), tokenizer, False) == [
         '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "default": null}}}]'
         '{"role": "user", "content": "hi"}'
     ]
-    assert said(encode({"messages": messages}, whole, tokenizer), tokenizer, True) == [
+    assert texts_of(encode({"messages": messages}, whole, tokenizer), tokenizer, True) == [
         '{"role": "assistant", "content": "so", "tool_calls": [{"id": "c", "type": "function", "function": '
         '{"name": "add", "arguments": {"b": null, "a": 1}}}]}'
     ]
@@ -173,8 +173,12 @@ def test_each_answer_is_trained_after_the_history_as_the_service_would_show_it_a
     tokenizer = tokenizer_with(QWEN3_THINKING)
     template = ChatTemplate(QWEN3_THINKING)
     texts = documents({"messages": THINKING + rest, "tools": TOOLS}, template, tokenizer)
-    assert [len(said(segments, tokenizer, True)) for segments in texts] == [2, 1, 1]  # the calls of a turn are one text
-    trained = [text for segments in texts for text in said(segments, tokenizer, True)]
+    assert [len(texts_of(segments, tokenizer, True)) for segments in texts] == [
+        2,
+        1,
+        1,
+    ]  # the calls of a turn are one text
+    trained = [text for segments in texts for text in texts_of(segments, tokenizer, True)]
     assert trained == [f"{answer}<|im_end|>\n" for answer in ANSWERS.values()]
     prompts = []
     for segments in texts:
@@ -193,13 +197,13 @@ def test_an_answer_that_merges_with_its_prompt_once_both_are_history_is_trained_
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     tokenizer, template = tokenizer_with(source, trained_on=("a\n\nb\n\n\nc" * 50,)), ChatTemplate(source)
-    ask, plain = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    question, plain = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     merging = {"role": "assistant", "content": "\n\nb"}
-    assert len(documents({"messages": [ask, plain, ask, plain]}, template, tokenizer)) == 1
-    first, second = documents({"messages": [ask, merging, ask, plain]}, template, tokenizer)
-    assert first[0].ids == encode_chat(template, tokenizer, [ask])
-    assert second[0].ids == encode_chat(template, tokenizer, [ask, merging, ask])
-    assert [said(segments, tokenizer, True) for segments in (first, second)] == [["\n\nb\n\n"], ["b\n\n"]]
+    assert len(documents({"messages": [question, plain, question, plain]}, template, tokenizer)) == 1
+    first, second = documents({"messages": [question, merging, question, plain]}, template, tokenizer)
+    assert first[0].ids == encode_chat(template, tokenizer, [question])
+    assert second[0].ids == encode_chat(template, tokenizer, [question, merging, question])
+    assert [texts_of(segments, tokenizer, True) for segments in (first, second)] == [["\n\nb\n\n"], ["b\n\n"]]
 
 
 @pytest.mark.parametrize("source", [CHATML, HERMES, LLAMA3, GEMMA])
@@ -219,14 +223,14 @@ def test_a_null_in_arguments_that_somebody_wrote_is_trained(qwen):
     template, tokenizer = qwen
     call = {"function": {"name": "add", "arguments": {"a": 1, "b": None}}}
     segments = encode({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [call]}]}, template, tokenizer)
-    assert '"arguments": {"a": 1, "b": null}}' in said(segments, tokenizer, True)[0]
+    assert '"arguments": {"a": 1, "b": null}}' in texts_of(segments, tokenizer, True)[0]
 
 
 def test_an_answer_of_weight_0_is_read_and_not_trained(qwen):
     template, tokenizer = qwen
     plain = [TURNS[0], TURNS[3] | {"weight": 0}, TURNS[0], TURNS[5] | {"weight": 1}]
     segments = encode({"messages": plain}, template, tokenizer)
-    assert said(segments, tokenizer, True) == ["You say <|im_end|>.<|im_end|>\n"]
+    assert texts_of(segments, tokenizer, True) == ["You say <|im_end|>.<|im_end|>\n"]
     assert [token for segment in segments[:-1] for token in segment.ids] == encode_chat(template, tokenizer, plain[:3])
     unmarked = [{key: value for key, value in message.items() if key != "weight"} for message in plain]
     assert conversation_of({"messages": unmarked}) != conversation_of({"messages": plain})
@@ -239,7 +243,7 @@ def test_a_call_without_arguments_is_trained_with_an_empty_object(qwen, argument
     template, tokenizer = qwen
     call = {"function": {"name": "now", **arguments}}
     segments = encode({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [call]}]}, template, tokenizer)
-    assert said(segments, tokenizer, True) == [
+    assert texts_of(segments, tokenizer, True) == [
         '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>\n'
     ]
 
@@ -260,8 +264,8 @@ def test_calls_that_the_template_would_leave_out_are_refused(qwen):
         documents({"messages": TURNS}, ChatTemplate(CHATML), tokenizer)
 
 
-def test_a_template_that_tells_the_day_gives_the_same_tokens_on_every_day(qwen):
+def test_a_template_with_the_date_gives_the_same_tokens_on_every_day(qwen):
     _, tokenizer = qwen
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
     segments = encode({"prompt": "a", "response": "b"}, template, tokenizer)
-    assert said(segments, tokenizer, False) == ["26 Jul 2024a"]
+    assert texts_of(segments, tokenizer, False) == ["26 Jul 2024a"]

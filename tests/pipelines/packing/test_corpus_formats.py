@@ -1,4 +1,4 @@
-"""What users have is read, or refused in one true line: columns of every kind, names of every case, odd rows."""
+"""Files of users are read, or refused in one true line: columns of every kind, names of every case, odd entries."""
 
 import gzip
 import json
@@ -72,7 +72,7 @@ def test_a_column_of_something_else_is_refused_with_what_it_holds(tmp_path, colu
     assert read(tmp_path / "a.parquet", "body") == ["x"]
 
 
-def test_two_columns_of_one_name_are_refused_where_they_are_asked_for(tmp_path):
+def test_two_columns_of_one_name_are_refused_where_they_are_requested(tmp_path):
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
     pq.write_table(twice, tmp_path / "a.parquet")
     line = "a.parquet has 2 columns named 'text'; one is needed; rename the others"
@@ -97,7 +97,7 @@ def test_json_nested_too_deeply_is_named_by_its_line(tmp_path, documents):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ({"body": "x"}, "has no text under 'text'; set text_field to the key that holds it"),
         ({"text": None}, "has no text under 'text', that is null; put a text there, or remove the row"),
@@ -109,9 +109,9 @@ def test_json_nested_too_deeply_is_named_by_its_line(tmp_path, documents):
         (None, "has no text under 'text', it is null; each line must be one object"),
     ],
 )
-def test_a_row_without_its_text_is_refused_with_what_is_there(tmp_path, value, said):
+def test_a_row_without_its_text_is_refused_with_what_is_there(tmp_path, value, message):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps(value))
-    assert refused(tmp_path / "a.jsonl") == f"line 2 of a.jsonl {said}"
+    assert refused(tmp_path / "a.jsonl") == f"line 2 of a.jsonl {message}"
 
 
 def test_a_line_that_is_no_object_is_no_conversation(tmp_path):
@@ -137,12 +137,12 @@ def test_every_format_is_known_in_upper_case(tmp_path):
     (tmp_path / "B.Md").write_text("two")
     pq.write_table(pa.table({"text": ["three"]}), tmp_path / "C.PARQUET")
     (tmp_path / "D.Parquet.GZ").write_bytes(gzip.compress((tmp_path / "C.PARQUET").read_bytes()))
-    (tmp_path / "E.TXT.bak").write_text("no text that was asked for")
+    (tmp_path / "E.TXT.bak").write_text("no requested text")
     assert read(tmp_path) == ["one", "two", "three", "three"]
     assert [entry.name for entry in corpus.list_corpus(str(tmp_path), ("*.TXT", "*.md"), ("*.txt",))] == ["B.Md"]
 
 
-def test_the_case_of_all_but_suffixes_tells_names_apart(tmp_path):
+def test_the_case_of_all_but_suffixes_distinguishes_names(tmp_path):
     for name in ("Test/a.txt", "test/b.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("x")

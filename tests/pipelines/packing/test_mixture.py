@@ -1,4 +1,4 @@
-"""What a mixture holds follows from the hashes of its documents and the weights of its sources."""
+"""The content of a mixture follows from the hashes of its documents and the weights of its sources."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from tidar_core.errors import CorpusError
 
 
 def digest(split_draw, weight_draw):
-    """A hash of which one half says where the document goes and the other how often."""
+    """A hash: half of it decides the split of the document, the other half the number of passes."""
     return int(split_draw * 2**64).to_bytes(8, "big") + int(weight_draw * 2**64).to_bytes(8, "big") + bytes(16)
 
 
@@ -44,7 +44,7 @@ def test_the_share_drawn_is_independent_of_the_split():
     assert {t for t in train if streams_of(t, 0.25, 0.3)} < set(drawn)
 
 
-def test_a_split_holds_each_source_as_often_as_its_weight_says_and_held_out_once():
+def test_a_split_holds_each_source_as_often_as_its_weight_and_held_out_once():
     def part(source, stream):
         return Part(source, stream, f"{stream}-{source}", 1, 2)
 
@@ -102,12 +102,12 @@ def mixed(tmp_path, sources, held_out, unit_lines):
     how = pack_tasks.Tokenizing(folder, tuple(given), held_out, len(duplicates.make_buckets(10**7)), flags=False)
     parts = [Part(**part) for unit in units for part in pack_tasks.tokenize_unit(unit, how)["parts"]]
     return {
-        split: [text for _, part in found for text in said(part, folder, tokenizer)]
+        split: [text for _, part in found for text in texts_in(part, folder, tokenizer)]
         for split, found in arranged(parts, given).items()
     }
 
 
-def said(part, folder, tokenizer):
+def texts_in(part, folder, tokenizer):
     read = read_part(f"{folder.units}/{part.file}")
     return [tokenizer.decode(ids.tolist()[:-1]) for ids in read.tokens_T.split(read.document_len_N.tolist())]
 
@@ -121,7 +121,7 @@ def test_what_a_weight_leaves_out_of_one_source_the_next_source_still_gives(tmp_
     assert mixed(tmp_path, [(texts, 0.3), (texts, 1)], held_out, 1000) == splits
 
 
-def test_a_text_is_taken_as_often_as_the_first_source_that_takes_it_says(tmp_path):
+def test_a_text_is_taken_as_often_as_the_weight_of_the_first_source_that_takes_it(tmp_path):
     texts = [f"document {n}" for n in range(200)]
     splits = mixed(tmp_path, [(texts + texts, 0.3), (texts, 0.5), (texts + texts, 2.5), (texts, 1)], 0.1, 9)
     expected = Counter()

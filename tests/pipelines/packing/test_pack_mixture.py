@@ -1,4 +1,4 @@
-"""A mixture becomes shards: each source by its weight, no text twice, some of it said by an assistant."""
+"""A mixture becomes shards: each source by its weight, no text twice, some of it written by an assistant."""
 
 import io
 import json
@@ -75,12 +75,12 @@ def test_a_mixture_on_an_object_store_with_dedup_is_deterministic_for_any_worker
 
 
 @pytest.mark.ray
-def test_only_what_the_assistant_says_is_trained_and_texts_beside_it_whole(ray_cluster, tmp_path):
+def test_only_the_tokens_of_the_assistant_are_trained_and_texts_beside_it_whole(ray_cluster, tmp_path):
     chat_tokenizer("qwen2.5").save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    asked = [{"prompt": row["messages"][0]["content"], "response": row["messages"][1]["content"]} for row in CHAT]
+    pairs = [{"prompt": row["messages"][0]["content"], "response": row["messages"][1]["content"]} for row in CHAT]
     sources = [
-        {"path": write_lines(tmp_path / "chat.jsonl", CHAT + asked[:1]), "documents": "conversations"},
+        {"path": write_lines(tmp_path / "chat.jsonl", CHAT + pairs[:1]), "documents": "conversations"},
         {"path": write_lines(tmp_path / "text.jsonl", [{"text": "some text"}])},
     ]
     settings = {"held_out": 0.0, "dedup": True, "unit_bytes": 200}
@@ -93,9 +93,9 @@ def test_only_what_the_assistant_says_is_trained_and_texts_beside_it_whole(ray_c
     end = tokenizer.special_ids["<|im_end|>"]
     for n, row in enumerate(CHAT):
         mine = rows.document_ids_BS.flatten() == n
-        said = ids[mine & flags].tolist()
-        assert tokenizer.decode(said) == row["messages"][1]["content"] + "\n"
-        assert end in said
+        answer = ids[mine & flags].tolist()
+        assert tokenizer.decode(answer) == row["messages"][1]["content"] + "\n"
+        assert end in answer
         assert "What is" in tokenizer.decode(ids[mine & ~flags].tolist())
     text = rows.document_ids_BS.flatten() == len(CHAT)
     assert tokenizer.decode(ids[text].tolist()) == "some text"

@@ -1,4 +1,4 @@
-"""A pack job that was killed and is started again does the rest, and no one can tell."""
+"""A pack job that was killed and is started again does the rest, with the same shards."""
 
 import json
 import os

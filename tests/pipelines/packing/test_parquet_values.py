@@ -1,4 +1,4 @@
-"""What somebody wrote comes back from Parquet, without the nulls that its columns add."""
+"""Written values come back from Parquet, without the nulls that its columns add."""
 
 import json
 from functools import partial
@@ -11,7 +11,7 @@ from pipelines.packing.conversations import conversation_of
 from pipelines.packing.corpus import Piece, located_documents
 from pipelines.packing.skipped_entries import LeftOut
 
-ASK = {"role": "user", "content": [{"type": "text", "text": "Rain?"}]}
+QUESTION = {"role": "user", "content": [{"type": "text", "text": "Rain?"}]}
 
 
 def called(name, arguments):
@@ -24,11 +24,12 @@ def offered(name, properties):
 
 
 ROWS = [
-    {"messages": [ASK, called("weather", {"city": "Oslo"})],
+    {"messages": [QUESTION, called("weather", {"city": "Oslo"})],
      "tools": [offered("weather", {"city": {"type": "string", "enum": ["Oslo", "Rome"]}})]},
-    {"messages": [ASK, called("add", {"a": 1, "b": {"c": [2]}}), {"role": "tool", "tool_call_id": "x", "content": []}],
+    {"messages": [QUESTION, called("add", {"a": 1, "b": {"c": [2]}}),
+                  {"role": "tool", "tool_call_id": "x", "content": []}],
      "tools": [offered("add", {"a": {"type": "integer"}, "b": {"type": "object"}})]},
-    {"messages": [ASK, called("now", {})], "tools": None},
+    {"messages": [QUESTION, called("now", {})], "tools": None},
 ]  # fmt: skip
 
 
@@ -50,14 +51,14 @@ def test_calls_and_tools_of_a_file_have_their_own_keys_alone(tmp_path):
 def test_a_null_in_a_map_or_a_list_was_written_by_somebody_and_stays(tmp_path):
     call = pa.struct({"name": pa.string(), "arguments": pa.map_(pa.string(), pa.list_(pa.int64()))})
     message = pa.struct({"role": pa.string(), "content": pa.string(), "function_call": call})
-    said = {"role": "assistant", "function_call": {"name": "f", "arguments": [("a", None), ("b", [1, None])]}}
-    table = pa.table({"messages": pa.array([[{"role": "user", "content": "a"}, said]], pa.list_(message))})
+    answer = {"role": "assistant", "function_call": {"name": "f", "arguments": [("a", None), ("b", [1, None])]}}
+    table = pa.table({"messages": pa.array([[{"role": "user", "content": "a"}, answer]], pa.list_(message))})
     pq.write_table(table, tmp_path / "a.parquet")
     assert '"arguments": {"a": null, "b": [1, null]}' in read(tmp_path / "a.parquet")[0]
 
 
 def test_a_row_of_parquet_that_cannot_be_used_is_named_by_its_number(tmp_path):
-    rows = [ROWS[0], {"messages": [ASK], "tools": None}, {"messages": None, "tools": None}, ROWS[1]]
+    rows = [ROWS[0], {"messages": [QUESTION], "tools": None}, {"messages": None, "tools": None}, ROWS[1]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     left_out = LeftOut()
     assert read(tmp_path / "a.parquet", left_out) == [conversation_of(row) for row in (ROWS[0], ROWS[1])]

@@ -65,9 +65,9 @@ def test_a_variant_that_is_no_train_job_is_refused_in_one_line(folder, capsys):
     path = folder / "job.yaml"
     path.write_text(path.read_text().replace("masking: random", "masking: half"))
     assert main([str(path)]) == 2
-    said = capsys.readouterr().err
-    assert "variant 'random': masking: Input should be 'full' or 'random'" in said
-    assert said.count("\n") == 1
+    line = capsys.readouterr().err
+    assert "variant 'random': masking: Input should be 'full' or 'random'" in line
+    assert line.count("\n") == 1
 
 
 def test_a_table_has_means_and_ranges_over_seeds():
@@ -95,7 +95,7 @@ def test_sizes_are_trained_from_random_weights_as_ar_models_first(folder, capsys
     assert experiment(read_job(ExperimentJob, path))[0]["ar_loss"] > found[0]["ar_loss"]
 
 
-def test_any_question_can_be_asked_of_another_size_beside_the_first(folder, capsys):
+def test_any_experiment_runs_at_another_size_beside_the_first(folder, capsys):
     path, shape = folder / "job.yaml", "quickstart-small"
     assert main([str(path), "--shape", shape]) == 2
     assert "--shape needs ar_steps" in capsys.readouterr().err

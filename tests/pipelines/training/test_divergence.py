@@ -19,7 +19,7 @@ KINDS = [(1, "bf16"), (2, "fp32"), (3, "bf16")]
 """ZeRO stages and precisions: each is another optimizer of DeepSpeed's."""
 OFFLOADED = [(1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]
 FORWARDS = 3
-"""Of a worker in a train step."""
+"""Worker in a train step."""
 LIMIT = 3
 
 

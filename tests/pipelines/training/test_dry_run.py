@@ -1,4 +1,4 @@
-"""What a job will do is known before it starts: steps, memory, refusals; nothing is written."""
+"""The work of a job is known before it starts: steps, memory, refusals; nothing is written."""
 
 import json
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ def job(shards, **changes):
     return TrainJob.model_validate({key: value for key, value in (values | changes).items() if value is not None})
 
 
-def test_a_dry_run_says_steps_tokens_and_memory_and_writes_nothing(shards):
+def test_a_dry_run_reports_steps_tokens_and_memory_and_writes_nothing(shards):
     record = dry_run(job(shards))
     assert (record["steps"], record["tokens_per_step"], record["tokens"]) == (10, 12 * 32, 3840)
     assert record["epochs"] == 5
@@ -51,7 +51,7 @@ def test_a_dry_run_says_steps_tokens_and_memory_and_writes_nothing(shards):
     assert not list(Path(shards).parent.glob("*-out*"))
 
 
-def test_the_time_of_a_step_is_estimated_and_says_from_what(shards):
+def test_the_time_of_a_step_is_estimated_and_names_its_source(shards):
     steps = {rows: dry_run(job(shards, rows_per_step=rows))["train_step"] for rows in (12, 1200)}
     assert (
         steps[12]["estimated_from"]
@@ -214,8 +214,8 @@ def kept_by_forward(config, objective, recompute):
 def test_estimated_activations_of_a_layer_are_about_those_that_a_forward_keeps(shards, objective, recompute):
     small = named_shape("quickstart", vocab_len=500)
     large = replace(small, layers=2 * small.layers)
-    asked = job(shards, objective=objective, activation_checkpointing=recompute)
-    estimated = activation_bytes(asked, large, 256) - activation_bytes(asked, small, 256)
+    train_job = job(shards, objective=objective, activation_checkpointing=recompute)
+    estimated = activation_bytes(train_job, large, 256) - activation_bytes(train_job, small, 256)
     kept = kept_by_forward(large, objective, recompute) - kept_by_forward(small, objective, recompute)
     if recompute:
         assert estimated == kept == 4 * 2 * 256 * (2 if objective == "dual" else 1) * small.hidden_size * small.layers

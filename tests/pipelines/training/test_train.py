@@ -116,7 +116,7 @@ def test_the_run_carries_the_job_and_where_it_came_from(ar_bundle, dual_bundle):
 def test_the_run_names_the_data_that_it_reads_once_however_often_it_was_begun(dual_bundle, broken_run):
     from mlflow import MlflowClient
 
-    # MLflow tells data apart by their hash, and keeps where it first heard of them
+    # MLflow identifies data by their hash, and keeps the first location that was logged
     source = {"uri": dual_bundle.shards, "identity": read_manifest(dual_bundle.shards).identity}
     for job in (dual_bundle, broken_run):
         run_id = locations.read_text(job.output + ".run/mlflow_run_id")
@@ -138,7 +138,7 @@ def test_a_finished_job_is_reused_and_another_job_may_not_take_its_place(train_j
 
 
 def train_workers() -> list[psutil.Process]:
-    """Of all jobs on this cluster."""
+    """Workers of all jobs on this cluster."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it ended while we looked
@@ -228,7 +228,7 @@ def test_a_killed_command_and_a_killed_worker_resume_and_end_exactly_where_an_un
     assert read_bundle_info(broken_run.output).lineage == read_bundle_info(dual_bundle.output).lineage
 
 
-def test_the_run_shows_what_an_operator_asks_for(broken_run):
+def test_the_run_shows_what_an_operator_needs(broken_run):
     from mlflow import MlflowClient
 
     assert [step for step, _ in curve(broken_run, "validation_loss")][-1] == 60
@@ -266,10 +266,10 @@ def test_a_run_that_diverges_is_one_line_exits_2_and_is_not_retried(train_job, t
         steps=24, log_every=2, checkpoint_every=4, validate_every=4, max_skipped_updates=3,
     )  # fmt: skip
     with train_command(job, tmp_path / "job.yaml", stderr=subprocess.PIPE, text=True) as driver:
-        said = driver.communicate()[1]
+        printed = driver.communicate()[1]
     assert driver.returncode == 2
-    assert "Traceback" not in said
-    last = said.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
     assert last.startswith(f"tidar: training of {job.output} diverged at train step 4: 3 steps in a row had no finite")
     assert not locations.exists(job.output)
     assert curve(job, "skipped_updates") == [(2, 1), (4, 3)]  # each step once

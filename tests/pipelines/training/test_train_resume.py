@@ -44,7 +44,7 @@ class Runs:
         return TrainJob.model_validate(values | changes)
 
     def stopped(self, name):
-        """Where that job stood after `STOP` steps."""
+        """State of this job after `STOP` steps."""
         return str(self.folder / f"{name}.run/checkpoints/step-{STOP:08d}")
 
     def losses(self, name):
@@ -164,7 +164,7 @@ def test_validation_is_the_mean_over_held_out_labels(runs, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_continuations_during_training_are_what_the_bundle_says(runs, stage):
+def test_continuations_during_training_are_those_of_the_bundle(runs, stage):
     page = (runs.logs / f"watched-{stage}/samples/step-{STEPS:08d}.md").read_text()
     bundle = load_bundle(runs.folder / f"watched-{stage}")
     greedy = SamplingConfig(max_tokens=6, eos_ids=(bundle.tokenizer.eos_id,))
