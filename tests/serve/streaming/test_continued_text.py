@@ -133,5 +133,5 @@ def test_an_evaluation_ends_at_the_stop_string_that_is_complete_first_as_the_ser
     tokens = ours.encode("abcde")
     assert len(tokens) == 1
     assert text.add(DecodeStep("0", tuple(tokens), None, 1, 0, 0))
-    assert text.said == "ab"
+    assert text.text == "ab"
     assert written(ours, "x", tokens, stop=("bcde", "cd")).text == "ab"
