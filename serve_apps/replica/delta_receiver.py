@@ -61,15 +61,27 @@ class DeltaReceiver:
         return self._error is not None or self._text.finish_reason is not None
 
     def deliver(self, *, last: bool) -> None:
-        """Send all text since the last delta. A text that is not streamed is sent at its admission and at its end."""
-        if self._error is not None:
+        """Send all text since the last delta. A text that is not streamed is sent at its admission and at its end.
+
+        An error ends this request alone: with its next step, if this is not the last.
+        """
+        if self._error is None and (last or self._first or (self._streamed and self._text.pending)):
+            try:
+                delta = self._delta(last=last)
+            except Exception as error:
+                self._error = error
+            else:
+                self._send(delta)
+                return
+        if self._error is not None and last:
             self.fail(self._error)
-        elif last or self._first or (self._streamed and self._text.pending):
-            timing = self._timing.timing if last else None
-            delta = self._text.take()._replace(forwards=self._forwards, timing=timing, **self._first)
-            self._first = {}
-            self._send(delta)
 
     def fail(self, error: Exception) -> None:
         """End the text with an error."""
         self._send(GenerationFailed(error))
+
+    def _delta(self, *, last: bool) -> TextDelta:
+        timing = self._timing.timing if last else None
+        delta = self._text.take()._replace(forwards=self._forwards, timing=timing, **self._first)
+        self._first = {}
+        return delta

@@ -92,6 +92,25 @@ class Sequence:
         self.ended = last
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_an_error_while_a_delta_is_made_ends_its_own_text_once(tokenizer, monkeypatch, last):
+    sent = []
+    receiver = receiver_of(tokenizer, sent, pieces=True)
+
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(receiver._text, "take", fail)
+    receiver.take(step(tokenizer.encode("a"), "length" if last else None))
+    receiver.deliver(last=last)
+    if not last:
+        assert receiver.take(step(tokenizer.encode("b")))
+        receiver.deliver(last=True)
+    (failed,) = sent
+    assert isinstance(failed, GenerationFailed)
+    assert isinstance(failed.error, ZeroDivisionError)
+
+
 def test_deliveries_of_one_forward_are_flushed_together():
     model = wide_model(named_shape("tiny", vocab_len=300))
     messages, deliveries = [], []
