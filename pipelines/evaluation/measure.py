@@ -114,8 +114,9 @@ def shape_costs(
 ) -> dict[str, Any]:
     """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = named_shape(shape)  # an unknown shape is refused before anything is timed
     bandwidth = copy_bandwidth(device)
-    model = random_model(named_shape(shape), DTYPES[dtype], device)
+    model = random_model(config, DTYPES[dtype], device)
     total = len(batches) * len(contexts) * len(step_plans(block_len))
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))
