@@ -128,6 +128,7 @@ def test_bad_words_come_in_no_mode(replica):
     assert not {"exc", "th"} & set(text_words.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "how"), [(1, VARIED), (2, HOT)], ids=["greedy", "sampled"])
 def test_a_stop_string_from_any_offset_ends_every_modes_text_at_its_first_occurrence(replica, tokenizer, stride, how):
     """Whether it lies within a block, begins in one and ends in another, or holds bytes of several tokens."""

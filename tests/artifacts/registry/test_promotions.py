@@ -9,6 +9,8 @@ from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.registry.mlflow_client import client_of
 from tidar_core.errors import GateError, RegistryError
 
+pytestmark = pytest.mark.slow
+
 WRITES = ("set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias")
 names = (f"model-{n}" for n in itertools.count())
 
@@ -73,7 +75,6 @@ def interrupted(uri, before, change):
         yield name
 
 
-@pytest.mark.slow
 def test_no_rollback_after_a_killed_promotion_comes_to_a_version_that_was_never_champion(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
@@ -87,7 +88,6 @@ def test_no_rollback_after_a_killed_promotion_comes_to_a_version_that_was_never_
             model_registry.rollback(uri, name)
 
 
-@pytest.mark.slow
 def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
@@ -98,7 +98,6 @@ def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri
         assert model_registry.rollback(uri, name) == reached - 1
 
 
-@pytest.mark.slow
 def test_a_killed_promotion_is_completed_by_the_same_command_and_another_one_passes_it_by(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         assert model_registry.promote(uri, name, 3) == champion(uri, name) == 3
@@ -109,7 +108,6 @@ def test_a_killed_promotion_is_completed_by_the_same_command_and_another_one_pas
         assert model_registry.rollback(uri, name) == reached
 
 
-@pytest.mark.slow
 def test_a_killed_rollback_is_completed_by_the_same_command_or_undone_by_promoting_the_champion(uri):
     for name in interrupted(uri, (1, 2, 3), lambda name: model_registry.rollback(uri, name)):
         if champion(uri, name) == 3:
@@ -121,7 +119,6 @@ def test_a_killed_rollback_is_completed_by_the_same_command_or_undone_by_promoti
         assert model_registry.rollback(uri, name) == champion(uri, name) == reached - 1
 
 
-@pytest.mark.slow
 def test_a_killed_promotion_after_a_killed_promotion_leaves_no_trace_either(uri):
     for name in interrupted(uri, (1,), lambda name: model_registry.promote(uri, name, 2)):
         if killed(uri, lambda name=name: model_registry.promote(uri, name, 3), 1):

@@ -70,6 +70,7 @@ def test_a_link_to_a_folder_of_someone_else_is_refused(tmp_path):
     assert left(tmp_path) == ["home/thesis.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staged", [".out.0123abcd", ".out.0123456789abcdef/shards"])
 @pytest.mark.parametrize("survived", [0, 1, 2])
 def test_a_job_killed_at_any_point_of_a_swap_leaves_an_output_that_the_next_start_finds(tmp_path, staged, survived):

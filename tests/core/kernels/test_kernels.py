@@ -144,6 +144,7 @@ def test_the_kernel_serves_any_head_width_and_any_heads_per_key(triton_set, head
     torch.testing.assert_close(triton_set.paged_attention(**call), PLAIN.paged_attention(**call), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize(("tile_m", "tile_n"), [(16, 16), (32, 32), (16, 64)])
 def test_how_the_work_is_cut_changes_nothing(triton_set, tiling, tile_m, tile_n, splits):
@@ -182,6 +183,7 @@ def test_the_kernel_takes_views_and_either_kind_of_integer(triton_set):
     torch.testing.assert_close(triton_set.paged_attention(**call), expected, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("dtype", [HALF, torch.float16])
 def test_half_precision_is_summed_in_single_precision(triton_set, tiling, dtype, splits):

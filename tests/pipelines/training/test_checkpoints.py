@@ -150,6 +150,7 @@ def half_written(uri):
     )
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_writes_leaves_nothing_that_is_picked(store):
     save(store, 5, parts=1)
     writer = multiprocessing.get_context("spawn").Process(target=write_much, args=(store.uri,))

@@ -38,6 +38,7 @@ def test_a_start_reports_its_stages_and_how_long_timing_may_take(bundle):
     assert lines[-1].startswith("ready to decode after ")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_reports_the_same_stages(bundle):
     lines = []
     settings = ServeSettings(model=bundle, mode="two-pass", rows=2)
@@ -46,6 +47,7 @@ def test_a_process_of_its_own_reports_the_same_stages(bundle):
     assert [line.split()[0] for line in lines] == ["memory", "weights", "a", "ready"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [Engine, lambda served: EngineClient(served, print)], ids=["here", "own process"])
 def test_a_model_of_nan_never_starts(tmp_path, start):
     lost = str(save_lost_bundle(tmp_path / "lost"))

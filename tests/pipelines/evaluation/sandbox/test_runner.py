@@ -283,6 +283,7 @@ def unprivileged(*command):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_user_without_privileges_gets_the_same_sandbox_from_a_user_namespace():
     code = """
 from pipelines.evaluation.sandbox.runner import Limits, isolation, run_program
