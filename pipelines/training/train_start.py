@@ -6,7 +6,7 @@ from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folder, whole_checkpoints
 from tidar_core.artifacts.model.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
 from tidar_core.artifacts.model.hf_config import read_config
-from tidar_core.artifacts.model.hf_weights import check_weights, require_rows
+from tidar_core.artifacts.model.hf_weights import check_weights, require_embeddings
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import Manifest
 from tidar_core.artifacts.store import locations
@@ -113,7 +113,7 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
 
 def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
     """Raise an error if this model cannot train on these rows."""
-    require_rows(model, manifest.vocab_len)
+    require_embeddings(model, manifest.vocab_len)
     row_len, dual = manifest.row_len, job.objective == "dual"
     if dual and job.block_len >= row_len:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Rows at rest: what is written is read, and damage is named."""
+"""Shards are read as they were written, and damage is named."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_the_manifest_read_is_the_manifest_written(tmp_path, rows):
     ]
 
 
-def test_rows_come_in_the_order_asked_for(folder, rows):
+def test_rows_come_in_the_requested_order(folder, rows):
     reader = shards.ShardReader(str(folder), "train")
     assert len(reader) == 250
     order = [249, 0, 99, 100, 63, 64, 0, 163, 164, 201]
@@ -78,7 +78,7 @@ def test_rows_come_in_the_order_asked_for(folder, rows):
     assert read.input_ids_BS.dtype == read.document_ids_BS.dtype == torch.int64
 
 
-def test_rows_say_which_tokens_are_trained_if_the_manifest_says_that_they_do(folder, rows, tmp_path_factory):
+def test_rows_mark_the_trained_tokens_if_the_manifest_has_the_flag(folder, rows, tmp_path_factory):
     assert shards.ShardReader(str(folder)).rows([0]).trained_BS is None
     trained_BS = (torch.arange(250 * ROW_LEN) % 7 == 3).view(250, ROW_LEN)
     other = str(tmp_path_factory.mktemp("flags"))
@@ -89,7 +89,7 @@ def test_rows_say_which_tokens_are_trained_if_the_manifest_says_that_they_do(fol
     assert torch.equal(read.trained_BS, trained_BS[order])
     assert torch.equal(read.input_ids_BS, rows.input_ids_BS[order].long())
     edit(folder, lambda values: values.update(trained=True))
-    with pytest.raises(ShardError, match=r"train-00000\.parquet has trained of None; the manifest says .*bool.*\[8\]"):
+    with pytest.raises(ShardError, match=r"train-00000\.parquet has trained of None; the manifest has .*bool.*\[8\]"):
         shards.ShardReader(str(folder)).rows([0])
 
 
@@ -126,7 +126,7 @@ def test_equal_rows_give_equal_bytes(tmp_path, rows):
 def test_a_truncated_shard_is_refused_when_opened(folder):
     content = shard(folder).read_bytes()
     shard(folder).write_bytes(content[:-10])
-    expected = rf"train-00001\.parquet has {len(content) - 10} bytes; the manifest says {len(content)}; remove"
+    expected = rf"train-00001\.parquet has {len(content) - 10} bytes; the manifest has {len(content)}; remove"
     with pytest.raises(ShardError, match=expected):
         shards.ShardReader(str(folder), "train")
 
@@ -142,7 +142,7 @@ def test_a_tampered_shard_of_the_right_size_is_found_by_its_hash(folder):
     content[100] ^= 1
     shard(folder).write_bytes(bytes(content))
     shards.ShardReader(str(folder), "train")
-    with pytest.raises(ShardError, match=r"train-00001\.parquet has hash \w{12}; the manifest says \w{12}; remove the"):
+    with pytest.raises(ShardError, match=r"train-00001\.parquet has hash \w{12}; the manifest has \w{12}; remove the"):
         shards.verify_shards(str(folder))
 
 
@@ -166,17 +166,17 @@ def test_counts_that_do_not_add_up_are_refused(folder, change, message):
         shards.ShardReader(str(folder), "train")
 
 
-def test_rows_of_another_number_or_length_than_the_manifest_says_are_refused(folder, tmp_path_factory):
+def test_rows_of_another_number_or_length_than_in_the_manifest_are_refused(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     ids_BS = torch.zeros(100, ROW_LEN - 1, dtype=torch.int32)
     entry = shards.write_shard(str(other / "train-00001.parquet"), PackedRows(ids_BS, ids_BS))
     shard(folder).write_bytes((other / "train-00001.parquet").read_bytes())
     edit(folder, lambda values: values["splits"]["train"]["shards"][1].update(bytes=entry.bytes))
-    with pytest.raises(ShardError, match=r"input_ids of fixed_size_list<.*>\[7\]; the manifest says .*\[8\]"):
+    with pytest.raises(ShardError, match=r"input_ids of fixed_size_list<.*>\[7\]; the manifest has .*\[8\]"):
         shards.ShardReader(str(folder), "train").rows([100])
     entry = shards.write_shard(str(shard(folder)), PackedRows(ids_BS[:5], ids_BS[:5]))
     edit(folder, lambda values: values["splits"]["train"]["shards"][1].update(bytes=entry.bytes))
-    with pytest.raises(ShardError, match=r"train-00001\.parquet has 5 rows; the manifest says 100"):
+    with pytest.raises(ShardError, match=r"train-00001\.parquet has 5 rows; the manifest has 100"):
         shards.ShardReader(str(folder), "train").rows([100])
 
 

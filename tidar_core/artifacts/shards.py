@@ -1,12 +1,15 @@
-"""How do packed rows lie at rest, and how are they read in any order?
+"""Shards: files of packed rows, and their manifest.
 
-    manifest.json           layout, counts and hashes; the folder is complete when it is there
+How are packed rows stored, and how are they read in any order?
+
+    manifest.json           layout, counts and hashes; written last, so a folder with a manifest is complete
     made_by.json            the pack job and its parents
     tokenizer/              the tokenizer that made the ids
-    train-00000.parquet     rows: input_ids and document_ids, int32 lists of row_len each; of conversations also
-    held_out-00000.parquet  trained, a list of row_len booleans: whether a token is one to learn to say
+    train-00000.parquet     rows: input_ids and document_ids, int32 lists of row_len each; rows of conversations
+    held_out-00000.parquet  also have trained, a list of row_len booleans: whether the model learns to predict a token
 
-What a row is: `tidar_core.training.packing`. Rows are compressed in groups of 64, so that a random row costs one group.
+`tidar_core.training.packing` defines a row. Rows are compressed in groups of 64, so reading a random row decodes one
+group.
 """
 
 import hashlib
@@ -62,7 +65,7 @@ REPACK = "remove the folder and run pack again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
-    """What the manifest says of one shard."""
+    """Entry of the manifest for one shard."""
 
     file: str
     rows: int
@@ -73,60 +76,60 @@ class ShardEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """The rows of one purpose: `train` or `held_out`."""
+    """Rows of one purpose: `train` or `held_out`."""
 
     documents: int
     tokens: int
-    """Tokens that are no padding, the end-of-text token of each document included."""
+    """Tokens that are not padding, including the end-of-text token of each document."""
     rows: int
     shards: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCounts:
-    """What one source of the corpus gave."""
+    """Documents and tokens of one source of the corpus."""
 
     path: str
-    """As the job names it."""
+    """Path as written in the job."""
     weight: float
     documents: Mapping[str, int]
-    """By split, each as often as it was taken."""
+    """Documents by split; a document that was taken several times counts several times."""
     tokens: Mapping[str, int]
     duplicates: int
-    """Documents left out, because a document taken before them has the same text."""
+    """Documents left out because a document taken before them has the same text."""
     passed_over: int
-    """Files left out, because they are not UTF-8 text."""
+    """Files left out because they are not UTF-8 text."""
     left_out: int = 0
-    """Rows left out, because they are no conversation that can be learned."""
+    """Entries of the source left out because they are not a trainable conversation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds."""
+    """Contents of a folder of shards."""
 
     row_len: int
     eos_id: int
     vocab_len: int
-    """Every input id is below this."""
+    """Upper bound of the input ids: every id is below it."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     identity: str
-    """Hash of the job, the corpus listing and the tokenizer: equal identities, equal shards."""
+    """Hash of the job, the corpus listing and the tokenizer. Folders with equal identities have equal shards."""
     splits: Mapping[str, Split]
     sources: tuple[SourceCounts, ...]
-    """In the order of the job."""
+    """Sources in the order of the job."""
     trained: bool = False
-    """Whether rows say which of their tokens are ones to learn to say; otherwise all are."""
+    """Whether rows mark the tokens that the model learns to predict; otherwise it learns all."""
     format_version: int = FORMAT_VERSION
 
 
 def shard_name(split: str, ordinal: int) -> str:
-    """File name of the shard of that ordinal."""
+    """File name of a shard, by its ordinal in the split."""
     return f"{split}-{ordinal:05d}.parquet"
 
 
 def write_shard(uri: str, rows: PackedRows) -> ShardEntry:
-    """Write one shard and say what the manifest is to say of it. The same rows give the same bytes."""
+    """Write one shard and return its entry for the manifest. The same rows give the same bytes."""
     row_len = rows.input_ids_BS.shape[1]
     kinds = _columns(rows.trained_BS is not None)
     columns = [
@@ -154,12 +157,12 @@ def write_shard(uri: str, rows: PackedRows) -> ShardEntry:
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Complete the folder at `uri`."""
+    """Write the manifest, which completes the folder at `uri`."""
     locations.write_json(locations.join(uri, MANIFEST), asdict(manifest))
 
 
 def read_manifest(uri: str) -> Manifest:
-    """What the folder at `uri` holds. Raises ShardError when it is not a complete folder of shards."""
+    """Read the manifest of the folder at `uri`. Raises ShardError if it is not a complete folder of shards."""
     where = locations.join(uri, MANIFEST)
     if not locations.exists(where):
         raise ShardError(f"{uri} holds no {MANIFEST}; give a folder that pack completed")
@@ -176,7 +179,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def check_sizes(uri: str, manifest: Manifest) -> None:
-    """Hold the files to the sizes and counts of the manifest, without reading them."""
+    """Compare the files with the sizes and counts of the manifest, without reading them."""
     found = {entry.name: entry.size for entry in locations.list_files(uri)}
     for name, split in manifest.splits.items():
         for shard in split.shards:
@@ -189,18 +192,18 @@ def check_sizes(uri: str, manifest: Manifest) -> None:
 
 
 def verify(uri: str, shard: ShardEntry) -> None:
-    """Hold one shard of the folder at `uri` to its size and hash."""
+    """Compare one shard of the folder at `uri` with its size and hash."""
     where = locations.join(uri, shard.file)
     if not locations.exists(where):
         raise ShardError(f"{where} is missing; {REPACK}")
     _check_size(uri, shard, locations.size(where))
     digest = locations.sha256(where)
     if digest != shard.sha256:
-        raise ShardError(f"{where} has hash {digest[:12]}; the manifest says {shard.sha256[:12]}; {REPACK}")
+        raise ShardError(f"{where} has hash {digest[:12]}; the manifest has {shard.sha256[:12]}; {REPACK}")
 
 
 def verify_shards(uri: str) -> Manifest:
-    """Hold every shard of the folder at `uri` to its size and hash."""
+    """Compare every shard of the folder at `uri` with its size and hash, and return the manifest."""
     manifest = read_manifest(uri)
     check_sizes(uri, manifest)
     for split in manifest.splits.values():
@@ -210,9 +213,10 @@ def verify_shards(uri: str) -> Manifest:
 
 
 class ShardReader:
-    """The rows of one split, by ordinal, in any order.
+    """Reader of the rows of one split by ordinal, in any order.
 
-    Sizes are checked when it opens. Decoded groups of rows are kept up to `cache_bytes`, the latest used longest.
+    The constructor checks sizes. Decoded groups of rows are cached up to `cache_bytes`; the least recently used group
+    is dropped first.
     """
 
     def __init__(self, uri: str, split: str = "train", *, cache_bytes: int = 256 * 2**20) -> None:
@@ -232,7 +236,7 @@ class ShardReader:
         return self._begins[-1]
 
     def rows(self, indices: Sequence[int]) -> PackedRows:
-        """The rows of these ordinals, in this order; int64, flags bool."""
+        """Read the rows with these ordinals, in this order. Ids are int64, flags bool."""
         picked = [self._row(index) for index in indices]
         stacked = [torch.stack(values) for values in zip(*map(_tensors, picked))]
         return PackedRows(stacked[0].long(), stacked[1].long(), *stacked[2:])
@@ -282,12 +286,12 @@ class ShardReader:
             raise _unreadable(self.uri, entry, error) from error
         where, rows = locations.join(self.uri, entry.file), file.metadata.num_rows
         if rows != entry.rows:
-            raise ShardError(f"{where} has {rows} rows; the manifest says {entry.rows}; {REPACK}")
+            raise ShardError(f"{where} has {rows} rows; the manifest has {entry.rows}; {REPACK}")
         found = {field.name: field.type for field in file.schema_arrow}
         for name, kind in self._columns.items():
             expected = pa.list_(kind, self.manifest.row_len)
             if name not in found or not found[name].equals(expected):
-                raise ShardError(f"{where} has {name} of {found.get(name)}; the manifest says {expected}; {REPACK}")
+                raise ShardError(f"{where} has {name} of {found.get(name)}; the manifest has {expected}; {REPACK}")
         return file
 
 
@@ -298,7 +302,7 @@ def _split(values: dict[str, Any]) -> Split:
 def _check_size(uri: str, shard: ShardEntry, found: int) -> None:
     if found != shard.bytes:
         where = locations.join(uri, shard.file)
-        raise ShardError(f"{where} has {found} bytes; the manifest says {shard.bytes}; {REPACK}")
+        raise ShardError(f"{where} has {found} bytes; the manifest has {shard.bytes}; {REPACK}")
 
 
 def _columns(trained: bool) -> dict[str, pa.DataType]:

@@ -1,4 +1,4 @@
-"""A bundle is what training left, to the byte, or it is refused."""
+"""A bundle equals the training output byte for byte, or it is refused."""
 
 import json
 
@@ -28,8 +28,10 @@ def model(tokenizer):
 
 
 def save(uri, model, tokenizer, **changes):
-    said = {"block_len": 4, "mask_id": model.config.mask_id, "objective": "dual", "lineage": {"shards": "abc"}}
-    return save_bundle(str(uri), model, tokenizer, **(said | changes), made_by=made_by({"steps": 3}, {"shards": "abc"}))
+    values = {"block_len": 4, "mask_id": model.config.mask_id, "objective": "dual", "lineage": {"shards": "abc"}}
+    return save_bundle(
+        str(uri), model, tokenizer, **(values | changes), made_by=made_by({"steps": 3}, {"shards": "abc"})
+    )
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_transformers_opens_a_bundle_unchanged(bundle):
     assert theirs.config.eos_token_id == 0
 
 
-def test_the_bundle_hash_is_deterministic_and_stands_for_everything(bundle, model, tokenizer, tmp_path):
+def test_the_bundle_hash_is_deterministic_and_covers_everything(bundle, model, tokenizer, tmp_path):
     first = read_bundle_info(bundle)
     assert save(tmp_path / "again", model, tokenizer) == first
     assert save(tmp_path / "other", model, tokenizer, block_len=8).bundle_hash != first.bundle_hash
@@ -87,8 +89,8 @@ def test_a_missing_file_an_added_one_and_no_bundle_at_all_are_refused(bundle, tm
         load_bundle(tmp_path / "nowhere")
 
 
-def test_a_mask_token_that_text_could_spell_is_refused_and_nothing_is_left_behind(model, tokenizer, tmp_path):
-    with pytest.raises(BundleError, match="is 5, a token of its tokenizer; it must be an unused row, 270 or above"):
+def test_a_mask_id_that_is_a_token_of_the_tokenizer_is_refused_and_nothing_is_left_behind(model, tokenizer, tmp_path):
+    with pytest.raises(BundleError, match="is 5, a token of its tokenizer; it must be an unused id, 270 or above"):
         save(tmp_path / "bundle", model, tokenizer, mask_id=5)
     assert list(tmp_path.iterdir()) == []
 

@@ -74,7 +74,7 @@ def test_rotary_keys_have_the_precedence_that_they_have_in_transformers(tmp_path
     ],
     ids=str,
 )  # fmt: skip
-def test_rotary_keys_that_are_not_run_here_are_refused_in_one_line(keys, words):
+def test_unsupported_rotary_keys_are_refused_in_one_line(keys, words):
     with pytest.raises(UserError, match=words) as caught:
         config_from_hf(settings(**keys))
     assert "\n" not in str(caught.value)
@@ -116,7 +116,7 @@ def test_mistral_without_a_window_is_read_as_llama_and_with_one_it_is_refused(tm
     save_folder(tmp_path, "mistral", sliding_window=None, head_dim=16)
     assert_read_alike(tmp_path)
     assert read_config(tmp_path).architecture == "llama"
-    change_config(tmp_path, sliding_window=64)  # no position is farther back
+    change_config(tmp_path, sliding_window=64)  # the window is the whole context
     assert_read_alike(tmp_path)
     change_config(tmp_path, sliding_window=32)
     with pytest.raises(WeightsError, match="sliding-window attention over 32 tokens of 64"):
@@ -169,7 +169,7 @@ def test_a_key_that_changes_the_result_is_refused_by_name(change, words):
     assert "\n" not in str(caught.value)
 
 
-def test_keys_that_change_nothing_are_read_over():
+def test_keys_that_change_nothing_are_ignored():
     neutral = {
         "logit_scale": 1.0, "residual_multiplier": 1, "attn_logit_softcapping": None, "partial_rotary_factor": 1.0,
         "use_mrope": False, "num_experts": 0, "use_cache": True, "initializer_range": 0.02, "torch_dtype": "bfloat16",

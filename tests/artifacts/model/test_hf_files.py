@@ -22,13 +22,13 @@ def refused(folder, words):
 
 
 def in_two_files(folder):
-    """The weights in two files with an index, which is returned."""
+    """Split the weights into two files with an index; return the index."""
     held = load_file(folder / "model.safetensors")
     names, places = sorted(held), {}
-    for number, some in enumerate((names[::2], names[1::2]), 1):
+    for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: held[name] for name in some}, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(some, file)
+        save_file({name: held[name] for name in part}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
     write_index(folder, places)
     return places
@@ -44,7 +44,7 @@ def write_index(folder, places):
      "model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.q_norm.weight", "v_head.summary.weight",
      "model.layers.0.self_attn.q_proj.lora_A.weight"],
 )  # fmt: skip
-def test_a_tensor_that_nobody_asks_for_is_refused_by_name(tmp_path, name):
+def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(tmp_path, name):
     change_tensors(save_folder(tmp_path), **{name: torch.ones(4)})
     refused(tmp_path, f"tensor {name} of the checkpoint is not part of the model")
 
@@ -54,7 +54,7 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path):
     refused(tmp_path, "tensor .* and 1 others of the model that config.json describes are missing")
 
 
-def test_buffers_of_rotary_embeddings_are_passed_over(tmp_path):
+def test_buffers_of_rotary_embeddings_are_ignored(tmp_path):
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     change_tensors(save_folder(tmp_path), **buffers, **{"model.rotary_emb.inv_freq": torch.ones(4)})
     assert_read_alike(tmp_path)
@@ -65,10 +65,10 @@ def test_a_part_of_a_stacked_matrix_must_have_its_own_shape(tmp_path):
     held = load_file(tmp_path / "model.safetensors")
     k, q = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "kq")
     change_tensors(tmp_path, **{q: held[q][:-8].clone(), k: torch.cat([held[k], held[q][-8:]])})
-    refused(tmp_path, r"q_proj.weight has shape \[40, 48\]; config.json asks for \[48, 48\]")
+    refused(tmp_path, r"q_proj.weight has shape \[40, 48\]; config.json needs \[48, 48\]")
 
 
-def test_a_tied_head_that_is_equal_is_passed_over_and_another_is_refused(tmp_path):
+def test_a_tied_head_that_is_equal_is_ignored_and_another_is_refused(tmp_path):
     save_folder(tmp_path, tie_word_embeddings=True)
     table = load_file(tmp_path / "model.safetensors")[TABLE]
     change_tensors(tmp_path, **{HEAD: table.clone()})
@@ -108,7 +108,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     copied = load_file(first)[next(name for name, file in places.items() if file == first.name)]
     save_file(load_file(second) | {next(n for n, f in places.items() if f == first.name): copied}, second)
-    refused(tmp_path, "lies in model-00001-of-00002.safetensors too")
+    refused(tmp_path, "is in model-00001-of-00002.safetensors too")
     second.unlink()
     refused(tmp_path, "model-00002-of-00002.safetensors cannot be read")
     for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):

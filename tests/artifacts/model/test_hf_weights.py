@@ -1,4 +1,4 @@
-"""Weights and configs travel to and from transformers without a difference."""
+"""Weights and configs convert to and from transformers without a difference."""
 
 import json
 
@@ -79,26 +79,26 @@ def test_a_saved_folder_opens_in_transformers_with_equal_logits(theirs, tmp_path
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_a_draft_link_lies_beside_weights_that_others_open_as_before(theirs, tmp_path):
+def test_a_draft_link_lies_beside_weights_that_transformers_opens_as_before(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
     start_draft_link(model, 5, seed=0)
     (tmp_path / "ours").mkdir()
     save_model(model, tmp_path / "ours", end_ids=(0,))
-    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told.values())
+    again, loading_info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(loading_info.values())
     assert again.config.model_type == theirs.config.model_type
     read = load_model(tmp_path / "ours")
     assert read.config == model.config
     assert torch.equal(read.link.before, model.link.before)
     assert torch.equal(read.link.after, model.link.after)
-    assert with_mask_token(read, 96).link is None  # new masks, of which it knows nothing
+    assert with_mask_token(read, 96).link is None  # the link was not trained with the new mask
     (tmp_path / "ours/tidar_link.tensors").write_bytes(b"half")
     with pytest.raises(WeightsError, match=r"tidar_link.tensors cannot be read"):
         load_model(tmp_path / "ours")
 
 
-def test_a_config_of_transformers_4_says_the_same(tmp_path):
+def test_a_config_of_transformers_4_means_the_same(tmp_path):
     new = FAMILIES["llama3-rope"].to_dict()
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     old |= {"rope_theta": 5e4, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
@@ -119,7 +119,7 @@ def test_weights_in_many_files_are_read_and_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("vocab_len", "vocab_size"), [(90, 96), (96, 128)])
-def test_the_mask_token_takes_an_unused_row_or_a_new_one(theirs, tmp_path, vocab_len, vocab_size):
+def test_the_mask_token_takes_an_unused_id_or_a_new_id(theirs, tmp_path, vocab_len, vocab_size):
     theirs.save_pretrained(tmp_path)
     plain = load_model(tmp_path)
     masked = with_mask_token(plain, vocab_len)
@@ -142,7 +142,7 @@ def test_the_mask_token_takes_an_unused_row_or_a_new_one(theirs, tmp_path, vocab
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
     ],
 )
-def test_what_is_not_run_here_is_refused_in_one_line(change, words):
+def test_unsupported_features_are_refused_in_one_line(change, words):
     settings = FAMILIES["qwen2"].to_dict() | change
     with pytest.raises(WeightsError, match=words) as caught:
         config_from_hf(settings)

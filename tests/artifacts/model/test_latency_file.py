@@ -1,4 +1,4 @@
-"""A latency table is kept beside the bundle, for the device it was taken on."""
+"""A latency table is stored beside the bundle, for the device on which it was timed."""
 
 import json
 
@@ -16,7 +16,7 @@ from tidar_core.transformer.shapes import named_shape
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, empty at first."""
+    """An empty cache for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -25,19 +25,19 @@ def model():
     return wide_model(named_shape("tiny"))
 
 
-def decoder_of(model, rows=2, block_len=4):
-    return Decoder(model, DraftConfig(block_len=block_len), slots=rows, context_len=64)
+def decoder_of(model, slots=2, block_len=4):
+    return Decoder(model, DraftConfig(block_len=block_len), slots=slots, context_len=64)
 
 
-def test_what_was_timed_is_planned_with_and_nothing_is_timed_anew(model, tmp_path, monkeypatch):
+def test_the_planner_uses_the_stored_table_and_nothing_is_timed_again(model, tmp_path, monkeypatch):
     bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
     assert stored_table(bundle, decoder) is None
     shapes = []
     uri = time_and_store(bundle, decoder, on_point=lambda: shapes.append(1))
     assert uri.startswith(f"{bundle}.latency/")
-    assert len(shapes) == 2  # one sequence and two, at the one context
+    assert len(shapes) == 2  # one sequence and two, at the only context
     monkeypatch.setattr(
-        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed anew")
+        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed again")
     )
     planner = bundle_planner(AUTO, bundle, decoder)
     assert isinstance(planner, AutoPlanner)
@@ -45,15 +45,15 @@ def test_what_was_timed_is_planned_with_and_nothing_is_timed_anew(model, tmp_pat
     assert isinstance(bundle_planner("two-pass", bundle, decoder), FixedMode)
 
 
-def test_a_table_of_fewer_sequences_or_another_block_does_not_serve(model, tmp_path):
+def test_a_table_of_fewer_sequences_or_another_block_does_not_fit(model, tmp_path):
     bundle = str(tmp_path / "bundle")
     time_and_store(bundle, decoder_of(model))
-    assert stored_table(bundle, decoder_of(model, rows=1)) is not None
-    assert stored_table(bundle, decoder_of(model, rows=3)) is None
+    assert stored_table(bundle, decoder_of(model, slots=1)) is not None
+    assert stored_table(bundle, decoder_of(model, slots=3)) is None
     assert stored_table(bundle, decoder_of(model, block_len=2)) is None
 
 
-def test_a_table_that_another_torch_took_does_not_serve(model, tmp_path):
+def test_a_table_of_another_torch_does_not_fit(model, tmp_path):
     bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
     path = tmp_path / time_and_store(bundle, decoder).removeprefix(f"{tmp_path}/")
     kept = json.loads(path.read_text())
@@ -71,14 +71,14 @@ def test_a_broken_table_is_named(model, tmp_path, content):
         stored_table(bundle, decoder)
 
 
-def test_what_a_start_timed_is_found_by_the_next_start_and_by_a_challenger_of_the_same_shape(
+def test_the_table_of_a_start_is_found_by_the_next_start_and_by_a_challenger_of_the_same_shape(
     model, tmp_path, monkeypatch
 ):
     lines = []
     table = bundle_table(str(tmp_path / "bundle"), decoder_of(model), report=lines.append)
     assert ["timed" in line for line in lines] == [True, True]
     monkeypatch.setattr(
-        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed anew")
+        "tidar_core.artifacts.model.latency_file.decoding_latency", lambda *_, **__: pytest.fail("timed again")
     )
     assert bundle_table(str(tmp_path / "bundle"), decoder_of(model)) == table
     challenger = wide_model(named_shape("tiny"), seed=1)
@@ -86,7 +86,7 @@ def test_what_a_start_timed_is_found_by_the_next_start_and_by_a_challenger_of_th
     assert not list(tmp_path.glob("*.latency"))  # nothing is written beside a bundle that is only served
 
 
-def test_a_table_of_shorter_contexts_does_not_serve_a_longer_one(model, tmp_path):
+def test_a_table_of_shorter_contexts_does_not_fit_a_longer_context(model, tmp_path):
     bundle = str(tmp_path / "bundle")
     bundle_table(bundle, decoder_of(model), context_len=32)
     assert stored_table(bundle, decoder_of(model), 32) is not None
@@ -102,9 +102,9 @@ def test_a_damaged_cache_is_timed_again(model, tmp_path):
     assert stored_table(bundle, decoder_of(model)) is not None
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(model, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_and_stops_nothing(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     lines = []
     assert bundle_table(str(tmp_path / "bundle"), decoder_of(model), report=lines.append).points
-    assert "could not be kept" in lines[-1]
+    assert "could not be stored" in lines[-1]

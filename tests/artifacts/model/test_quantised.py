@@ -24,24 +24,24 @@ COMPRESSED = {
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def blocks(rows, columns, height, width):
-    """Rows and columns of each block, one after another."""
-    for top in range(0, rows, height):
-        for left in range(0, columns, width):
+def blocks(outputs, inputs, height, width):
+    """Slices of the outputs and inputs of each block, one after another."""
+    for top in range(0, outputs, height):
+        for left in range(0, inputs, width):
             yield slice(top, top + height), slice(left, left + width)
 
 
 def quantise(folder, suffix, height, width, quantization_config, dtype=torch.float32):
-    """FP8 weights with a scale for each block; the float weights that they stand for, by a double loop."""
+    """Store FP8 weights with a scale for each block; return the float weights that they represent, by a double loop."""
     meant, changed = {}, {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if not name.removesuffix(".weight").endswith(LINEAR):
             meant[name] = weight
             continue
-        rows, columns = weight.shape
-        grid = torch.zeros(-(-rows // height), -(-columns // width))
+        outputs, inputs = weight.shape
+        grid = torch.zeros(-(-outputs // height), -(-inputs // width))
         stored, meant[name] = torch.zeros_like(weight, dtype=E4M3), torch.zeros_like(weight)
-        for down, across in blocks(rows, columns, height, width):
+        for down, across in blocks(outputs, inputs, height, width):
             scale = (weight[down, across].abs().max() / 448).to(dtype).float()
             grid[down.start // height, across.start // width] = scale
             stored[down, across] = (weight[down, across] / scale).to(E4M3)
@@ -63,15 +63,15 @@ CASES = {
     "blocks that do not divide": (
         "weight_scale_inv", 20, 28, FP8 | {"weight_block_size": [20, 28]}, torch.bfloat16),
     "one block": ("weight_scale_inv", 128, 128, FP8 | {"weight_block_size": [128, 128]}, torch.float32),
-    "rows": ("weight_scale", 1, 10**9, COMPRESSED, torch.bfloat16),
-    "rows without a config": ("weight_scale", 1, 10**9, None, torch.float32),
+    "channels": ("weight_scale", 1, 10**9, COMPRESSED, torch.bfloat16),
+    "channels without a config": ("weight_scale", 1, 10**9, None, torch.float32),
     "tensors": ("weight_scale", 10**9, 10**9, COMPRESSED, torch.float32),
     "compressed-tensors' blocks": ("weight_scale", 16, 16, block_config([16, 16]), torch.float32),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp8_weights_with_scales_are_the_floats_that_they_stand_for(tmp_path, caplog, case):
+def test_fp8_weights_with_scales_are_the_floats_that_they_represent(tmp_path, caplog, case):
     suffix, height, width, config, dtype = CASES[case]
     save_folder(tmp_path, "qwen3", head_dim=10)
     meant = quantise(tmp_path, suffix, height, width, config, dtype)
@@ -88,7 +88,7 @@ def test_fp8_weights_with_scales_are_the_floats_that_they_stand_for(tmp_path, ca
         assert torch.equal(read[f"layers.{layer}.mlp.down.weight"], meant[f"{theirs}.mlp.down_proj.weight"])
 
 
-def test_a_scale_is_that_of_its_own_block_literally():
+def test_a_weight_is_multiplied_by_the_scale_of_its_own_block():
     weight = torch.ones(3, 3).to(E4M3)
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert dequantised("w", weight, scale, Scaling((2, 2))).tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
@@ -131,7 +131,8 @@ REFUSED = {
         WEIGHT | {f"{Q}.weight_scale": torch.ones(48, 1, dtype=torch.uint8)}, None, "weight_scale in U8"),
     "blocks of unknown size": (WEIGHT | {f"{Q}.weight_scale_inv": torch.ones(3, 2)}, None, "no .*weight_block_size"),
     "scales of another block": (WEIGHT | {f"{Q}.weight_scale_inv": torch.ones(2, 2)}, FP8, r"\[2, 2\].*\[3, 2\]"),
-    "scales of other rows": (WEIGHT | {f"{Q}.weight_scale": torch.ones(47, 1)}, None, r"\[47, 1\].*\[48, 1\] or \[1\]"),
+    "scales of other channels": (
+        WEIGHT | {f"{Q}.weight_scale": torch.ones(47, 1)}, None, r"\[47, 1\].*\[48, 1\] or \[1\]"),
     "scales of float weights": ({f"{Q}.weight_scale": torch.ones(48, 1)}, None, "tensor .*q_proj.weight_scale of the"),
     "scales of activations": (
         WEIGHT | {f"{Q}.weight_scale": torch.ones(1), f"{Q}.input_scale": torch.ones(1)}, None, "q_proj.input_scale"),
@@ -150,7 +151,7 @@ def test_other_quantised_weights_are_refused_in_one_line_that_names_them(tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_model_says_nothing_of_the_quantisation_that_it_came_from(tmp_path):
+def test_a_saved_model_does_not_mention_the_quantisation_of_its_source(tmp_path):
     (tmp_path / "ours").mkdir()
     save_folder(tmp_path / "theirs")
     quantise(tmp_path / "theirs", "weight_scale_inv", 16, 32, FP8)

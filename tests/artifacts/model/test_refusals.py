@@ -1,4 +1,4 @@
-"""What a disk refuses is one line that names the place and the reason, and nothing half-written is left."""
+"""Errors of a disk are one line that names the place and the reason, and nothing half-written is left."""
 
 import resource
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from tidar_core.errors import StorageError, UserError
 
 @contextmanager
 def room_for(size):
-    """No file of this process may be larger: as on a full disk, writing fails in the middle."""
+    """Limit the size of files that this process writes. As on a full disk, writing fails in the middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -40,7 +40,9 @@ def test_a_file_uri_is_percent_decoded_and_names_no_other_machine(tmp_path):
         assert locations.absolute(same) == str(path)
         assert (locations.read_bytes(same), locations.name_of(same)) == (b"x", "50%25 ü.txt")
     folder = f"file://{tmp_path}/a%20folder/"
-    assert locations.read_bytes(locations.join(folder, "50%25 ü.txt")) == b"x"  # a part is a name, not encoded
+    assert (
+        locations.read_bytes(locations.join(folder, "50%25 ü.txt")) == b"x"
+    )  # the joined part is a plain name, not percent-encoded
     assert [entry.uri for entry in locations.list_files(folder)] == [str(path)]
     assert [entry.uri for entry in locations.list_files(f"{folder}*.txt")] == [str(path)]
     assert locations.local_path("/a%20b") == Path("/a%20b")
@@ -60,7 +62,7 @@ def test_a_write_without_room_is_one_line_and_leaves_nothing(tmp_path):
 def test_a_bundle_without_room_is_one_line_and_leaves_the_older_one(tmp_path):
     save_tiny_bundle(tmp_path / "bundle")
     before = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
-    for size in (100, 3000):  # within the weights, and within what lies beside them
+    for size in (100, 3000):  # fails within the weights, and within the other files
         with room_for(size):
             refused(
                 r"cannot be (read or )?written: .*; make room there, or give",
@@ -70,7 +72,7 @@ def test_a_bundle_without_room_is_one_line_and_leaves_the_older_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_what_may_not_be_written_or_read_is_one_line(tmp_path):
+def test_a_place_that_cannot_be_written_or_read_is_one_line(tmp_path):
     refused(
         r"/proc/tidar/a cannot be read or written: No such file", lambda: locations.write_bytes("/proc/tidar/a", b"x")
     )
@@ -91,5 +93,5 @@ def test_a_disk_that_refuses_the_command_line_is_one_line(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         tidar.main()
     assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said == f"tidar: {tmp_path}/x: No space left on device; check the path, its rights and the room there\n"
+    printed = capsys.readouterr().err
+    assert printed == f"tidar: {tmp_path}/x: No space left on device; check the path, its rights and the room there\n"

@@ -1,1 +1,1 @@
-"""Models at rest: Hugging Face folders, bundles, latency tables."""
+"""Stored models: Hugging Face folders, bundles and latency tables."""

@@ -1,14 +1,17 @@
-"""What does serving load, and is it what training left?
+"""Bundles: folders that training writes and serving loads, verified by hashes.
+
+What does serving load, and is it what training left?
 
 A bundle is a Hugging Face model folder with a few files of ours:
 
     config.json, model*.safetensors, tokenizer files      opened unchanged by transformers, vLLM, SGLang (AR mode)
-    generation_config.json                                the start's own, where it had one: it may name more end tokens
-    tidar_link.tensors                                    what links drafts to each other, where anything does
+    generation_config.json                                copy of the start model's, if any; may name more end tokens
+    tidar_link.tensors                                    weights of the draft link, if the model has one
     made_by.json                                          the job that made it and its parents
     tidar.json                                            block length, mask id, lineage, the hash of every other file
 
-The bundle hash is the hash of tidar.json without that hash, so it stands for every byte of the folder.
+The bundle hash is the hash of tidar.json without its own entry. It covers every byte of the folder, because tidar.json
+holds the hashes of all other files.
 """
 
 import hashlib
@@ -41,21 +44,21 @@ __all__ = [
 
 BUNDLE_JSON = "tidar.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What weights can be loaded as, by the names that users give."""
+"""Dtypes that weights can be loaded in, by the names that users give."""
 FORMAT_VERSION = 1
 REFETCH = "fetch the bundle again or train it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleInfo:
-    """What tidar.json says."""
+    """Contents of tidar.json."""
 
     block_len: int
     mask_id: int
     objective: str
-    """`ar` or `dual`: what the model was last trained for. Only a `dual` model drafts well."""
+    """`ar` or `dual`: the objective of the last training. Only a `dual` model drafts well."""
     lineage: Mapping[str, Any]
-    """Identities of what it was made from."""
+    """Identities of the artifacts that the model was made from."""
     files: Mapping[str, str]
     """SHA-256 of every file but tidar.json, by name."""
     bundle_hash: str
@@ -64,7 +67,7 @@ class BundleInfo:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A model that is ready to decode, and the tokenizer that speaks its ids."""
+    """A model that is ready to decode, and the tokenizer of its ids."""
 
     model: TidarModel
     tokenizer: Tokenizer
@@ -85,15 +88,17 @@ def save_bundle(
     made_by: Mapping[str, Any],
     ends: EndTokens | None = None,
 ) -> BundleInfo:
-    """Put a whole bundle at `uri`, in place of an older one if one is there. Refuses a model that is not finite.
+    """Write a whole bundle at `uri`, in place of an older bundle.
 
-    ends  what ends a text; None: the tokenizer's end-of-text token alone
+    Raises BundleError if a weight or logit is not finite, or if `mask_id` is a token of the tokenizer.
+
+    ends  end tokens of the model; None: the tokenizer's end-of-text token alone
     """
     ends = ends or EndTokens((tokenizer.eos_id,))
     _refuse_textual_mask(uri, mask_id, tokenizer)
     require_finite(model, uri)
-    with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as elsewhere:
-        folder = locations.local_path(staged) or elsewhere
+    with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as temporary:
+        folder = locations.local_path(staged) or temporary
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, folder, end_ids=ends.ids)
         if ends.generation_config is not None:
@@ -110,16 +115,19 @@ def save_bundle(
         }
         info["bundle_hash"] = _bundle_hash(info)
         locations.write_json(str(folder / BUNDLE_JSON), info)
-        if folder == elsewhere:
+        if folder == temporary:
             locations.upload_folder(folder, staged)
     return BundleInfo(**info)
 
 
 def read_bundle_info(uri: str | Path) -> BundleInfo:
-    """What the bundle at `uri` says of itself; its files are not read."""
+    """Read tidar.json of the bundle at `uri`; other files are not read.
+
+    Raises BundleError if the file is missing, damaged or of another format version.
+    """
     where = locations.join(str(uri), BUNDLE_JSON)
     if not locations.exists(where):
-        raise BundleError(f"{uri} holds no {BUNDLE_JSON}; give the folder of a bundle, as train leaves it")
+        raise BundleError(f"{uri} holds no {BUNDLE_JSON}; give the folder of a bundle, as train writes it")
     try:
         values = locations.read_json(where)
         version, stated = values["format_version"], values["bundle_hash"]
@@ -133,7 +141,7 @@ def read_bundle_info(uri: str | Path) -> BundleInfo:
 
 
 def verify_bundle(uri: str | Path) -> BundleInfo:
-    """Hold every file of the bundle at `uri` to its hash. Raises BundleError naming the file that differs."""
+    """Compare every file of the bundle at `uri` with its hash. Raises BundleError naming the file that differs."""
     info = read_bundle_info(uri)
     found = {entry.name: entry.uri for entry in locations.list_files(locations.absolute(str(uri)))}
     for name in sorted(found.keys() - info.files.keys() - {BUNDLE_JSON}):
@@ -144,18 +152,18 @@ def verify_bundle(uri: str | Path) -> BundleInfo:
             raise BundleError(f"{where} is missing; {REFETCH}")
         digest = locations.sha256(found[name])
         if digest != stated:
-            raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} says {stated[:12]}; {REFETCH}")
+            raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} has {stated[:12]}; {REFETCH}")
     return info
 
 
 def load_bundle(
     uri: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, verify: bool = True
 ) -> Bundle:
-    """The bundle at `uri`, on `device`. From an object store it is downloaded first, once.
+    """Load the bundle at `uri` onto `device`. A bundle in an object store is downloaded first, once.
 
     Raises BundleError for a model whose weights or logits are not finite.
 
-    verify  hold every file to its hash before any is loaded
+    verify  compare every file with its hash before any file is loaded
     """
     folder = locations.local_copy(str(uri))
     info = verify_bundle(folder) if verify else read_bundle_info(folder)
@@ -175,6 +183,6 @@ def _bundle_hash(values: Mapping[str, Any]) -> str:
 def _refuse_textual_mask(uri: str, mask_id: int, tokenizer: Tokenizer) -> None:
     if mask_id < tokenizer.vocab_len:
         raise BundleError(
-            f"mask_id of {uri} is {mask_id}, a token of its tokenizer; it must be an unused row, "
+            f"mask_id of {uri} is {mask_id}, a token of its tokenizer; it must be an unused id, "
             f"{tokenizer.vocab_len} or above"
         )

@@ -1,8 +1,8 @@
-"""The refusal of a model that can say nothing but nan.
+"""Check that the weights and logits of a model are finite.
 
-Are all weights, and what a forward makes of them, finite?
+Are all weights finite, and the logits of a forward too?
 
-A model of nan is not seen by its texts: every mode chooses token 0, and so all modes agree.
+Texts do not reveal a model of nan: every mode chooses token 0, and so all modes agree.
 """
 
 import torch
@@ -14,12 +14,12 @@ from tidar_core.transformer.model import TidarModel
 __all__ = ["require_finite"]
 
 TOKENS = 8
-"""Tokens of the forward that is tried: weights that are too large overflow on any text."""
+"""Tokens of the test forward. A few suffice: weights that are too large overflow on any text."""
 
 
 @torch.no_grad()
 def require_finite(model: TidarModel, uri: str) -> None:
-    """Raise BundleError where a weight or a log-probability of the model at `uri` is nan or infinite."""
+    """Raise BundleError if a weight or a log-probability of the model at `uri` is nan or infinite."""
     named = list(model.named_parameters())
     finite = torch.stack([torch.stack(weight.aminmax()).isfinite().all() for _, weight in named]).tolist()
     wrong = [name for (name, _), good in zip(named, finite) if not good]

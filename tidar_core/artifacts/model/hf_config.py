@@ -1,7 +1,9 @@
-"""How do a config.json of Hugging Face and our model's config translate into each other?
+"""Translation between a config.json of Hugging Face and `ModelConfig`.
 
-Every key that changes a result is used or refused; a missing key has the value that transformers 5 gives it. Mistral's
-models without a sliding window are those of the Llama family.
+How does each become the other?
+
+Every key that changes a result is used or refused. A missing key has the value that transformers 5 gives it. Mistral's
+models without a sliding window are read as models of the Llama family.
 """
 
 import math
@@ -17,7 +19,7 @@ from tidar_core.errors import WeightsError
 __all__ = ["config_from_hf", "config_to_hf", "read_config", "read_settings"]
 
 LINK_RANK = "tidar_link_rank"
-"""Our one entry in config.json, where there is a link."""
+"""The only key that this project adds to config.json; present if the model has a draft link."""
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -25,11 +27,11 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-"""num_key_value_heads where the key is missing; as many as heads in other families, and where it is null."""
+"""num_key_value_heads if the key is missing. Other families, and a null, have as many as heads."""
 HEAD_SIZES = {"qwen3": 128}
-"""head_dim where the key is missing; hidden size over heads in other families."""
+"""head_dim if the key is missing. Other families have hidden size / heads."""
 WINDOWS = {"mistral": 4096}
-"""sliding_window where the key is missing."""
+"""sliding_window if the key is missing."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (),
     "attention_multiplier": (),
@@ -61,16 +63,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1,),
     "use_mrope": (False,),
 }
-"""Keys of what is not run here, and their values besides null that change nothing."""
+"""Keys of unsupported features, with the values besides null that change nothing."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of the model in the folder at that location, without its mask token."""
+    """Read the config of the model in a folder, without its mask token."""
     return config_from_hf(read_settings(folder))
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The keys of config.json in the folder at that location."""
+    """Read the keys of config.json in a folder. Raises WeightsError if it is missing or not a JSON object."""
     where = locations.join(str(folder), "config.json")
     if not locations.exists(where):
         raise WeightsError(f"{where} cannot be read; give the folder of a Hugging Face model")
@@ -84,18 +86,18 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
-    """Our config from a config.json; WeightsError for architectures and features that are not run here."""
+    """Translate a config.json. Raises WeightsError for architectures and features that are not supported."""
     kind = settings.get("model_type")
     if kind not in CLASSES:
-        raise WeightsError(f"model_type is {kind!r}; this project runs {', '.join(CLASSES)}")
+        raise WeightsError(f"model_type is {kind!r}; this project supports {', '.join(CLASSES)}")
     _require_class(settings, kind)
     scaling_of(settings)
     for name, values in NEUTRAL.items():
         given = settings.get(name)
         if given is not None and given not in values:
-            raise WeightsError(f"config.json has {name} {given!r}, which is not run here; choose another model")
+            raise WeightsError(f"config.json has {name} {given!r}, which is not supported; choose another model")
     if settings.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise WeightsError(f"hidden_act is {settings['hidden_act']!r}; this project runs silu")
+        raise WeightsError(f"hidden_act is {settings['hidden_act']!r}; this project supports silu")
     layers, context_len = _whole(settings, "num_hidden_layers"), _whole(settings, "max_position_embeddings")
     heads, hidden_size = _whole(settings, "num_attention_heads"), _whole(settings, "hidden_size")
     _refuse_window(settings, kind, layers, context_len)
@@ -124,7 +126,7 @@ def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read alike; the mask token is not in it."""
+    """Translate to a config.json that transformers 4 and 5 read alike; it does not contain the mask token."""
     settings = {
         "architectures": [CLASSES[config.architecture]],
         "model_type": config.architecture,
@@ -152,7 +154,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _whole(settings: dict[str, Any], name: str, *, least: int = 1) -> int:
-    """The whole number under that key; WeightsError where there is none."""
+    """Return the whole number of a key. Raises WeightsError if the key has none."""
     value = settings.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         given = f"{name} {value!r}" if name in settings else f"no {name}"
@@ -173,7 +175,7 @@ def _require_class(settings: dict[str, Any], kind: str) -> None:
 
 
 def _refuse_window(settings: dict[str, Any], kind: str, layers: int, context_len: int) -> None:
-    """Raise WeightsError where a layer sees less than the context, or attends otherwise."""
+    """Raise WeightsError if a layer attends to less than the whole context, or in another manner."""
     window = settings.get("sliding_window", WINDOWS.get(kind))
     shortened = bool(settings.get("use_sliding_window")) or (kind in ("llama", "mistral") and window is not None)
     if (names := settings.get("layer_types")) is not None:
@@ -181,8 +183,8 @@ def _refuse_window(settings: dict[str, Any], kind: str, layers: int, context_len
         shortened = shortened or "sliding_attention" in names
     if shortened and not (isinstance(window, int) and window >= context_len):
         raise WeightsError(
-            f"the model uses sliding-window attention over {window} tokens of {context_len}; this project runs full "
-            "attention only: lower max_position_embeddings to the window, or choose another model"
+            f"the model uses sliding-window attention over {window} tokens of {context_len}; this project supports "
+            "full attention only; lower max_position_embeddings to the window, or choose another model"
         )
 
 
@@ -190,7 +192,9 @@ def _require_layer_types(given: Any, layers: int) -> None:
     known = ("full_attention", "sliding_attention")
     names = given if isinstance(given, list) else [given]
     if other := [name for name in names if name not in known]:
-        raise WeightsError(f"layer_types has {other[0]!r}; this project runs full attention only; use another model")
+        raise WeightsError(
+            f"layer_types has {other[0]!r}; this project supports full attention only; use another model"
+        )
     if len(names) != layers:
         raise WeightsError(f"layer_types names {len(names)} layers and num_hidden_layers is {layers}; make them equal")
 

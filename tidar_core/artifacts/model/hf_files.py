@@ -1,7 +1,9 @@
-"""Which tensors does a Hugging Face model folder hold, and do they make up the model, the whole of it and no other?
+"""Weight files of a Hugging Face model folder, checked against the tensors that a model needs.
 
-`model.safetensors` alone comes before an index of several files, as in transformers. Only headers are read until a
-tensor is read.
+Which tensors does a folder hold, and are they the whole model and nothing else?
+
+`model.safetensors` has priority over an index of several files, as in transformers. Until a tensor is read, only the
+headers of the files are.
 """
 
 import logging
@@ -25,7 +27,7 @@ ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 BUFFERS = ".rotary_emb.inv_freq"
-"""End of the names of buffers that older versions of transformers saved; they follow from config.json."""
+"""Suffix of buffers that older versions of transformers saved. Their values follow from config.json."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 logger = logging.getLogger(__name__)
@@ -33,23 +35,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file, by its header."""
+    """Header of a tensor in a file."""
 
     path: Path
     dtype: str
-    """As safetensors spells it: F32, BF16, F8_E4M3, I8."""
+    """Spelled as in safetensors: F32, BF16, F8_E4M3, I8."""
     shape: tuple[int, ...]
 
 
 class WeightFiles:
-    """The tensors of one folder, held to those of a model."""
+    """Tensors of a folder, checked against the tensors of a model."""
 
     def __init__(self, folder: Path, wanted: Mapping[str, Sequence[int]], scaling: Scaling, *, tied: bool) -> None:
         """wanted   shapes of the model's tensors by their names in the folder
         scaling  how FP8 weights are scaled
-        tied     the head is the embedding table
+        tied     whether the head is the embedding table
 
-        Raises WeightsError where a tensor is missing, has another shape or a dtype that is not read, or is left over.
+        Raises WeightsError if a tensor is missing, has another shape or an unsupported dtype, or is not used.
         """
         self._folder, self._scaling = folder, scaling
         self._stored = stored_tensors(folder)
@@ -73,7 +75,7 @@ class WeightFiles:
             )  # fmt: skip
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the model; in fp32 where it was quantised."""
+        """Read a tensor of the model, in fp32 if it was quantised."""
         value = read_tensor(name, self._stored[name].path)
         if name not in self._scale_of:
             return value
@@ -92,20 +94,22 @@ class WeightFiles:
                 self._scale_of[name] = self._scales(name, stored)
             if stored.shape != tuple(shape):
                 raise WeightsError(
-                    f"{self._folder}: weight {name} has shape {list(stored.shape)}; config.json asks for "
+                    f"{self._folder}: weight {name} has shape {list(stored.shape)}; config.json needs "
                     f"{list(shape)}; use weights and config of one model"
                 )
 
     def _scales(self, name: str, stored: Stored) -> str:
-        """The name of an FP8 matrix's scales."""
+        """Return the name of an FP8 matrix's scales."""
         module = name.removesuffix(".weight")
         found = [scales for suffix in SCALES if (scales := f"{module}.{suffix}") in self._stored]
         readable = stored.dtype == FP8 and len(stored.shape) == 2 and module != name
         if not readable or len(found) != 1 or self._stored[found[0]].dtype not in SCALE_DTYPES:
-            beside = f" and {' and '.join(f'{one} in {self._stored[one].dtype}' for one in found)}" if found else ""
+            beside = (
+                f" and {' and '.join(f'{scales} in {self._stored[scales].dtype}' for scales in found)}" if found else ""
+            )
             raise WeightsError(
                 f"{self._folder}: weight {name} is {stored.dtype}{beside}; floats of 16 bits or more are needed, or "
-                f"{FP8} with scales in {' or '.join(SCALES)}: give the folder of the unquantised model"
+                f"{FP8} with scales in {' or '.join(SCALES)}; give the folder of the unquantised model"
             )
         if found[0].endswith("_inv") and self._scaling.block is None and self._stored[found[0]].shape not in ((), (1,)):
             raise WeightsError(
@@ -124,15 +128,15 @@ class WeightFiles:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's weights by its name. Raises WeightsError where a file is missing or damaged."""
-    if (folder / ADAPTER).exists():  # transformers would add it to the weights
+    """Tensors of all weight files of a folder, by name. Raises WeightsError if a file is missing or damaged."""
+    if (folder / ADAPTER).exists():  # transformers would add the adapter to the weights
         raise WeightsError(f"{folder} holds an adapter, {ADAPTER}; merge it into the weights, or remove it")
     found: dict[str, Stored] = {}
     index = {} if (folder / SINGLE).exists() else _index(folder)
     for path in [folder / SINGLE] if not index else [folder / name for name in sorted(set(index.values()))]:
         for name, stored in stored_in(path).items():
             if name in found:
-                raise WeightsError(f"{path}: weight {name} lies in {found[name].path.name} too; fetch the folder again")
+                raise WeightsError(f"{path}: weight {name} is in {found[name].path.name} too; fetch the folder again")
             found[name] = stored
     for name, file in index.items():
         if name not in found or found[name].path.name != Path(file).name:
@@ -141,17 +145,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file by their names."""
+    """Tensors of one safetensors file, by name."""
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-            return {name: Stored(path, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  `file` is not a mapping
+            return {name: Stored(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
 
 
 def read_tensor(name: str, path: Path) -> Tensor:
-    """One tensor of a safetensors file."""
+    """Read one tensor of a safetensors file. Raises WeightsError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
@@ -160,7 +164,7 @@ def read_tensor(name: str, path: Path) -> Tensor:
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Names of tensors -> files."""
+    """Names of tensors -> names of their files."""
     where = folder / INDEX
     if not where.exists():
         raise WeightsError(f"{folder} has no {SINGLE}; give a folder with safetensors weights")

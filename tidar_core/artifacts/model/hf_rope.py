@@ -1,7 +1,12 @@
-"""What do the rotary keys of a config.json say?
+"""Rotary keys of a config.json.
 
-Read as transformers 5 reads them: `rope_scaling` comes before `rope_parameters`, a theta within them before
-`rope_theta` at the top, `original_max_position_embeddings` at the top before that within them.
+Which rotary frequencies do they define?
+
+The order of precedence is that of transformers 5:
+
+- `rope_scaling` comes before `rope_parameters`
+- a theta within them comes before `rope_theta` at the top
+- `original_max_position_embeddings` at the top comes before the same key within them
 """
 
 import math
@@ -15,7 +20,7 @@ __all__ = ["Rope", "rope_of", "rope_settings"]
 
 KINDS = ("default", "linear", "llama3", "yarn")
 THETA = 10_000.0
-"""Where no key names another."""
+"""Theta if no key gives another."""
 ORIGINAL_LEN = "original_max_position_embeddings"
 
 
@@ -28,7 +33,7 @@ class Rope:
 
 
 def rope_of(settings: dict[str, Any], context_len: int) -> Rope:
-    """The rotary keys of a config.json. Raises WeightsError for those that are not run here.
+    """Read the rotary keys of a config.json. Raises WeightsError for unsupported keys and values.
 
     context_len  max_position_embeddings
     """
@@ -39,10 +44,10 @@ def rope_of(settings: dict[str, Any], context_len: int) -> Rope:
         raise WeightsError(f"rotary parameters have factor {given['factor']!r} and no rope_type; name the rope_type")
     kind = kind or "default"
     if kind not in KINDS:
-        raise WeightsError(f"rope_type is {kind!r}; this project runs {', '.join(KINDS)}")
+        raise WeightsError(f"rope_type is {kind!r}; this project supports {', '.join(KINDS)}")
     if given.get("partial_rotary_factor") not in (None, 1):
         raise WeightsError(
-            f"partial_rotary_factor is {given['partial_rotary_factor']!r}, which is not run here; choose another model"
+            f"partial_rotary_factor is {given['partial_rotary_factor']!r}, which is not supported; choose another model"
         )
     if kind == "default":
         return Rope(theta, None)
@@ -66,7 +71,7 @@ def rope_of(settings: dict[str, Any], context_len: int) -> Rope:
 
 
 def rope_settings(config: ModelConfig) -> dict[str, Any]:
-    """The rotary keys of a config.json, in both of the forms that transformers reads."""
+    """Rotary keys of a config.json, in both forms that transformers reads."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -86,7 +91,7 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters that count."""
+    """Return the rotary parameters that have precedence."""
     for name in ("rope_scaling", "rope_parameters"):
         value = settings.get(name)
         if value is not None and not isinstance(value, dict):
@@ -94,22 +99,22 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
         for layer_type, part in (value or {}).items():
             if isinstance(part, dict):
                 raise WeightsError(
-                    f"{name} differs by layer type ({layer_type!r}); this project runs one kind of rotary embedding"
+                    f"{name} differs by layer type ({layer_type!r}); this project supports one kind of rotary embedding"
                 )
     older, newer = settings.get("rope_scaling") or {}, settings.get("rope_parameters") or {}
     theta = newer.get("rope_theta")
     if older and "rope_theta" not in older and "rope_theta" not in settings and theta not in (None, THETA):
         raise WeightsError(
-            f"rope_scaling takes the place of rope_parameters, whose rope_theta {theta} is lost; put rope_theta into "
+            f"rope_scaling replaces rope_parameters, whose rope_theta {theta} is lost; put rope_theta into "
             "rope_scaling, or all of it into rope_parameters"
         )
     return older or newer
 
 
 def _yarn(given: dict[str, Any], original_len: float, context_len: int) -> RopeScaling:
-    """A null factor is the stretch of the context, and attention_factor follows from it (YaRN, section 3.4)."""
+    """Read YaRN's keys. A null factor is context_len / original_len; attention_factor follows (YaRN, section 3.4)."""
     if not given.get("truncate", True):
-        raise WeightsError("yarn with truncate: false is not run here; remove it or choose another model")
+        raise WeightsError("yarn with truncate: false is not supported; remove it or choose another model")
     if "factor" in given and given["factor"] is None:
         factor = context_len / original_len
     else:
@@ -138,8 +143,8 @@ def _stretch(factor: float, mscale: float) -> float:
 def _number(given: dict[str, Any], name: str, *, above: float) -> float:
     value = given.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-        said = f"{name} {value!r}" if name in given else f"no {name}"
+        stated = f"{name} {value!r}" if name in given else f"no {name}"
         raise WeightsError(
-            f"rotary parameters of config.json have {said}; it must be a number above {above:g}; use the model's own"
+            f"rotary parameters of config.json have {stated}; it must be a number above {above:g}; use the model's own"
         )
     return float(value)

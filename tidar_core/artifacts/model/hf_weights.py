@@ -1,6 +1,8 @@
-"""What are our weights called in a Hugging Face model folder, and how is a mask token added to one?
+"""Models in Hugging Face folders: load, check, save, and add a mask token.
 
-Reads and writes `config.json` and safetensors files alone, so that a folder opens unchanged in transformers, vLLM or
+What are our weights called in such a folder, and how is a mask token added to a model?
+
+Only `config.json` and safetensors files are read and written, so a folder opens unchanged in transformers, vLLM or
 SGLang.
 """
 
@@ -23,12 +25,12 @@ from tidar_core.errors import StorageError, WeightsError
 from tidar_core.training.recipe import mask_embedding
 from tidar_core.transformer.model import DraftLink, TidarModel
 
-__all__ = ["check_weights", "load_model", "require_rows", "save_model", "with_mask_token"]
+__all__ = ["check_weights", "load_model", "require_embeddings", "save_model", "with_mask_token"]
 
 LINK = "tidar_link.tensors"
-"""Weights of the draft link, in safetensors' format; under a name that no one else takes for a part of the model."""
+"""File with the weights of the draft link, in safetensors' format. No other program takes that name for weights."""
 FILE_BYTES = 5 * 10**9
-"""Largest safetensors file written."""
+"""Most bytes of weights in a safetensors file, unless one tensor is larger."""
 
 _LAYER_NAMES = {
     "attention_norm": ("input_layernorm",),
@@ -40,7 +42,7 @@ _LAYER_NAMES = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),
 }
-"""Our module in a layer -> theirs; several are stacked along the first axis in this order."""
+"""Our module of a layer -> Hugging Face's modules; several are stacked along the first axis in this order."""
 _TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
@@ -51,9 +53,9 @@ def load_model(
     device: torch.device | str = "cpu",
     mask_id: int | None = None,
 ) -> TidarModel:
-    """The model in a Hugging Face folder.
+    """Load the model of a Hugging Face folder.
 
-    mask_id  the mask token's row, where the folder is one of ours
+    mask_id  id of the mask token, if the folder is a bundle
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -68,9 +70,9 @@ def load_model(
 
 
 def check_weights(folder: str | Path) -> ModelConfig:
-    """The config of the model in a Hugging Face folder that `load_model` will load, by the headers of its files.
+    """Check by the headers of its files that `load_model` can load a folder, and return the config.
 
-    Raises WeightsError where a tensor is missing, left over, quantised in a way that is not read, or does not fit.
+    Raises WeightsError if a tensor is missing, not used, quantised in an unsupported format, or of another shape.
     """
     settings = read_settings(folder)
     config = config_from_hf(settings)
@@ -106,27 +108,31 @@ def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] 
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def require_rows(config: ModelConfig, vocab_len: int) -> None:
-    """Raise WeightsError where the model has no row for some id of its tokenizer, 0..vocab_len - 1."""
+def require_embeddings(config: ModelConfig, vocab_len: int) -> None:
+    """Raise WeightsError if the model lacks an embedding for an id of its tokenizer, 0..vocab_len - 1."""
     if vocab_len > config.vocab_size:
         raise WeightsError(
-            f"the tokenizer has {vocab_len} ids and the model {config.vocab_size} rows; use the tokenizer of this model"
+            f"the tokenizer has {vocab_len} ids and the model {config.vocab_size} embeddings; "
+            "use the tokenizer of this model"
         )
 
 
 def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> TidarModel:
-    """The same model with a mask token: the first row that no token of text uses, or new rows where there is none.
+    """Copy a model and give it a mask token.
+
+    The mask token takes the first id that no token of text uses. If all are used, the embedding table grows.
+    Its embedding starts as the mean of the real embeddings, plus noise a tenth as wide as they are spread. For another
+    start see `tidar_core.training.recipe.start_mask_token`.
 
     vocab_len  ids that the tokenizer can produce, 0..vocab_len - 1
-
-    Its embedding starts as the mean of the real ones, plus noise a tenth as wide as they are spread; for another start
-    see `tidar_core.training.recipe.start_mask_token`.
     """
     old = model.config
-    require_rows(old, vocab_len)
+    require_embeddings(old, vocab_len)
     grown = old.vocab_size if vocab_len < old.vocab_size else (vocab_len // 64 + 1) * 64
     weight = model.embedding.weight
-    config = replace(old, vocab_size=grown, mask_id=vocab_len, link_rank=0)  # a link belongs to masks that were trained
+    config = replace(
+        old, vocab_size=grown, mask_id=vocab_len, link_rank=0
+    )  # a link fits only the mask it was trained with
     with torch.device(weight.device):
         new = TidarModel(config).to(weight.dtype)
     state = {
@@ -148,7 +154,7 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
 
 
 def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
-    """Our name of each parameter that they know -> theirs."""
+    """Pairs of our name of a parameter and its names in Hugging Face's format, without the draft link."""
     for name, _ in model.named_parameters():
         if name.startswith("link."):
             continue
@@ -162,7 +168,7 @@ def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
 
 
 def _parts(model: TidarModel, name: str, value: Tensor) -> tuple[Tensor, ...]:
-    """A stacked parameter cut into theirs."""
+    """Split a stacked parameter into Hugging Face's tensors."""
     config = model.config
     if ".attention.qkv." in name:
         heads = (config.heads, config.kv_heads, config.kv_heads)
@@ -190,13 +196,13 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _empty_model(config: ModelConfig) -> TidarModel:
-    """A model whose weights have shapes and no values."""
+    """Build a model whose weights have shapes but no values."""
     with torch.device("meta"):
         return TidarModel(config)
 
 
 def _weight_files(folder: Path, settings: dict[str, Any], model: TidarModel) -> WeightFiles:
-    """The folder's files, held to the shapes of an empty model."""
+    """Open the folder's files, checked against the shapes of an empty model."""
     parameters = dict(model.named_parameters())
     wanted = {
         name: part.shape
@@ -210,7 +216,7 @@ def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
     path, wanted = folder / LINK, {name: tuple(value.shape) for name, value in link.named_parameters()}
     found = {name: stored.shape for name, stored in stored_in(path).items()}
     if found != wanted:
-        raise WeightsError(f"{path} holds {found}; config.json asks for {wanted}; use weights and config of one model")
+        raise WeightsError(f"{path} holds {found}; config.json needs {wanted}; use weights and config of one model")
     return {name: read_tensor(name, path) for name in wanted}
 
 

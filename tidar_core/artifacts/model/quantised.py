@@ -1,7 +1,13 @@
-"""Which quantised weights are read, and what float weights do they stand for?
+"""Dequantisation of FP8 weights, and refusal of other quantised weights.
 
-FP8 (e4m3) with scales: one for each block of a matrix (`weight_scale_inv`, as Qwen3 and DeepSeek have it), for each
-row, or for the whole (`weight_scale`, compressed-tensors' float-quantized form). Everything else is refused by name.
+Which quantised weights are read, and which float weights do they represent?
+
+FP8 (e4m3) is read, with a scale for each
+
+- block of a matrix: `weight_scale_inv`, as in Qwen3 and DeepSeek
+- output channel or whole matrix: `weight_scale`, compressed-tensors' float-quantized form
+
+Everything else is refused by name.
 """
 
 import math
@@ -15,70 +21,70 @@ from tidar_core.errors import WeightsError
 __all__ = ["FP8", "SCALES", "Scaling", "dequantised", "scaling_of"]
 
 FP8 = "F8_E4M3"
-"""safetensors' name of the one quantised dtype that is read."""
+"""Name in safetensors of the only quantised dtype that is read."""
 SCALES = ("weight_scale_inv", "weight_scale")
-"""Last parts of a scale's name; a weight is multiplied by either."""
+"""Last parts of a scale's name. Both kinds multiply the weight, `weight_scale_inv` too."""
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 FORMATS = ("float-quantized", "naive-quantized")
 STRATEGIES = ("tensor", "channel", "block")
-READ = "this project reads float weights, and FP8 with scales for blocks, rows or tensors"
+READ = "this project reads float weights, and FP8 with scales for blocks, channels or tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How many weights share a scale."""
+    """Weights that share a scale."""
 
     block: tuple[int, int] | None
-    """Rows and columns of a block; None: one scale for each row, or for the whole."""
+    """Outputs and inputs of a block; None: a scale for each output channel, or for the whole matrix."""
 
 
 def scaling_of(settings: dict[str, Any]) -> Scaling:
-    """How the FP8 weights of a model with this config.json are scaled. Raises WeightsError for other quantisations."""
+    """Scaling of the FP8 weights of a model with this config.json. Raises WeightsError for other quantisations."""
     given = settings.get("quantization_config") or settings.get("compression_config")
     if not given:
         return Scaling(None)
     method = given.get("quant_method") if isinstance(given, dict) else given
     if method not in METHODS:
         named = repr(method) if method else f"without quant_method ({', '.join(given)})"
-        raise WeightsError(f"quantization_config is {named}; {READ}: give the folder of the unquantised model")
+        raise WeightsError(f"quantization_config is {named}; {READ}; give the folder of the unquantised model")
     if method != "compressed-tensors":
         _refuse(given, "fmt", "e4m3")
         _refuse(given, "activation_scheme", "dynamic", "static")
         return Scaling(_block(given.get("weight_block_size"), "weight_block_size"))
     try:
         return Scaling(_compressed(given))
-    except (AttributeError, TypeError) as error:  # objects are expected where there are none
+    except (AttributeError, TypeError) as error:  # a value is not the object that is expected
         raise WeightsError("quantization_config is not of compressed-tensors' form; fetch the folder again") from error
 
 
 def dequantised(name: str, weight: Tensor, scale: Tensor, scaling: Scaling) -> Tensor:
-    """The fp32 weight that an FP8 one and its scales stand for.
+    """Return the fp32 weight that an FP8 weight and its scales represent.
 
-    name  the weight's, for the error
+    name  name of the weight, for the error
     """
-    rows, columns = weight.shape
+    outputs, inputs = weight.shape
     scale = scale.float()
     if scaling.block is not None:
         height, width = scaling.block
-        expected = [math.ceil(rows / height), math.ceil(columns / width)]
+        expected = [math.ceil(outputs / height), math.ceil(inputs / width)]
         if list(scale.shape) != expected:
             raise _misfit(name, scale, [expected])
-        scale = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+        scale = scale.repeat_interleave(height, 0)[:outputs].repeat_interleave(width, 1)[:, :inputs]
     elif scale.numel() == 1:
         scale = scale.reshape(1, 1)
-    elif list(scale.shape) in ([rows], [rows, 1]):
-        scale = scale.reshape(rows, 1)
+    elif list(scale.shape) in ([outputs], [outputs, 1]):
+        scale = scale.reshape(outputs, 1)
     else:
-        raise _misfit(name, scale, [[rows, 1], [1]])
+        raise _misfit(name, scale, [[outputs, 1], [1]])
     return weight.float() * scale
 
 
 def _compressed(given: dict[str, Any]) -> tuple[int, int] | None:
-    """The block of compressed-tensors' one scheme; None for rows and tensors."""
+    """Block of the only scheme of a compressed-tensors config; None for scales of channels and tensors."""
     _refuse(given, "format", *FORMATS)
     for name in ("kv_cache_scheme", "transform_config"):
         if given.get(name):
-            raise WeightsError(f"quantization_config has {name}, which is not read; give the unquantised model")
+            raise WeightsError(f"quantization_config has {name}, which is not supported; give the unquantised model")
     if (sparsity := given.get("sparsity_config")) and sparsity.get("format") not in (None, "dense"):
         raise WeightsError(f"quantization_config has sparse weights ({sparsity['format']}); give the unquantised model")
     groups = given.get("config_groups") or {}
@@ -109,16 +115,16 @@ def _block(given: Any, name: str) -> tuple[int, int] | None:
 
 
 def _refuse(given: dict[str, Any], name: str, *known: Any) -> None:
-    """Raise WeightsError where a key is there and has none of the known values."""
+    """Raise WeightsError if a key is present and its value is not known."""
     if given.get(name, known[0]) not in known:
         raise WeightsError(
-            f"quantization_config has {name} {given[name]!r}; {READ}: give the folder of the unquantised model"
+            f"quantization_config has {name} {given[name]!r}; {READ}; give the folder of the unquantised model"
         )
 
 
 def _misfit(name: str, scale: Tensor, expected: list[list[int]]) -> WeightsError:
     shapes = " or ".join(map(str, expected))
     return WeightsError(
-        f"the scales of {name} have shape {list(scale.shape)}; its shape and quantization_config ask for {shapes}; "
+        f"the scales of {name} have shape {list(scale.shape)}; its shape and quantization_config need {shapes}; "
         "use weights and config of one model"
     )

@@ -1,6 +1,6 @@
-"""The figures of a report that are not finite, by name.
+"""Search of a report for figures that are not finite.
 
-Which numbers of a report are none?
+Which numbers of a report are nan or infinite?
 """
 
 import math
@@ -11,7 +11,7 @@ __all__ = ["not_finite"]
 
 
 def not_finite(values: Mapping[str, Any]) -> list[str]:
-    """`name value` for each nan and infinity in `values`, at any depth: `modes.auto.over_ar nan`."""
+    """List `name value` for each nan and infinity in `values`, at any depth, e.g. `modes.auto.over_ar nan`."""
     return [f"{name} {value}" for name, value in _figures(values, "") if not math.isfinite(value)]
 
 
