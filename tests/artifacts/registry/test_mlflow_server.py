@@ -21,20 +21,19 @@ pytestmark = [pytest.mark.slow]
 
 CHANGE = """
 import sys
-from tidar_core.artifacts.registry import model_registry
-from tidar_core.artifacts.registry import runs
+from tidar_core.artifacts.registry import model_registry, runs
 uri, name, *changes = sys.argv[1:]
-registry.list_versions(uri, name)
+model_registry.list_versions(uri, name)
 print("ready", flush=True)
 sys.stdin.readline()
 for change in changes:
     kind, version = change.split()
     if kind == "promote":
-        registry.promote(uri, name, int(version))
+        model_registry.promote(uri, name, int(version))
     elif kind == "try":
-        registry.set_challenger(uri, name, int(version))
+        model_registry.set_challenger(uri, name, int(version))
     else:
-        registry.withdraw(uri, name, "challenger", int(version), "slow")
+        model_registry.withdraw(uri, name, "challenger", int(version), "slow")
 """
 
 
