@@ -21,7 +21,11 @@ from serve_apps.api.completion_response import (
 from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.request_timing import RequestTiming
 
-__all__ = ["GenerationFailed", "TextDelta", "UsageCounts"]
+__all__ = ["GenerationFailed", "PlainScores", "TextDelta", "UsageCounts"]
+
+PlainScores = list[dict[int, tuple[float, int | None, str]] | None]
+"""`PromptScores` before they are models: log probability, rank and text of tokens, by id. A prompt can have 10**5 of
+them, and models take 20 times as long to build and to send as tuples do."""
 
 
 class UsageCounts(NamedTuple):
@@ -82,7 +86,7 @@ class TextDelta(NamedTuple):
     logprobs: Logprobs | list[ChatTokenLogprob] | None = None
     """Logprobs of the tokens whose text has been sent by now, if requested."""
     prompt_logprobs: PromptScores | None = None
-    """Logprobs of the prompt, with the first text, if requested."""
+    """Logprobs of the prompt, with the first text, if requested. `TextGenerator` makes them of `prompt_scores`."""
     token_ids: tuple[int, ...] | None = None
     """New tokens, if requested."""
     prompt_token_ids: tuple[int, ...] | None = None
@@ -99,6 +103,8 @@ class TextDelta(NamedTuple):
     """Forwards so far that gave the text tokens."""
     attempt: int = 0
     """Number of replicas that died before this replica began the text."""
+    prompt_scores: PlainScores | None = None
+    """Logprobs of the prompt as the engine sends them; no delta has them in both forms."""
 
 
 @dataclass(frozen=True, slots=True)

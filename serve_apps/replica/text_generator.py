@@ -10,6 +10,7 @@ from serve_apps.messages.version_stats import VersionStats
 from serve_apps.replica.engine import Engine
 from serve_apps.replica.engine_client import EngineClient
 from serve_apps.rollout.model_version import ModelVersion
+from serve_apps.streaming.logprobs import score_models
 from serve_apps.telemetry.tracing import note
 from tidar_core.errors import CapacityError, RequestError
 
@@ -34,7 +35,7 @@ class TextGenerator:
                     self._count_forwards(delta, last, time.monotonic() - began)
                     last = delta
                     outcome = "aborted" if delta.finish_reason is None else "texts"
-                    yield delta
+                    yield _with_models(delta)
         except (RequestError, CapacityError):
             outcome = "refused"
             raise
@@ -66,3 +67,10 @@ class TextGenerator:
             tidar__prefill_seconds=None if last.timing is None else last.timing.prefill,
             tidar__decode_seconds=None if last.timing is None else last.timing.decode,
         )
+
+
+def _with_models(delta: TextDelta) -> TextDelta:
+    """The delta with the scores of its prompt as models. Building them holds up this process, and not the decoder."""
+    if delta.prompt_scores is None:
+        return delta
+    return delta._replace(prompt_logprobs=score_models(delta.prompt_scores), prompt_scores=None)

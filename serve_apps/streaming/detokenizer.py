@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, Self
 
-from serve_apps.api.completion_response import FinishReason, PromptScores
+from serve_apps.api.completion_response import FinishReason
 from serve_apps.api.token_origins import Decoding, Origin, origins
 from serve_apps.messages.generation_request import Chat, GenerationRequest
-from serve_apps.messages.text_delta import TextDelta, UsageCounts
+from serve_apps.messages.text_delta import PlainScores, TextDelta, UsageCounts
 from serve_apps.streaming.logprobs import ChatScoreSheet, ScoreSheet, prompt_scores
 from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
 
@@ -81,7 +81,7 @@ class IncrementalDetokenizer:
         self._text = ""
         self._text_len = self._sent_len = 0
         """Characters of the text so far, a stop string that is cut off included; and characters taken."""
-        self._prompt_scores: PromptScores | None = None
+        self._prompt_scores: PlainScores | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
@@ -114,9 +114,10 @@ class IncrementalDetokenizer:
         decoding = None
         if self._request.decoding:
             decoding, self._decoding = self._decoding, Decoding()
-        return TextDelta(
-            text, self.finish_reason, usage, self.stop_reason, logprobs, scores, new_ids, prompt_ids, decoding
+        delta = TextDelta(
+            text, self.finish_reason, usage, self.stop_reason, logprobs, None, new_ids, prompt_ids, decoding
         )
+        return delta if scores is None else delta._replace(prompt_scores=scores)
 
     def _add_step(self, step: "DecodeStep") -> None:
         self._cached_tokens += step.cached

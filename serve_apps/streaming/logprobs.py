@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from serve_apps.api.chat_response import ChatLogprob, ChatTokenLogprob
 from serve_apps.api.completion_response import Logprobs, PromptScores, TokenScore
+from serve_apps.messages.text_delta import PlainScores
 
 if TYPE_CHECKING:
     from tidar_core.decoding.request import TokenLogprob
 
-__all__ = ["ChatScoreSheet", "ScoreSheet", "prompt_scores"]
+__all__ = ["ChatScoreSheet", "ScoreSheet", "prompt_scores", "score_models"]
 
 LEAST = -9999.0
 """Value for minus infinity, as in vLLM: JSON has no such number."""
@@ -78,18 +79,33 @@ class ChatScoreSheet(ScoreSheet):
         )
 
 
-def prompt_scores(scored: "Sequence[TokenLogprob]", top: int, spell: Spell) -> PromptScores:
-    """Scores of a prompt in vLLM's form: an entry for each token.
+def prompt_scores(scored: "Sequence[TokenLogprob]", top: int, spell: Spell) -> PlainScores:
+    """Scores of a prompt: an entry for each token. They are made in the decoder's thread, so they are no models yet.
 
     scored  scores of all tokens but the first
     """
-    return [None, *(_prompt_token(token, top, spell) for token in scored)]
+    names: dict[int, str] = {}
+
+    def name(token_id: int) -> str:
+        if token_id not in names:
+            names[token_id] = spell(token_id)
+        return names[token_id]
+
+    return [None, *(_prompt_token(token, top, name) for token in scored)]
 
 
-def _prompt_token(scored: "TokenLogprob", top: int, spell: Spell) -> dict[int, TokenScore]:
+def score_models(scores: PlainScores) -> PromptScores:
+    """Scores of a prompt in vLLM's form."""
+    return [
+        None if entry is None else {token: _score_model(*values) for token, values in entry.items()} for entry in scores
+    ]
+
+
+def _score_model(logprob: float, rank: int | None, text: str) -> TokenScore:
+    return TokenScore(logprob=logprob, rank=rank, decoded_token=text)
+
+
+def _prompt_token(scored: "TokenLogprob", top: int, spell: Spell) -> dict[int, tuple[float, int | None, str]]:
     ranks = {token_id: rank for rank, (token_id, _) in enumerate(scored.top, 1)}
     chosen = ((scored.token_id, scored.logprob), *scored.top[:top])
-    return {
-        token_id: TokenScore(logprob=max(logprob, LEAST), rank=ranks.get(token_id), decoded_token=spell(token_id))
-        for token_id, logprob in chosen
-    }
+    return {token_id: (max(logprob, LEAST), ranks.get(token_id), spell(token_id)) for token_id, logprob in chosen}

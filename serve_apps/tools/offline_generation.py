@@ -17,6 +17,7 @@ from serve_apps.api.parsing import parse_request
 from serve_apps.api.token_origins import Decoding
 from serve_apps.ingress.translate import generation_requests
 from serve_apps.replica.bundle_runtime import BundleRuntime
+from serve_apps.streaming.logprobs import score_models
 from tidar_core.artifacts.model.bundle import Bundle
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.completion import Completion
@@ -76,8 +77,9 @@ class OfflineGeneration:
                     so_far = facts.setdefault(kind, {})
                     for name, values in part.model_dump(mode="json").items():
                         so_far.setdefault(name, []).extend(values)
-            if delta.prompt_logprobs is not None:
-                facts["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(delta.prompt_logprobs, mode="json")
+            if delta.prompt_scores is not None:
+                scores = score_models(delta.prompt_scores)
+                facts["prompt_logprobs"] = TypeAdapter(PromptScores).dump_python(scores, mode="json")
             yield delta.text
         self._prompts.check_grammar(self._request, completion.request)
         facts |= {"finish_reason": detokenizer.finish_reason, "stop_reason": detokenizer.stop_reason}

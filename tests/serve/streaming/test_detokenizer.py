@@ -6,6 +6,7 @@ import pytest
 
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
+from serve_apps.streaming.logprobs import score_models
 from tidar_core.artifacts.text.tokenizer import train_bpe
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.request import DecodeStep, TokenLogprob
@@ -195,12 +196,12 @@ def test_an_echoed_prompt_begins_the_text_and_its_first_token_has_no_log_probabi
     assert pieces[0].logprobs.top_logprobs[0] is None
     assert pieces[0].logprobs.text_offset == [0, 1, 2, 2, 2, 3]
     assert pieces[1].logprobs.text_offset == [4]
-    none, second, *_ = pieces[0].prompt_logprobs
+    none, second, *_ = score_models(pieces[0].prompt_scores)
     assert none is None
     assert {i: s.model_dump() for i, s in second.items()} == {
         prompt[1]: {"logprob": -10.0, "rank": None, "decoded_token": " "}
     }
-    assert pieces[1].prompt_logprobs is None
+    assert pieces[1].prompt_scores is None
 
 
 def test_an_echoed_prompt_of_tokens_is_their_text_and_no_stop_string_ends_it(tokenizer):

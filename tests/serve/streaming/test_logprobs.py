@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve_apps.streaming.logprobs import ScoreSheet, prompt_scores
+from serve_apps.streaming.logprobs import ScoreSheet, prompt_scores, score_models
 from tidar_core.decoding.request import TokenLogprob
 
 NAMES = {1: "a", 2: "b", 3: "c", 4: "b"}
@@ -43,7 +43,7 @@ def test_minus_infinity_is_a_number_that_json_has():
 
 
 def test_prompt_scores_are_by_token_id_with_their_ranks():
-    none, entry = prompt_scores([SCORED], 1, NAMES.__getitem__)
+    none, entry = score_models(prompt_scores([SCORED], 1, NAMES.__getitem__))
     assert none is None
     assert {token: (score.logprob, score.rank, score.decoded_token) for token, score in entry.items()} == {
         3: (-5.0, None, "c"),
