@@ -152,5 +152,5 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_named_and_end_no_job(
 def test_a_corpus_of_which_no_row_can_be_used_ends_the_job_by_its_first_rows(ray_cluster, tmp_path):
     chat_tokenizer("qwen3").save(tmp_path / "tokenizer")
     path = write_lines(tmp_path / "chat.jsonl", UNUSABLE[:2])
-    with pytest.raises(CorpusError, match=r"no row of corpus .* can be used: line 1 of .* assistant's words.*; line 2"):
+    with pytest.raises(CorpusError, match=r"no row of corpus .* can be used: line 1 of .* of the assistant.*; line 2"):
         pack(job(path, tmp_path / "out", str(tmp_path / "tokenizer"), documents="conversations"))
