@@ -54,7 +54,7 @@ class PromptEncoder:
         sampling = replace(
             request.sampling,
             eos_ids=tuple(dict.fromkeys([*self._ends(request, grammar), *request.sampling.eos_ids, *named])),
-            bad_words=token_sequences(request.bad_words, self._tokenizer.encode_behind),
+            bad_words=token_sequences(request.bad_words, self._tokenizer.encode_continuation),
         )
         if request.to_the_end:
             sampling = replace(sampling, max_tokens=max(self._context_len - len(prompt), sampling.max_tokens))

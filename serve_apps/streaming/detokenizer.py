@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
     def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
         """A decoder for ids that come one after another, behind the text of the ids `after`."""
 
-    def places(self, text: str, *, framed: bool = False) -> list[int]:
+    def offsets(self, text: str, *, framed: bool = False) -> list[int]:
         """Offset of each token of `text`, in characters."""
 
     def spell(self, token_id: int) -> str:
@@ -166,7 +166,7 @@ class IncrementalDetokenizer:
         self._text = "".join(texts)
         if isinstance(written, str) and self._text != written:
             self._text = written
-            return [*self._tokenizer.places(written, framed=self._request.framed), len(written)]
+            return [*self._tokenizer.offsets(written, framed=self._request.framed), len(written)]
         return list(accumulate(map(len, texts), initial=0))
 
     def _add_origin(self, origin: Origin) -> None:

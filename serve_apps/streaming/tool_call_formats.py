@@ -45,15 +45,15 @@ def form_of(template: "ChatTemplate", setting: str) -> str | None:
 
     setting  `auto`, or the name of the form
     """
-    if not template.speaks_of("tools"):
+    if not template.mentions("tools"):
         return None
     if setting != "auto":
         return setting
-    if template.speaks_of("<function="):  # XML inside <tool_call>
+    if template.mentions("<function="):  # XML inside <tool_call>
         return None
-    if template.speaks_of("<tool_call>"):
+    if template.mentions("<tool_call>"):
         return "hermes"
-    return "llama3" if template.speaks_of('"parameters"') else None
+    return "llama3" if template.mentions('"parameters"') else None
 
 
 def call_grammar(form: ToolForm, use: ToolUse) -> RequestedGrammar | None:

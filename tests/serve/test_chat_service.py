@@ -185,7 +185,7 @@ def test_tokens_and_text_are_exchanged_as_prompts_are_read(service, tokenizer, c
         "count": len(ids), "max_model_len": 4096, "tokens": ids, "token_strs": [tokenizer.spell(i) for i in ids],
     }  # fmt: skip
     assert post("/tokenize", model=NAME, messages=QUESTION)["tokens"] == list(conversation(QUESTION))
-    ids = tokenizer.encode_spoken("a<|im_end|>b")
+    ids = tokenizer.encode_with_special("a<|im_end|>b")
     assert post("/detokenize", tokens=ids) == {"prompt": "a<|im_end|>b"}
     info = httpx.get(f"{service}/tokenizer_info").json()
     assert (info["eos_token"], info["chat_template"]) == ("<|endoftext|>", tokenizer.templates["default"])

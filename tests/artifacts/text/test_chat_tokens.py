@@ -1,4 +1,4 @@
-"""What a user writes is text; what the template writes are tokens."""
+"""Special tokens come only from the template; the user's text stays plain text."""
 
 import pytest
 from chat_templates import FAMILIES, SPECIAL, TURN_END, chat_tokenizer
@@ -12,7 +12,7 @@ from tidar_core.errors import RequestError
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """Its name, its tokenizer and template as loaded, and the tokenizer of transformers."""
+    """Name of a family, its loaded tokenizer and template, and the tokenizer of transformers."""
     folder = tmp_path_factory.mktemp(request.param)
     chat_tokenizer(request.param).save(folder)
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -63,7 +63,7 @@ def test_a_message_left_open_ends_with_its_own_last_token(family):
     assert tokenizer.decode(ids).endswith("b c")
 
 
-def test_the_end_of_a_turn_is_the_special_token_after_an_assistants_words(family):
+def test_the_end_of_a_turn_is_the_special_token_after_an_assistants_content(family):
     name, tokenizer, template, _ = family
     assert turn_end_id(template, tokenizer) == tokenizer.special_ids[TURN_END[name]]
     assert turn_end_id(ChatTemplate("{{ messages[-1].content }} over"), tokenizer) is None

@@ -1,4 +1,4 @@
-"""A completion is what the text of prompt and completion has behind the text of the prompt."""
+"""The text of a completion is the text of prompt and completion without the text of the prompt."""
 
 import json
 import time
@@ -24,7 +24,7 @@ def form(request):
     return request.param
 
 
-def said(form, ids, prompt=(), **how):
+def deltas_of(form, ids, prompt=(), **how):
     stream = OURS[form].stream(after=prompt, **how)
     return [*(stream.push(token) for token in ids), stream.flush()]
 
@@ -35,14 +35,14 @@ def test_a_completion_keeps_its_first_space():
         the, word = vocabulary[SPACE + "the"], vocabulary[SPACE + "s"]
         assert OURS[form].continued([the], [word, the]) == " s the"
         assert OURS[form].continued([], [the, word]) == "the s"
-        assert OURS[form].continued([vocabulary[EOS]], [the]) == "the"  # nothing stands before it
+        assert OURS[form].continued([vocabulary[EOS]], [the]) == "the"  # no text before it
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 3))
 def test_prompt_and_completion_join_to_the_whole_text_wherever_the_text_is_cut(form, cut):
     ids = PAIRS[form].encode(ODD, add_special_tokens=False).ids
     whole, begun = PAIRS[form].decode(ids), PAIRS[form].decode(ids[:cut])
-    completion = "".join(said(form, ids[cut:], ids[:cut]))
+    completion = "".join(deltas_of(form, ids[cut:], ids[:cut]))
     assert whole.endswith(completion)
     if whole.startswith(begun):  # the cut is within no character
         assert begun + completion == whole
@@ -50,20 +50,20 @@ def test_prompt_and_completion_join_to_the_whole_text_wherever_the_text_is_cut(f
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FORMS), WRITTEN, WRITTEN, st.booleans())
-def test_random_texts_go_on_as_their_tokens_decode(form, prompt, completion, skip_special):
+def test_random_texts_continue_as_their_tokens_decode(form, prompt, completion, skip_special):
     read = [PAIRS[form].encode(text, add_special_tokens=False).ids for text in (prompt, completion)]
     whole = PAIRS[form].decode([*read[0], *read[1]], skip_special_tokens=skip_special)
     begun = PAIRS[form].decode(read[0], skip_special_tokens=skip_special)
-    pieces = said(form, read[1], read[0], skip_special=skip_special)
-    assert begun + "".join(pieces) == whole
-    assert UNDECODABLE in whole or not any(UNDECODABLE in piece for piece in pieces)
+    deltas = deltas_of(form, read[1], read[0], skip_special=skip_special)
+    assert begun + "".join(deltas) == whole
+    assert UNDECODABLE in whole or not any(UNDECODABLE in delta for delta in deltas)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(BYTE_LEVEL), st.data(), st.booleans())
-def test_any_ids_of_a_byte_level_vocabulary_go_on_as_they_decode(form, data, skip_special):
+def test_any_ids_of_a_byte_level_vocabulary_continue_as_they_decode(form, data, skip_special):
     ids = data.draw(st.lists(st.integers(0, 335), max_size=12))
-    assert "".join(said(form, ids, skip_special=skip_special)) == PAIRS[form].decode(
+    assert "".join(deltas_of(form, ids, skip_special=skip_special)) == PAIRS[form].decode(
         ids, skip_special_tokens=skip_special
     )
 
@@ -73,7 +73,7 @@ def test_broken_bytes_of_a_byte_fallback_vocabulary_leave_whole_characters_alone
         return
     byte = [PAIRS[form].token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     bee = PAIRS[form].token_to_id("b")
-    assert said(form, [byte[0xE6], byte[0x97], byte[0xA5], byte[0xE6], bee]) == [
+    assert deltas_of(form, [byte[0xE6], byte[0x97], byte[0xA5], byte[0xE6], bee]) == [
         "",
         "",
         "日",
@@ -81,14 +81,14 @@ def test_broken_bytes_of_a_byte_fallback_vocabulary_leave_whole_characters_alone
         f"{UNDECODABLE}b",
         "",
     ]
-    assert said(form, [byte[0xE6], byte[0x97], bee]) == ["", "", UNDECODABLE * 2 + "b", ""]
+    assert deltas_of(form, [byte[0xE6], byte[0x97], bee]) == ["", "", UNDECODABLE * 2 + "b", ""]
     assert PAIRS[form].decode([byte[0xE6], byte[0x97], bee]) == UNDECODABLE * 2 + "b"
-    assert "".join(said(form, [byte[0xA5], bee], [byte[0xE6], byte[0x97]])) == "日b"
+    assert "".join(deltas_of(form, [byte[0xA5], bee], [byte[0xE6], byte[0x97]])) == "日b"
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama2", "unigram"])
-def test_detokenizing_is_linear_whatever_the_bytes(form):
-    """16,000 tokens that never become UTF-8, and as many skipped ones, cost no more each than 500 of them."""
+def test_detokenizing_takes_linear_time_whatever_the_bytes(form):
+    """The time per token is the same for 500 and 16,000 tokens that never become UTF-8, or that are skipped."""
     name = "<0xE6>" if PAIRS[form].token_to_id("<0xE6>") else "æ"
     for token in (PAIRS[form].token_to_id(name), PAIRS[form].token_to_id(EOS)):
         few, many = (seconds(form, [token] * count) for count in (500, 16_000))
@@ -97,7 +97,7 @@ def test_detokenizing_is_linear_whatever_the_bytes(form):
 
 def seconds(form, ids):
     began = time.perf_counter()
-    said(form, ids)
+    deltas_of(form, ids)
     return time.perf_counter() - began
 
 
@@ -122,7 +122,7 @@ def test_names_keep_the_spaces_of_the_vocabularys_spelling():
     assert (ours.spell(9999), ours.bytes_of(9999)) == ("token_id:9999", b"")
 
 
-def test_an_added_token_with_the_text_of_another_goes_by_its_spelling():
+def test_an_added_token_with_the_text_of_another_is_named_by_its_spelling():
     fast = FastTokenizer.from_str(tokenizer_json("llama2"))
     fast.add_tokens([" the", "  "])
     ours = Tokenizer(fast, {"eos_token": EOS})
@@ -130,7 +130,7 @@ def test_an_added_token_with_the_text_of_another_goes_by_its_spelling():
     assert ours.spell(fast.token_to_id(SPACE + "the")) == " the"
 
 
-def test_decoders_of_other_kinds_go_on_as_well():
+def test_decoders_of_other_kinds_continue_a_text_as_well():
     words = ["the", "##re", "and", ".", "[END]"]
     for decoder in (decoders.WordPiece(), decoders.BPEDecoder(suffix="e"), None):
         fast = FastTokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="the"))

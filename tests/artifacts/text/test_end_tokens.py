@@ -1,4 +1,4 @@
-"""A model's end tokens are those that its authors name, and a bundle keeps all of them."""
+"""The end tokens of a model come from its files, and a bundle keeps all of them."""
 
 import json
 
@@ -38,7 +38,7 @@ def write(folder, config=..., generation=...):
         (7, [], (0,)),
     ],
 )
-def test_generation_config_comes_before_config_and_the_end_of_text_token_is_always_one(
+def test_generation_config_comes_before_config_and_the_end_of_text_token_is_always_included(
     tmp_path, config, generation, expected
 ):
     write(tmp_path, config, generation)
@@ -46,7 +46,7 @@ def test_generation_config_comes_before_config_and_the_end_of_text_token_is_alwa
 
 
 @pytest.mark.parametrize("value", [10, -1, True, "7", [7, 10], [7, None], {"a": 1}, 7.0, "[1]", "{"], ids=str)
-def test_end_tokens_that_are_no_tokens_are_refused_in_one_line(tmp_path, value):
+def test_invalid_end_tokens_are_refused_in_one_line(tmp_path, value):
     for name in ("config", "generation"):
         given = json.dumps({"eos_token_id": value}) if value == "7" else value
         write(tmp_path, **{name: given})
@@ -81,10 +81,10 @@ def test_a_bundle_keeps_the_end_tokens_and_their_file_byte_for_byte(tmp_path, mo
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [0, 7, 9]
     verify_bundle(folder)
     assert load_bundle(folder).end_ids == (0, 7, 9)
-    assert read_end_tokens(folder, eos_id=0, vocab_len=270) == ends  # so does what is trained from it
+    assert read_end_tokens(folder, eos_id=0, vocab_len=270) == ends  # also after training from it
 
 
-def test_a_bundle_without_other_end_tokens_is_what_it_was(tmp_path, model, tokenizer):
+def test_a_bundle_without_other_end_tokens_has_no_file_for_them(tmp_path, model, tokenizer):
     info = save(tmp_path / "bundle", model, tokenizer)
     assert json.loads((tmp_path / "bundle/config.json").read_text())["eos_token_id"] == 0
     assert "generation_config.json" not in info.files
@@ -96,10 +96,10 @@ def test_transformers_ends_a_text_of_a_bundle_at_any_of_its_end_tokens(tmp_path,
     ids = torch.tensor([[5, 6, 7]])
     save(tmp_path / "plain", model, tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    said = theirs.generate(ids, do_sample=False, max_new_tokens=12)[0, 3:].tolist()
-    end = next(token for token in said if token != said[0])
+    whole = theirs.generate(ids, do_sample=False, max_new_tokens=12)[0, 3:].tolist()
+    end = next(token for token in whole if token != whole[0])
     save(tmp_path / "bundle", model, tokenizer, EndTokens((0, end), json.dumps({"eos_token_id": [0, end]})))
     assert GenerationConfig.from_pretrained(tmp_path / "bundle").eos_token_id == [0, end]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "bundle", dtype=torch.float32)
     ended = theirs.generate(ids, do_sample=False, max_new_tokens=12)[0, 3:].tolist()
-    assert ended == said[: said.index(end) + 1]
+    assert ended == whole[: whole.index(end) + 1]

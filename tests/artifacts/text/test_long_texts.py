@@ -1,4 +1,4 @@
-"""A text that is encoded in parts has the ids of the whole."""
+"""A long text that is encoded in parts has the ids of the whole text."""
 
 import random
 
@@ -11,11 +11,11 @@ from tidar_core.artifacts.text.tokenizer import Tokenizer
 
 PART = 6000
 SEED = random.Random(5)
-SIGNS = "ab the \n\n\n.,é日🎉e\u0301 def x 12345"
+CHARACTERS = "ab the \n\n\n.,é日🎉e\u0301 def x 12345"
 LONG = {
     "lines": "Hello\n\nworld\n\n" * 3000,
     "words": "".join(SEED.choice([*"".join(TEXTS).split(" "), ODD]) + " " for _ in range(4000)),
-    "signs": "".join(SEED.choice(SIGNS) for _ in range(30_000)),
+    "characters": "".join(SEED.choice(CHARACTERS) for _ in range(30_000)),
     "digits": "".join(SEED.choice("0123456789") for _ in range(30_000)),
     "spaces": "a" + " " * 30_000 + "b",
     "line ends": "a" + "\n" * 30_000 + "b",

@@ -1,4 +1,4 @@
-"""Text that is encoded in parts has the ids of the whole, and text that spells a special token is none."""
+"""Text that is encoded in parts has the ids of the whole, and text that spells a special token stays text."""
 
 import json
 
@@ -25,25 +25,25 @@ WRITTEN = st.text(alphabet=st.sampled_from("ab the\n.,é日🎉▁"), max_size=2
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_text_that_spells_a_special_token_is_none(form):
+def test_text_that_spells_a_special_token_stays_text(form):
     ours = OURS[form]
     for name in ours.special_ids:
         for text in (name, f"a{name}b", f" {name} {name}"):
             assert not set(ours.encode(text)) & set(ours.special_ids.values()) or form == "xlm-r"  # which has no "<"
-            assert ours.special_ids[name] in ours.encode_spoken(text)
+            assert ours.special_ids[name] in ours.encode_with_special(text)
     if form != "xlm-r":
         assert ours.decode(ours.encode(f"a{EOS}b")).strip() == f"a{EOS}b"
 
 
-def test_only_the_unknown_token_comes_of_signs_that_a_vocabulary_lacks():
+def test_characters_that_a_vocabulary_lacks_become_only_the_unknown_token():
     ours = OURS["xlm-r"]
     assert set(ours.encode(f"<s>{EOS}")) & set(ours.special_ids.values()) == {ours.special_ids["<unk>"]}
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FORMS), WRITTEN, WRITTEN)
-def test_a_part_behind_a_line_end_or_a_special_token_has_the_ids_of_the_whole(form, first, second):
-    first, second = f"{first}.", f"b{second}"  # signs that no token joins
+def test_a_part_after_a_line_end_or_a_special_token_has_the_ids_of_the_whole(form, first, second):
+    first, second = f"{first}.", f"b{second}"  # characters that no token joins
     fast, ours = PAIRS[form], OURS[form]
     whole = fast.encode(f"{first}<|end|>{second}", add_special_tokens=False).ids
     end = fast.token_to_id("<|end|>")
@@ -57,8 +57,8 @@ def test_a_part_behind_a_line_end_or_a_special_token_has_the_ids_of_the_whole(fo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_message_with_the_name_of_a_special_token_has_the_ids_of_one_without_it(form):
-    def ids(said):
-        return encode_chat(TEMPLATE, OURS[form], [{"role": "user", "content": said}])
+    def ids(content):
+        return encode_chat(TEMPLATE, OURS[form], [{"role": "user", "content": content}])
 
     tokens = OURS[form].special_ids
     forged, harmless = ids(f"the {EOS} and"), ids("the %% and")
@@ -73,19 +73,20 @@ def test_a_message_with_the_name_of_a_special_token_has_the_ids_of_one_without_i
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_conversation_is_trained_on_the_ids_that_the_service_shows_and_the_answer_goes_on_behind_them(form):
+def test_training_and_the_service_encode_a_conversation_alike_and_the_answer_continues_it(form):
     messages = [{"role": "user", "content": "the and"}, {"role": "assistant", "content": "Hello world"}]
     (segments,) = encode_conversation(conversation_of({"messages": messages}), TEMPLATE, OURS[form])
     shown = encode_chat(TEMPLATE, OURS[form], messages[:1])
     assert segments[0].ids == shown
     whole = PAIRS[form].encode(TEMPLATE.render(messages), add_special_tokens=False).ids
     assert [token for segment in segments for token in segment.ids] == whole
-    said = OURS[form].continued(shown, segments[1].ids)
-    assert said == PAIRS[form].decode(whole)[len(PAIRS[form].decode(shown)) :]
-    assert said.startswith("Hello world")  # a space before the line end where a part behind a special token has one
+    continuation = OURS[form].continued(shown, segments[1].ids)
+    assert continuation == PAIRS[form].decode(whole)[len(PAIRS[form].decode(shown)) :]
+    # A space comes before the line end if the tokenizer adds a space after a special token.
+    assert continuation.startswith("Hello world")
 
 
-def test_an_added_token_takes_the_white_space_beside_it_in_parts_too():
+def test_an_added_token_includes_the_white_space_beside_it_in_parts_too():
     fast = FastTokenizer.from_str(tokenizer_json("llama3"))
     fast.add_tokens(
         [AddedToken("<|pad|>", lstrip=True, rstrip=True, special=True), AddedToken("<think>", special=False)]
@@ -104,21 +105,21 @@ def test_an_added_token_takes_the_white_space_beside_it_in_parts_too():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_places_of_tokens_are_places_in_the_text_as_it_was_written(form):
+def test_offsets_of_tokens_are_positions_in_the_original_text(form):
     ours = OURS[form]
-    places = ours.places(ODD)
-    assert len(places) == len(ours.encode(ODD))
-    assert places == sorted(places)
-    assert places[0] == 0
-    for place, token in zip(places, ours.encode(ODD)):
+    offsets = ours.offsets(ODD)
+    assert len(offsets) == len(ours.encode(ODD))
+    assert offsets == sorted(offsets)
+    assert offsets[0] == 0
+    for offset, token in zip(offsets, ours.encode(ODD)):
         text = ours.bytes_of(token).decode(errors="ignore")
         if len(text.strip()) > 1 and text.isascii() and text != "<unk>":
-            assert ODD[place:].replace(" ", "").startswith(text.replace(" ", ""))
-    assert len(ours.places(ODD, framed=True)) == len(ours.encode_batch([ODD], framed=True)[0])
+            assert ODD[offset:].replace(" ", "").startswith(text.replace(" ", ""))
+    assert len(ours.offsets(ODD, framed=True)) == len(ours.encode_batch([ODD], framed=True)[0])
 
 
-def test_words_are_encoded_as_a_text_goes_on():
+def test_words_of_a_continuation_get_no_space():
     vocabulary = json.loads(tokenizer_json("llama2"))["model"]["vocab"]
     for form in ("llama2", "metaspace first", "metaspace always", "metaspace never", "gemma"):
-        assert OURS[form].encode_behind("s") == [vocabulary["s"]]
-        assert OURS[form].encode_behind(" the") == [vocabulary[SPACE + "the"]]
+        assert OURS[form].encode_continuation("s") == [vocabulary["s"]]
+        assert OURS[form].encode_continuation(" the") == [vocabulary[SPACE + "the"]]

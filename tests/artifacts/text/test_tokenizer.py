@@ -1,4 +1,4 @@
-"""Text to ids and back, whole and in pieces."""
+"""Tokenizers turn text into ids and back, at once and token by token."""
 
 import json
 
@@ -29,8 +29,8 @@ def test_the_text_of_the_ids_of_a_text_is_the_text(tokenizer):
 
 
 def test_an_indentation_is_one_token(tokenizer):
-    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("):\n        return x")]
-    assert pieces == ["):\n", "       ", " return", " x"]
+    texts = [tokenizer.decode([i]) for i in tokenizer.encode("):\n        return x")]
+    assert texts == ["):\n", "       ", " return", " x"]
 
 
 def test_the_end_of_text_is_id_0_and_text_that_spells_it_is_plain_text(tokenizer):
@@ -41,21 +41,21 @@ def test_the_end_of_text_is_id_0_and_text_that_spells_it_is_plain_text(tokenizer
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id]) == "a"
 
 
-def test_vocab_len_is_the_first_unused_row_and_unused_rows_have_no_text(tokenizer):
+def test_vocab_len_is_the_first_unused_id_and_unused_ids_have_no_text(tokenizer):
     assert tokenizer.vocab_len == 290
     assert tokenizer.decode([*tokenizer.encode("a"), 290, 999]) == "a"
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_pieces_of_a_stream_join_to_the_whole_text_wherever_it_stops(tokenizer, cut):
+def test_deltas_of_a_stream_join_to_the_whole_text_wherever_it_stops(tokenizer, cut):
     ids = tokenizer.encode(TEXT)[:-cut]
     stream = tokenizer.stream()
-    pieces = [stream.push(i) for i in ids]
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    deltas = [stream.push(i) for i in ids]
+    assert not any("\N{REPLACEMENT CHARACTER}" in delta for delta in deltas)
+    assert "".join(deltas) + stream.flush() == tokenizer.decode(ids)
 
 
-def test_pieces_of_bytes_that_are_no_text_join_to_the_whole_too(tokenizer):
+def test_deltas_of_bytes_that_are_not_utf_8_join_to_the_whole_text_too(tokenizer):
     byte = {tokenizer._fast.id_to_token(i): i for i in range(1, 257)}
     lead, tail = byte["æ"], byte["Ĺ"]  # E6, 97: the first two bytes of a three-byte character
     for ids in ([lead, *tokenizer.encode("a"), tail], [tail] * 9 + [lead, tail], [lead, tail, 0, lead], [0, lead, 999]):
@@ -63,7 +63,7 @@ def test_pieces_of_bytes_that_are_no_text_join_to_the_whole_too(tokenizer):
         assert "".join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
 
 
-def test_a_stream_says_a_character_as_soon_as_its_last_byte_is_there(tokenizer):
+def test_a_stream_returns_a_character_as_soon_as_its_last_byte_is_there(tokenizer):
     stream = tokenizer.stream()
     ids = tokenizer.encode("日a")
     assert [stream.push(i) for i in ids] == ["", "", "日", "a"]
@@ -109,22 +109,22 @@ def test_a_vocabulary_too_small_for_bytes_is_refused():
         train_bpe(iter(["a"]), 256)
 
 
-def test_a_spoken_special_token_is_that_token_and_a_shown_one_its_name(tokenizer):
+def test_the_name_of_a_special_token_can_be_encoded_as_the_token_and_decoded_as_its_name(tokenizer):
     assert tokenizer.special_ids == {"<|endoftext|>": 0}
-    ids = tokenizer.encode_spoken("a<|endoftext|>b")
+    ids = tokenizer.encode_with_special("a<|endoftext|>b")
     assert ids == [*tokenizer.encode("a"), 0, *tokenizer.encode("b")]
-    assert tokenizer.encode("a<|endoftext|>b") != ids  # the twin changes nothing here
+    assert tokenizer.encode("a<|endoftext|>b") != ids  # `encode` is not affected
     assert (tokenizer.decode(ids), tokenizer.decode(ids, skip_special=False)) == ("ab", "a<|endoftext|>b")
     stream = tokenizer.stream(skip_special=False)
     assert "".join([stream.push(i) for i in ids]) + stream.flush() == "a<|endoftext|>b"
 
 
-def test_the_bytes_of_all_tokens_of_a_text_join_to_its_own(tokenizer):
+def test_the_bytes_of_all_tokens_of_a_text_join_to_its_bytes(tokenizer):
     assert b"".join(tokenizer.bytes_of(i) for i in tokenizer.encode(TEXT)) == TEXT.encode()
     assert (tokenizer.bytes_of(0), tokenizer.bytes_of(999)) == (b"<|endoftext|>", b"")
 
 
-def test_a_framed_text_has_what_the_tokenizer_puts_around_it():
+def test_a_framed_text_has_the_special_tokens_of_the_tokenizer_around_it():
     from tokenizers.processors import TemplateProcessing
 
     framing = train_bpe(iter(["a b c"]), 260)

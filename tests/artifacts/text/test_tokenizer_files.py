@@ -1,4 +1,4 @@
-"""A tokenizer is what its tokenizer.json says, whatever class or model other files name."""
+"""The file tokenizer.json alone defines a tokenizer, whatever class or model other files name."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def named(class_name):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_no_class_and_no_model_type_changes_what_tokenizer_json_says(tmp_path, class_name, model_type):
+def test_no_class_and_no_model_type_changes_the_tokenizer_of_tokenizer_json(tmp_path, class_name, model_type):
     fingerprints = set()
     for form in ("gpt2", "llama3", "llama2", "metaspace first", "unigram"):
         folder = write_folder(
@@ -49,7 +49,7 @@ def test_no_class_and_no_model_type_changes_what_tokenizer_json_says(tmp_path, c
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_transformers_opens_what_is_saved_to_the_same_ids(tmp_path, form, model_type):
+def test_transformers_loads_a_saved_tokenizer_with_the_same_ids(tmp_path, form, model_type):
     folder = write_folder(tmp_path / "given", form, tokenizer_class="LlamaTokenizer", add_bos_token=False)
     load_tokenizer(folder).save(tmp_path / "saved")
     if model_type is not None:
@@ -65,7 +65,7 @@ def test_transformers_opens_what_is_saved_to_the_same_ids(tmp_path, form, model_
     assert load_tokenizer(tmp_path / "saved").fingerprint == load_tokenizer(folder).fingerprint
 
 
-def test_settings_of_a_tokenizer_outlive_a_save(tmp_path):
+def test_saving_a_tokenizer_keeps_its_settings(tmp_path):
     given = {"bos_token": {"content": "<s>", "lstrip": False}, "model_max_length": 512, "chat_template": "{{ 1 }}"}
     load_tokenizer(write_folder(tmp_path / "given", "llama2", **given)).save(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
@@ -73,7 +73,7 @@ def test_settings_of_a_tokenizer_outlive_a_save(tmp_path):
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ 1 }}"
 
 
-def test_truncation_and_padding_of_a_tokenizer_json_cut_and_fill_no_text(tmp_path):
+def test_truncation_and_padding_of_a_tokenizer_json_are_ignored(tmp_path):
     folder = write_folder(tmp_path, "llama3")
     fast = truth(folder)
     fast.enable_truncation(3)

@@ -260,7 +260,7 @@ def test_an_answer_that_the_template_does_not_write_behind_its_prompt_is_refused
 
 def test_calls_that_the_template_would_leave_out_are_refused(qwen):
     _, tokenizer = qwen
-    with pytest.raises(CorpusError, match="this model's chat template shows none"):
+    with pytest.raises(CorpusError, match="this model's chat template omits calls"):
         documents({"messages": TURNS}, ChatTemplate(CHATML), tokenizer)
 
 

@@ -57,7 +57,7 @@ def test_a_developers_message_reaches_a_model_whose_template_has_no_branch_for_i
 
 def test_calls_are_refused_by_a_model_whose_template_shows_none(readers):
     call = {"type": "function", "function": {"name": "now", "arguments": {}}}
-    with pytest.raises(ParameterError, match="this model's chat template shows none; drop them") as caught:
+    with pytest.raises(ParameterError, match="this model's chat template omits calls; remove them") as caught:
         readers["qwen3"][1].tokens(Chat(messages=(*HELLO.messages, {"role": "assistant", "tool_calls": [call]})))
     assert caught.value.param == "messages"
 

@@ -1,1 +1,1 @@
-"""Text at rest: tokenizers, chat templates, conversations, grammars, prompts."""
+"""Rules that turn text into tokens and back: tokenizers, chat templates, conversations, grammars, prompts."""

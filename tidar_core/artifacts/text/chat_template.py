@@ -1,7 +1,7 @@
-"""How does a conversation become the text that a model was taught to read?
+"""Chat templates: the Jinja templates that turn a conversation into the text that a model was trained on.
 
-By the Jinja template that travels with its tokenizer, rendered in a sandbox exactly as transformers renders it. This is
-jinja2's home.
+A template is stored with its tokenizer. It is rendered in a sandbox, exactly as transformers renders it. No other
+module imports jinja2.
 """
 
 import json
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tidar_core.artifacts.store import locations
-from tidar_core.artifacts.text.template_habits import DEVELOPER, Habits, habits_of
+from tidar_core.artifacts.text.template_features import DEVELOPER, TemplateFeatures, features_of
 from tidar_core.errors import RequestError, TokenizerError
 
 __all__ = [
@@ -38,25 +38,25 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 """Names of the templates that are used without and with tools, where a tokenizer has several."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names of what an assistant thought before it spoke; templates read the first or, some, the second."""
+"""Names of the field with the reasoning of an assistant. Most templates read the first; some read the second."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Tokens that a template may name."""
+"""Settings of the special tokens that a template may use as variables."""
 OPEN_END = "\ufdd0open end\ufdd0"
-"""Stands where a text that is to be continued ends now; no text holds such characters."""
+"""Marks the present end of a message that is to be continued. No text holds these characters."""
 
 FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template raises over messages that it does not take."""
+"""Exceptions that a template raises for messages that it does not accept."""
 
 Message = Mapping[str, Any]
 
 
 def load_chat_template(folder: str | Path, *, instead: str | None = None) -> "ChatTemplate | None":
-    """The chat template in a Hugging Face folder; None where it has none.
+    """The chat template in a Hugging Face folder; None if there is no template.
 
-    chat_template.jinja, with more in additional_chat_templates/, or what tokenizer_config.json has: a text, or several
-    with names.
+    Templates are chat_template.jinja and the files in additional_chat_templates/, or the entry of
+    tokenizer_config.json: one text, or several texts with names.
 
-    instead  location of a Jinja file that takes the place of all these
+    instead  location of a Jinja file that replaces all these
     """
     where = locations.local_copy(str(folder))
     sources = template_sources(where)
@@ -71,7 +71,7 @@ def load_chat_template(folder: str | Path, *, instead: str | None = None) -> "Ch
 
 
 def template_sources(folder: Path) -> dict[str, str]:
-    """The chat templates in a Hugging Face folder by name, as they are written there."""
+    """The sources of the chat templates in a Hugging Face folder by name, unchanged."""
     given = tokenizer_config(folder).get("chat_template")
     if isinstance(given, list):
         given = {entry["name"]: entry["template"] for entry in given}
@@ -83,21 +83,23 @@ def template_sources(folder: Path) -> dict[str, str]:
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Settings of the tokenizer in a Hugging Face folder; empty where no file has any."""
+    """Settings of the tokenizer in a Hugging Face folder; empty if no file has any."""
     return _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
 
 
 def content_of(token: Any) -> str:
-    """A token as files name it: its text, or an object that holds it."""
+    """The text of a token. In files, a token is its text or an object with the text as `content`."""
     return token if isinstance(token, str) else token["content"]
 
 
 class ChatTemplate:
-    """Messages to text. Immutable, so any number of threads may share it."""
+    """A chat template, which turns messages into text. It is immutable, so any number of threads may share it."""
 
     def __init__(self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
-        """sources  the template, or several by name: `tool_use` is used where tools are given, else `default`
-        special_tokens  what templates call bos_token, eos_token and so on
+        """Compile the templates. Raises TokenizerError if a template has a syntax error or none is the default.
+
+        sources         the template, or several by name: `tool_use` is used if tools are given, else `default`
+        special_tokens  texts of the variables bos_token, eos_token and so on
         """
         self.sources = {DEFAULT: sources} if isinstance(sources, str) else dict(sources)
         """Templates by name."""
@@ -106,10 +108,14 @@ class ChatTemplate:
         try:
             self._compiled = {name: environment.from_string(source) for name, source in self.sources.items()}
         except TemplateSyntaxError as error:
-            raise TokenizerError(f"the chat template cannot be read: {error} (line {error.lineno}); mend it") from error
+            raise TokenizerError(
+                f"the chat template cannot be read: {error} (line {error.lineno}); correct it"
+            ) from error
         if DEFAULT not in self.sources:
             raise TokenizerError(f"the chat templates are {', '.join(self.sources)}; name one of them {DEFAULT!r}")
-        self._habits = {name: habits_of(partial(self._probe, name), source) for name, source in self.sources.items()}
+        self._features = {
+            name: features_of(partial(self._probe, name), source) for name, source in self.sources.items()
+        }
 
     def render(
         self,
@@ -119,28 +125,28 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The text of `messages`. Raises RequestError where the template takes no such messages.
+        """The text of `messages`. Raises RequestError if the template does not accept them.
 
-        tools  JSON schemas of functions, as OpenAI has them
-        add_generation_prompt  end with what comes before an assistant's words
-        variables  whatever else this template reads
+        tools                  JSON schemas of functions in OpenAI's form
+        add_generation_prompt  end with the text that begins an assistant's message
+        variables              other variables that this template reads
         """
         if not messages:
-            raise RequestError("messages is empty; it needs at least one")
+            raise RequestError("messages is empty; at least one message is needed")
         name = self._name(tools)
-        read = [_as_read(message, self._habits[name]) for message in messages]
-        return self._rendered(name, read, tools, variables | {"add_generation_prompt": add_generation_prompt})
+        known = [_in_known_form(message, self._features[name]) for message in messages]
+        return self._rendered(name, known, tools, variables | {"add_generation_prompt": add_generation_prompt})
 
     def hides_calls(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
-        """Whether the template for these tools writes nothing of the calls in a message."""
-        return self._habits[self._name(tools)].hides_calls
+        """Whether the template for these tools omits the calls in a message."""
+        return self._features[self._name(tools)].hides_calls
 
     def render_open(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
     ) -> str:
-        """The text of `messages` up to the end of the last one's words, which are to be continued."""
+        """The text of `messages` up to the end of the last message's content, which is to be continued."""
         if not messages or not isinstance(messages[-1].get("content"), str):
-            raise RequestError("the last of messages has no text that could be continued; give it some content")
+            raise RequestError("the last of messages has no text to continue; give it some content")
         last = {**messages[-1], "content": messages[-1]["content"] + OPEN_END}
         whole = self.render([*messages[:-1], last], tools=tools, **variables)
         kept, mark, _ = whole.rpartition(OPEN_END)
@@ -148,7 +154,7 @@ class ChatTemplate:
             raise RequestError("this model's chat template drops the end of the last message; it cannot be continued")
         return kept
 
-    def speaks_of(self, text: str) -> bool:
+    def mentions(self, text: str) -> bool:
         """Whether any of the templates holds `text`."""
         return any(text in source for source in self.sources.values())
 
@@ -170,23 +176,23 @@ class ChatTemplate:
         try:
             return self._compiled[name].render(given | {"messages": messages, "tools": offered})
         except FAILURES as error:
-            said = " ".join(str(error).split())[:300]
-            raise RequestError(f"messages do not fit this model's chat template: {said}; change them") from error
+            reason = " ".join(str(error).split())[:300]
+            raise RequestError(f"messages do not fit this model's chat template: {reason}; change them") from error
 
 
-def _as_read(message: Message, habits: Habits) -> dict[str, Any]:
+def _in_known_form(message: Message, features: TemplateFeatures) -> dict[str, Any]:
     """A message in the form that the template knows.
 
-    A field that is None would be text to a template, so it is left out. Thoughts stand under each of the names that
-    templates know.
+    A template would write a field that is None as text, so such a field is left out. The reasoning has each of the
+    names that templates know.
     """
     given = {name: value for name, value in message.items() if value is not None}
-    if given.get("role") == DEVELOPER and not habits.developer:
+    if given.get("role") == DEVELOPER and not features.developer:
         given["role"] = "system"
     if given.get("role") == "assistant" and "content" not in given:
-        given |= habits.no_words if given.get("tool_calls") else {"content": ""}
-    thought = next((given[name] for name in REASONING_FIELDS if name in given), None)
-    return given if thought is None else {"thinking": thought} | given | {"reasoning_content": thought}
+        given |= features.no_content if given.get("tool_calls") else {"content": ""}
+    reasoning = next((given[name] for name in REASONING_FIELDS if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning} | given | {"reasoning_content": reasoning}
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -204,7 +210,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """{% generation %}: training's mark of an assistant's words; nothing to see in the text."""
+    """Accepts {% generation %}, which marks the assistant's text for training and adds nothing to the text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -218,7 +224,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates: makes one, and gives no way to its class."""
+    """`dict` for templates: makes a dictionary and gives no access to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -228,7 +234,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` for templates: without names that begin with an underscore."""
+    """`namespace` for templates; it refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # a template may set `self`
         self, *rest = args
@@ -254,7 +260,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is; Jinja's own filter escapes what HTML must."""
+    """The JSON text of `value`. Jinja's own filter would escape characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

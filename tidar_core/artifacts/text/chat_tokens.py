@@ -1,7 +1,7 @@
-"""How does a conversation become token ids, so that nothing a user writes counts as a special token?
+"""Token ids of a conversation, in which text from a user never becomes a special token.
 
-The template's own <|im_end|> is a token; a user's is seven plain characters or so. Where what a user wrote names a
-special token, a private character stands for that name while the template is rendered, and becomes plain text after.
+An <|im_end|> of the template is a token; an <|im_end|> of the user is plain characters. A private character replaces
+each name of a special token in the user's text while the template is rendered. Afterwards it becomes plain text.
 """
 
 import re
@@ -15,7 +15,7 @@ from tidar_core.errors import RequestError
 __all__ = ["SpecialNames", "encode_chat", "require_calls_shown", "turn_end_id"]
 
 PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters that mean nothing (Supplementary Private Use Area A)."""
+"""Characters without a meaning (Supplementary Private Use Area A)."""
 
 
 def encode_chat(
@@ -28,10 +28,10 @@ def encode_chat(
     leave_open: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The ids of a conversation. Raises RequestError where the template takes no such messages.
+    """The ids of a conversation. Raises RequestError if the template does not accept the messages.
 
     leave_open  end within the last message, which is to be continued
-    variables   whatever else this template reads
+    variables   other variables that this template reads
     """
     require_calls_shown(template, messages, tools)
     names = SpecialNames(tokenizer.special_ids, [messages, tools, variables])
@@ -44,43 +44,47 @@ def encode_chat(
         else:
             text = template.render(given, tools=offered, add_generation_prompt=add_generation_prompt, **others)
     except TypeError as error:  # a variable with the name of an argument
-        raise RequestError(f"chat_template_kwargs cannot be used: {error}; name others") from error
+        raise RequestError(f"chat_template_kwargs cannot be used: {error}; use other names") from error
     return names.encode(text, tokenizer)
 
 
 def require_calls_shown(
     template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 ) -> None:
-    """Raise RequestError if messages have calls and the template would leave them out."""
+    """Raise RequestError if messages have calls and the template would omit the calls."""
     if template.hides_calls(tools) and any(message.get("tool_calls") for message in messages):
-        raise RequestError("messages hold calls of functions, and this model's chat template shows none; drop them")
+        raise RequestError("messages hold calls of functions, and this model's chat template omits calls; remove them")
 
 
 def turn_end_id(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
-    """The special token that ends an assistant's words; None where the template has none, or takes no such messages."""
-    said = "\ufdd0"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    """The special token that ends an assistant's message.
+
+    The result is None if the template writes no special token there, or does not accept a conversation of a user and
+    an assistant.
+    """
+    content = "\ufdd0"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
     try:
-        _, found, rest = template.render(messages).rpartition(said)
+        _, found, rest = template.render(messages).rpartition(content)
     except RequestError:
         return None
-    ids = tokenizer.encode_spoken(rest) if found else []
+    ids = tokenizer.encode_with_special(rest) if found else []
     return next((token for token in ids if token in tokenizer.special_ids.values()), None)
 
 
 class SpecialNames:
-    """Names of special tokens, and the private characters that stand for those that a user wrote."""
+    """Names of special tokens, and the private characters that replace the names in a user's text."""
 
     def __init__(self, special_ids: Mapping[str, int], written: Any) -> None:
-        taken = {sign for text in _texts(written) for sign in text if ord(sign) >= PRIVATE.start}
+        taken = {character for text in _texts(written) for character in text if ord(character) >= PRIVATE.start}
         free = (chr(code) for code in PRIVATE if chr(code) not in taken)
-        self._sign_of = dict(zip(sorted(special_ids, key=len, reverse=True), free))
-        self._name_of = {sign: name for name, sign in self._sign_of.items()}
-        self._names = re.compile("|".join(map(re.escape, self._sign_of))) if self._sign_of else None
+        self._placeholder_of = dict(zip(sorted(special_ids, key=len, reverse=True), free))
+        self._name_of = {character: name for name, character in self._placeholder_of.items()}
+        self._names = re.compile("|".join(map(re.escape, self._placeholder_of))) if self._placeholder_of else None
         self._used = False
 
     def hidden(self, value: Any) -> Any:
-        """`value` with a private character for each name in its texts."""
+        """`value` with a private character in place of each name in its texts."""
         if isinstance(value, str):
             return value if self._names is None else self._names.sub(self._hide, value)
         if isinstance(value, Mapping):
@@ -90,17 +94,17 @@ class SpecialNames:
         return value
 
     def encode(self, text: str, tokenizer: Tokenizer, *, before: str = "") -> list[int]:
-        """Ids of a rendered text: the names in it are the template's own, and tokens.
+        """Ids of a rendered text. The names in it come from the template, so they become tokens.
 
-        before  the rendered text that stands before it, where it is a part; no token reaches over that border
+        before  the rendered text before it, if it is a part; no token crosses that border
         """
         if not self._used and not before:
-            return tokenizer.encode_spoken(text)
+            return tokenizer.encode_with_special(text)
         ids: list[int] = []
         plain_from = 0
         for name in [*(self._names.finditer(text) if self._names else ()), None]:
             plain_to = name.start() if name else len(text)
-            plain = "".join(self._name_of.get(sign, sign) for sign in text[plain_from:plain_to])
+            plain = "".join(self._name_of.get(character, character) for character in text[plain_from:plain_to])
             ids += tokenizer.encode_part(plain, before=before, after=name[0] if name else "")
             if name is not None:
                 ids.append(tokenizer.special_ids[name[0]])
@@ -109,7 +113,7 @@ class SpecialNames:
 
     def _hide(self, name: re.Match[str]) -> str:
         self._used = True
-        return self._sign_of[name[0]]
+        return self._placeholder_of[name[0]]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""How is a conversation read, in whichever of its usual spellings it was written?
+"""The reader of conversations, which accepts all usual forms and returns a single form.
 
-The one reader for training and serving, so that a template is shown the same messages by both: content as text,
-arguments of calls as objects, fields in one order. A null of a message, call or function is as good as no field. A
-null inside arguments or a JSON schema was written by somebody and stays.
+Training and serving share it, so templates receive the same messages from both. Content is text, arguments of calls
+are objects, and fields have one order. A null field of a message, call or function counts as a missing field. A null
+inside arguments or a JSON schema was written on purpose and stays.
 """
 
 import json
@@ -14,24 +14,26 @@ from tidar_core.errors import RequestError
 __all__ = ["joined_text", "read_messages", "read_tools"]
 
 FIELDS = ("role", "content", "reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
-"""Fields of a message that a template is shown, in this order; others are the writer's own."""
+"""Fields of a message that a template receives, in this order. Other fields are left out."""
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 TEXTS = {"text": "text", "refusal": "refusal"}
-"""Types of parts that are text, and the key of the text."""
+"""Types of content parts that are text, each with the key of its text."""
 PART_MARKS = {"cache_control", "annotations"}
-"""Keys of parts that change no text."""
+"""Keys of content parts that do not change the text."""
 LONGEST_SHOWN = 80
 
 
 def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as templates are shown them. Raises RequestError, whose first word is the place."""
+    """The messages in the form that templates receive. Raises RequestError that begins with the place."""
     return [_read_message(message, f"messages.{place}") for place, message in enumerate(messages)]
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The functions that are offered, in OpenAI's wrapping; None for no functions. Raises RequestError.
+    """The available functions, each in OpenAI's tool object; None if there are no functions.
 
-    tools  a list, or its JSON text; a function may lack the wrapping
+    Raises RequestError for anything but functions.
+
+    tools  a list, or its JSON text; a function may lack the tool object around it
     """
     listed = _parsed(tools, "tools") or None
     if listed is None:
@@ -42,7 +44,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def joined_text(content: Any) -> str:
-    """The text of a message's content. Raises RequestError for what is no text.
+    """The text of a message's content. Raises RequestError for other content.
 
     content  a text, or parts of type text, which are joined by line breaks as in vLLM
     """
@@ -57,7 +59,7 @@ def _part_text(part: Any) -> str:
     stated = _stated(part) if isinstance(part, Mapping) else {}
     key = TEXTS.get(str(stated.get("type")))
     if key is None:
-        raise RequestError(f"messages hold the part {_shortened(part)}; this model reads parts of type 'text' alone")
+        raise RequestError(f"messages hold the part {_shortened(part)}; only parts of type 'text' are accepted")
     if not isinstance(stated.get(key), str) or not stated.keys() <= {"type", key} | PART_MARKS:
         raise RequestError(f"messages hold the part {_shortened(part)}; it must have a type and a text")
     return str(stated[key])
@@ -67,7 +69,7 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     stated = _stated(message) if isinstance(message, Mapping) else {}
     if not isinstance(stated.get("role"), str):
         raise RequestError(f"{where} is {_shortened(message)}; it must be an object with a role and a content")
-    if stated["role"] == "function":  # OpenAI's name for a tool's result before there were tools
+    if stated["role"] == "function":  # OpenAI's older name for the role of a tool's result
         stated["role"] = "tool"
     if "content" in stated:
         stated["content"] = joined_text(stated["content"])
@@ -79,20 +81,20 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[Any]:
-    """The calls of a message; the single call of OpenAI's older form is one of them."""
+    """The calls of a message, or the single call of OpenAI's older form `function_call`."""
     calls, old = _parsed(message.get("tool_calls"), f"{where}.tool_calls") or [], message.get("function_call")
     if not isinstance(calls, list):
         raise RequestError(f"{where}.tool_calls is {_shortened(calls)}; it must be a list of calls: change it")
     if old is None:
         return calls
     if calls:
-        raise RequestError(f"{where}.function_call is given and tool_calls too; they mean the same: give one")
+        raise RequestError(f"{where}.function_call and tool_calls are both given; they mean the same: give one")
     return [{"type": "function", "function": old}]
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
     stated = _stated(call) if isinstance(call, Mapping) else {}
-    function = stated.get("function", stated)  # a call may lack the wrapping
+    function = stated.get("function", stated)  # a call may lack the outer object
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise RequestError(f"{where}.tool_calls hold {_shortened(call)}; a call needs a function with a name")
@@ -102,7 +104,7 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(written: Any, where: str) -> dict[str, Any]:
-    """Arguments of a call as an object; of a call without arguments an empty one."""
+    """Arguments of a call as an object, which is empty for a call without arguments."""
     arguments = _parsed(written, f"{where}.tool_calls")
     if arguments is None:
         return {}
@@ -127,7 +129,7 @@ def _read_tool(tool: Any, where: str) -> dict[str, Any]:
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """`value`, or what its JSON text holds; None for a text of white space."""
+    """`value`, parsed if it is a JSON text; None for an empty or blank text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -135,7 +137,7 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} hold {_shortened(value)}; that is no JSON: change it") from error
+        raise RequestError(f"{where} hold {_shortened(value)}, which is not JSON: change it") from error
 
 
 def _stated(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The text that each token adds to a text.
+"""Incremental detokenizer: the text that each new token adds to a sequence.
 
-Tokens come one by one, and each takes constant time, whatever its bytes. Text goes on where the tokens before it ended:
-a space at the beginning of a SentencePiece token is dropped at the beginning of the whole text alone.
+Each token takes constant time, whatever its bytes. New text continues the text of the tokens before it. The space at
+the beginning of a SentencePiece token is therefore dropped only at the beginning of the whole text.
 """
 
 import json
@@ -17,11 +17,11 @@ __all__ = ["Detokenizer", "TextStream", "parts_of"]
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 AS_BYTES = "bytes:"
-"""Begins the name of a token whose bytes are no text."""
+"""Prefix of the name of a token whose bytes are not UTF-8."""
 AS_ID = "token_id:"
-"""Begins the name of a token that has no other name of its own."""
+"""Prefix of the name of a token that has no other unique name."""
 TAIL = 4
-"""The last tokens of a prompt that decide how a text goes on: the bytes of a character are never spread over more."""
+"""How many last tokens of a prompt decide how the text continues: a character has at most four bytes."""
 
 
 def parts_of(component: Any) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def parts_of(component: Any) -> list[dict[str, Any]]:
 
 
 class Detokenizer:
-    """The texts, bytes and names of a vocabulary's tokens."""
+    """Texts, bytes and names of the tokens in a vocabulary."""
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
@@ -41,36 +41,36 @@ class Detokenizer:
         """Ids of the special tokens."""
 
     def has_text(self, token_id: int, *, skip_special: bool) -> bool:
-        """Whether `decode` reads a token: it passes over unused rows, and over special tokens if they are skipped."""
+        """Whether `decode` reads a token. It ignores unused entries, and special tokens if they are skipped."""
         return not (skip_special and token_id in self.special) and self._fast.id_to_token(token_id) is not None
 
     @property
-    def one_for_each(self) -> bool:
-        """Each byte that is no text becomes a U+FFFD of its own (byte fallback); otherwise each broken character."""
+    def replaces_each_byte(self) -> bool:
+        """Whether each undecodable byte becomes a U+FFFD (byte fallback); otherwise each broken character does."""
         return self._byte_fallback
 
     def raw(self, token_id: int) -> bytes | None:
-        """The bytes that a token stands for; None for a token that stands for characters, and for an unused row."""
+        """The bytes that a token represents; None for a token of characters and for an unused entry."""
         content = self._fast.id_to_token(token_id)
         return None if content is None else self._raw(content)
 
-    def behind(self, left: int | None, token_id: int) -> str:
-        """The text of a token that stands for characters, behind the token `left`; None: at the beginning of a text."""
+    def text_after(self, left: int | None, token_id: int) -> str:
+        """The text of a token of characters after the token `left`. `None`: the token begins the text."""
         if left is None:
             return self._decode([token_id])
         return self._decode([left, token_id])[len(self._decode([left])) :]
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to a text; the name of a special token; nothing for an unused row."""
+        """The bytes that a token adds to a text: for a special token its name, for an unused entry none."""
         return self._bytes.get(token_id, b"")
 
     def name(self, token_id: int) -> str:
-        """A name of the token alone: its text, or its bytes, or its spelling in the vocabulary, or its id."""
+        """A unique name of the token: its text, its bytes, its spelling in the vocabulary, or its id."""
         return self._names.get(token_id) or f"{AS_ID}{token_id}"
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        """What each token of the vocabulary adds to a text, behind a token such as itself."""
+        """The bytes that each token of the vocabulary adds to a text, measured after the same token."""
         contents = {token_id: name for name, token_id in self._fast.get_vocab(with_added_tokens=True).items()}
         known = {token_id: self._added[token_id].content.encode() for token_id in self.special}
         known |= {i: raw for i, name in contents.items() if i not in known and (raw := self._raw(name)) is not None}
@@ -81,7 +81,7 @@ class Detokenizer:
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        """Special tokens choose their names first, then tokens of the model, then added ones, then single bytes."""
+        """Unique names by id, assigned to special tokens first, then model tokens, added tokens and single bytes."""
         single = [] if not self._byte_fallback else [self._fast.token_to_id(name) for name in FALLBACKS]
         later = {*self._added, *single}
         model = [token_id for token_id in self._bytes if token_id not in later]
@@ -114,10 +114,11 @@ class Detokenizer:
 
 
 class TextStream:
-    """Ids in, pieces of text out; the pieces join to what `decode` has behind the text of `after`.
+    """Turns ids into text deltas. Joined, they equal the text that `decode` adds after the text of `after`.
 
-    Held back: a character whose bytes have not all come. Where bytes are no UTF-8, characters that are whole stay as
-    they are, and each broken one becomes U+FFFD: as in byte-level decoders; byte-fallback ones spoil the whole run.
+    A character is held back until all its bytes have come. If bytes are not UTF-8, whole characters stay and each
+    broken character becomes U+FFFD, as in byte-level decoders. Byte-fallback decoders replace the whole run of bytes
+    instead.
     """
 
     def __init__(self, tokens: Detokenizer, *, skip_special: bool = True, after: Sequence[int] = ()) -> None:
@@ -125,56 +126,56 @@ class TextStream:
         self._left: int | None = None
         """The last token that has a text."""
         self._open = b""
-        """Bytes that may begin a character."""
+        """Bytes that may be the beginning of a character."""
         self._shown = ""
-        """What stands for the open bytes at the end of the text of `after`."""
+        """The characters that the text of `after` already shows for the open bytes at its end."""
         for token_id in self._tail(after):
             self.push(token_id)
         self._shown = self._characters(self._open, whole=True)[0]
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now; may be empty."""
+        """Add a token and return the text that is now certain, which may be empty."""
         if not self._tokens.has_text(token_id, skip_special=self._skip_special):
             return ""
         raw = self._tokens.raw(token_id)
         if raw is None:
-            piece = self._closed() + self._tokens.behind(self._left, token_id)
+            delta = self._closed() + self._tokens.text_after(self._left, token_id)
         elif self._left is None and len(raw) == 1 and raw.isascii():
-            piece = self._tokens.behind(None, token_id)
+            delta = self._tokens.text_after(None, token_id)
         else:
-            piece, self._open = self._characters(self._open + raw, whole=False)
+            delta, self._open = self._characters(self._open + raw, whole=False)
         self._left = token_id
-        return self._fresh(piece)
+        return self._fresh(delta)
 
     def flush(self) -> str:
-        """What was held back; the stream starts anew."""
-        piece = self._fresh(self._closed())
+        """Return the text that was held back and reset the stream."""
+        delta = self._fresh(self._closed())
         self._left, self._shown = None, ""
-        return piece
+        return delta
 
     def _tail(self, after: Sequence[int]) -> list[int]:
-        """The last tokens of `after` that have a text, and none but them."""
+        """The last `TAIL` tokens of `after` that have a text."""
         with_text = (
             token for token in reversed(after) if self._tokens.has_text(token, skip_special=self._skip_special)
         )
         return list(islice(with_text, TAIL))[::-1]
 
     def _closed(self) -> str:
-        piece, self._open = self._characters(self._open, whole=True)
-        return piece
+        delta, self._open = self._characters(self._open, whole=True)
+        return delta
 
-    def _fresh(self, piece: str) -> str:
-        """`piece` without what the text of `after` already shows of it."""
-        if not piece or not self._shown:
-            return piece
+    def _fresh(self, delta: str) -> str:
+        """`delta` without the characters that the text of `after` already shows."""
+        if not delta or not self._shown:
+            return delta
         same = 0
-        while same < min(len(piece), len(self._shown)) and piece[same] == self._shown[same]:
+        while same < min(len(delta), len(self._shown)) and delta[same] == self._shown[same]:
             same += 1
         self._shown = ""
-        return piece[same:]
+        return delta[same:]
 
     def _characters(self, content: bytes, *, whole: bool) -> tuple[str, bytes]:
-        """The characters of some bytes, and the bytes at their end that may begin another; none where it is `whole`."""
+        """The characters of some bytes, and the last bytes that may begin another character (no bytes if `whole`)."""
         text = ""
         while content:
             try:
@@ -183,7 +184,7 @@ class TextStream:
                 text += content[: error.start].decode()
                 if error.reason == "unexpected end of data" and not whole:
                     return text, content[error.start :]
-                text += UNDECODABLE * (error.end - error.start if self._tokens.one_for_each else 1)
+                text += UNDECODABLE * (error.end - error.start if self._tokens.replaces_each_byte else 1)
                 content = content[error.end :]
         return text, b""
 
@@ -198,7 +199,7 @@ def _flat(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _levels() -> dict[str, int]:
-    """The bytes by the characters that stand for them in byte-level vocabularies (GPT-2)."""
+    """The bytes by the characters that represent them in byte-level vocabularies (GPT-2)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

@@ -1,7 +1,7 @@
-"""Which tokens end a text of a model?
+"""The tokens that end a sequence of a model.
 
-Those of generation_config.json, else those of config.json, and always the tokenizer's end-of-text token. That one
-separates documents in training; any of the end tokens ends a text.
+The end tokens come from generation_config.json, else from config.json. The tokenizer's end-of-text token is always an
+end token; it also separates documents in training. Any end token ends a sequence.
 """
 
 import json
@@ -19,19 +19,21 @@ EOS = "eos_token_id"
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The tokens that end a text of one model."""
+    """The tokens that end a sequence of a model."""
 
     ids: tuple[int, ...]
-    """The tokenizer's end-of-text token first."""
+    """Ids of the end tokens; the tokenizer's end-of-text token is the first."""
     generation_config: str | None = None
-    """The file that they come with, as its authors wrote it; other engines read more from it."""
+    """Content of generation_config.json as its authors wrote it, because other engines read more settings from it."""
 
 
 def read_end_tokens(folder: str | Path, *, eos_id: int, vocab_len: int) -> EndTokens:
-    """The end tokens of the model in a local Hugging Face folder. Raises WeightsError for ids that are no tokens.
+    """The end tokens of the model in a local Hugging Face folder.
+
+    Raises WeightsError if a file is not a JSON object or has an id that is not a token of the tokenizer.
 
     eos_id     the tokenizer's end-of-text token
-    vocab_len  its tokens are 0..vocab_len - 1
+    vocab_len  the tokenizer's tokens are 0..vocab_len - 1
     """
     where = Path(folder) / GENERATION_CONFIG
     try:
@@ -46,7 +48,7 @@ def read_end_tokens(folder: str | Path, *, eos_id: int, vocab_len: int) -> EndTo
 
 
 def _eos(where: Path, content: str, vocab_len: int) -> list[int] | None:
-    """The end tokens in a file; None where it names none."""
+    """The end tokens in a file; None if the file names no end token."""
     try:
         settings = json.loads(content)
     except ValueError as error:
@@ -61,6 +63,6 @@ def _eos(where: Path, content: str, vocab_len: int) -> list[int] | None:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_len:
             raise WeightsError(
                 f"{where} has {EOS} {given!r}; ids of the tokenizer are needed, 0..{vocab_len - 1}; use the file and "
-                "the tokenizer of one model"
+                "the tokenizer of the same model"
             )
     return ids

@@ -1,12 +1,14 @@
-"""Can llguidance compile a grammar in a given time?
+"""A program that checks whether llguidance can compile a grammar in a given time.
 
     python tidar_core/artifacts/text/grammar_probe.py
 
-Some grammars of forty characters take hours, and nothing within a process can stop that. So this program forks for each
-grammar and kills the fork that takes too long. It imports llguidance alone, and runs as a file, so that it is small.
+Some grammars of forty characters take hours to compile, and nothing within a process can stop that. So this program
+forks for each grammar and kills a fork that takes too long. It imports only llguidance and runs as a file, so that the
+process is small.
 
-Standard input: one line of JSON with `tokenizer`, `vocab_len` and `eos_id`, then one line for each grammar with `kind`,
-`content` and `seconds` of a processor. Standard output: for each grammar `compiled`, `refused`, `late` or `died`.
+Standard input: one line of JSON with `tokenizer`, `vocab_len` and `eos_id`, then one line for each grammar. The line of
+a grammar has `kind`, `content` and `seconds` of processor time. Standard output: for each grammar `compiled`,
+`refused`, `late` or `died`.
 """
 
 import json
@@ -22,15 +24,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 __all__ = ["definition_of", "main", "start_of", "tokens_of"]
 
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
-"""Most white space between two signs of JSON, so that no text is spent on it; a schema's own `x-guidance` overrides."""
+"""White space between two JSON tokens, limited so that it fills no text; a schema's own `x-guidance` overrides it."""
 BUSY = 4
-"""Times the seconds of a processor that a grammar may take on a machine that does other things as well."""
+"""Wall time per processor time that a grammar may take, because the machine is busy with other work as well."""
 MOST_BYTES = 4 * 2**30
-"""Address space of a fork."""
+"""Bytes of address space that a fork may use."""
 
 
 def definition_of(kind: str, content: str) -> str:
-    """A grammar in llguidance's own form; ValueError or RecursionError where `content` is none of its kind.
+    """A grammar in llguidance's own form. Raises ValueError or RecursionError for content that does not fit `kind`.
 
     kind  json_schema, regex, choice or grammar
     """
@@ -45,35 +47,35 @@ def definition_of(kind: str, content: str) -> str:
 
 
 def start_of(tokens: LLTokenizer, definition: str, limits: LLParserLimits | None = None) -> LLMatcher:
-    """A matcher at the beginning of a text; ValueError where the definition is none, or allows no text.
+    """A matcher for a new sequence. Raises ValueError if the definition is invalid or allows no text.
 
-    limits  how much work one token may be
+    limits  most work per token
     """
     start = LLMatcher(tokens, definition, log_level=0, limits=limits or LLParserLimits(verbose_errors=False))
-    start.compute_logit_bias()  # only now does a grammar show that it allows no text at all
+    start.compute_logit_bias()  # a grammar that allows no text at all fails only here
     if start.is_error():
         error = start.get_error()
-        raise ValueError("no text keeps to it" if error.startswith("NoExtension") else error)
+        raise ValueError("no text matches it" if error.startswith("NoExtension") else error)
     return start
 
 
 def tokens_of(tokenizer_json: str, vocab_len: int, eos_id: int) -> LLTokenizer:
-    """The vocabulary, as llguidance reads it; ValueError for one that does not stand for bytes."""
+    """The vocabulary in llguidance's form. Raises ValueError for a vocabulary that does not represent bytes."""
     return LLTokenizer(tokenizer_json, n_vocab=vocab_len, eos_token=eos_id)
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Check grammars until standard input ends."""
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, signal.SIG_IGN)  # sent to a whole group; standard input says when the end has come
+        signal.signal(which, signal.SIG_IGN)  # it goes to the whole process group; the end of standard input ends this
     given = json.loads(sys.stdin.readline())
     tokens = tokens_of(given["tokenizer"], given["vocab_len"], given["eos_id"])
     for line in sys.stdin:
         grammar = json.loads(line)
-        print(_tried(tokens, grammar["kind"], grammar["content"], grammar["seconds"]), flush=True)
+        print(_verdict(tokens, grammar["kind"], grammar["content"], grammar["seconds"]), flush=True)
 
 
-def _tried(tokens: LLTokenizer, kind: str, content: str, seconds: float) -> str:
+def _verdict(tokens: LLTokenizer, kind: str, content: str, seconds: float) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

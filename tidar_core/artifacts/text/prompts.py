@@ -1,7 +1,7 @@
-"""Which prompts does a benchmark file hold?
+"""The reader of prompts from benchmark files.
 
-One JSON object a line, compressed (.gz, .zst) or not, in the shapes that public sets have: `prompt` (HumanEval),
-`question` (GSM8K), `turns` (Spec-Bench, of which the first is taken), `text`.
+A file has one JSON object a line and may be compressed (.gz, .zst). The prompt is in the field of the public data sets:
+`prompt` (HumanEval), `question` (GSM8K), `turns` (Spec-Bench; the first turn counts) or `text`.
 """
 
 from pathlib import Path
@@ -23,13 +23,13 @@ CODE_PROMPTS = (
     'if __name__ == "__main__":\n    ',
     "for i in range(",
 )
-"""Beginnings of Python, for when no file is given."""
+"""Beginnings of Python code, used if no file is given."""
 
 FIELDS = ("prompt", "question", "turns", "text")
 
 
 def read_prompts(path: str | Path | None, count: int) -> list[str]:
-    """The first `count` prompts of a file; without one, beginnings of Python."""
+    """The first `count` prompts of a file, or of `CODE_PROMPTS` if no file is given. Raises CorpusError."""
     if path is None:
         return list(CODE_PROMPTS[:count])
     if not locations.exists(str(path)):

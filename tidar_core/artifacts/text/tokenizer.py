@@ -1,10 +1,11 @@
-"""How does text become token ids, and ids text?
+"""Tokenizers, which turn text into token ids and ids into text.
 
-`Tokenizer` wraps a Hugging Face fast tokenizer. Text is plain text unless a method says otherwise: nothing is added to
-it (no BOS, no EOS), and a string in it that looks like a special token, such as <|endoftext|>, is split like any other
-word. Conversations, whose templates speak special tokens: `chat_tokens`. Added tokens that
-the tokenizer does not call special (Qwen's <think>, for one) stay single tokens. The mask token is no token of the
-tokenizer: it is a row of the vocabulary at or above `vocab_len`, so no text can ever contain it.
+`Tokenizer` wraps a Hugging Face fast tokenizer. Text is plain text unless the docstring of a method defines otherwise.
+Nothing is added to plain text (no BOS, no EOS). A string in it that looks like a special token, such as <|endoftext|>,
+is split like any other word. `chat_tokens` encodes conversations, because templates write special tokens.
+
+Added tokens that the tokenizer does not call special (e.g. Qwen's <think>) stay single tokens. The mask token is not a
+token of the tokenizer. It is an entry of the vocabulary at or above `vocab_len`, so no text can ever contain it.
 """
 
 import hashlib
@@ -38,23 +39,27 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Pieces within which BPE merges: words with the space before them, up to three digits, runs of signs, runs of white
-space, so that an indentation is one token."""
+"""Regular expression of the strings within which BPE merges.
+
+Such a string is a word with the space before it, up to three digits, a run of punctuation or a run of white space. An
+indentation is therefore one token.
+"""
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-"""The class that `save` names, in which transformers takes tokenizer.json as it is; any other may rebuild it."""
-SIGNS_BEFORE = ("\n", ".", "a", "0")
-"""Signs for `encode_behind`: the first is taken that no token joins with the text behind it."""
-WHITE_SPACE = "".join(sign for sign in map(chr, range(0x3001)) if sign.isspace() and not "\x1c" <= sign <= "\x1f")
-"""Signs that an added token takes with it where its name says so (lstrip, rstrip)."""
+"""The class that `save` names: with it, transformers uses tokenizer.json unchanged. Other classes may rebuild it."""
+CHARACTERS_BEFORE = ("\n", ".", "a", "0")
+"""Characters for `encode_continuation`; it uses the first that no token joins with the text after it."""
+WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace() and not "\x1c" <= char <= "\x1f")
+"""Characters that an added token includes beside its name if it has `lstrip` or `rstrip`."""
 NOT_SAVED = ("chat_template", "auto_map", "add_bos_token", "add_eos_token")
-"""Settings that lie elsewhere, or that would have transformers use anything but tokenizer.json."""
+"""Settings that are saved elsewhere, or that would make transformers deviate from tokenizer.json."""
 
 
 def load_tokenizer(uri: str | Path) -> "Tokenizer":
-    """The tokenizer in a Hugging Face folder: what tokenizer.json says, whatever class other files name.
+    """The tokenizer that tokenizer.json in a Hugging Face folder defines, whatever class other files name.
 
-    The end-of-text token and the chat templates come from tokenizer_config.json. Never goes to the network.
+    The end-of-text token and the chat templates come from tokenizer_config.json. Nothing is downloaded from a model
+    hub. Raises TokenizerError if a file is missing or cannot be read.
     """
     folder = locations.local_copy(str(uri))
     if not (folder / TOKENIZER_JSON).is_file():
@@ -71,20 +76,20 @@ def load_tokenizer(uri: str | Path) -> "Tokenizer":
         raise TokenizerError(f"the tokenizer in {uri} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if (name := config["eos_token"]) is None:
         raise TokenizerError(
-            f"the tokenizer in {uri} names no end-of-text token; documents cannot be told apart without one: "
+            f"the tokenizer in {uri} names no end-of-text token; documents must be separated by it: "
             f"set eos_token in its {CONFIG_JSON}"
         )
     if fast.token_to_id(content_of(name)) is None:
         raise TokenizerError(
-            f"the end-of-text token {content_of(name)!r} of {uri} is no token of its {TOKENIZER_JSON}; mend eos_token"
+            f"the end-of-text token {content_of(name)!r} of {uri} is no token of its {TOKENIZER_JSON}; fix eos_token"
         )
     return Tokenizer(fast, config, templates)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, <|endoftext|> (id 0) included.
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, including <|endoftext|> (id 0).
 
-    Deterministic: the same texts give the same tokenizer, whatever the number of threads.
+    Training is deterministic: the same texts give the same tokenizer, whatever the number of threads.
     """
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size is {vocab_size}; 256 bytes and {END_OF_TEXT} need at least 257")
@@ -107,12 +112,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 class Tokenizer:
-    """Text to ids and back, always the same way."""
+    """Turns text into ids and ids into text; the same text always has the same ids."""
 
     def __init__(
         self, fast: FastTokenizer, config: Mapping[str, Any], templates: Mapping[str, str] | None = None
     ) -> None:
-        """config     what tokenizer_config.json says; its eos_token is one of the tokenizer's
+        """Wrap `fast`, without its truncation and padding.
+
+        config     content of tokenizer_config.json; its eos_token is a token of `fast`
         templates  sources of chat templates by name
         """
         self._fast, self._config = _reading_names_as_text(fast), dict(config)
@@ -122,29 +129,29 @@ class Tokenizer:
         self.templates = dict(templates or {})
         """Sources of the chat templates by name, which `save` writes beside the tokenizer."""
         eos_id = fast.token_to_id(content_of(config["eos_token"]))
-        assert eos_id is not None, "the end-of-text token is no token"
+        assert eos_id is not None, "the end-of-text token is not a token of the tokenizer"
         self.eos_id: int = eos_id
-        """The end-of-text token: put after every document, ends every generation."""
+        """Id of the end-of-text token, which is put after every document and ends every generation."""
         self.vocab_len: int = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        """Rows of the vocabulary that can stand for text; a model's rows from here on are unused."""
+        """Entries of the vocabulary that can represent text; a model's entries from this id on are unused."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides ids: equal for tokenizers that encode alike."""
+        """Hash of everything that determines ids; it is equal for tokenizers that encode alike."""
         content = locations.canonical_json([json.loads(self.fast_json), self.eos_id])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def fast_json(self) -> str:
-        """The fast tokenizer as Hugging Face writes it into tokenizer.json."""
+        """The content of tokenizer.json as Hugging Face writes it."""
         return self._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added. Raises UserError for half a character (a lone surrogate)."""
+        """The ids of `text`, with nothing added. Raises UserError for half a character (a lone surrogate)."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
-        """The ids of each text: `encode`, many at once.
+        """The ids of each text, as from `encode`.
 
         framed  with the special tokens that the tokenizer puts around a text, such as Llama's <|begin_of_text|>
         """
@@ -153,39 +160,42 @@ class Tokenizer:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=framed)]
 
     def encode_part(self, text: str, *, before: str, after: str = "") -> list[int]:
-        """The ids of a part of a text, as the whole has them there: no space is added where the whole has none.
+        """The ids that a part has within its whole text: no space is added where the whole text has none.
 
-        before, after  the whole text on both sides of `text`, or as much of it as any added token's name is long
+        before, after  the whole text on both sides of `text`, or at least as much of it as the longest name of an
+                       added token
         """
         left, right = (self._added_at(before, str.endswith), self._added_at(after, str.startswith))
         text = text.lstrip(WHITE_SPACE) if left is not None and left.rstrip else text
         text = text.rstrip(WHITE_SPACE) if right is not None and right.lstrip else text
         if not text:
             return []
-        begins_anew = not before or (left is not None and self._prefix != "first")
-        return self.encode(text) if begins_anew else self.encode_behind(text)
+        is_beginning = not before or (left is not None and self._prefix != "first")
+        return self.encode(text) if is_beginning else self.encode_continuation(text)
 
-    def encode_behind(self, text: str) -> list[int]:
-        """The ids of `text` where other text stands before it: no space is added to its beginning."""
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of `text` that follows other text: no space is added to its beginning."""
         if self._prefix == "none":
             return self.encode(text)
-        for sign in SIGNS_BEFORE:
-            alone, ids = self.encode_batch([sign, sign + text])
+        for character in CHARACTERS_BEFORE:
+            alone, ids = self.encode_batch([character, character + text])
             if ids[: len(alone)] == alone:
                 return ids[len(alone) :]
         return self.encode(text)
 
-    def places(self, text: str, *, framed: bool = False) -> list[int]:
-        """Where the text of each token of `encode_batch` begins in `text`, in characters."""
+    def offsets(self, text: str, *, framed: bool = False) -> list[int]:
+        """Offset in `text`, in characters, where the text of each token of `encode_batch` begins."""
         begins, end = [], 0
         for token_begin, token_end in self._plain.encode(text, add_special_tokens=framed).offsets:
-            trimmed = text[end:token_begin].isspace()  # by a post-processor; the space is the token's all the same
-            begins.append(end if trimmed or not token_end else token_begin)  # a token that frames has no place
+            trimmed = text[
+                end:token_begin
+            ].isspace()  # a post-processor trims the offset; the space still belongs to the token
+            begins.append(end if trimmed or not token_end else token_begin)  # a framing token has no text
             end = max(end, token_end)
         return begins
 
-    def encode_spoken(self, text: str) -> list[int]:
-        """The ids of `text`, in which a special token's name is that token. Never for what a user wrote."""
+    def encode_with_special(self, text: str) -> list[int]:
+        """The ids of `text`, in which the name of a special token becomes that token. Never use it on user text."""
         _require_characters(text)
         return self._special_reader.encode(text, add_special_tokens=False).ids
 
@@ -196,35 +206,35 @@ class Tokenizer:
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`. Unused rows have none; bytes that are no UTF-8 become U+FFFD.
+        """The text of `ids`. Unused entries have no text; bytes that are not UTF-8 become U+FFFD.
 
-        skip_special  special tokens have none either; otherwise their names
+        skip_special  special tokens have no text; otherwise their text is their name
         """
         return self._fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def continued(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of `ids` behind that of `prompt`; special tokens have none."""
+        """The text that `ids` add after the text of `prompt`; special tokens have no text."""
         stream = self.stream(after=prompt)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def spell(self, token_id: int) -> str:
-        """A name that no other token has: the text of the token; bytes that are no UTF-8 as `bytes:\\xe2\\x80`."""
+        """The unique name of a token: its text, or e.g. `bytes:\\xe2\\x80` if its bytes are not UTF-8."""
         return self._tokens.name(token_id)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to a text; a special token's name; nothing for an unused row."""
+        """The bytes that a token adds to a text: for a special token its name, for an unused entry none."""
         return self._tokens.bytes_of(token_id)
 
     def stream(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
-        """A decoder for ids that come one by one, behind the text of the ids `after`."""
+        """An incremental detokenizer whose text continues the text of the ids `after`."""
         return TextStream(self._tokens, skip_special=skip_special, after=after)
 
     def adopt_chat_template(self, template: ChatTemplate | None) -> None:
-        """From now on `save` writes this chat template beside the tokenizer; None: none."""
+        """Set the chat template that `save` writes beside the tokenizer. `None` removes it."""
         self.templates = {} if template is None else dict(template.sources)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that `load_tokenizer` opens, and that transformers opens to the same ids."""
+        """Write the files that `load_tokenizer` reads and that give the same ids in transformers."""
         where = Path(folder)
         where.mkdir(parents=True, exist_ok=True)
         (where / TOKENIZER_JSON).write_text(self._fast.to_str(pretty=True), encoding="utf-8")
@@ -237,9 +247,10 @@ class Tokenizer:
 
     @cached_property
     def _prefix(self) -> Literal["none", "first", "each"]:
-        """The texts to which the tokenizer adds a space: none; the first part of a text that holds added tokens; each.
+        """Which parts of a text between its added tokens get a space at their beginning.
 
-        Also "each" where white space at the beginning of a text is dropped.
+        "none": no part; "first": the first part; "each": each part. It is "each", too, if the tokenizer drops white
+        space at the beginning of a text.
         """
         found = set()
         for part in [*parts_of(self._fast.normalizer), *parts_of(self._fast.pre_tokenizer)]:
@@ -250,7 +261,7 @@ class Tokenizer:
         return "each" if "each" in found else "first" if "first" in found else "none"
 
     def _added_at(self, text: str, at: Callable[[str, str], bool]) -> AddedToken | None:
-        """The longest added token whose name stands at an end of `text`."""
+        """The longest added token whose name is at the beginning or end of `text`, as `at` tests it."""
         return next((token for token in self._added if at(text, token.content)), None)
 
     @cached_property
@@ -260,21 +271,22 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> FastTokenizer:
-        """A twin in which no text is a special token; the tokenizer itself where its model finds none in a text.
+        """A tokenizer in which text never becomes a special token.
 
-        A Unigram model holds its special tokens among its pieces, so text that spells one would become it.
+        A Unigram model has its special tokens in its vocabulary, so the text of a name would become the token. Such a
+        tokenizer gets a copy with other names; any other tokenizer is returned itself.
         """
         spec = json.loads(self.fast_json) if isinstance(self._fast.model, models.Unigram) else {"model": {"vocab": []}}
         special = [piece for piece in spec["model"]["vocab"] if piece[0] in self.special_ids]
         if not special:
             return self._fast
         for place, piece in enumerate(special):
-            piece[0] = f"\0 {place} \0"  # no text is this piece: a space becomes another sign before the model sees it
+            piece[0] = f"\0 {place} \0"  # no text matches: a space becomes another character before the model
         return _reading_names_as_text(FastTokenizer.from_str(json.dumps(spec)))
 
     @cached_property
     def _special_reader(self) -> FastTokenizer:
-        """A twin that takes special tokens by their names; the setting is no argument of `encode`."""
+        """A copy that reads special tokens by their names, because `encode` has no argument for this setting."""
         return FastTokenizer.from_str(self.fast_json)
 
 
@@ -284,7 +296,7 @@ def _reading_names_as_text(fast: FastTokenizer) -> FastTokenizer:
 
 
 def _require_added_tokens(fast: FastTokenizer, config: Mapping[str, Any], uri: str) -> None:
-    """Refuse tokens that tokenizer_config.json adds and tokenizer.json lacks; transformers would add them."""
+    """Raise TokenizerError if tokenizer.json lacks a token of tokenizer_config.json, which transformers would add."""
     added = {token_id: token.content for token_id, token in fast.get_added_tokens_decoder().items()}
     for token_id, token in dict(config.get("added_tokens_decoder") or {}).items():
         if added.get(int(token_id)) != content_of(token):
@@ -295,7 +307,7 @@ def _require_added_tokens(fast: FastTokenizer, config: Mapping[str, Any], uri: s
 
 
 def _end_of_text_of_model(fast: FastTokenizer, file: Path) -> str | None:
-    """The end-of-text token that config.json names; None where it names none."""
+    """The end-of-text token that config.json names; None if it names no token."""
     found = locations.read_json(str(file)).get("eos_token_id") if file.is_file() else None
     first = found[0] if isinstance(found, list) and found else found
     return fast.id_to_token(first) if isinstance(first, int) else None
@@ -305,4 +317,4 @@ def _require_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"text holds half a character at {error.start}, which no text can; give valid UTF-8") from error
+        raise UserError(f"text holds half a character at {error.start}; give valid UTF-8") from error
