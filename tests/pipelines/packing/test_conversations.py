@@ -95,8 +95,8 @@ def test_a_prompt_and_a_response_are_the_conversation_of_their_messages():
         ({"messages": [*TURNS[:1], TURNS[3] | {"weight": 0.5}]}, r"has a message of weight 0\.5; a message is trained"),
         ({"messages": TURNS[3:]}, "begins with a message of the assistant"),
         ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, "without content and without calls"),
-        ({"messages": TURNS[:2], "tools": "{"}, "tools hold '{'; that is no JSON"),
-        ({"messages": [*TURNS[:1], IMAGE, *TURNS[3:4]]}, "reads parts of type 'text' alone"),
+        ({"messages": TURNS[:2], "tools": "{"}, "tools hold '{', which is not JSON"),
+        ({"messages": [*TURNS[:1], IMAGE, *TURNS[3:4]]}, "only parts of type 'text' are accepted"),
         ({"messages": [{"role": "user", "content": "a"}, WHEN]}, "holds a value that JSON does not have"),
     ],
 )
