@@ -1,7 +1,8 @@
 """A Ray cluster of somebody else, in a process of its own: Serve listens and runs an application named `other`.
 
-The first line of its standard output is the cluster's address. For each line on standard input it prints the names of
-the applications that run, as a JSON list. The cluster ends when standard input is closed.
+It prints the cluster's address. For each line on standard input it prints the names of the applications that run, as a
+JSON list. Both lines begin with `MARK`, because Ray may write to standard output too. The cluster ends when standard
+input is closed.
 """
 
 import json
@@ -10,6 +11,9 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+
+MARK = "other cluster: "
 
 
 class OtherCluster:
@@ -26,9 +30,10 @@ class OtherCluster:
         return json.loads(self._line())
 
     def _line(self):
-        line = self._process.stdout.readline()
-        assert line, "the other cluster has ended"
-        return line.strip()
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return line.removeprefix(MARK).strip()
+        raise AssertionError("the other cluster has ended")
 
 
 @contextmanager
@@ -58,9 +63,9 @@ def main(port):
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(Other.bind(), name="other", route_prefix="/other")
-    print(ray.get_runtime_context().gcs_address, flush=True)
+    print(MARK + ray.get_runtime_context().gcs_address, flush=True)
     for _ in sys.stdin:
-        print(json.dumps(sorted(serve.status().applications)), flush=True)
+        print(MARK + json.dumps(sorted(serve.status().applications)), flush=True)
     serve.shutdown()
     ray.shutdown()
 
