@@ -12,7 +12,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-
 MARK = "other cluster: "
 
 

@@ -13,6 +13,9 @@ from serve_apps.messages.generation_request import Chat
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import LONG, PromptLanes
 
+pytestmark = pytest.mark.slow
+"""Grammars have a limit of time, so nothing may run beside these tests."""
+
 HOURS = {"type": "integer", "multipleOf": 99999991}
 """Forty characters, for which llguidance builds an automaton of a hundred million states."""
 
