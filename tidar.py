@@ -1,13 +1,13 @@
-"""The front door: one command per station of the river.
+"""Command line: one command per stage of the pipeline.
 
-    tidar quickstart                     the whole river on this machine
+    tidar quickstart                     the whole pipeline on this machine
     tidar pack | train | evaluate | publish JOB.yaml
-    tidar models [NAME]                  what is registered
+    tidar models [NAME]                  registered versions
     tidar promote NAME VERSION           and rollback NAME
     tidar generate | bench | profile | serve MODEL
 
 MODEL is a bundle's folder or URI, or models:/NAME@ALIAS. With --json, standard output holds one JSON object and nothing
-else; progress goes to standard error. Exit codes: 0 done, 2 the input is wrong (one line says how), 1 anything else.
+else; progress goes to standard error. Exit codes: 0 done, 2 wrong input (one line names the fault), 1 anything else.
 """
 
 import json
@@ -36,21 +36,21 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see
 Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
 THREADS = max(1, (os.cpu_count() or 1) - 1)
-"""A service's proxy and ingress need a core, and a step waits for the thread that shares its own. What is timed is what
-is served: `tidar serve` looks for a latency table of as many threads."""
+"""CPU threads by default. A service's proxy and ingress need a core, and a decode step waits for a thread that shares
+its core. All commands have this default, because `tidar serve` looks for a latency table of as many threads."""
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads; all cores but one by default.")]
-BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; what the model was trained with by default.")]
+BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; by default that of the training.")]
 TRACKING = "sqlite:///mlflow.db"
 
 
 class DType(StrEnum):
-    """Of weights and arithmetic; texts are compared exactly in fp32 alone."""
+    """Type of weights and arithmetic; only in fp32 are texts compared exactly."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-Dtype = Annotated[DType, typer.Option(help="Of weights and arithmetic.")]
+Dtype = Annotated[DType, typer.Option(help="Type of weights and arithmetic.")]
 
 
 class Mode(StrEnum):
@@ -68,26 +68,26 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except TidarError as error:
-        _leave(str(error), 2 if isinstance(error, UserError) else 1)
+        _exit(str(error), 2 if isinstance(error, UserError) else 1)
     except (KeyboardInterrupt, typer.Abort):
-        _leave("stopped", 1)
-    except OSError as error:  # a full disk, a folder without rights: wherever that was met
+        _exit("stopped", 1)
+    except OSError as error:  # e.g. a full disk or a folder without rights, anywhere
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _leave(f"{where}{os.strerror(error.errno)}; check the path, its rights and the room there", 1)
+        _exit(f"{where}{os.strerror(error.errno)}; check the path, its rights and the room there", 1)
     except TyperException as error:  # an unknown option, a value out of range
-        _leave(error.format_message() or "see tidar --help", 2)
+        _exit(error.format_message() or "see tidar --help", 2)
 
 
 @app.command()
 def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("workdir"),
+    workdir: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("workdir"),
     budget_seconds: Annotated[int, typer.Option(help="Training time, both phases together.")] = 480,
     port: Annotated[int, typer.Option(help="Port of the service, on 127.0.0.1.")] = 8000,
     as_json: Json = False,
 ) -> None:
-    """Corpus to served completion on this machine, with no input."""
+    """Run the pipeline from corpus to served completion on this machine, with no input."""
     import time
 
     from pipelines.cluster.console import stderr
@@ -101,26 +101,26 @@ def quickstart(
     settings = ServeSettings(model=model, port=port, num_cpus=1, threads=THREADS)
     check_place(settings)
     try:
-        river = flow(workdir, budget_seconds)
+        result = flow(workdir, budget_seconds)
         stderr.print("[bold]6 serve[/] the champion and complete three prompts over HTTP")
-        settings = settings.model_copy(update={"tracking_uri": river.tracking_uri})
+        settings = settings.model_copy(update={"tracking_uri": result.tracking_uri})
         completions = completions_over_http(settings, PROMPTS, max_tokens=48)
     finally:
         shutdown()
     seconds = time.perf_counter() - began
-    _print(river.summary | {"completions": completions, "elapsed_seconds": seconds}, as_json)
-    again = f"tidar serve {model} --tracking-uri {river.tracking_uri}"
-    question = json.dumps({"model": MODEL_NAME, "prompt": "def main("})
-    _note(f"Serve it again: {again}\nAsk it:         curl http://127.0.0.1:{port}/v1/completions -d '{question}'")
+    _print(result.summary | {"completions": completions, "elapsed_seconds": seconds}, as_json)
+    serve_again = f"tidar serve {model} --tracking-uri {result.tracking_uri}"
+    body = json.dumps({"model": MODEL_NAME, "prompt": "def main("})
+    _note(f"Serve it again: {serve_again}\nSend a request: curl http://127.0.0.1:{port}/v1/completions -d '{body}'")
 
 
 @app.command()
 def pack(job: JobFile, as_json: Json = False) -> None:
     """Tokenize and pack a corpus into shards."""
     from pipelines.jobs import PackJob, read_job
-    from pipelines.packing import pack as station
+    from pipelines.packing import pack as stage
 
-    manifest = station.pack(read_job(PackJob, job))
+    manifest = stage.pack(read_job(PackJob, job))
     splits = {
         name: {"documents": s.documents, "tokens": s.tokens, "rows": s.rows} for name, s in manifest.splits.items()
     }
@@ -132,40 +132,40 @@ def pack(job: JobFile, as_json: Json = False) -> None:
 @app.command()
 def train(
     job: JobFile,
-    dry_run: Annotated[bool, typer.Option(help="Say what it would do, and whether it can.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print what it would do, and whether it can.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train on packed shards, or go on where a stopped run left off; ends with a bundle."""
+    """Train on packed shards, or continue a stopped run; ends with a bundle."""
     from pipelines.jobs import TrainJob, read_job
 
     parsed = read_job(TrainJob, job)
     if dry_run:
-        from pipelines.training.dry_run import dry_run as foretold
+        from pipelines.training.dry_run import dry_run as dry_run_facts
 
-        return _print(foretold(parsed), as_json)
-    from pipelines.training import train as station
+        return _print(dry_run_facts(parsed), as_json)
+    from pipelines.training import train as stage
 
-    info = station.train(parsed)
+    info = stage.train(parsed)
     return _print({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
 
 
 @app.command()
 def evaluate(job: JobFile, as_json: Json = False) -> None:
     """Measure a bundle on held-out rows and prompts; ends with a report."""
-    from pipelines.evaluation import evaluate as station
+    from pipelines.evaluation import evaluate as stage
     from pipelines.jobs import EvaluateJob, read_job
 
-    _print(station.evaluate(read_job(EvaluateJob, job)), as_json)
+    _print(stage.evaluate(read_job(EvaluateJob, job)), as_json)
 
 
 @app.command()
 def publish(job: JobFile, as_json: Json = False) -> None:
     """Register a bundle whose report meets every bar; it becomes the challenger."""
-    from pipelines.evaluation import publish as station
+    from pipelines.evaluation import publish as stage
     from pipelines.jobs import PublishJob, read_job
 
     parsed = read_job(PublishJob, job)
-    _print({"name": parsed.name, "registry_version": station.publish(parsed), "alias": "challenger"}, as_json)
+    _print({"name": parsed.name, "registry_version": stage.publish(parsed), "alias": "challenger"}, as_json)
 
 
 @app.command()
@@ -181,12 +181,12 @@ def models(
     from tidar_core.artifacts.registry import model_registry
 
     listed = model_registry.list_versions(model_registry.absolute_tracking_uri(tracking_uri), name)
-    _print({"models": [asdict(one) for one in listed]}, as_json, print_models)
+    _print({"models": [asdict(version) for version in listed]}, as_json, print_models)
 
 
 @app.command()
 def promote(name: str, version: int, tracking_uri: Tracking = TRACKING, as_json: Json = False) -> None:
-    """Make a version the champion; the one before it is remembered."""
+    """Make a version the champion; the champion before it is recorded for rollback."""
     from tidar_core.artifacts.registry import model_registry
 
     champion = model_registry.promote(model_registry.absolute_tracking_uri(tracking_uri), name, version)
@@ -206,7 +206,9 @@ def rollback(name: str, tracking_uri: Tracking = TRACKING, as_json: Json = False
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    mode: Annotated[Mode, typer.Option(help="All say the same.")] = Mode.single_pass,
+    mode: Annotated[
+        Mode, typer.Option(help="Modes differ in speed, not in the distribution of texts.")
+    ] = Mode.single_pass,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -222,14 +224,14 @@ def generate(
     """Continue a prompt; text appears as it is committed."""
     from serve_apps.tools.offline_generation import OfflineGeneration
 
-    asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-             "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
-    uri = _found(model, tracking_uri)
-    writing = OfflineGeneration(_loaded(uri, threads), uri, asked, mode=mode.value, block_len=block_len, report=_note)
-    for text in writing.deltas():
+    request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+               "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
+    uri = _bundle_uri(model, tracking_uri)
+    output = OfflineGeneration(_load(uri, threads), uri, request, mode=mode.value, block_len=block_len, report=_note)
+    for text in output.deltas():
         if not as_json:
             print(text, end="", flush=True)
-    facts = writing.figures()
+    facts = output.figures()
     if as_json:
         return _print(facts, as_json)
     print()
@@ -249,9 +251,9 @@ def bench(
     dtype: Dtype = DType.fp32,
     plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
     transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
-    shape: Annotated[str | None, typer.Option(help="Time steps of a published shape instead of a model.")] = None,
-    random_weights: Annotated[bool, typer.Option(help="With --shape, which has no other.")] = False,
-    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens read before; 512.")] = [],  # noqa: B006
+    shape: Annotated[str | None, typer.Option(help="Time decode steps of a published shape, no model.")] = None,
+    random_weights: Annotated[bool, typer.Option(help="Needed with --shape, which has no trained weights.")] = False,
+    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens in the cache; 512.")] = [],  # noqa: B006
     threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -269,9 +271,9 @@ def bench(
         _print(facts, as_json, tables.print_steps)
         return
     if len(batch) > 1 or context:
-        raise RequestError("several --batch, or --context, time the steps of a --shape; give a MODEL one --batch")
-    uri = _found(str(model), tracking_uri)
-    bundle = _loaded(uri, threads, dtype.value)
+        raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
+    uri = _bundle_uri(str(model), tracking_uri)
+    bundle = _load(uri, threads, dtype.value)
     sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=bundle.end_ids)
     tokens = measure.bench_prompts(bundle, prompts, count, max_tokens)
     facts = measure.compared_modes(
@@ -299,11 +301,11 @@ def profile(
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
 ) -> None:
-    """Time forwards of 1 to 512 rows: how many token slots are free on this machine."""
+    """Time forwards of 1 to 512 query tokens: how many token slots are free on this machine."""
     from pipelines.evaluation import measure, tables
 
-    uri = _found(model, tracking_uri)
-    bundle = _loaded(uri, threads, dtype.value)
+    uri = _bundle_uri(model, tracking_uri)
+    bundle = _load(uri, threads, dtype.value)
     facts = measure.latency_curve(bundle.model, batch=batch)
     facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
@@ -327,12 +329,12 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a replica's memory; start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a model on this machine over HTTP, OpenAI's way; Ctrl-C ends it."""
+    """Serve a model on this machine over HTTP, with OpenAI's API; Ctrl-C ends it."""
     from serve_apps.deployment import command_settings
 
     if as_json and not dry_run:
-        raise RequestError("--json prints what --dry-run finds; give both, or neither")
-    wanted = command_settings(
+        raise RequestError("--json prints the facts of --dry-run; give both, or neither")
+    merged = command_settings(
         settings,
         defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
         given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
@@ -342,29 +344,29 @@ def serve(
         from pipelines.evaluation.tables import print_memory
         from serve_apps.replica.replica_memory import memory_facts
 
-        return _print(memory_facts(wanted), as_json, print_memory)
+        return _print(memory_facts(merged), as_json, print_memory)
 
     from serve_apps.app import run
 
-    return run(wanted)
+    return run(merged)
 
 
-def _found(model: str, tracking_uri: str) -> str:
-    """Address of the bundle that MODEL names."""
+def _bundle_uri(model: str, tracking_uri: str) -> str:
+    """Find the address of the bundle that MODEL names."""
     from tidar_core.artifacts.registry import model_registry
 
     return model_registry.find_bundle(model_registry.absolute_tracking_uri(tracking_uri), model).uri
 
 
-def _loaded(uri: str, threads: int, dtype: str = "fp32") -> Any:
-    """A bundle, verified; on the GPU where there is one."""
+def _load(uri: str, threads: int, dtype: str = "fp32") -> Any:
+    """Load a verified bundle, on the GPU if there is one."""
     from pipelines.evaluation.measure import loaded_bundle
 
     return loaded_bundle(uri, threads, dtype)
 
 
 def _object(text: str, option: str) -> dict[str, Any]:
-    """A JSON object given on the command line."""
+    """Parse a JSON object given on the command line."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -375,7 +377,7 @@ def _object(text: str, option: str) -> dict[str, Any]:
 
 
 def _print(values: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """One JSON object, or what a person reads: `show`'s, or plain names and values."""
+    """Print a JSON object, or text for a person: by `show`, or as plain names and values."""
     if as_json:
         print(json.dumps(values))
         return
@@ -384,8 +386,8 @@ def _print(values: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]
     (show or print_values)(values)
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    """End with one line."""
+def _exit(message: str, code: int) -> NoReturn:
+    """Print one line and exit."""
     _note(f"tidar: {' '.join(message.split())}")
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""The walls: who may import whom, how long things may be, what the core shows."""
+"""Limits of the architecture: imports between rooms, lengths of files and functions, public names of the core."""
 
 import ast
 import functools
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "serve_apps/ingress": "tidar_core serve_apps/api serve_apps/messages serve_apps/streaming serve_apps/telemetry",
     "serve_apps/tools": "tidar_core/ serve_apps/",
 }
-"""Room -> what its files may import besides their own room: `a/b` is the files of that folder itself, `a/b/` everything
+"""Room -> further places that its files may import: `a/b` is the files of that folder itself, `a/b/` everything
 below it, `a/b.py` one file."""
 HOMES = {
     "ray.data": "pipelines/packing/pack.py",
@@ -76,7 +76,7 @@ def name(path):
 
 @functools.cache
 def imports(path):
-    """Full dotted names of what a file imports, inside functions too."""
+    """Full dotted names that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -125,7 +125,7 @@ def test_the_core_imports_torch_and_the_standard_library_alone(path):
 
 
 @pytest.mark.parametrize("path", CORE, ids=name)
-def test_artifacts_know_neither_ray_nor_http(path):
+def test_the_core_imports_neither_ray_nor_http(path):
     for package in ("ray", "fastapi", "deepspeed"):
         assert not reaches(path, package)
 
@@ -147,7 +147,7 @@ def test_files_and_functions_stay_short(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_every_module_and_public_name_says_what_it_is(path):
+def test_every_module_and_public_name_has_a_docstring(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
     for node in tree.body:

@@ -1,4 +1,4 @@
-"""The front door: what it prints, what it exits with, and one line for every wrong input."""
+"""The command line: its output, its exit codes, and one line for every wrong input."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run the command line; exit code, standard output, standard error."""
+    """Run the command line and return exit code, standard output and standard error."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["tidar", *map(str, arguments)])
@@ -35,7 +35,7 @@ def run(monkeypatch, capfd):
 
 
 def refused(run, *arguments):
-    """The one line that a wrong input gets."""
+    """Return the one line that a wrong input prints."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
@@ -43,7 +43,7 @@ def refused(run, *arguments):
     return err
 
 
-def test_generate_prints_one_json_object_and_both_modes_say_the_same(run, bundle):
+def test_generate_prints_one_json_object_and_all_modes_give_the_same_text(run, bundle):
     answers = []
     for mode in ("single-pass", "autoregressive", "two-pass", "auto"):
         code, out, _ = run("generate", bundle, "def f(x", "--max-tokens", 12, "--mode", mode, "--json")
@@ -63,20 +63,22 @@ def test_generated_text_is_the_same_streamed_or_in_json(run, bundle):
 
 
 def test_generate_takes_every_field_of_a_completion(run, bundle):
-    def ask(mode, fields, *options):
+    def generate(mode, fields, *options):
         code, out, _ = run(
             "generate", bundle, "def f(x", "--mode", mode, "--fields", json.dumps(fields), "--json", *options
         )
         assert code == 0
         return json.loads(out)
 
-    plain = ask("autoregressive", {"logprobs": 2}, "--max-tokens", 12)
-    cut = ask("single-pass", {}, "--max-tokens", 12, "--stop", plain["text"][5:8])
+    plain = generate("autoregressive", {"logprobs": 2}, "--max-tokens", 12)
+    cut = generate("single-pass", {}, "--max-tokens", 12, "--stop", plain["text"][5:8])
     assert cut["text"] == plain["text"][: plain["text"].index(plain["text"][5:8])]
     assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", plain["text"][5:8])
     assert len(plain["logprobs"]["token_logprobs"]) == 12
-    assert ask("two-pass", {"logprobs": 2}, "--max-tokens", 12)["logprobs"]["tokens"] == plain["logprobs"]["tokens"]
-    assert ask("single-pass", {"guided_regex": "[ab]{4}", "max_tokens": 12})["text"].strip("ab") == ""
+    assert (
+        generate("two-pass", {"logprobs": 2}, "--max-tokens", 12)["logprobs"]["tokens"] == plain["logprobs"]["tokens"]
+    )
+    assert generate("single-pass", {"guided_regex": "[ab]{4}", "max_tokens": 12})["text"].strip("ab") == ""
 
 
 def test_generate_ends_at_a_special_token_that_a_stop_string_names(run, bundle):
@@ -135,8 +137,8 @@ def test_profile_finds_the_knee_and_draws_the_curve(run, bundle, tmp_path):
     assert code == 0
     facts = json.loads(out)
     assert {(p["rows"], p["batch"], p["context"]) for p in facts["points"]} >= {(1, 1, 64), (512, 1, 64)}
-    one_row = next(p["seconds"] for p in facts["points"] if p["rows"] == 1)
-    free = [p["rows"] for p in facts["points"] if p["seconds"] <= 1.25 * one_row]
+    one_token = next(p["seconds"] for p in facts["points"] if p["rows"] == 1)
+    free = [p["rows"] for p in facts["points"] if p["seconds"] <= 1.25 * one_token]
     assert facts["knee_rows"] == max(free)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -150,11 +152,11 @@ def test_bench_reads_the_public_prompt_sets(run, bundle, name):
     assert (code, json.loads(out)["prompts"]) == (0, 2)
 
 
-@pytest.mark.parametrize("station", ["pack", "train", "evaluate", "publish"])
-def test_an_unknown_key_in_a_job_is_named(run, tmp_path, station):
+@pytest.mark.parametrize("stage", ["pack", "train", "evaluate", "publish"])
+def test_an_unknown_key_in_a_job_is_named(run, tmp_path, stage):
     path = tmp_path / "job.yaml"
     path.write_text("outptu: x\n")
-    assert "unknown key 'outptu'" in refused(run, station, path)
+    assert "unknown key 'outptu'" in refused(run, stage, path)
 
 
 def test_a_missing_corpus_is_named_and_leaves_nothing(run, tmp_path):
@@ -174,7 +176,7 @@ def test_a_prompt_longer_than_the_context_is_refused(run, bundle):
     assert "context of 128" in refused(run, "generate", bundle, "x " * 300)
 
 
-def test_a_flipped_byte_in_a_bundle_is_found_before_it_speaks(run, tmp_path):
+def test_a_flipped_byte_in_a_bundle_is_found_before_it_generates(run, tmp_path):
     folder = save_tiny_bundle(tmp_path / "bundle")
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())

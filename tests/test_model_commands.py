@@ -1,4 +1,4 @@
-"""What the commands of the registry print."""
+"""Output of the commands of the registry."""
 
 import json
 
@@ -25,11 +25,11 @@ def test_a_promotion_and_a_rollback_print_the_version_that_is_champion_now(monke
 
 
 def test_models_are_listed_with_their_status_hash_and_gates(monkeypatch):
-    one = model_registry.ListedVersion(
+    version = model_registry.ListedVersion(
         name="m", version=7, status="champion", bundle="/bundles/7", bundle_hash=HASH, gates={"ar_loss": 1.5},
         run_id=None,
     )  # fmt: skip
-    monkeypatch.setattr(model_registry, "list_versions", lambda *_: [one])
+    monkeypatch.setattr(model_registry, "list_versions", lambda *_: [version])
     (listed,) = json.loads(printed("models", "--json"))["models"]
     facts = (listed["version"], listed["status"], listed["bundle_hash"], listed["gates"])
     assert facts == (7, "champion", HASH, {"ar_loss": 1.5})

@@ -1,4 +1,4 @@
-"""The whole river by its one command, with a small budget; then again, which must reuse everything."""
+"""The whole pipeline by its one command, with a small budget; a second run must reuse everything."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def quickstart(workdir):
 
 
 def write_short_evaluation(workdir):
-    """The job file that the quickstart would write itself, with few and short texts: it takes what it finds."""
+    """Write the job file of the quickstart with few and short texts; the quickstart uses a job file that it finds."""
     job = {"bundle": "bundle", "shards": "shards", "output": "report", "parent": "ar"}
     job = {name: str(workdir / folder) for name, folder in job.items()} | {
         "tracking_uri": f"sqlite:///{workdir}/mlflow.db", "prompts": 6, "max_tokens": 32, "batch": 1, "repeats": 1,
