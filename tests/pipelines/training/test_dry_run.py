@@ -164,7 +164,7 @@ def test_a_model_without_a_row_for_each_id_of_the_shards_tokenizer_is_refused(sh
         (bundle / name).unlink()
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps(config | {"vocab_size": 299}))
-    with pytest.raises(WeightsError, match="300 ids and the model 299 rows"):
+    with pytest.raises(WeightsError, match="300 ids and the model 299 embeddings"):
         dry_run(job(shards, shape=None, init_from=str(bundle)))
 
 
