@@ -109,7 +109,7 @@ def quickstart(
         shutdown()
     seconds = time.perf_counter() - began
     _print(result.summary | {"completions": completions, "elapsed_seconds": seconds}, as_json)
-    serve_again = f"tidar serve {model} --tracking-uri {result.tracking_uri}"
+    serve_again = f"{sys.executable} -m tidar serve {model} --tracking-uri {result.tracking_uri}"
     body = json.dumps({"model": MODEL_NAME, "prompt": "def main("})
     _note(f"Serve it again: {serve_again}\nSend a request: curl http://127.0.0.1:{port}/v1/completions -d '{body}'")
 
