@@ -1,4 +1,4 @@
-"""What several rooms' tests need: a small corpus, an S3 server of our own, one Ray cluster."""
+"""Fixtures that the tests of several rooms need: a small corpus, the tests' own S3 server, a Ray cluster."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pytest
 from fast_ray_env import FAST_RAY_ENV
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-"""Before torch is imported: the models are tiny, and two threads that meet a busy neighbour wait for each other."""
+"""Set before torch is imported: the models are tiny, and on a busy machine two threads wait for each other."""
 
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
@@ -23,7 +23,7 @@ NO_RAY = "/dev/null/a-test-without-the-mark-ray-starts-no-Ray"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark every test that uses the Ray cluster of the session `ray`, before tests are selected by their marks."""
+    """Adds the mark `ray` to every test that uses the session's Ray cluster, before tests are selected by marks."""
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker("ray")
@@ -31,16 +31,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Let no test without the mark `ray` start Ray: neither here nor in a process that it starts."""
+    """Prevents tests without the mark `ray` from starting Ray, here or in a process that they start."""
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker("ray") is None:
-            patch.setenv("RAY_TMPDIR", NO_RAY)  # where Ray begins, so it fails with these words
+            patch.setenv("RAY_TMPDIR", NO_RAY)  # Ray uses this folder first, so it fails with this path in its message
         return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_environment():
-    """Tests start their own Ray, and their clients reach the tests' servers where the environment names a proxy."""
+    """Lets tests start their own Ray, and their clients reach the tests' servers if the environment names a proxy."""
     from tidar_core.artifacts.network.loopback import exempt_loopback
 
     os.environ.pop("RAY_ADDRESS", None)
@@ -62,13 +62,13 @@ def text_corpus(tmp_path):
 
 @pytest.fixture
 def corpus_documents():
-    """The texts of `text_corpus` in the order in which files are listed and lines stand."""
+    """The texts of `text_corpus` in the order of listed files and of their lines."""
     return [CORPUS["a.py"], CORPUS["b.txt"], CORPUS["d.txt"], *LINES, CORPUS["sub/c.md"]]
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory):
-    """An S3 server in this process; the environment knows it, and a cache of its own, until the session ends."""
+    """An S3 server in this process; the environment names it and a separate cache until the session ends."""
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -99,7 +99,7 @@ def s3_bucket(s3_endpoint, request):
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint):
-    """One local Ray cluster of two CPUs for the whole session; its workers know the S3 server."""
+    """A local Ray cluster of two CPUs for the whole session; its workers' environment names the S3 server."""
     import ray
 
     from pipelines.cluster.connection import connect

@@ -1,4 +1,4 @@
-"""Prompts, requests and what autoregression says to them."""
+"""Prompts, requests and the texts that autoregressive decoding generates for them."""
 
 import random
 
@@ -13,7 +13,7 @@ GREEDY = SamplingConfig(max_tokens=24)
 
 
 class RandomPlanner:
-    """Any plan at any step, and drafts at prefill or not."""
+    """A planner that draws a random plan at each step, and at random drafts at prefill."""
 
     def __init__(self, seed, block_len):
         self.random, self.block_len = random.Random(seed), block_len
@@ -41,11 +41,11 @@ def requests(texts, sampling):
 
 
 def expected_texts(model, texts, sampling):
-    """One token per forward, one prompt at a time."""
+    """The autoregressive texts: one token per forward, one prompt at a time."""
     return [generate_autoregressive(model, text, sampling) for text in texts]
 
 
 def prefilled(scheduler, request, **settings):
-    """The step that the prefill of `request` brings."""
+    """The step that the prefill of `request` returns."""
     scheduler.submit(request)
     return scheduler.prefill(10**6, **settings)[0]

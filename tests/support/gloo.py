@@ -1,6 +1,6 @@
-"""Training workers without Ray: processes that find each other over gloo and run jobs one after another.
+"""Training workers without Ray: processes that connect over gloo and run jobs one after another.
 
-They are forked from a server that has DeepSpeed loaded already, so that a group costs a second and not half a minute.
+The workers are forked from a server that has loaded DeepSpeed, so that a group costs a second and not half a minute.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from unittest.mock import patch
 from fast_ray_env import FAST_RAY_ENV
 
 PRELOADED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker"]
-"""All that a worker loads, late or early."""
+"""Modules that a worker would load otherwise, at its start or later."""
 
 
 def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None):
-    """The processes of one group.
+    """Starts a group of workers and returns its processes.
 
-    logs             folder that each job's metrics go to, by the name of its output
-    dies_in_forward  the last worker is killed by SIGKILL in the middle of its forward of this ordinal
-    spoiled          by the name of a job's output: what the last worker makes nan, `loss` or `gradient`, and in which
-                     forwards of the job, as a first and a last ordinal
+    logs             folder for each job's metrics, in files with the name of its output
+    dies_in_forward  ordinal of the forward in whose middle SIGKILL ends the last worker
+    spoiled          name of a job's output -> (`loss` or `gradient`, first, last): the last worker makes it nan in
+                     forwards with these ordinals
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -46,12 +46,12 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None)
 
 
 def train_on(world_size, jobs, logs, spoiled=None):
-    """Run the jobs to their ends on so many workers."""
+    """Runs the jobs to their ends on `world_size` workers."""
     assert exit_codes(start_workers(world_size, jobs, logs, spoiled=spoiled)) == [0] * world_size
 
 
 def exit_codes(processes):
-    """Of a group, when it has ended; where one fails, the others, which would wait for it, are killed."""
+    """Exit codes of a group after its end; if a process fails, the others would wait for it, so they are killed."""
     while any(process.is_alive() for process in processes):
         time.sleep(0.02)
         if any(process.exitcode for process in processes):
@@ -61,25 +61,25 @@ def exit_codes(processes):
 
 
 def logged(logs, job):
-    """All that was logged of a job, as (train step, metrics), in order."""
+    """Everything that was logged of a job, as (train step, metrics), in order."""
     path = Path(logs) / (Path(job.output).name + ".jsonl")
     return [(entry["step"], entry["metrics"]) for entry in map(json.loads, path.read_text().splitlines())]
 
 
 def end_of(logs, job, workers):
-    """Why a run diverged, as each of its workers says it; an empty list for a run that did not."""
+    """Each worker's error message about a run that diverged; an empty list if the run did not diverge."""
     path = Path(logs) / Path(job.output).name
     found = [path.with_suffix(f".error-{rank}") for rank in range(workers)]
     return [file.read_text() for file in found if file.exists()]
 
 
 def curve(logs, job, metric="ar_loss"):
-    """One metric by train step."""
+    """Train step -> a metric's value."""
     return {step: metrics[metric] for step, metrics in logged(logs, job) if metric in metrics}
 
 
 def _die_in_forward(ordinal):
-    """SIGKILL for this process inside the model, after its first layer."""
+    """Sends SIGKILL to this process inside forward `ordinal` of the model, after the first attention layer."""
     from torch.nn.modules.module import register_module_forward_hook
 
     from tidar_core.transformer.model import SelfAttention
@@ -95,7 +95,7 @@ def _die_in_forward(ordinal):
 
 @contextmanager
 def _spoiling(kind, first, last):
-    """Make the output of the first layer nan, or its gradient, in forwards `first` to `last`."""
+    """Makes the output of the first attention layer nan, or its gradient, in forwards `first` to `last`."""
     import torch
     from torch.nn.modules.module import register_module_forward_hook
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders with random weights, and how transformers reads them."""
+"""Tiny Hugging Face folders with random weights, and their logits by transformers and by TiDAR."""
 
 import json
 
@@ -18,46 +18,46 @@ IDS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def save_folder(folder, kind="llama", **changes):
-    """A folder of that model_type, as transformers writes it."""
+    """A folder for the model_type `kind`, as transformers writes it."""
     config = transformers.AutoConfig.for_model(kind, **SIZES | {"tie_word_embeddings": False} | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms start at constants that would hide a mix-up
+        for parameter in model.parameters():  # biases and norms start at constants, which would hide swapped tensors
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return folder
 
 
 def change_config(folder, drop=(), **keys):
-    """Keys of config.json, added, changed and dropped."""
+    """Adds, changes and drops keys of config.json."""
     path = folder / "config.json"
     settings = json.loads(path.read_text()) | keys
     path.write_text(json.dumps({name: value for name, value in settings.items() if name not in drop}))
 
 
 def change_tensors(folder, drop=(), **tensors):
-    """Tensors of model.safetensors, added, changed and dropped."""
+    """Adds, changes and drops tensors of model.safetensors."""
     path = folder / "model.safetensors"
     held = load_file(path) | tensors
     save_file({name: value for name, value in held.items() if name not in drop}, path, metadata={"format": "pt"})
 
 
 def their_logits(folder):
-    """What transformers computes for IDS."""
+    """Logits of transformers for IDS."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(IDS).logits
 
 
 def our_logits(folder):
-    """What our model computes for IDS."""
+    """Logits of TiDAR's model for IDS."""
     model, layout = load_model(folder), causal_layout(torch.zeros_like(IDS))
     with torch.no_grad():
         return model.head(model(IDS, layout.position, DenseAttention(layout)))
 
 
 def assert_read_alike(folder):
-    """Our logits are those of transformers."""
-    # fp32 through two layers, sums in another order
+    """Asserts that TiDAR's logits equal the logits of transformers."""
+    # fp32 through two layers; the order of sums differs
     torch.testing.assert_close(our_logits(folder), their_logits(folder), rtol=0, atol=1e-4)

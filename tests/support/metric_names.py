@@ -1,4 +1,7 @@
-"""Which metrics does the service export? Asked of the service's own code, as Prometheus would read it."""
+"""Names of the metrics that the service exports.
+
+The service's own code produces the exposition, and a parser reads it as Prometheus would.
+"""
 
 import asyncio
 from dataclasses import fields
@@ -15,7 +18,7 @@ from serve_apps.telemetry.version_metrics import version_metrics
 
 
 def exported():
-    """Names after the prefix, a histogram's parts one by one."""
+    """Names without the prefix; each part of a histogram has its own name."""
     counters = Counters("m")
     counters.count_answer(200)
     counters.count_abandoned("body")
@@ -32,11 +35,11 @@ def exported():
     return {name.removeprefix("tidar:") for name in samples if name.startswith("tidar:")}
 
 
-async def pass_through(counters, pieces):
-    """Have the pieces of a streamed text timed."""
+async def pass_through(counters, deltas):
+    """Passes the deltas of a streamed text through the counters, which time them."""
 
     async def source():
-        for piece in pieces:
-            yield 0, piece
+        for delta in deltas:
+            yield 0, delta
 
-    return [piece async for _, piece in counters.timed(source(), streamed=True)]
+    return [delta async for _, delta in counters.timed(source(), streamed=True)]

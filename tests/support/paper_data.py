@@ -1,4 +1,4 @@
-"""Data sets in the shape of the paper's twelve, a few rows each, laid out as the hub lays them out."""
+"""Data sets with the formats of the paper's twelve, a few examples each, in the hub's folder layout."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ HUMANEVAL = [
     {"task_id": "T/2", "prompt": "def six():\n", "canonical_solution": "    return 6\n", "entry_point": "six",
      "test": "def check(f):\n    assert f() == 7\n"},
 ]  # fmt: skip
-"""The last test is wrong: who says what the function ought to say fails it."""
+"""Three problems; the test of the last one is wrong, so a correct solution fails it."""
 GSM8K = [{"question": f"{a}+{b}?", "answer": f"It is so.\n#### {a + b}"} for a, b in ((1, 4), (2, 5), (3, 6))]
 GSM8K = [*GSM8K, {"question": "3+7?", "answer": "It is not so.\n#### 11"}]
 MBPP = {"task_id": 11, "code": "def one():\n    return 1", "test_list": ["assert one() == 1"] * 3}
@@ -25,24 +25,24 @@ WINOGRANDE = {"sentence": "Ann thanked Bea because _ was kind.", "option1": "Ann
 
 
 def write_data_set(folder, configs):
-    """A folder as a copy of a data set on the hub.
+    """Writes a folder like a copy of a data set on the hub, and returns its path.
 
-    configs  name -> split -> rows
+    configs  name -> split -> examples
     """
     lines = ["---", "configs:"]
     for name, splits in configs.items():
         lines += [f"- config_name: {name}", "  data_files:"]
-        for split, rows in splits.items():
+        for split, examples in splits.items():
             path = Path(folder) / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(example) + "\n" for example in examples))
             lines += [f"  - split: {split}", f"    path: {name}/{split}.jsonl"]
     (Path(folder) / "README.md").write_text("\n".join([*lines, "---", ""]))
     return str(folder)
 
 
 def write_paper_data(folder, math_subjects, mmlu_subjects):
-    """All data sets of the paper's tasks: their folders by task."""
+    """Writes all data sets of the paper's tasks; returns task -> folder."""
     arc = {split: [ARC] * 2 for split in ("train", "validation", "test")}
     examples = [WINOGRANDE | {"sentence": f"Ann thanked Bea {n} times because _ was kind."} for n in range(6)]
     questions = [MMLU | {"question": f"Which {n}?"} for n in range(5)]

@@ -1,4 +1,4 @@
-"""An HTTP server of the tests' own, and an environment whose proxy refuses everything."""
+"""The tests' own HTTP server, and an environment whose proxy refuses everything."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"
 
 @contextlib.contextmanager
 def answering(answer):
-    """Base address of a server that answers each request with the JSON of `answer(path)`; None is a 502."""
+    """Base address of a server whose response to each request is the JSON of `answer(path)`; None becomes a 502."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("content-length") or 0))
-            said = answer(self.path)
-            body = json.dumps(said).encode()
-            self.send_response(502 if said is None else 200)
+            value = answer(self.path)
+            body = json.dumps(value).encode()
+            self.send_response(502 if value is None else 200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -40,11 +40,11 @@ def answering(answer):
 
 @contextlib.contextmanager
 def refusing_proxy(monkeypatch):
-    """The environment names a proxy and no exception; gives the list of what the proxy was asked for."""
-    asked = []
-    with answering(asked.append) as proxy:
+    """An environment that names a proxy and no exception; yields the list of paths that the proxy was requested for."""
+    requested = []
+    with answering(requested.append) as proxy:
         for name in PROXIES:
             monkeypatch.setenv(name, proxy)
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        yield asked
+        yield requested

@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs: it keeps the operations of a step and the addresses that they work on, and nothing alive.
+"""A substitute for CUDA graphs: it records the operations of a step and their addresses, and keeps no tensor alive.
 
-As with a graph, replaying calls no Python of the step; memory that was made during the capture belongs to the capture;
-of memory from before it, only the address is known. So a tensor that nobody else keeps is found missing.
+As with a graph, replaying calls no Python of the step. Memory that was allocated during the capture belongs to the
+capture. For older memory only the address is recorded, so the replay fails if nothing else keeps the tensor.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Address:
-    """A tensor of memory that belongs to somebody else."""
+    """The address of a tensor whose memory the capture does not own."""
 
     storage: StorageWeakRef
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Address:
 
 
 class Recording(TorchDispatchMode):
-    """Every operation of a run."""
+    """The record of every operation of a run."""
 
     def __init__(self):
         super().__init__()
@@ -55,22 +55,22 @@ class Recording(TorchDispatchMode):
         return result
 
     def _kept(self, x):
-        """What the capture knows of an argument: its own memory, an address, or a number taken by value."""
+        """The recorded form of an argument: the capture's own memory, an address, or a number by value."""
         if not isinstance(x, torch.Tensor):
             return x
         if address_of(x) in self.made:
-            return x.view(x.shape)  # another object: who holds the step's own is then known
+            return x.view(x.shape)  # a new object, so that references to the step's own tensor stay countable
         return x.clone() if x.dim() == 0 else Address.of(x)
 
 
 @dataclass
 class StandInRecorder:
-    """Captures on a CPU: a `step_graph.Recorder`."""
+    """Captures on a CPU: a `cuda_graphs.Recorder`."""
 
     kept_bytes: list[int] = field(default_factory=list)
-    """Of each capture: memory made in it that its caller still held when it was over."""
+    """Bytes per capture: memory allocated in it that its caller still held at the end."""
     made_bytes: list[int] = field(default_factory=list)
-    """Of each capture: all memory made in it."""
+    """Bytes per capture: all memory allocated in it."""
 
     def record(self, run, undo):
         with Recording() as recording:

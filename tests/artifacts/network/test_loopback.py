@@ -1,4 +1,4 @@
-"""A proxy in the environment is never asked for what listens on this machine's loopback interface."""
+"""Connections to this machine's loopback interface never use the environment's proxy."""
 
 import os
 import urllib.error
@@ -24,29 +24,29 @@ from tidar_core.artifacts.registry import mlflow_client
         ("http://example.com/127.0.0.1", False),
     ],
 )
-def test_loopback_is_what_never_leaves_the_machine(url, expected):
+def test_loopback_addresses_are_addresses_that_never_leave_the_machine(url, expected):
     assert is_loopback(url) is expected
 
 
-def test_a_loopback_address_is_opened_without_the_proxy_and_another_through_it(monkeypatch):
-    with answering(lambda path: path) as server, refusing_proxy(monkeypatch) as asked:
+def test_a_loopback_address_is_opened_without_the_proxy_and_other_addresses_through_it(monkeypatch):
+    with answering(lambda path: path) as server, refusing_proxy(monkeypatch) as proxied:
         for opened in (
             open_direct(f"{server}/a", timeout=5),
             open_url(urllib.request.Request(f"{server}/b"), timeout=5),
         ):
             with opened as answer:
                 assert answer.read() in (b'"/a"', b'"/b"')
-        assert asked == []
+        assert proxied == []
         with pytest.raises(urllib.error.HTTPError, match="502"):
             open_url(urllib.request.Request("http://service.invalid/c"), timeout=5)
-        assert asked == ["http://service.invalid/c"]
+        assert proxied == ["http://service.invalid/c"]
 
 
-def test_libraries_that_read_the_environment_spare_loopback_and_keep_the_users_exceptions(monkeypatch):
+def test_libraries_that_read_the_environment_exempt_loopback_and_keep_the_users_exceptions(monkeypatch):
     import httpx
     import requests
 
-    with answering(lambda path: path) as server, refusing_proxy(monkeypatch) as asked:
+    with answering(lambda path: path) as server, refusing_proxy(monkeypatch) as proxied:
         monkeypatch.setenv("NO_PROXY", "example.com, 10.0.0.0/8")
         for _ in range(2):
             exempt_loopback()
@@ -54,14 +54,14 @@ def test_libraries_that_read_the_environment_spare_loopback_and_keep_the_users_e
         assert [os.environ[name] for name in ("no_proxy", "NO_PROXY")] == [stated, stated]
         assert requests.get(f"{server}/r", timeout=5).json() == "/r"
         assert httpx.get(f"{server}/x", timeout=5).json() == "/x"
-        assert asked == []
+        assert proxied == []
         monkeypatch.setenv("no_proxy", "*")
         exempt_loopback()
         assert os.environ["no_proxy"] == "*"
 
 
-def test_mlflows_client_reaches_a_server_on_loopback_past_the_proxy(monkeypatch):
-    with answering(lambda path: {"experiments": []}) as server, refusing_proxy(monkeypatch) as asked:
+def test_mlflows_client_reaches_a_server_on_loopback_without_the_proxy(monkeypatch):
+    with answering(lambda path: {"experiments": []}) as server, refusing_proxy(monkeypatch) as proxied:
         client = mlflow_client.client_of(server)
         assert list(client.search_experiments()) == []
-        assert asked == []
+        assert proxied == []

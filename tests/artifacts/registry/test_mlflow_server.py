@@ -1,4 +1,4 @@
-"""Versions, aliases, runs and their files on a real server, its files on disk or in an object store."""
+"""Versions, aliases, runs and their files on a real server with files on disk or in an object store."""
 
 import os
 import socket
@@ -132,7 +132,7 @@ def test_a_server_promotes_rolls_back_and_lists(server):
 
 
 def race(uri, name, *hands):
-    """Processes that make one change after another, all starting at once."""
+    """Runs processes that make one change after another and all start at once."""
     processes = [
         subprocess.Popen([sys.executable, "-c", CHANGE, uri, name, *hand], stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
@@ -148,7 +148,7 @@ def race(uri, name, *hands):
     assert [process.returncode for process in processes] == [0] * len(processes)
 
 
-def test_promotions_that_race_leave_one_champion_and_a_way_back_through_all_of_them(server):
+def test_promotions_that_race_leave_one_champion_and_rollbacks_through_all_of_them(server):
     for number in range(1, 6):
         publish(server, "race", number)
     model_registry.promote(server, "race", 1)
@@ -176,7 +176,7 @@ def test_a_withdrawal_that_races_takes_the_alias_from_no_later_challenger(server
     assert model_registry.aliases(server, "trial") == {}
 
 
-def test_an_alias_that_was_set_by_hand_is_remembered(server):
+def test_an_alias_that_was_set_by_hand_is_kept(server):
     for number in (1, 2):
         publish(server, "hand", number)
     client_of(server).set_registered_model_alias("hand", "champion", "1")

@@ -39,7 +39,7 @@ def test_publishing_the_same_bundle_again_is_the_same_version(uri):
     assert [publish(uri, "same", number) for number in (1, 2, 1, 2, 3)] == [1, 2, 1, 2, 3]
 
 
-def test_a_promotion_moves_the_champion_and_rollbacks_walk_back_the_way_it_came(uri):
+def test_a_promotion_moves_the_champion_and_rollbacks_return_to_earlier_champions_in_order(uri):
     for number in (1, 2, 3):
         publish(uri, "walk", number)
     for number in (1, 2, 2, 3):
@@ -62,7 +62,7 @@ def test_a_challenger_is_another_alias(uri):
 
 
 @pytest.mark.parametrize("refusals", [1, 99])
-def test_a_change_that_another_made_at_the_same_moment_is_looked_at_again_and_one_always_refused_is_said(
+def test_a_change_that_another_process_made_at_once_is_checked_again_and_a_constant_refusal_is_raised(
     uri, refusals, monkeypatch
 ):
     name = f"refused-{refusals}"
@@ -84,7 +84,7 @@ def test_a_change_that_another_made_at_the_same_moment_is_looked_at_again_and_on
             model_registry.set_challenger(uri, name, 1)
 
 
-def test_an_alias_is_withdrawn_from_the_version_that_it_names_and_from_no_other(uri):
+def test_an_alias_is_withdrawn_only_from_the_version_that_it_names(uri):
     publish(uri, "trial", 1)
     publish(uri, "trial", 2)
     model_registry.promote(uri, "trial", 1)
@@ -97,7 +97,7 @@ def test_an_alias_is_withdrawn_from_the_version_that_it_names_and_from_no_other(
     assert client_of(uri).get_model_version("trial", "2").tags["withdrawn"] == "too slow"
 
 
-def test_a_challenger_named_while_another_is_withdrawn_stays_so(uri, monkeypatch):
+def test_a_challenger_set_while_another_is_withdrawn_stays_challenger(uri, monkeypatch):
     for number in (1, 2):
         publish(uri, "swap", number)
     model_registry.set_challenger(uri, "swap", 1)
@@ -114,7 +114,7 @@ def test_a_challenger_named_while_another_is_withdrawn_stays_so(uri, monkeypatch
     assert model_registry.aliases(uri, "swap") == {"challenger": 2}
 
 
-def test_a_withdrawn_version_may_be_tried_again_and_an_alias_set_by_hand_be_withdrawn(uri):
+def test_a_withdrawn_version_may_be_challenger_again_and_an_alias_set_by_hand_may_be_withdrawn(uri):
     for number in (1, 2, 3):
         publish(uri, "again", number)
     model_registry.set_challenger(uri, "again", 1)
@@ -137,7 +137,7 @@ def test_a_withdrawn_version_may_be_tried_again_and_an_alias_set_by_hand_be_with
         ("known@champion", r"model is known@champion; give models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
-def test_an_unknown_name_alias_or_version_is_answered_with_what_exists(uri, model, message):
+def test_an_unknown_name_alias_or_version_is_refused_with_the_existing_ones(uri, model, message):
     publish(uri, "known", 1)
     publish(uri, "known", 2)
     model_registry.promote(uri, "known", 1)
@@ -190,7 +190,7 @@ def test_a_relative_database_is_made_absolute_and_an_unknown_scheme_refused(tmp_
             model_registry.absolute_tracking_uri(wrong)
 
 
-def test_a_server_that_does_not_answer_is_one_line(monkeypatch):
+def test_a_server_that_does_not_answer_is_reported_in_one_line(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match=r"registry http://127\.0\.0\.1:9 refused: ") as caught:
         model_registry.resolve("http://127.0.0.1:9", "models:/a@champion")

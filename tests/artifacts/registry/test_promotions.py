@@ -43,7 +43,7 @@ def champion(uri, name):
 
 
 def killed(uri, change, writes):
-    """Whether `change` was killed before it made more than so many writes."""
+    """Whether `change` was killed after `writes` writes, before the next one."""
     client, left = client_of(uri), [writes]
     with pytest.MonkeyPatch.context() as patch:
         for name in WRITES:
@@ -66,7 +66,7 @@ def _counted(write, left):
 
 
 def interrupted(uri, before, change):
-    """A model for each write of `change` that a kill can come before, as the kill leaves it; `change(name)` is run."""
+    """Models after `change(name)` was killed: one model for each write that a kill can precede."""
     for writes in itertools.count():
         name = model_with_champion(uri, *before)
         if not killed(uri, lambda name=name: change(name), writes):
@@ -75,20 +75,20 @@ def interrupted(uri, before, change):
         yield name
 
 
-def test_no_rollback_after_a_killed_promotion_comes_to_a_version_that_was_never_champion(uri):
+def test_no_rollback_after_a_killed_promotion_reaches_a_version_that_was_never_champion(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
         assert reached in (2, 3)
-        way_back = [reached]
-        while way_back[-1] != 1:
-            way_back.append(model_registry.rollback(uri, name))
-            assert champion(uri, name) == way_back[-1]
-        assert way_back == list(range(reached, 0, -1))
+        champions = [reached]
+        while champions[-1] != 1:
+            champions.append(model_registry.rollback(uri, name))
+            assert champion(uri, name) == champions[-1]
+        assert champions == list(range(reached, 0, -1))
         with pytest.raises(RegistryError, match="is its first champion"):
             model_registry.rollback(uri, name)
 
 
-def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri):
+def test_promoting_the_present_champion_repairs_a_killed_promotion(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         reached = champion(uri, name)
         assert model_registry.promote(uri, name, reached) == champion(uri, name) == reached
@@ -98,7 +98,7 @@ def test_promoting_the_present_champion_repairs_what_a_killed_promotion_left(uri
         assert model_registry.rollback(uri, name) == reached - 1
 
 
-def test_a_killed_promotion_is_completed_by_the_same_command_and_another_one_passes_it_by(uri):
+def test_a_killed_promotion_is_completed_by_the_same_command_and_ignored_by_another_promotion(uri):
     for name in interrupted(uri, (1, 2), lambda name: model_registry.promote(uri, name, 3)):
         assert model_registry.promote(uri, name, 3) == champion(uri, name) == 3
         assert model_registry.rollback(uri, name) == 2
@@ -130,7 +130,7 @@ def test_a_killed_promotion_after_a_killed_promotion_leaves_no_trace_either(uri)
                 model_registry.rollback(uri, name)
 
 
-def test_a_number_without_the_alias_as_an_earlier_release_left_it_is_no_earlier_champion(uri):
+def test_a_number_without_the_alias_left_by_an_earlier_release_makes_no_earlier_champion(uri):
     name = model_with_champion(uri, 1, 2)
     client_of(uri).set_model_version_tag(name, "3", "promotion", "3")  # killed before the alias was set
     assert model_registry.rollback(uri, name) == champion(uri, name) == 1
@@ -138,7 +138,7 @@ def test_a_number_without_the_alias_as_an_earlier_release_left_it_is_no_earlier_
         model_registry.rollback(uri, name)
 
 
-def test_a_champion_by_hand_comes_after_all_that_were_promoted_before(uri):
+def test_a_champion_set_by_hand_comes_after_all_versions_promoted_before(uri):
     name = model_with_champion(uri, 1, versions=4)
     client_of(uri).set_registered_model_alias(name, "champion", "2")
     model_registry.promote(uri, name, 3)
@@ -160,7 +160,7 @@ def test_an_unchanged_champion_is_promoted_again_without_a_write(uri):
         ("gates", "[1]", r"version 1 has tag gates '\[1\]'; it must be a JSON object"),
     ],
 )
-def test_a_tag_changed_by_hand_is_one_line(uri, tag, value, words):
+def test_a_wrong_tag_set_by_hand_is_reported_in_one_line(uri, tag, value, words):
     name = model_with_champion(uri, 1)
     client_of(uri).set_model_version_tag(name, "1", tag, value)
     changes = {
@@ -180,7 +180,7 @@ def test_a_tag_changed_by_hand_is_one_line(uri, tag, value, words):
 def test_a_version_whose_gates_are_not_finite_is_never_promoted(uri, value):
     name = model_with_champion(uri, 1)
     diverged = publish(uri, name, 9, {"ar_loss": value, "tokens_per_forward": 3.0})
-    with pytest.raises(GateError, match=rf"version {diverged} is not promoted: its gates say ar_loss {value}; "):
+    with pytest.raises(GateError, match=rf"version {diverged} is not promoted: its gates have ar_loss {value}; "):
         model_registry.promote(uri, name, diverged)
     assert champion(uri, name) == 1
 

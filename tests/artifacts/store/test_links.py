@@ -1,4 +1,4 @@
-"""Links on this disk are what they lead to: in a corpus, a bundle, a tokenizer's folder, a folder of shards."""
+"""Links on this disk count as their targets: in a corpus, a bundle, a tokenizer's folder, a folder of shards."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from tidar_core.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two files in `real`, and an empty folder to link them into."""
+    """A folder with two files in `real` and an empty folder for links to them."""
     for name in ("real/a.txt", "real/sub/b.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def names(*given, **settings):
 
 
 def as_cached(folder, cache):
-    """A copy as Hugging Face's cache has it: links in snapshots/HASH to files in blobs, named by their hashes."""
+    """A copy in the layout of Hugging Face's cache: links in snapshots/HASH to files in blobs named by hash."""
     snapshot, blobs = cache / "snapshots/0123abcd", cache / "blobs"
     blobs.mkdir(parents=True)
     for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
@@ -42,7 +42,7 @@ def as_cached(folder, cache):
     return snapshot
 
 
-def test_a_link_to_a_file_is_that_file_under_its_own_name(folder):
+def test_a_link_to_a_file_counts_as_the_file_under_the_links_name(folder):
     (folder / "corpus/x.txt").symlink_to("../real/a.txt")
     (folder / "corpus/y.txt").symlink_to("x.txt")
     (folder / "corpus/z").symlink_to("../real/a.txt")
@@ -55,7 +55,7 @@ def test_a_link_to_a_file_is_that_file_under_its_own_name(folder):
     assert locations.list_files(str(folder / "corpus"), ("*.txt",))[0].version != real.version
 
 
-def test_folders_are_followed_and_what_leads_back_is_passed_over(folder):
+def test_links_to_folders_are_followed_and_links_that_lead_back_are_skipped(folder):
     (folder / "corpus/linked").symlink_to(folder / "real")
     (folder / "real/up").symlink_to("..")
     (folder / "real/sub/self").symlink_to(".")
@@ -65,7 +65,7 @@ def test_folders_are_followed_and_what_leads_back_is_passed_over(folder):
     assert names(folder / "whole") == names(folder / "corpus")
 
 
-def test_a_glob_takes_links_too(folder):
+def test_a_glob_matches_links_too(folder):
     (folder / "corpus/x.txt").symlink_to("../real/a.txt")
     (folder / "corpus/linked").symlink_to(folder / "real")
     assert names(folder / "corpus/*.txt") == ["x.txt"]
@@ -75,11 +75,11 @@ def test_a_glob_takes_links_too(folder):
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "data", "v1.0"])
-def test_a_link_that_leads_nowhere_is_refused_by_name(folder, name):
+def test_a_broken_link_is_refused_with_its_name(folder, name):
     (folder / "corpus/good.txt").write_text("good")
     (folder / "corpus" / name).symlink_to("../gone")
     with pytest.raises(
-        UserError, match=rf"corpus/{name} is a link to \.\./gone, where nothing lies; mend the link, or"
+        UserError, match=rf"corpus/{name} is a link to \.\./gone, which does not exist; repair the link, or"
     ):
         corpus.list_corpus(str(folder / "corpus"), ("*.txt",))
     assert [entry.name for entry in corpus.list_corpus(str(folder / "corpus"), ("*.txt",), (name,))] == ["good.txt"]
@@ -87,17 +87,17 @@ def test_a_link_that_leads_nowhere_is_refused_by_name(folder, name):
         corpus.list_corpus(str(folder / "corpus" / name), ("*.txt",))
 
 
-def test_a_link_to_itself_is_refused_and_others_that_nobody_asked_for_are_passed_over(folder):
+def test_a_link_to_itself_is_refused_and_broken_links_that_were_not_requested_are_skipped(folder):
     (folder / "corpus/good.txt").write_text("good")
     for name in (".#lock", "lib.so", "picture.png"):
         (folder / "corpus" / name).symlink_to("../gone")
     assert names(folder / "corpus", patterns=("*.txt",)) == ["good.txt"]
     (folder / "corpus/round.txt").symlink_to("round.txt")
-    with pytest.raises(UserError, match=r"round\.txt is a link to round\.txt, where nothing lies"):
+    with pytest.raises(UserError, match=r"round\.txt is a link to round\.txt, which does not exist"):
         names(folder / "corpus", patterns=("*.txt",))
 
 
-def test_a_bundle_of_links_is_that_bundle(tmp_path):
+def test_a_bundle_of_links_has_the_same_identity(tmp_path):
     bundle = save_tiny_bundle(tmp_path / "bundle")
     snapshot = as_cached(bundle, tmp_path / "cache")
     assert verify_bundle(snapshot) == verify_bundle(bundle)
@@ -107,11 +107,11 @@ def test_a_bundle_of_links_is_that_bundle(tmp_path):
     assert load_bundle(tmp_path / "link").info == load_bundle(bundle).info
     weights = snapshot / "model.safetensors"
     weights.resolve().unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors is a link to .*blobs/.*, where nothing lies"):
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to .*blobs/.*, which does not exist"):
         load_bundle(snapshot)
 
 
-def test_shards_that_are_links_are_those_shards(tmp_path):
+def test_shards_that_are_links_have_the_same_identity(tmp_path):
     save_tiny_shards(tmp_path / "shards")
     snapshot = as_cached(tmp_path / "shards", tmp_path / "cache")
     assert shards.verify_shards(str(snapshot)) == shards.verify_shards(str(tmp_path / "shards"))

@@ -1,4 +1,4 @@
-"""Listing, staging and publishing, on this disk and on an S3 server of our own."""
+"""Listing, staging and publishing, on this disk and on the tests' own S3 server."""
 
 import gc
 import gzip
@@ -14,7 +14,7 @@ from tidar_core.errors import UserError
 
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path):
-    """A folder of each kind of location, empty."""
+    """An empty folder, on each kind of location."""
     return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_bucket")
 
 
@@ -58,7 +58,7 @@ def test_compression_is_read_by_suffix(root):
             assert stream.read().decode() == text
 
 
-def test_the_hash_and_the_size_are_those_of_the_bytes(root):
+def test_the_hash_and_the_size_are_computed_from_the_bytes(root):
     fill(root, "a.txt")
     assert locations.sha256(locations.join(root, "a.txt")) == hashlib.sha256(b"a.txt").hexdigest()
     assert locations.size(locations.join(root, "a.txt")) == 5
@@ -89,35 +89,35 @@ def test_a_file_whose_writer_fails_never_appears_and_an_older_one_stays(root):
     fill(root, "old.txt")
     for name in ("old.txt", "new.txt"):
         with pytest.raises(ZeroDivisionError), locations.open_write(locations.join(root, name)) as sink:  # noqa: PT012
-            sink.write(b"x" * 2**23)  # more than an object store's client buffers
+            sink.write(b"x" * 2**23)  # more bytes than an object store's client buffers
             raise ZeroDivisionError
-    gc.collect()  # an upload that was only forgotten would end here
+    gc.collect()  # an upload that was not discarded would be completed here
     assert locations.names_in(root) == ["old.txt"]
     assert locations.read_text(locations.join(root, "old.txt")) == "old.txt"
 
 
 def test_a_folder_half_replaced_on_an_object_store_may_be_replaced_again(s3_bucket):
     target = f"{s3_bucket}/out"
-    fill(target, output_folder.REPLACING, "new-1.txt")  # neither marker is there
+    fill(target, output_folder.REPLACING, "new-1.txt")  # neither marker exists
     fill(f"{s3_bucket}/.work/shards", "new-1.txt", "new-2.txt", "done.json")
     output_folder.put_in_place(f"{s3_bucket}/.work/shards", target, "done.json")
     assert sorted(locations.names_in(target)) == ["done.json", "new-1.txt", "new-2.txt"]
 
 
-def test_what_a_killed_writer_left_is_not_put_in_place(tmp_path):
+def test_unfinished_files_of_a_killed_writer_are_not_put_in_place(tmp_path):
     fill(str(tmp_path / "staged"), "done.json", "a/b.txt", "a/.b.txt.0123abcd")
     output_folder.put_in_place(str(tmp_path / "staged"), str(tmp_path / "out"), "done.json")
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["a", "b.txt", "done.json"]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(s3_endpoint):
+def test_a_missing_bucket_is_reported_in_one_line(s3_endpoint):
     for use in (locations.read_bytes, locations.sha256, lambda uri: locations.write_bytes(uri, b"x")):
         with pytest.raises(UserError, match=r"s3://no-such-bucket-9/a cannot be reached: .*bucket") as caught:
             use("s3://no-such-bucket-9/a")
         assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_someone_else_is_never_replaced(root):
+def test_a_folder_without_the_marker_is_never_replaced(root):
     target = locations.join(root, "home")
     fill(target, "thesis.txt")
     with pytest.raises(UserError, match=r"home exists and holds no done\.json"):  # noqa: SIM117
@@ -141,12 +141,12 @@ def test_an_upload_has_the_files_of_the_folder(root, tmp_path):
     assert names(locations.join(root, "up")) == ["a.txt", "b/c.txt"]
 
 
-def test_an_unknown_scheme_is_refused_by_name():
+def test_an_unknown_scheme_is_refused_with_its_name():
     with pytest.raises(UserError, match="scheme 'gopher'; give a local path, file:// or s3://"):
         locations.exists("gopher://hole/a")
 
 
-def test_an_endpoint_that_does_not_answer_is_one_line(monkeypatch):
+def test_an_endpoint_that_does_not_answer_is_reported_in_one_line(monkeypatch):
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")

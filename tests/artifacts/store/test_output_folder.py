@@ -1,4 +1,4 @@
-"""An output is swapped whole: through links, and also by a job that was killed while it did so."""
+"""An output is replaced whole: through links, and after a job was killed during the swap."""
 
 import subprocess
 import sys
@@ -46,13 +46,13 @@ def test_an_output_that_is_a_link_is_followed_and_stays_a_link(tmp_path):
     fill(tmp_path / "disk/real", "old.txt", MARKER)
     (tmp_path / "out").symlink_to("disk/real")
     with staged_folder(str(tmp_path / "out"), MARKER) as staged:
-        assert Path(staged).parent == tmp_path / "disk"  # a rename never leaves a disk
+        assert Path(staged).parent == tmp_path / "disk"  # a rename stays on the same disk
         fill(staged, "new.txt", MARKER)
     assert (tmp_path / "out").readlink() == Path("disk/real")
     assert left(tmp_path) == ["disk/real/done.json", "disk/real/new.txt"]
 
 
-def test_an_output_that_is_a_link_to_nothing_yet_appears_where_the_link_leads(tmp_path):
+def test_an_output_that_is_a_broken_link_appears_at_the_links_target(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
     with staged_folder(str(tmp_path / "out"), MARKER) as staged:
@@ -61,7 +61,7 @@ def test_an_output_that_is_a_link_to_nothing_yet_appears_where_the_link_leads(tm
     assert left(tmp_path) == ["disk/real/done.json"]
 
 
-def test_a_link_to_a_folder_of_someone_else_is_refused(tmp_path):
+def test_a_link_to_a_folder_without_the_marker_is_refused(tmp_path):
     fill(tmp_path / "home", "thesis.txt")
     (tmp_path / "out").symlink_to("home")
     with pytest.raises(UserError, match=r"out exists and holds no done\.json"):  # noqa: SIM117
@@ -82,14 +82,14 @@ def test_a_job_killed_at_any_point_of_a_swap_leaves_an_output_that_the_next_star
     assert done.returncode == -9
     assert (tmp_path / "out").exists() == (survived != 1)
     finish_swap(str(tmp_path / "out"), MARKER)
-    if survived == 0:  # before the first rename nothing has happened, and the new folder waits
+    if survived == 0:  # before the first rename nothing has changed, and the new folder is still staged
         assert left(tmp_path / "out") == ["done.json", "old.txt"]
         put_in_place(str(tmp_path / staged), str(tmp_path / "out"), MARKER)
     assert left(tmp_path) == ["out/done.json", "out/new.txt"]
     assert not list(tmp_path.glob(".*.old"))
 
 
-def test_a_swap_whose_new_folder_is_gone_or_not_whole_is_undone(tmp_path):
+def test_a_swap_whose_new_folder_is_missing_or_not_whole_is_undone(tmp_path):
     fill(tmp_path / ".out.0123abcd.old", "old.txt", MARKER)
     fill(tmp_path / ".out.0123abcd", "new.txt")
     fill(tmp_path / ".other.0123abcd.old", "theirs.txt")

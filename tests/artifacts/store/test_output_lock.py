@@ -1,4 +1,4 @@
-"""One job writes an output at a time; a second is told which, and a holder that died holds nothing."""
+"""One job writes an output at a time; a second job's error names the holder, and a dead holder's lock is free."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ NAMED = r"another job writes .*out now \(process {pid} on {host}, since 20..-.*\
 
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path, monkeypatch):
-    """A folder of each kind of location, empty; leases of a second."""
+    """An empty folder, on each kind of location; leases last a second."""
     for name, seconds in {"LEASE": 1.0, "LOOK": 0.02, "SETTLE": 0.05}.items():
         monkeypatch.setattr(output_lock, f"{name}_SECONDS", seconds)
     return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_bucket")
@@ -56,7 +56,7 @@ def held(uri):
 
 
 def left_by(root, **changes):
-    """A lock on an object store whose holder says no more."""
+    """Leaves a lock on an object store that its holder does not renew."""
     stated = {"host": "elsewhere", "pid": 7, "since": "2026-01-01T00:00:00+00:00", "job": "x"} | changes
     locations.write_json(f"{root}/.out.lock", stated)
 
@@ -71,8 +71,8 @@ def test_a_lock_ends_with_its_job_and_leaves_nothing(root):
     assert locations.names_in(root) == []
 
 
-def test_a_second_job_is_refused_by_the_host_and_process_of_the_first(root, holder, monkeypatch):
-    monkeypatch.setattr(output_lock, "LEASE_SECONDS", 60.0)  # on an object store it is renewed meanwhile
+def test_a_second_job_is_refused_with_the_host_and_process_of_the_first(root, holder, monkeypatch):
+    monkeypatch.setattr(output_lock, "LEASE_SECONDS", 60.0)  # on an object store the holder renews the lock meanwhile
     with pytest.raises(UserError, match=named(holder.pid)) as caught, held(f"{root}/out"):
         pytest.fail("two jobs at once")
     assert "\n" not in str(caught.value)
@@ -117,7 +117,7 @@ def test_of_many_jobs_that_begin_at_once_one_holds_the_lock(root):
     assert sorted(outcomes) == ["held"] + ["refused"] * 5
 
 
-def test_a_link_and_what_it_leads_to_have_one_lock(tmp_path):
+def test_a_link_and_its_target_have_the_same_lock(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
     with held(str(tmp_path / "real")), pytest.raises(UserError, match="another job writes"):  # noqa: SIM117
@@ -125,7 +125,7 @@ def test_a_link_and_what_it_leads_to_have_one_lock(tmp_path):
             pytest.fail("two jobs at once")
 
 
-def test_on_an_object_store_what_another_host_no_longer_renews_is_taken_over_after_the_lease(s3_bucket, monkeypatch):
+def test_on_an_object_store_a_lock_that_another_host_does_not_renew_is_taken_over_later(s3_bucket, monkeypatch):
     monkeypatch.setattr(output_lock, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(output_lock, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(output_lock, "SETTLE_SECONDS", 0.05)
@@ -138,7 +138,7 @@ def test_on_an_object_store_what_another_host_no_longer_renews_is_taken_over_aft
     with pytest.raises(UserError, match=r"process 7 on elsewhere, since 2026"), held(f"{s3_bucket}/out"):
         pytest.fail("two jobs at once")
     renewed.join()
-    assert locations.names_in(s3_bucket) == [".out.lock"]  # it is theirs
+    assert locations.names_in(s3_bucket) == [".out.lock"]  # the other host's lock stays
 
 
 def test_a_lost_lock_is_not_removed_from_under_its_new_holder(s3_bucket):
@@ -161,7 +161,7 @@ def test_a_file_system_without_locks_has_leases(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+def test_an_output_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"file/out cannot be read or written: .*; check the path") as caught:  # noqa: SIM117
         with held(str(tmp_path / "file/out")):
@@ -169,7 +169,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_swap_that_a_killed_job_left_is_finished_by_the_next(root):
+def test_a_swap_that_a_killed_job_left_is_finished_by_the_next_job(root):
     if root.startswith("s3"):
         locations.write_json(f"{root}/out/.replacing", {"by": f"{root}/.out.0123abcd"})
     else:

@@ -1,1 +1,1 @@
-"""Addresses: loopback without proxies, the address of a Ray cluster."""
+"""Network addresses: loopback without proxies, the address of a Ray cluster."""

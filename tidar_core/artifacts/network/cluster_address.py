@@ -1,8 +1,8 @@
-"""The check of a Ray cluster's address before Ray is given it.
+"""The check of RAY_ADDRESS before Ray receives the address.
 
 Does anything answer at RAY_ADDRESS?
 
-Ray tries an address for minutes and ends in a traceback, or ends the process.
+Ray itself tries an address for minutes; then it raises a traceback or ends the process.
 """
 
 import os
@@ -17,15 +17,15 @@ __all__ = ["given_cluster"]
 VARIABLE = "RAY_ADDRESS"
 CLIENT_SCHEME = "ray://"
 SECONDS = 10.0
-"""For a connection to the head node."""
+"""Timeout of a connection to the head node."""
 ADVICE = f"start the cluster, correct {VARIABLE}, or unset it for a cluster on this machine"
 
 
 @contextmanager
 def given_cluster() -> Iterator[str | None]:
-    """The address in RAY_ADDRESS, None where it is not set; connect to it while the context is open.
+    """The address in RAY_ADDRESS, or None if it is not set; the caller connects to it while the context is open.
 
-    Raises ConfigError, in one line, where nothing answers or Ray refuses the address.
+    Raises ConfigError, in one line, if nothing answers or Ray refuses the address.
     """
     address = os.environ.get(VARIABLE)
     if not address:
@@ -42,7 +42,7 @@ def given_cluster() -> Iterator[str | None]:
 def _require_answer(address: str) -> None:
     host, _, port = address.removeprefix(CLIENT_SCHEME).partition("/")[0].rpartition(":")
     if not host or not port.isdecimal():
-        return  # `auto`, or nothing that Ray knows: it says so at once
+        return  # `auto`, or no address that Ray knows: Ray reports that at once
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS):
             pass

@@ -1,6 +1,8 @@
-"""Which addresses are never reached through a proxy?
+"""Connections to this machine's loopback interface, which never use a proxy.
 
-Those of this machine's loopback interface: `http_proxy` and its like name a proxy that cannot reach them.
+Which addresses are never reached through a proxy?
+
+Loopback addresses: the proxy that `http_proxy` and similar variables name cannot reach them.
 """
 
 import ipaddress
@@ -17,7 +19,7 @@ EXEMPT = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
 
 
 def exempt_loopback() -> None:
-    """Add the loopback addresses to `no_proxy` of this process, for libraries that read it at each request."""
+    """Adds the loopback addresses to `no_proxy` of this process; libraries read it at each request."""
     for name in ("no_proxy", "NO_PROXY"):
         stated = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         hosts = [host.strip() for host in stated.split(",") if host.strip()]
@@ -26,7 +28,7 @@ def exempt_loopback() -> None:
 
 
 def is_loopback(url: str) -> bool:
-    """The host of `url` is a loopback address or `localhost`."""
+    """Whether the host of `url` is a loopback address or `localhost`."""
     host = urlsplit(url).hostname or ""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -39,7 +41,7 @@ def open_direct(request: urllib.request.Request | str, *, timeout: float) -> Any
 
 
 def open_url(request: urllib.request.Request, *, timeout: float) -> Any:
-    """`urlopen`, without a proxy where the host is a loopback address."""
+    """`urlopen`, without a proxy if the host is a loopback address."""
     if is_loopback(request.full_url):
         return open_direct(request, timeout=timeout)
     return urllib.request.urlopen(request, timeout=timeout)

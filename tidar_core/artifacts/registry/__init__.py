@@ -1,1 +1,1 @@
-"""MLflow's registry: versions, aliases, promotions, runs."""
+"""Model registry in MLflow: versions, aliases, promotions, runs."""

@@ -1,7 +1,10 @@
-"""Whom does an alias name after several have changed it at once? The version that its tags say.
+"""The order of changes to an alias, kept as numbers in the tags of versions.
 
-MLflow changes an alias without asking what it was. So each change is first a number on a version, in a tag, one above
-all others; then the alias is put where the numbers say, by whoever changed them.
+Which version does an alias name after several processes have changed it at once?
+
+MLflow changes an alias without comparing it with its old value. So each change first writes a number, one above all
+others, into a tag of a version. Then the process that wrote the number moves the alias to the version that the numbers
+select.
 """
 
 from collections.abc import Callable
@@ -16,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["follow", "highest", "number", "numbered"]
 
 ATTEMPTS = 20
-"""To agree with others who change the alias at the same time; each takes one or two."""
+"""Attempts to agree with processes that change the alias at the same time; each process needs one or two."""
 
 
 def numbered(client: "MlflowClient", name: str, tag: str) -> dict[int, int]:
-    """Version -> its number, of those that have that tag. Raises RegistryError for a tag that is no number."""
+    """Version -> its number, for the versions that have the tag. Raises RegistryError for a tag that is no number."""
     found = {}
     for known in versions(client, name):
         if (given := known.tags.get(tag)) is not None:
@@ -34,23 +37,24 @@ def numbered(client: "MlflowClient", name: str, tag: str) -> dict[int, int]:
 
 
 def number(client: "MlflowClient", name: str, version: int, tag: str) -> None:
-    """Give the version a number above all others."""
+    """Gives the version a number above all others."""
     last = max(numbered(client, name, tag).values(), default=0)
     client.set_model_version_tag(name, str(version), tag, str(last + 1))
 
 
 def highest(client: "MlflowClient", name: str, tag: str) -> int:
-    """The version of the highest number, the later one of two that took it at once."""
+    """The version with the highest number; the later version if two took that number at once."""
     found = numbered(client, name, tag)
     return max(found, key=lambda version: (found[version], version))
 
 
 def follow(client: "MlflowClient", name: str, alias: str, wanted: Callable[[], int | None]) -> int | None:
-    """Put the alias where `wanted` says, or take it away; says where it is then.
+    """Moves the alias to the version that `wanted` returns, or deletes it for None; returns the alias's version.
 
-    Whoever changes the alias looks again at the tags, so the last one to change it has seen all that were written
-    before: processes that write at once agree in the end. A change that is refused is one that another has made at the
-    same moment, as a database says of a row that is there by now; or it is refused every time.
+    Each process reads the tags again after it has changed the alias. So the last process to change it has seen all
+    tags that were written before, and processes that write at once agree in the end. MLflow may refuse a change because
+    another process made it at the same moment: the database has the entry already. Any other refusal comes at every
+    attempt, and the last refusal is raised.
     """
     from mlflow.exceptions import MlflowException
 
@@ -70,4 +74,6 @@ def follow(client: "MlflowClient", name: str, alias: str, wanted: Callable[[], i
             refused = error
     if refused is not None:
         raise refused
-    raise RegistryError(f"others kept changing who is {alias} of {name} for {ATTEMPTS} attempts; try again")
+    raise RegistryError(
+        f"alias {alias} of model {name} was changed by other processes during all of {ATTEMPTS} attempts; try again"
+    )

@@ -1,4 +1,6 @@
-"""How is MLflow asked, and what does it say when it refuses? The only home of its client.
+"""The client of MLflow: its only home.
+
+How is MLflow called, and how are its refusals reported?
 
 Clients are explicit: no call here reads or sets MLflow's global state.
 """
@@ -38,12 +40,12 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # of a server that does not answer: seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that does not answer costs seconds, not minutes
 }
 
 
 def absolute_tracking_uri(tracking_uri: str) -> str:
-    """The same database or server whatever the working folder."""
+    """The URI of the same database or server, independent of the working folder."""
     scheme = tracking_uri.partition("://")[0].partition("+")[0]
     if "://" not in tracking_uri or scheme not in SCHEMES:
         raise RegistryError(
@@ -55,11 +57,11 @@ def absolute_tracking_uri(tracking_uri: str) -> str:
 
 
 def require_database(tracking_uri: str, name: str | None) -> None:
-    """Refuse to look a model up in a file that is not there: opening it would make it."""
+    """Raises RegistryError if the registry is a database file that does not exist: opening it would create it."""
     if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
         missing = "no models" if name is None else f"no model {name!r}"
         raise RegistryError(
-            f"registry {tracking_uri} has {missing}: the file does not exist; publish first, or name another"
+            f"registry {tracking_uri} has {missing}: the file does not exist; publish first, or give another registry"
         )
 
 
@@ -69,7 +71,7 @@ def client_of(tracking_uri: str) -> "MlflowClient":
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     exempt_loopback()
-    from mlflow import MlflowClient  # takes seconds: only who tracks pays
+    from mlflow import MlflowClient  # takes seconds: imported only by processes that track
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
@@ -80,7 +82,7 @@ def client_of(tracking_uri: str) -> "MlflowClient":
 
 
 def experiment_id(client: "MlflowClient", tracking_uri: str, experiment: str) -> str:
-    """The experiment of that name, made if it is new."""
+    """The id of the experiment with that name, created if it is new."""
     known = client.get_experiment_by_name(experiment)
     if known:
         return known.experiment_id
@@ -92,7 +94,7 @@ def experiment_id(client: "MlflowClient", tracking_uri: str, experiment: str) ->
 
 
 def require_name(name: str) -> None:
-    """Refuse to register a model under a name that MLflow or `models:/NAME@ALIAS` could not find again."""
+    """Raises RegistryError for a name that MLflow or `models:/NAME@ALIAS` could not find again."""
     if not name.strip() or name != name.strip() or not name.isprintable() or any(mark in name for mark in "/:@"):
         raise RegistryError(
             f"name is {name!r}; a model's name has printable characters, no space at either end, and none of / : @; "
@@ -102,7 +104,7 @@ def require_name(name: str) -> None:
 
 
 def require_model(client: "MlflowClient", tracking_uri: str, name: str) -> "RegisteredModel":
-    """The registered model. Raises RegistryError with the names that there are."""
+    """The registered model. Raises RegistryError with the existing names if there is no such model."""
     if found := named(client, name):
         return found
     known = ", ".join(model.name for model in client.search_registered_models()) or "none"
@@ -116,7 +118,7 @@ def named(client: "MlflowClient", name: str) -> "RegisteredModel | None":
 
 
 def require_version(client: "MlflowClient", tracking_uri: str, name: str, version: int) -> "RegisteredModel":
-    """The model of a version that is there. Raises RegistryError with those that are."""
+    """The model of an existing version. Raises RegistryError with the existing versions if there is no such version."""
     model = require_model(client, tracking_uri, name)
     if version not in [int(known.version) for known in versions(client, name)]:
         raise RegistryError(f"model {name} has no version {version}; it has {numbers(client, name)}")
@@ -124,7 +126,7 @@ def require_version(client: "MlflowClient", tracking_uri: str, name: str, versio
 
 
 def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
-    """All of them, the first first."""
+    """All versions of a model, in ascending order."""
     found: list[ModelVersion] = []
     token: str | None = ""
     while token is not None:
@@ -135,12 +137,12 @@ def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
 
 
 def numbers(client: "MlflowClient", name: str) -> str:
-    """The versions of a model, in words."""
+    """The version numbers of a model, as text for a message."""
     return ", ".join(str(known.version) for known in versions(client, name)) or "none"
 
 
 def _quoted(name: str) -> str:
-    """The name as MLflow's filters read it: they know two quotation marks, and no way to escape either."""
+    """The name in quotation marks, as MLflow's filters read it: they know two marks and cannot escape either."""
     if "'" in name and '"' in name:
         raise RegistryError(f"model {name!r} has both ' and \" in its name; MLflow finds no such name; give another")
     return f'"{name}"' if "'" in name else f"'{name}'"
@@ -148,7 +150,7 @@ def _quoted(name: str) -> str:
 
 @contextmanager
 def in_one_line(tracking_uri: str) -> Iterator[None]:
-    """Say what MLflow refused, in one line."""
+    """Raises RegistryError, in one line, for a call that MLflow refuses."""
     from mlflow.exceptions import MlflowException
 
     try:

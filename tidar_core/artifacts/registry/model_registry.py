@@ -1,9 +1,11 @@
-"""Which bundle is the champion?
+"""The registry of models: versions, each a published bundle, and the aliases `champion` and `challenger`.
+
+Which bundle is the champion?
 
 A registry version points at a bundle by its URI and carries its hash, its gates and its lineage as tags. The alias
-`challenger` is the latest version that met its bars; `champion` is what serves. Each promotion is a number on the
-version itself, one above all others (`promotions`); a rollback takes the champion's number away. So a rollback needs
-nobody's memory, and of two promotions at once one is the champion and the other the one before it.
+`challenger` names the latest version that met its gates; `champion` names the version that serves. Each promotion is a
+number on the version itself, one above all others (`promotions`). A rollback removes the champion's number, so it needs
+no other record. Of two promotions at once, one version becomes champion and the other its predecessor.
 """
 
 import json
@@ -57,11 +59,11 @@ CHALLENGER = "challenger"
 
 MODEL_SCHEME = "models:/"
 WITHDRAWN = "withdrawn"
-"""Tag: why a version has lost an alias."""
-TRIAL = "trial."
-"""Before an alias, a tag: the number of the version's trial under that alias, one above all others."""
+"""Tag: the reason why a version has lost an alias."""
+NAMED_AS = "trial."
+"""Prefix of an alias that makes a tag: the number under which the alias named the version, one above all others."""
 ON_DISK = "bundle://"
-"""Before a path, where a server keeps it: it takes no plain paths, lest others read its own files."""
+"""Prefix of a path on a tracking server: it takes no plain paths, so that clients cannot read its own files."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -77,7 +79,7 @@ class RegistryVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedVersion:
-    """A version as a list tells it."""
+    """A version as an entry of a list."""
 
     name: str
     version: int
@@ -92,12 +94,12 @@ class ListedVersion:
 
 @dataclass(frozen=True, slots=True)
 class FoundBundle:
-    """Where a model's bundle lies, and what it says of itself."""
+    """The location of a model's bundle and the bundle's description of itself."""
 
     uri: str
     info: BundleInfo
     version: int | None = None
-    """In the registry; None for a bundle that was given by its location."""
+    """Version in the registry; None for a bundle that was given by its location."""
 
 
 def publish_version(
@@ -110,9 +112,9 @@ def publish_version(
     *,
     tags: Mapping[str, str] | None = None,
 ) -> int:
-    """The version that points at a bundle: a new one, or the one that already does, with its tags renewed.
+    """The version that points at a bundle: a new version, or the existing version with its tags renewed.
 
-    report_summary  what the bundle was measured to be: its gates
+    report_summary  measured figures of the bundle: its gates
     run_id          the training run
     """
     all_tags = {
@@ -140,18 +142,18 @@ def publish_version(
 
 
 def set_challenger(tracking_uri: str, name: str, version: int) -> None:
-    """Name the version that would serve next."""
+    """Makes the version challenger: the version that would serve next."""
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         require_version(client, tracking_uri, name, version)
         if WITHDRAWN in client.get_model_version(name, str(version)).tags:
             client.delete_model_version_tag(name, str(version), WITHDRAWN)
-        number(client, name, version, TRIAL + CHALLENGER)
-        _follow_trials(client, name, CHALLENGER)
+        number(client, name, version, NAMED_AS + CHALLENGER)
+        _follow_numbers(client, name, CHALLENGER)
 
 
 def aliases(tracking_uri: str, name: str) -> dict[str, int]:
-    """Which version each alias of a model names now."""
+    """Alias -> the version that it names now, for each alias of a model."""
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         model = require_model(client_of(tracking_uri), tracking_uri, name)
@@ -159,20 +161,20 @@ def aliases(tracking_uri: str, name: str) -> dict[str, int]:
 
 
 def withdraw(tracking_uri: str, name: str, alias: str, version: int, why: str) -> None:
-    """Take an alias away from a version, if it still names that one; the version's tag `withdrawn` says why."""
+    """Removes an alias from a version, if it still names that version; the tag `withdrawn` records `why`."""
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         client.set_model_version_tag(name, str(version), WITHDRAWN, why)
         if int(require_model(client, tracking_uri, name).aliases.get(alias, 0)) != version:
             return
-        if version not in numbered(client, name, TRIAL + alias):  # named so by hand, in MLflow itself
-            number(client, name, version, TRIAL + alias)
-        _follow_trials(client, name, alias)
+        if version not in numbered(client, name, NAMED_AS + alias):  # the alias was set by hand, in MLflow itself
+            number(client, name, version, NAMED_AS + alias)
+        _follow_numbers(client, name, alias)
 
 
 def promote(tracking_uri: str, name: str, version: int) -> int:
-    """Make the version champion and return the champion: another version where that was promoted at the same time.
+    """Makes the version champion and returns the champion: another version if that was promoted at the same time.
 
     Raises GateError for a version that was published with a figure that is not finite.
     """
@@ -182,7 +184,7 @@ def promote(tracking_uri: str, name: str, version: int) -> int:
         model = require_version(client, tracking_uri, name, version)
         if wrong := not_finite(_gates(client.get_model_version(name, str(version)))):
             raise GateError(
-                f"model {name} version {version} is not promoted: its gates say {', '.join(wrong)}; "
+                f"model {name} version {version} is not promoted: its gates have {', '.join(wrong)}; "
                 "train it again, evaluate and publish the new bundle"
             )
         champion = model.aliases.get(CHAMPION)
@@ -190,7 +192,7 @@ def promote(tracking_uri: str, name: str, version: int) -> int:
 
 
 def rollback(tracking_uri: str, name: str) -> int:
-    """Make the version that the champion replaced champion again, and return it."""
+    """Makes the version that the champion replaced champion again, and returns it."""
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
@@ -208,18 +210,18 @@ def rollback(tracking_uri: str, name: str) -> int:
 
 
 def list_versions(tracking_uri: str, name: str | None = None) -> list[ListedVersion]:
-    """Every version of a model, or of all; the latest of each first."""
+    """Every version of a model, or of all models; the latest version of each model first."""
     require_database(tracking_uri, name)
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         if name is not None:
             require_model(client, tracking_uri, name)
         names = [name] if name is not None else [model.name for model in client.search_registered_models()]
-        return [_listed(client, known, one) for known in names for one in reversed(versions(client, known))]
+        return [_listed(client, known, version) for known in names for version in reversed(versions(client, known))]
 
 
 def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
-    """The bundle behind models:/NAME@ALIAS or models:/NAME/VERSION."""
+    """The registered bundle that models:/NAME@ALIAS or models:/NAME/VERSION refers to."""
     parts = MODEL_URI.fullmatch(uri)
     if not parts:
         raise RegistryError(f"model is {uri}; give models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -242,7 +244,10 @@ def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
 
 
 def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
-    """The bundle that a user means: a folder or URI, or a registered model, of the hash it was registered with."""
+    """The bundle that a user means: a folder or URI, or a registered model.
+
+    Raises BundleError if the bundle of a registered model has another hash than it was registered with.
+    """
     if not model.startswith(MODEL_SCHEME):
         return FoundBundle(locations.absolute(model), read_bundle_info(model))
     registered = resolve(tracking_uri, model)
@@ -255,14 +260,14 @@ def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
     return FoundBundle(locations.absolute(registered.bundle_uri), info, registered.version)
 
 
-def _follow_trials(client: "MlflowClient", name: str, alias: str) -> None:
-    """Put the alias where the last trial began, and nowhere if that version was withdrawn."""
+def _follow_numbers(client: "MlflowClient", name: str, alias: str) -> None:
+    """Moves the alias to the version with the highest number, or deletes it if that version was withdrawn."""
 
-    def tried() -> int | None:
-        last = highest(client, name, TRIAL + alias)
+    def last_named() -> int | None:
+        last = highest(client, name, NAMED_AS + alias)
         return None if WITHDRAWN in client.get_model_version(name, str(last)).tags else last
 
-    follow(client, name, alias, tried)
+    follow(client, name, alias, last_named)
 
 
 def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> ListedVersion:
@@ -283,7 +288,7 @@ def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> Liste
 
 
 def _gates(version: "ModelVersion") -> dict[str, Any]:
-    """What a version was measured to be when it was published."""
+    """Measured figures of a version when it was published."""
     given = version.tags.get("gates", "{}")
     try:
         if isinstance(gates := json.loads(given), dict):

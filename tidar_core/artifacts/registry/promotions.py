@@ -1,11 +1,11 @@
-"""The champions of a model in their order, whatever was interrupted.
+"""The order of a model's champions, which interrupted promotions do not disturb.
 
-Which version is champion, and which was it before?
+Which version is champion, and which version was champion before it?
 
 A promotion is a number on a version, one above all others, in two tags. `promoting` is written before the alias
-changes, `promotion` after it; so a version whose promotion was killed in between was never champion, and no rollback
+changes, `promotion` after it. So a version whose promotion was killed in between was never champion, and no rollback
 chooses it. The alias follows the highest number under either tag. Every write can be the last of a killed process: the
-next promotion or rollback completes or removes what it left.
+next promotion or rollback completes or removes the unfinished promotion.
 """
 
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ PROMOTING = "promoting"
 
 
 def promote_version(client: "MlflowClient", name: str, version: int, champion: int | None) -> int:
-    """Make the version champion and return the champion: another version where that was promoted at the same time.
+    """Makes the version champion and returns the champion: another version if that was promoted at the same time.
 
     champion  the version that the alias names now
     """
@@ -38,11 +38,11 @@ def promote_version(client: "MlflowClient", name: str, version: int, champion: i
         client.set_model_version_tag(name, str(version), PROMOTING, str(1 + last))
         _follow(client, name)
         _complete(client, name, version)
-    return _follow(client, name)  # a rollback at the same moment has removed what it took for unfinished
+    return _follow(client, name)  # a rollback at the same moment has removed numbers that seemed unfinished
 
 
 def roll_back_from(client: "MlflowClient", name: str, champion: int) -> int | None:
-    """Make the version champion that was it before `champion`, and return it; None where there was none."""
+    """Makes the version before `champion` champion again, and returns it; None if `champion` is the first."""
     own, completed = _all(client, name).get(champion), numbered(client, name, PROMOTION)
     before = completed.keys() - {champion}
     if own is not None:  # else it was made champion by hand, after all promotions
@@ -63,7 +63,7 @@ def _all(client: "MlflowClient", name: str) -> dict[int, int]:
 
 
 def _complete(client: "MlflowClient", name: str, version: int) -> None:
-    """Number a version that is, or has been, champion: as its promotion began, or last where none did."""
+    """Numbers a version that is, or has been, champion: with the number of its begun promotion, else the last."""
     begun, completed = numbered(client, name, PROMOTING), numbered(client, name, PROMOTION)
     if version in begun:
         client.set_model_version_tag(name, str(version), PROMOTION, str(begun[version]))
@@ -74,7 +74,7 @@ def _complete(client: "MlflowClient", name: str, version: int) -> None:
 
 
 def _forget_unfinished(client: "MlflowClient", name: str, champion: int) -> None:
-    """Remove promotions that never reached the alias: those begun, and those numbered above the champion's."""
+    """Removes promotions that never reached the alias: begun promotions, and numbers above the champion's."""
     own = _all(client, name).get(champion)
     for version in numbered(client, name, PROMOTING).keys() - {champion}:
         client.delete_model_version_tag(name, str(version), PROMOTING)
@@ -90,7 +90,7 @@ def _remove(client: "MlflowClient", name: str, version: int) -> None:
 
 
 def _follow(client: "MlflowClient", name: str) -> int:
-    """Put the alias where the highest promotion is; return its version."""
+    """Moves the alias to the version with the highest promotion, and returns that version."""
 
     def highest() -> int:
         found = _all(client, name)

@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 PARENT_RUN = "mlflow.parentRunId"
-"""Tag: the run below which MLflow's pages show this one."""
+"""Tag: the run below which MLflow's pages show this run."""
 PARAMS_AT_ONCE = 100
-"""What one MLflow request takes."""
+"""Most parameters that MLflow accepts in one request."""
 DIGEST_LEN = 36
-"""Of a data set, as MLflow keeps it; the whole identity stands in its source."""
+"""Characters of a data set's digest that MLflow keeps; the data set's source has the whole identity."""
 
 
 def start_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    """Begin a run and say its id; the experiment is made if it is new."""
+    """Begins a run and returns its id; the experiment is created if it is new."""
     from mlflow.entities import Param
 
     with in_one_line(tracking_uri):
@@ -46,7 +46,7 @@ def start_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str
 
 
 def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Numbers of a run at a train step."""
+    """Logs metrics of a run at a train step."""
     from mlflow.entities import Metric
 
     now = round(time.time() * 1000)
@@ -55,21 +55,21 @@ def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], st
 
 
 def log_artifact(tracking_uri: str, run_id: str, path: str) -> None:
-    """Keep a small local file, such as a report, with a run."""
+    """Stores a small local file, such as a report, with a run."""
     with in_one_line(tracking_uri):
         client_of(tracking_uri).log_artifact(run_id, path)
 
 
 def log_text(tracking_uri: str, run_id: str, name: str, text: str) -> None:
-    """Keep a page of text with a run, in a file of that name, folders included."""
+    """Stores a page of text with a run, in a file of that name, folders included."""
     with in_one_line(tracking_uri):
         client_of(tracking_uri).log_text(run_id, text, name)
 
 
 def log_data(tracking_uri: str, run_id: str, uri: str, identity: str, context: str) -> None:
-    """Name the shards that a run read, by their manifest's identity, where MLflow links runs and data.
+    """Logs the shards that a run read, by their manifest's identity, so that MLflow links the run and its data.
 
-    context  what for, such as `training`
+    context  purpose of the data, such as `training`
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -81,9 +81,10 @@ def log_data(tracking_uri: str, run_id: str, uri: str, identity: str, context: s
 
 @contextmanager
 def system_metrics(tracking_uri: str, run_id: str, machine: str, seconds: float) -> Iterator[None]:
-    """Measure this machine every so many seconds while the context is open: load, memory, disk, network, GPUs.
+    """Measures load, memory, disk, network and GPUs of this machine while the context is open.
 
-    machine  name between `system/` and the metric's: runs have several machines
+    machine  name between `system/` and the metric's name: a run may have several machines
+    seconds  time between two measurements
     """
     client_of(tracking_uri)
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -99,7 +100,7 @@ def system_metrics(tracking_uri: str, run_id: str, machine: str, seconds: float)
 
 
 def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: Mapping[str, str] | None = None) -> None:
-    """Close a run: FINISHED, FAILED or KILLED; `tags` say what came of it."""
+    """Closes a run as FINISHED, FAILED or KILLED; `tags` record its result."""
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         for key, value in (tags or {}).items():
@@ -108,7 +109,7 @@ def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: M
 
 
 def find_run(tracking_uri: str, station: str, bundle_hash: str) -> str | None:
-    """The latest finished run of a station that is about a bundle."""
+    """The id of a station's latest finished run about a bundle; None if there is no such run."""
     wanted = f"tags.station = '{station}' and tags.bundle_hash = '{bundle_hash}' and attributes.status = 'FINISHED'"
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)

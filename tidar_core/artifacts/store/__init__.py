@@ -1,1 +1,1 @@
-"""Files and folders: locations, compression, atomic outputs, locks, provenance."""
+"""Storage of files and folders: locations, compression, atomic outputs, locks, provenance."""

@@ -1,4 +1,4 @@
-"""Where does this machine keep what it may lose?"""
+"""The folder of this machine for files that it may lose."""
 
 import os
 from pathlib import Path
@@ -7,5 +7,5 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder() -> Path:
-    """`tidar` below XDG_CACHE_HOME or ~/.cache."""
+    """The folder `tidar` below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar"

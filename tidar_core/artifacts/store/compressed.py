@@ -1,8 +1,10 @@
-"""How is a compressed file read, and is it whole?
+"""The reader of compressed files, which detects damaged files.
 
-A file that ends in the middle of its stream is damaged: reading it raises an error, never a shorter text. A stream may
-have several gzip members or Zstandard frames, one after another. A file cut exactly between two of them cannot be told
-from a whole one.
+How is a compressed file read, and is it whole?
+
+A file that ends in the middle of its stream is damaged: reading it raises an error and never yields a shorter text. A
+stream may have several gzip members or Zstandard frames, one after another. A file cut exactly between two of them
+cannot be distinguished from a whole file.
 """
 
 import gzip
@@ -22,7 +24,7 @@ __all__ = ["damage_named", "damaged", "open_decompressed"]
 LARGEST_WINDOW = 2**31
 """Bytes that a Zstandard stream may look back: `zstd --long=31`, its own limit."""
 INPUT_BYTES = 2**12
-"""Compressed bytes handed over at once: few, since each may stand for a thousand times as many."""
+"""Compressed bytes that the decompressor gets at once: few, since each may become a thousand bytes."""
 OUTPUT_BYTES = 2**17
 
 
@@ -41,7 +43,7 @@ def open_decompressed(uri: str) -> IO[bytes]:
 
 @contextmanager
 def damage_named(uri: str) -> Iterator[None]:
-    """Raise CorpusError, naming the file, where reading it meets damaged compression; UserError where it is refused."""
+    """Raises CorpusError, with the file's name, if its compression is damaged; UserError if reading is refused."""
     with locations.in_one_line(uri):
         try:
             yield
@@ -50,7 +52,7 @@ def damage_named(uri: str) -> Iterator[None]:
 
 
 def damaged(uri: str, error: Exception) -> CorpusError:
-    """The error that names a damaged file."""
+    """The error for a damaged file, with its name."""
     reason = " ".join(str(error).split())[:200]
     return CorpusError(f"{uri} is damaged ({reason}); fetch it again or leave it out")
 
@@ -92,6 +94,6 @@ class _ZstandardFrames(io.RawIOBase):
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    """What a decompressor raises; `zstandard`'s own error only where that was loaded."""
+    """Exceptions that decompressors raise; `zstandard`'s own error only if that module was loaded."""
     ours = (EOFError, zlib.error, gzip.BadGzipFile)
     return (*ours, sys.modules["zstandard"].ZstdError) if "zstandard" in sys.modules else ours

@@ -1,4 +1,4 @@
-"""What does the name of a file state: its format, its compression, whether it was asked for?
+"""The rules of file names: format, compression, and patterns that select or exclude files.
 
 The case of suffixes does not matter: A.TXT.GZ is a gzipped .txt.
 """
@@ -13,23 +13,23 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 
 
 def compression_of(name: str) -> str:
-    """`.gz` or `.zst`; empty where the file is not compressed."""
+    """The suffix `.gz` or `.zst`; empty if the file is not compressed."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix if suffix in COMPRESSION_SUFFIXES else ""
 
 
 def format_of(name: str) -> str:
-    """The suffix in lower case, that before a compression's: `.jsonl` of A.JSONL.gz; empty where there is none."""
+    """The suffix in lower case, without a compression's suffix: `.jsonl` for A.JSONL.gz; empty if there is none."""
     return PurePosixPath(_plain(name)).suffix.lower()
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file's name fits one of the patterns, as it is or without a compression's suffix."""
+    """Whether a file's name matches one of the patterns, as it is or without a compression's suffix."""
     return any(_fits(form, pattern) for pattern in patterns for form in (name, _plain(name)))
 
 
 def is_left_out(name: str, exclude: Sequence[str]) -> bool:
-    """Whether the name of a file or of a folder fits one of the patterns."""
+    """Whether the name of a file or of a folder matches one of the patterns."""
     return any(_fits(name, pattern) for pattern in exclude)
 
 

@@ -1,4 +1,4 @@
-"""What does a line of a JSON lines file hold?"""
+"""The parser of lines in a JSON lines file."""
 
 import codecs
 import json
@@ -8,12 +8,12 @@ __all__ = ["is_blank", "value_in"]
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing, a byte order mark aside."""
+    """Whether a line is empty, apart from white space and a byte order mark."""
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def value_in(line: bytes) -> Any:
-    """The value in a line. Raises ValueError with what is at fault, a sentence whose subject is the line."""
+    """The value in a line. Raises ValueError; its message is a predicate whose subject is the line."""
     try:
         return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
-"""Which files lie below a folder of this machine, links followed?
+"""The search for files below a folder of this machine; links are followed.
 
-A link to a file is that file, under the link's name. A link to a folder is that folder; where it leads back to a folder
-above itself it is passed over, since all of that is listed already. A link that leads nowhere is refused by name.
+A link to a file counts as the file, under the link's name. A link to a folder counts as the folder. A link back to a
+folder above itself is skipped, since that folder's content is listed already. A link to a missing file is refused, with
+its name.
 """
 
 import errno
@@ -17,11 +18,11 @@ from tidar_core.errors import UserError
 __all__ = ["files_of_folder", "files_of_glob"]
 
 File = tuple[str, os.stat_result]
-"""The name of a file relative to the folder that is searched; its size and times."""
+"""Name of a file relative to the searched folder; its size and times."""
 
 
 def files_of_folder(folder: str, patterns: Sequence[str], exclude: Sequence[str]) -> Iterator[File]:
-    """The files below `folder` whose names fit one of `patterns`, in any order; what is hidden is passed over."""
+    """The files below `folder` whose names match one of `patterns`, in any order; hidden files are skipped."""
     _refuse_dangling(folder)
     return _files_below(
         folder,
@@ -31,7 +32,7 @@ def files_of_folder(folder: str, patterns: Sequence[str], exclude: Sequence[str]
 
 
 def files_of_glob(folder: str, pattern: re.Pattern[str], depth: int | None, exclude: Sequence[str]) -> Iterator[File]:
-    """The files below `folder` whose whole path fits `pattern`, in any order.
+    """The files below `folder` whose whole path matches `pattern`, in any order.
 
     depth  levels of folders that are searched; None: all
     """
@@ -46,8 +47,8 @@ def files_of_glob(folder: str, pattern: re.Pattern[str], depth: int | None, excl
 def _files_below(
     folder: str, *, wanted: Callable[[str], bool], left_out: Callable[[str], bool], depth: int | None = None
 ) -> Iterator[File]:
-    """wanted    whether a file of that relative name is asked for
-    left_out  whether a file or folder of that plain name is passed over, with all below it
+    """wanted    whether a file with that relative name is requested
+    left_out  whether a file or folder with that plain name is skipped, with all below it
     """
     pending: list[tuple[str, str, tuple[str, ...]]] = [("", folder, (os.path.realpath(folder),))]
     while pending:
@@ -56,7 +57,7 @@ def _files_below(
             name = prefix + entry.name
             if left_out(entry.name):
                 continue
-            found = _followed(entry, asked=wanted(name) or _may_be_folder(entry.name))
+            found = _followed(entry, required=wanted(name) or _may_be_folder(entry.name))
             if found is None:
                 continue
             if S_ISDIR(found.st_mode):
@@ -68,9 +69,9 @@ def _files_below(
 
 
 def _refuse_dangling(path: str) -> None:
-    """Raise UserError if `path` is a link that leads nowhere."""
+    """Raises UserError if `path` is a link to a missing file or folder."""
     if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{path} is a link to {os.readlink(path)}, where nothing lies; mend the link, or remove it")
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist; repair the link, or remove it")
 
 
 def _entries(path: str, *, is_root: bool) -> list[os.DirEntry[str]]:
@@ -78,23 +79,23 @@ def _entries(path: str, *, is_root: bool) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return list(entries)
     except FileNotFoundError:
-        if is_root:  # nothing was ever there
+        if is_root:  # the searched folder does not exist: it has no files
             return []
         raise
 
 
-def _followed(entry: os.DirEntry[str], *, asked: bool) -> os.stat_result | None:
-    """What an entry leads to; None for a link to nothing that was not asked for."""
+def _followed(entry: os.DirEntry[str], *, required: bool) -> os.stat_result | None:
+    """Status of the file or folder that an entry leads to; None for a broken link that is not required."""
     try:
         return entry.stat()
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP) or not entry.is_symlink():
             raise
-        if asked:
+        if required:
             _refuse_dangling(entry.path)
         return None
 
 
 def _may_be_folder(name: str) -> bool:
-    """Whether a link to nothing may have been one to a folder: its name has no suffix, as in `data` or `v1.0`."""
+    """Whether a broken link may have led to a folder: its name has no suffix, as in `data` or `v1.0`."""
     return not PurePosixPath(name).suffix[1:2].isalpha()

@@ -1,8 +1,10 @@
-"""Where do things lie, and how are they read and written there?
+"""Access to files at a location: a local path or an object store.
+
+Where do files lie, and how are they read and written there?
 
 A location is a URI: a local path, file:// or s3://. Object stores take their credentials and endpoint from the usual
 environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, ...). A file://
-URI is percent-encoded, as RFC 8089 has it; a path and an s3:// URI are taken letter by letter.
+URI is percent-encoded, as RFC 8089 requires; a path and an s3:// URI are taken literally.
 """
 
 import errno
@@ -70,14 +72,14 @@ NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a listing."""
+    """A file in a listing."""
 
     uri: str
     name: str
     """Path relative to the listed folder."""
     size: int
     version: str
-    """Changes when the file does: ETag on an object store, modification time in nanoseconds locally."""
+    """Mark that changes when the file does: ETag on an object store, modification time in nanoseconds locally."""
 
 
 def local_path(uri: str) -> Path | None:
@@ -88,13 +90,13 @@ def local_path(uri: str) -> Path | None:
 
 
 def absolute(uri: str) -> str:
-    """The same location whatever the working folder, without a trailing slash."""
+    """The same location independent of the working folder, without a trailing slash."""
     path = local_path(uri)
     return uri.rstrip("/") if path is None else str(path.absolute())
 
 
 def followed(uri: str) -> str:
-    """The absolute location that links on this disk lead to, whether something lies there or not."""
+    """The absolute location after following links on this disk; it need not exist."""
     path = local_path(uri)
     return absolute(uri) if path is None else os.path.realpath(path)
 
@@ -110,42 +112,42 @@ def name_of(uri: str) -> str:
 
 
 def is_glob(uri: str) -> bool:
-    """Whether the location is a pattern. A file whose name has such signs is no pattern."""
+    """Whether the location is a pattern. The location of an existing file with such signs in its name is no pattern."""
     return any(sign in _path(uri) for sign in GLOB_SIGNS) and not exists(uri)
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value: what hashes are taken of."""
+    """The canonical text of a JSON value, for hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or a folder lies at `uri`; an object store has no empty folders."""
+    """Whether a file or a folder exists at `uri`; an object store has no empty folders."""
     with in_one_line(uri):
         path = local_path(uri)
         return bool(_filesystem(uri).exists(_path(uri))) if path is None else path.exists()
 
 
 def names_in(uri: str) -> list[str]:
-    """What lies directly in the folder at `uri`, hidden or not; nothing where there is none."""
+    """Names of files and folders directly in the folder at `uri`, hidden or not; empty if there is no folder."""
     with in_one_line(uri):
         return [name_of(path) for path in _filesystem(uri).ls(_path(uri), detail=False)] if exists(uri) else []
 
 
 def size(uri: str) -> int:
-    """Bytes of the file at `uri`."""
+    """Size of the file at `uri`, in bytes."""
     with in_one_line(uri):
         return int(_filesystem(uri).size(_path(uri)))
 
 
 def list_files(uri: str, patterns: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[FileEntry]:
-    """The files at `uri`, in the order of their names; empty when nothing is there.
+    """The files at `uri`, in the order of their names; empty if nothing exists there.
 
-    A folder is searched recursively for names that match one of `patterns`, also with .gz or .zst appended; names and
-    folders that begin with a dot are passed over. A file, or what a glob matches, is taken as it is. A link is the
-    file or folder that it leads to. Raises UserError where a link leads nowhere.
+    A folder is searched recursively for names that match one of `patterns`, also with .gz or .zst appended. Files and
+    folders whose names begin with a dot are skipped. A file, or the matches of a glob, are taken as they are. A link
+    counts as the file or folder that it leads to. Raises UserError for a broken link.
 
-    exclude  patterns of file and folder names that are left out, with all that is below such a folder
+    exclude  patterns of file and folder names that are left out, with everything below such a folder
     """
     with in_one_line(uri):
         found = _remote_files(uri, patterns) if local_path(uri) is None else _local_files(uri, patterns, exclude)
@@ -154,21 +156,21 @@ def list_files(uri: str, patterns: Sequence[str] = ("*",), exclude: Sequence[str
 
 
 def open_read(uri: str) -> IO[bytes]:
-    """The file at `uri` from its beginning, as it lies there."""
+    """The file at `uri` from its beginning, without decompression."""
     with in_one_line(uri):
         stream = _filesystem(uri).open(_path(uri), "rb")
     return stream if local_path(uri) else io.BufferedReader(stream, 2**18)
 
 
 def open_random(uri: str) -> IO[bytes]:
-    """The file at `uri` for reads in any order: nothing is fetched that was not asked for."""
+    """The file at `uri` for reads in any order: only requested bytes are fetched."""
     with in_one_line(uri):
         return _filesystem(uri).open(_path(uri), "rb", cache_type="none")
 
 
 @contextmanager
 def open_write(uri: str) -> Iterator[IO[bytes]]:
-    """A new file at `uri`, folders included. It appears when closed, whole; if an exception passes, not at all."""
+    """A new file at `uri`, folders included. It appears whole when closed; after an exception it does not appear."""
     with in_one_line(uri):
         if path := local_path(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,38 +187,38 @@ def open_write(uri: str) -> Iterator[IO[bytes]]:
                 yield upload
             except BaseException:
                 upload.discard()
-                upload.closed = True  # or its finaliser would upload what there is
+                upload.closed = True  # or its finaliser would upload the partial file
                 raise
             upload.close()
 
 
 def read_bytes(uri: str) -> bytes:
-    """All of the file at `uri`."""
+    """The whole content of the file at `uri`."""
     with in_one_line(uri):
         path = local_path(uri)
         return bytes(_filesystem(uri).cat_file(_path(uri))) if path is None else path.read_bytes()
 
 
 def read_text(uri: str) -> str:
-    """All of the UTF-8 file at `uri`."""
+    """The whole text of the UTF-8 file at `uri`."""
     return read_bytes(uri).decode("utf-8")
 
 
 def read_json(uri: str) -> Any:
-    """The value in the JSON file at `uri`. Raises ValueError when it is not JSON."""
+    """The value in the JSON file at `uri`. Raises ValueError if it is not JSON."""
     return json.loads(read_bytes(uri))
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Put `content` into the file at `uri`."""
+    """Writes `content` into the file at `uri`."""
     with open_write(uri) as file:
         file.write(content)
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
-    """Put `content` into a new file at `uri`; false, and nothing is done, where a file lies.
+    """Writes `content` into a new file at `uri`; returns false, and writes nothing, if a file exists there.
 
-    Of two callers at once one succeeds, except on an object store without conditional writes.
+    If two callers try at once, one succeeds, except on an object store without conditional writes.
     """
     try:
         if path := local_path(uri):
@@ -232,19 +234,19 @@ def create_bytes(uri: str, content: bytes) -> bool:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Put `value` into the file at `uri`, for readers human and other."""
+    """Writes `value` into the file at `uri` as indented JSON, for humans and programs."""
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def remove(uri: str) -> None:
-    """Remove the file or the whole folder at `uri`, if there is one."""
+    """Removes the file or the whole folder at `uri`, if it exists."""
     if exists(uri):
         with in_one_line(uri):
             _filesystem(uri).rm(_path(uri), recursive=True)
 
 
 def sha256(uri: str) -> str:
-    """Hash of the bytes of the file at `uri`, in hexadecimal."""
+    """SHA-256 of the bytes of the file at `uri`, in hexadecimal."""
     digest = hashlib.sha256()
     with in_one_line(uri), open_read(uri) as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -253,9 +255,9 @@ def sha256(uri: str) -> str:
 
 
 def local_copy(uri: str, cache: str | Path | None = None) -> Path:
-    """A local folder with the files of the folder at `uri`: itself if local, else downloaded once per version.
+    """A local folder with the files of the folder at `uri`: the folder itself if local, else a download per version.
 
-    cache  where downloads lie; this machine's `cache_folder` by default
+    cache  folder of downloads; this machine's `cache_folder` by default
     """
     path = local_path(uri)
     if path is not None:
@@ -280,19 +282,19 @@ def local_copy(uri: str, cache: str | Path | None = None) -> Path:
 
 @contextmanager
 def local_folder() -> Iterator[Path]:
-    """A temporary local folder, removed at the end."""
+    """A temporary local folder, removed when the context ends."""
     with tempfile.TemporaryDirectory(prefix="tidar-") as folder:
         yield Path(folder)
 
 
 def copy_files(sources: Sequence[str], targets: Sequence[str]) -> None:
-    """Copy files within one object store."""
+    """Copies files within one object store."""
     with in_one_line(targets[0]):
         _filesystem(targets[0]).copy([_path(uri) for uri in sources], [_path(uri) for uri in targets])
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Copy the files of a local folder below `uri`."""
+    """Copies the files of a local folder below `uri`."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as source, open_write(join(uri, *path.relative_to(folder).parts)) as sink:
             shutil.copyfileobj(source, sink, CHUNK_BYTES)
@@ -300,7 +302,7 @@ def upload_folder(folder: Path, uri: str) -> None:
 
 @contextmanager
 def in_one_line(uri: str) -> Iterator[None]:
-    """Raise StorageError, in one line, for whatever an object store or a file system refuses."""
+    """Raises StorageError, in one line, for an operation that an object store or a file system refuses."""
     try:
         yield
     except StorageError:
@@ -310,13 +312,13 @@ def in_one_line(uri: str) -> Iterator[None]:
             reason = " ".join(str(error).split()) or type(error).__name__
             advice = "check the credentials, the endpoint and rights"
             raise StorageError(f"{uri} cannot be reached: {reason}; {advice}") from error
-        if error.errno is None:  # a library's own error of a file's content, which is damaged
+        if error.errno is None:  # a library's own error about damaged content of a file
             raise
         raise StorageError(f"{uri} cannot be read or written: {_refusal(error, uri)}") from error
 
 
 def _refusal(error: OSError, uri: str) -> str:
-    """What a file system refused, and what to do."""
+    """The refusal of a file system, and advice."""
     where = f" ({error.filename})" if error.filename not in (None, _path(uri)) else ""
     reason = f"{os.strerror(error.errno or 0)}{where}"
     if error.errno in NO_ROOM:
@@ -369,7 +371,7 @@ def _local_files(uri: str, patterns: Sequence[str], exclude: Sequence[str]) -> I
 
 
 def _above_signs(path: str) -> str:
-    """The folder that holds everything that a pattern can match."""
+    """The folder that contains everything that a pattern can match."""
     return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
 
 
@@ -392,6 +394,6 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What is raised by this disk, and by an object store's client where that was loaded."""
+    """Exceptions that local disks raise, and that an object store's client raises if it was loaded."""
     client = sys.modules.get("botocore.exceptions")
     return (OSError,) if client is None else (OSError, client.BotoCoreError)

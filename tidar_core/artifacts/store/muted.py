@@ -1,4 +1,4 @@
-"""How is a library kept from writing to standard error where no setting of its own does that?"""
+"""The redirection of standard error, for libraries that have no setting against their messages."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ __all__ = ["muted_stderr"]
 
 @contextmanager
 def muted_stderr() -> Iterator[None]:
-    """Drop what is written to file descriptor 2 meanwhile, by C++ as well.
+    """Drops everything that is written to file descriptor 2 while the context is open, by C++ as well.
 
     Ray's core reports there that it obeys RAY_BACKEND_LOG_LEVEL. Failures are raised in Python, so no other message is
     lost.

@@ -1,9 +1,9 @@
-"""How does a folder that a job makes appear, whole or not at all?
+"""The atomic replacement of output folders: a folder that a job makes appears whole or not at all.
 
-A folder of this project is complete when its marker file is there (manifest.json, tidar.json, report.json). It is
-written under another name beside its place, `.NAME.xxxx`, and put there at the end, so that a reader never takes a
-half-written one. An older folder is moved to `.NAME.xxxx.old` first and removed last. A swap that was interrupted
-between the two is completed by `finish_swap`, or undone where the new folder is not whole.
+A folder of this project is complete if its marker file exists (manifest.json, tidar.json, report.json). It is written
+under another name beside its place, `.NAME.xxxx`, and renamed at the end, so that a reader never reads a half-written
+folder. An older folder is moved to `.NAME.xxxx.old` first and removed last. `finish_swap` completes a swap that was
+interrupted between the two, or undoes it if the new folder is not whole.
 
 An output that is a link to a folder is followed: the folder changes, the link stays.
 """
@@ -21,19 +21,19 @@ from tidar_core.errors import UserError
 __all__ = ["REPLACING", "finish_swap", "put_in_place", "refuse_stranger", "staged_folder", "work_folder"]
 
 REPLACING = ".replacing"
-"""Lies in a folder on an object store while its files are exchanged, and names the folder that they come from."""
+"""File in a folder on an object store while its files are replaced; it names the folder of the new files."""
 OLD = ".old"
 
 
 def work_folder(uri: str, key: str) -> str:
-    """A folder beside `uri`, hidden, that every process that can reach `uri` can write in."""
+    """A hidden folder beside `uri`; every process that can reach `uri` can write in it."""
     uri = locations.followed(uri)
     return locations.join(uri.rpartition("/")[0], f".{locations.name_of(uri)}.{key}")
 
 
 @contextmanager
 def staged_folder(uri: str, marker: str) -> Iterator[str]:
-    """A folder beside `uri` to write in; it becomes `uri` at the end, or vanishes if an exception passes."""
+    """A folder beside `uri` to write in; it becomes `uri` at the end, or is removed after an exception."""
     finish_swap(uri, marker)
     refuse_stranger(uri, marker)
     staged = work_folder(uri, secrets.token_hex(4))
@@ -46,7 +46,7 @@ def staged_folder(uri: str, marker: str) -> Iterator[str]:
 
 
 def refuse_stranger(uri: str, marker: str) -> None:
-    """Raise UserError if something lies at `uri` that is neither empty nor has the file `marker`."""
+    """Raises UserError if a file or folder at `uri` is neither empty nor contains the file `marker`."""
     if any(locations.exists(place) for place in (locations.join(uri, marker), locations.join(uri, REPLACING))):
         return
     path = locations.local_path(uri)
@@ -59,7 +59,7 @@ def refuse_stranger(uri: str, marker: str) -> None:
 
 
 def put_in_place(staged: str, uri: str, marker: str) -> None:
-    """Let the folder `staged` become `uri`, in the place of what lies there.
+    """Makes the folder `staged` become `uri`, and removes the older folder there.
 
     staged  a `work_folder` of `uri`, or a folder directly in one
     marker  the file whose presence means that a folder is whole
@@ -75,7 +75,7 @@ def put_in_place(staged: str, uri: str, marker: str) -> None:
 
 
 def finish_swap(uri: str, marker: str) -> None:
-    """Complete or undo a swap at `uri` that was interrupted. No other job may be writing there."""
+    """Completes or undoes an interrupted swap at `uri`. No other job may be writing there."""
     uri = locations.followed(uri)
     if locations.local_path(uri) is None:
         if locations.exists(locations.join(uri, REPLACING)):
@@ -92,7 +92,7 @@ def finish_swap(uri: str, marker: str) -> None:
 
 
 def _replace_local(staged: Path, target: Path) -> None:
-    for path in staged.rglob(".*"):  # what a writer that was killed left
+    for path in staged.rglob(".*"):  # unfinished files of a killed writer
         path.unlink()
     if not target.exists():
         staged.rename(target)
@@ -113,12 +113,15 @@ def _finish_local(old: Path, target: Path, marker: str) -> None:
 
 
 def _replace_remote(staged: str, target: str, marker: str) -> None:
-    """Object stores have no rename: the old marker goes first and the new one comes last; REPLACING lies between."""
+    """Replaces a folder on an object store, which has no rename.
+
+    The old marker is removed first and the new marker is written last; in between, the file REPLACING exists.
+    """
     locations.write_json(locations.join(target, REPLACING), {"by": staged})
     locations.remove(locations.join(target, marker))
     for entry in locations.list_files(target):
         locations.remove(entry.uri)
     names = [entry.name for entry in locations.list_files(staged) if entry.name != marker]
-    for some in filter(None, (names, [marker])):
-        locations.copy_files(*([locations.join(folder, name) for name in some] for folder in (staged, target)))
+    for copied in filter(None, (names, [marker])):
+        locations.copy_files(*([locations.join(folder, name) for name in copied] for folder in (staged, target)))
     locations.remove(locations.join(target, REPLACING))

@@ -1,13 +1,16 @@
-"""Which job writes an output now? One at a time: the second is refused, and the holder is named.
+"""The lock of an output: a second job that would write it is refused, with the holder's name.
 
-The lock lies beside the output, `.NAME.lock`, and holds the host and process of the job. On a disk the operating system
-holds it (flock), so it ends with its process however that ends; on a shared file system too, if that passes locks on.
+Which job writes an output now?
 
-An object store has no such locks, nor have a few file systems. There the holder renews its file every RENEW_SECONDS. A
-job that finds the file takes it over at once if the process was of this host and has ended. Otherwise it watches, and
-takes over what was not renewed for LEASE_SECONDS. Two jobs that begin in the same instant are told apart where the
-store knows conditional writes, as S3 and MinIO do; two that take over within SETTLE_SECONDS are told apart everywhere.
-A holder that was halted for longer than the lease has lost its lock without knowing it.
+The lock is a file beside the output, `.NAME.lock`, with the host and process of the job. On a disk the operating system
+holds the lock (flock), so it ends with its process, even if that is killed. This is true of a shared file system too,
+if it passes locks on.
+
+Object stores and a few file systems have no such locks. There the holder renews its file every RENEW_SECONDS. A job
+that finds the file takes it over at once if its process was on this host and has ended. Otherwise the job waits, and
+takes the file over if it is not renewed for LEASE_SECONDS. If two jobs begin in the same instant, one is refused if the
+store has conditional writes, as S3 and MinIO have. If two jobs take over within SETTLE_SECONDS, one is refused on any
+store. A holder that was halted for longer than the lease has lost its lock without notice.
 """
 
 import errno
@@ -39,9 +42,9 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def output_lock(uri: str, marker: str) -> Iterator[None]:
-    """Hold the lock of the output at `uri`. Raises UserError while another job holds it.
+    """Holds the lock of the output at `uri`. Raises UserError while another job holds it.
 
-    A swap of the output that was interrupted is finished first: nobody else can be at it.
+    An interrupted swap of the output is finished first: under the lock no other job can be writing it.
 
     marker  the file whose presence means that the output is whole
     """
@@ -51,7 +54,7 @@ def output_lock(uri: str, marker: str) -> Iterator[None]:
         if path is None or (lock := _lock_on_disk(path, uri)) is None:
             held.enter_context(_lease(place, uri))
         else:
-            held.callback(_give_back, lock, path)
+            held.callback(_release, lock, path)
         finish_swap(uri, marker)
         yield
 
@@ -64,7 +67,7 @@ def _lock_on_disk(path: Path, uri: str) -> int | None:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(lock, path):  # else the holder before us removed the file that was opened
+                if _is_at(lock, path):  # else the earlier holder removed the file that was opened
                     os.ftruncate(lock, 0)
                     os.write(lock, _stated(_holder()))
                     return lock
@@ -79,8 +82,8 @@ def _lock_on_disk(path: Path, uri: str) -> int | None:
                 raise
 
 
-def _give_back(lock: int, path: Path) -> None:
-    path.unlink(missing_ok=True)  # while it is held, so that nobody can have taken it
+def _release(lock: int, path: Path) -> None:
+    path.unlink(missing_ok=True)  # before the lock is released, so that no other job can hold this file
     os.close(lock)
 
 
@@ -90,7 +93,7 @@ def _is_at(lock: int, path: Path) -> bool:
 
 @contextmanager
 def _lease(place: str, uri: str) -> Iterator[None]:
-    """Hold the lock by a file at `place` that is renewed."""
+    """Holds the lock through a file at `place` that is renewed."""
     holder = _holder()
     if not locations.create_bytes(place, _stated(holder)):
         _take_over(place, uri, holder)
@@ -102,13 +105,13 @@ def _lease(place: str, uri: str) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        with suppress(UserError):  # what the job met is what is to be raised
+        with suppress(UserError):  # an error of the job itself takes precedence
             if _is_ours(_read(place), holder):
                 locations.remove(place)
 
 
 def _take_over(place: str, uri: str, holder: dict[str, Any]) -> None:
-    """Write ourselves into a lock whose holder has ended. Raises UserError if it goes on."""
+    """Writes `holder` into a lock whose earlier holder has ended. Raises UserError if that is still running."""
     first = _read(place)
     end = time.monotonic() + LEASE_SECONDS
     while not _has_ended(first) and time.monotonic() < end:
@@ -134,12 +137,12 @@ def _holder() -> dict[str, Any]:
 
 
 def _stated(holder: dict[str, Any]) -> bytes:
-    """What a lock file holds; other bytes each time."""
+    """The content of a lock file; different bytes each time."""
     return json.dumps(holder | {"renewed": _now(), "mark": secrets.token_hex(4)}).encode()
 
 
 def _read(place: str) -> bytes:
-    """What the lock file holds; nothing where there is none."""
+    """The content of the lock file; empty if there is no file."""
     try:
         return locations.read_bytes(place)
     except StorageError as error:
@@ -149,7 +152,7 @@ def _read(place: str) -> bytes:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """The holder that a lock file names; none while it is being written."""
+    """The holder that a lock file names; empty while the file is being written."""
     try:
         return dict(json.loads(content))
     except ValueError:
@@ -161,13 +164,13 @@ def _is_ours(content: bytes, holder: dict[str, Any]) -> bool:
 
 
 def _has_ended(content: bytes) -> bool:
-    """Whether the holder was a process of this host that is there no longer, or gave the lock back."""
+    """Whether the holder was a process of this host that has ended, or has released the lock."""
     found = _parsed(content)
     if found.get("host") != socket.gethostname():
         return not content
     try:
         os.kill(int(found["pid"]), 0)
-    except OSError as error:  # it is there where this process may not reach it
+    except OSError as error:  # other errors mean that it runs, and this process may not signal it
         return error.errno == errno.ESRCH
     return False
 

@@ -1,8 +1,10 @@
-"""What made this folder?
+"""The provenance of an artefact folder, in its file made_by.json.
 
-made_by.json lies in every artefact folder: the job as validated, the code revision, the versions of what ran, the
-identities of the folders that it was made from. Lineage is a walk over these files. No times, so that the same work
-leaves the same bytes.
+What made this folder?
+
+Every artefact folder has a made_by.json. It contains the job as validated, the code revision, the versions of the
+software that ran, and the identities of the source folders. Lineage follows from these files. They contain no times, so
+that the same work leaves the same bytes.
 """
 
 import importlib.metadata
@@ -25,7 +27,7 @@ def made_by(job: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any
     """The content of made_by.json.
 
     job        the job as validated, in JSON's types
-    parents    what it read: a name for each folder, and that folder's identity
+    parents    folders that the job read: a name for each folder -> the folder's identity
     """
     return {
         "job": dict(job),
@@ -36,12 +38,12 @@ def made_by(job: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any
 
 
 def write_made_by(uri: str, content: Mapping[str, Any]) -> None:
-    """Put made_by.json into the folder at `uri`."""
+    """Writes made_by.json into the folder at `uri`."""
     locations.write_json(locations.join(uri, MADE_BY), content)
 
 
 def code_revision() -> str:
-    """TIDAR_REVISION where it is set (in an image), else the git commit, with + if files differ, else the version."""
+    """Code revision: TIDAR_REVISION if set (in an image), else the git commit (+ if files differ), else the version."""
     if revision := os.environ.get("TIDAR_REVISION"):
         return revision
     commit = _git("rev-parse", "HEAD")
@@ -58,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git answers about the folder of this code; empty when there is no git or no repository."""
+    """Output of git in the folder of this code; empty if there is no git or no repository."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""

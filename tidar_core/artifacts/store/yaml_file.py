@@ -1,4 +1,4 @@
-"""What does a YAML file of settings say: a job's, a service's?"""
+"""The reader of YAML files with settings, such as a job's or a service's."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ __all__ = ["read_mapping"]
 def read_mapping(path: str | Path, what: str, example: str) -> dict[str, Any]:
     """Keys and values of the YAML file at `path`. Raises ConfigError with one line.
 
-    what     is read, in words, such as `job file`
-    example  where one finds such files
+    what     name of the file's kind for the message, such as `job file`
+    example  location of such files
     """
     path = Path(path)
     if not path.is_file():
