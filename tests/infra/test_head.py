@@ -14,7 +14,7 @@ from serve_apps.settings import ServeSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-UPLOADED = {"tidar.py", "tidar_core", "pipelines", "serve_apps", "infra"}
+UPLOADED = {"tidar", "tidar_core", "pipelines", "serve_apps", "infra"}
 SERVE_SECONDS = 120
 
 
@@ -58,7 +58,9 @@ def test_pack_train_and_evaluate_run_by_ray_job_submit(head, tmp_path, text_corp
 
 def test_a_job_carries_the_code_and_nothing_else(head):
     """Packages of earlier jobs on the head have no history, artefacts, environment or tests."""
-    packages = [path.parent for path in head.temp.glob("session_2*/runtime_resources/working_dir_files/*/tidar.py")]
+    packages = [
+        path.parents[1] for path in head.temp.glob("session_2*/runtime_resources/working_dir_files/*/tidar/__main__.py")
+    ]
     assert packages
     for package in packages:
         assert {path.name for path in package.iterdir()} == UPLOADED

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("tidar_core", "pipelines", "serve_apps", "infra", "tests")
+ROOMS = ("tidar", "tidar_core", "pipelines", "serve_apps", "infra", "tests")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "infra/README.md")
 
 MOST_WORDS = 25
@@ -83,7 +83,7 @@ class Block:
 
 def sources() -> list[Path]:
     """Python files and documents that the rules hold for."""
-    python = [ROOT / "tidar.py", *sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    python = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
     return python + sorted(path for pattern in DOCUMENTS for path in ROOT.glob(pattern))
 
 

@@ -165,7 +165,7 @@ def train_command(job, path, **options) -> subprocess.Popen:
     path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tidar.py"), "train", str(path)], env=os.environ | address, **options
+        [sys.executable, "-m", "tidar", "train", str(path)], cwd=ROOT, env=os.environ | address, **options
     )
 
 

@@ -174,7 +174,7 @@ for path in {[str(path) for path in tried]}:
     except OSError:
         continue
     raise AssertionError(path)
-for path in {[str(path) for path in (tmp_path, ROOT / "tidar.py", ROOT / "tests", "/proc/1")]}:
+for path in {[str(path) for path in (tmp_path, ROOT / "tidar", ROOT / "tests", "/proc/1")]}:
     assert not os.path.exists(path), path
 assert "hush" not in str(os.environ)
 open({mine!r}, "w").write("may be written")

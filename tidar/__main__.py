@@ -1,0 +1,5 @@
+"""Entry point of `python -m tidar`."""
+
+from tidar import main
+
+main()

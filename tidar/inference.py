@@ -1,0 +1,183 @@
+"""Commands that decode with a model: completions, measurements, the service."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidar.options import THREADS, TRACKING, BlockLen, DType, Dtype, Json, Mode, Model, Threads, Tracking
+from tidar.output import note, print_facts
+from tidar_core.errors import RequestError
+
+__all__ = ["bench", "generate", "profile", "serve"]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    mode: Annotated[
+        Mode, typer.Option(help="Modes differ in speed, not in the distribution of texts.")
+    ] = Mode.single_pass,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Annotated[list[str], typer.Option(help="End before this text; may be given several times.")] = [],  # noqa: B006
+    fields: Annotated[str, typer.Option(help="JSON object of any other field of POST /v1/completions.")] = "{}",
+    block_len: BlockLen = None,
+    threads: Threads = THREADS,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt; text appears as it is committed."""
+    from serve_apps.tools.offline_generation import OfflineGeneration
+
+    request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+               "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
+    uri = _bundle_uri(model, tracking_uri)
+    output = OfflineGeneration(_load(uri, threads), uri, request, mode=mode.value, block_len=block_len, report=note)
+    for text in output.deltas():
+        if not as_json:
+            print(text, end="", flush=True)
+    facts = output.figures()
+    if as_json:
+        return print_facts(facts, as_json)
+    print()
+    tokens, per_forward = len(facts["token_ids"]), facts["tokens_per_forward"]
+    return note(f"{tokens} tokens, {per_forward:.2f} per forward, {facts['seconds']:.2f} s")
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with prompt, question, turns or text.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 8,
+    max_tokens: int = 64,
+    batch: Annotated[list[int], typer.Option(min=1, help="Prompts decoded together.")] = [1],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    block_len: BlockLen = None,
+    dtype: Dtype = DType.fp32,
+    plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
+    transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
+    shape: Annotated[str | None, typer.Option(help="Time decode steps of a published shape, no model.")] = None,
+    random_weights: Annotated[bool, typer.Option(help="Needed with --shape, which has no trained weights.")] = False,
+    context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens in the cache; 512.")] = [],  # noqa: B006
+    threads: Threads = THREADS,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
+    from pipelines.evaluation import measure, tables
+    from tidar_core.config import SamplingConfig
+
+    if (model is None) == (shape is None) or random_weights != (shape is not None):
+        raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
+    if shape is not None:
+        facts = measure.shape_costs(
+            shape, block_len=block_len or 16, batches=batch, contexts=context or [512], dtype=dtype.value
+        )
+        print_facts(facts, as_json, tables.print_steps)
+        return
+    if len(batch) > 1 or context:
+        raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
+    uri = _bundle_uri(str(model), tracking_uri)
+    bundle = _load(uri, threads, dtype.value)
+    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=bundle.end_ids)
+    tokens = measure.bench_prompts(bundle, prompts, count, max_tokens)
+    facts = measure.compared_modes(
+        bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats,
+        uri=uri,
+    )  # fmt: skip
+    if transformers:
+        from pipelines.evaluation.transformers_baseline import generate_speed
+
+        facts["transformers"] = generate_speed(bundle.model, tokens, max_tokens=max_tokens, repeats=repeats)
+    if plot is not None:
+        from pipelines.evaluation.plots import bench_plot
+
+        plot.write_bytes(bench_plot(facts["modes"]))
+    print_facts(facts, as_json, tables.print_modes)
+
+
+def profile(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
+    dtype: Dtype = DType.fp32,
+    plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
+    threads: Threads = THREADS,
+    tracking_uri: Tracking = TRACKING,
+    as_json: Json = False,
+) -> None:
+    """Time forwards of 1 to 512 query tokens: how many token slots are free on this machine."""
+    from pipelines.evaluation import measure, tables
+
+    uri = _bundle_uri(model, tracking_uri)
+    bundle = _load(uri, threads, dtype.value)
+    facts = measure.latency_curve(bundle.model, batch=batch)
+    facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
+    if plot is not None:
+        from pipelines.evaluation.plots import latency_plot
+
+        plot.write_bytes(latency_plot(facts["points"]))
+    print_facts(facts, as_json, tables.print_latency)
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="YAML file of settings; other options override it.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 by default.")] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 by default.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Sequences that a replica decodes together; 8.")] = None,
+    context_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and completion together.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="auto by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores but one.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help=TRACKING)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a replica's memory; start nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve a model on this machine over HTTP, with OpenAI's API; Ctrl-C ends it."""
+    from serve_apps.deployment import command_settings
+
+    if as_json and not dry_run:
+        raise RequestError("--json prints the facts of --dry-run; give both, or neither")
+    merged = command_settings(
+        settings,
+        defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
+        given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
+               "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
+    )  # fmt: skip
+    if dry_run:
+        from pipelines.evaluation.tables import print_memory
+        from serve_apps.replica.replica_memory import memory_facts
+
+        return print_facts(memory_facts(merged), as_json, print_memory)
+
+    from serve_apps.app import run
+
+    return run(merged)
+
+
+def _bundle_uri(model: str, tracking_uri: str) -> str:
+    """Find the address of the bundle that MODEL names."""
+    from tidar_core.artifacts.registry import model_registry
+
+    return model_registry.find_bundle(model_registry.absolute_tracking_uri(tracking_uri), model).uri
+
+
+def _load(uri: str, threads: int, dtype: str = "fp32") -> Any:
+    """Load a verified bundle, on the GPU if there is one."""
+    from pipelines.evaluation.measure import loaded_bundle
+
+    return loaded_bundle(uri, threads, dtype)
+
+
+def _object(text: str, option: str) -> dict[str, Any]:
+    """Parse a JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(f"{option} is {text}; it must be a JSON object such as '{{\"min_p\": 0.1}}'")
+    return value

@@ -1,0 +1,52 @@
+"""Options and arguments that several commands share."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "THREADS",
+    "TRACKING",
+    "BlockLen",
+    "DType",
+    "Dtype",
+    "JobFile",
+    "Json",
+    "Mode",
+    "Model",
+    "Threads",
+    "Tracking",
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see infra/jobs.")]
+Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
+Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
+THREADS = max(1, (os.cpu_count() or 1) - 1)
+"""CPU threads by default. A service's proxy and ingress need a core, and a decode step waits for a thread that shares
+its core. All commands have this default, because `tidar serve` looks for a latency table of as many threads."""
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads; all cores but one by default.")]
+BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; by default that of the training.")]
+TRACKING = "sqlite:///mlflow.db"
+
+
+class DType(StrEnum):
+    """Type of weights and arithmetic; only in fp32 are texts compared exactly."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Dtype = Annotated[DType, typer.Option(help="Type of weights and arithmetic.")]
+
+
+class Mode(StrEnum):
+    """How a model decodes; `auto` measures this machine first, then picks the fastest for each step."""
+
+    auto = "auto"
+    single_pass = "single-pass"
+    two_pass = "two-pass"
+    autoregressive = "autoregressive"

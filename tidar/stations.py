@@ -1,0 +1,60 @@
+"""Commands that run a stage of the pipeline from its job file."""
+
+from typing import Annotated
+
+import typer
+
+from tidar.options import JobFile, Json
+from tidar.output import print_facts
+
+__all__ = ["evaluate", "pack", "publish", "train"]
+
+
+def pack(job: JobFile, as_json: Json = False) -> None:
+    """Tokenize and pack a corpus into shards."""
+    from pipelines.jobs import PackJob, read_job
+    from pipelines.packing import pack as stage
+
+    manifest = stage.pack(read_job(PackJob, job))
+    splits = {
+        name: {"documents": s.documents, "tokens": s.tokens, "rows": s.rows} for name, s in manifest.splits.items()
+    }
+    print_facts(
+        {"row_len": manifest.row_len, "vocab_len": manifest.vocab_len, "identity": manifest.identity} | splits, as_json
+    )
+
+
+def train(
+    job: JobFile,
+    dry_run: Annotated[bool, typer.Option(help="Print what it would do, and whether it can.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train on packed shards, or continue a stopped run; ends with a bundle."""
+    from pipelines.jobs import TrainJob, read_job
+
+    parsed = read_job(TrainJob, job)
+    if dry_run:
+        from pipelines.training.dry_run import dry_run as dry_run_facts
+
+        return print_facts(dry_run_facts(parsed), as_json)
+    from pipelines.training import train as stage
+
+    info = stage.train(parsed)
+    return print_facts({"bundle": parsed.output, "bundle_hash": info.bundle_hash, "block_len": info.block_len}, as_json)
+
+
+def evaluate(job: JobFile, as_json: Json = False) -> None:
+    """Measure a bundle on held-out rows and prompts; ends with a report."""
+    from pipelines.evaluation import evaluate as stage
+    from pipelines.jobs import EvaluateJob, read_job
+
+    print_facts(stage.evaluate(read_job(EvaluateJob, job)), as_json)
+
+
+def publish(job: JobFile, as_json: Json = False) -> None:
+    """Register a bundle whose report meets every bar; it becomes the challenger."""
+    from pipelines.evaluation import publish as stage
+    from pipelines.jobs import PublishJob, read_job
+
+    parsed = read_job(PublishJob, job)
+    print_facts({"name": parsed.name, "registry_version": stage.publish(parsed), "alias": "challenger"}, as_json)
