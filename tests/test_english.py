@@ -1,17 +1,10 @@
 """Plain English in every text of the project, and examples of each rule.
 
-`python tests/support/english.py PATH...` lists what a path still breaks.
+`python tests/support/english.py PATH...` lists the problems of a path.
 """
 
 import pytest
-from english import ROOT, blocks, document_problems, problems_of, python_problems, sentences, sources, word_count
-
-NOT_YET = (
-    # tests pipelines
-    "tests/pipelines/evaluation/",
-)
-"""Prefixes of paths that are not rewritten yet. Delete an entry when its texts are done; add none."""
-DONE = [path for path in sources() if not path.relative_to(ROOT).as_posix().startswith(NOT_YET)]
+from english import blocks, document_problems, problems_of, python_problems, sentences, sources, word_count
 
 
 def rules(text, **kind):
@@ -23,13 +16,7 @@ def docstring_rules(docstring):
 
 
 def test_texts_are_plain_english():
-    assert "\n".join(str(problem) for path in DONE for problem in problems_of(path)) == ""
-
-
-def test_every_entry_of_the_table_is_a_path_with_work_left():
-    for prefix in NOT_YET:
-        named = [path for path in sources() if path.relative_to(ROOT).as_posix().startswith(prefix)]
-        assert any(problems_of(path) for path in named), f"{prefix} is done; delete it from NOT_YET"
+    assert "\n".join(str(problem) for path in sources() for problem in problems_of(path)) == ""
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda report: None
         return
     tracking_uri, info = job.tracking_uri, read_bundle_info(job.bundle)
-    tags = {"station": "evaluate", "bundle": job.bundle, "bundle_hash": info.bundle_hash}
+    tags = {runs.STAGE_TAG: "evaluate", "bundle": job.bundle, "bundle_hash": info.bundle_hash}
     if trained := runs.find_run(tracking_uri, "train", info.bundle_hash):
         tags |= {runs.PARENT_RUN: trained, "training_run": trained}
     settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}

@@ -113,7 +113,7 @@ def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
         return locations.read_text(note)
     settings = {name: str(value) for name, value in job.model_dump(mode="json").items()}
     run_id = runs.start_run(
-        job.tracking_uri, job.experiment, f"train {locations.name_of(job.output)}", settings, {"station": "train"}
+        job.tracking_uri, job.experiment, f"train {locations.name_of(job.output)}", settings, {runs.STAGE_TAG: "train"}
     )
     runs.log_data(job.tracking_uri, run_id, job.shards, manifest.identity, "training")
     locations.write_bytes(note, run_id.encode())

@@ -1,4 +1,4 @@
-"""Stations run as jobs, and the service as a Serve config, on a head of `ray start --head`."""
+"""Stages run as jobs, and the service as a Serve config, on a head of `ray start --head`."""
 
 import json
 import time
@@ -18,11 +18,11 @@ UPLOADED = {"tidar", "tidar_core", "pipelines", "serve_apps", "infra"}
 SERVE_SECONDS = 120
 
 
-def submitted(head, station, job):
+def submitted(head, stage, job):
     """The output of a job that has succeeded."""
     done = head.command(
         "ray", "job", "submit", "--working-dir", ".", "--runtime-env", "infra/runtime_env.yaml", "--",
-        "python", "-m", "tidar", station, str(job), "--json",
+        "python", "-m", "tidar", stage, str(job), "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
@@ -45,10 +45,10 @@ def test_pack_train_and_evaluate_run_by_ray_job_submit(head, tmp_path, text_corp
         },
     }  # fmt: skip
     printed = {}
-    for station, job in jobs.items():
-        path = tmp_path / f"{station}.yaml"
+    for stage, job in jobs.items():
+        path = tmp_path / f"{stage}.yaml"
         path.write_text(yaml.safe_dump(job))
-        printed[station] = submitted(head, station, path)
+        printed[stage] = submitted(head, stage, path)
     manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert printed["pack"]["identity"] == manifest["identity"] == report["shards"]

@@ -30,7 +30,7 @@ HOMES = {
 }
 """Modules with the models of Kubernetes 1.32 and Prometheus' operator 0.80, made from their schemas."""
 S3 = [{"secretRef": {"name": "tidar-s3"}}]
-STATIONS = {"pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob}
+JOBS = {"pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob}
 
 
 def documents(path):
@@ -157,16 +157,16 @@ def test_a_job_is_cleaned_up_by_rules_or_by_both_policies_and_a_rule_waits_for_o
             check_ray(job)
 
 
-@pytest.mark.parametrize("station", STATIONS)
-def test_a_rayjob_runs_its_station_and_its_workers_have_the_resources_of_the_job_file(station):
-    manifest = only(f"rayjob.{station}.yaml")
-    assert manifest["spec"]["entrypoint"] == f"python -m tidar {station} infra/jobs/{station}.full.yaml"
-    job = read_job(STATIONS[station], ROOT / f"infra/jobs/{station}.full.yaml")
+@pytest.mark.parametrize("stage", JOBS)
+def test_a_rayjob_runs_its_stage_and_its_workers_have_the_resources_of_the_job_file(stage):
+    manifest = only(f"rayjob.{stage}.yaml")
+    assert manifest["spec"]["entrypoint"] == f"python -m tidar {stage} infra/jobs/{stage}.full.yaml"
+    job = read_job(JOBS[stage], ROOT / f"infra/jobs/{stage}.full.yaml")
     cpus, gpus = {
         "pack": lambda: (job.workers, 0),
         "train": lambda: (job.workers * job.cpus_per_worker, job.workers * job.gpus_per_worker),
         "evaluate": lambda: (job.cpus, job.gpus),
-    }[station]()
+    }[stage]()
     assert most(manifest, "cpu") >= cpus
     assert most(manifest, "nvidia.com/gpu") >= gpus
 
@@ -226,10 +226,10 @@ def test_every_volume_has_a_claim_and_models_are_at_the_path_of_the_job_files():
             mounts[manifest["metadata"].get("generateName", "")] = {
                 m["mountPath"]: wanted[m["name"]] for c in pod["containers"] for m in c.get("volumeMounts", [])
             }
-    for station, key in (("pack", "tokenizer"), ("train", "init_from")):
-        job = read_job(STATIONS[station], ROOT / f"infra/jobs/{station}.full.yaml")
+    for stage, key in (("pack", "tokenizer"), ("train", "init_from")):
+        job = read_job(JOBS[stage], ROOT / f"infra/jobs/{stage}.full.yaml")
         assert str(getattr(job, key)).startswith("/models/")
-        assert mounts[f"tidar-{station}-"] == {"/models": "tidar-models"}
+        assert mounts[f"tidar-{stage}-"] == {"/models": "tidar-models"}
 
 
 def test_images_and_ray_have_the_tested_versions():

@@ -34,9 +34,9 @@ def evaluates(tmp_path, tokenizer_folder):
     return lambda: evaluate(EvaluateJob.model_validate(values | {"output": str(tmp_path / "out")}))
 
 
-@pytest.mark.parametrize("station", [packs, trains, evaluates])
-def test_a_second_job_on_an_output_is_refused_and_removes_nothing_of_the_first(tmp_path, tokenizer_folder, station):
-    run = station(tmp_path, tokenizer_folder)
+@pytest.mark.parametrize("stage", [packs, trains, evaluates])
+def test_a_second_job_on_an_output_is_refused_and_removes_nothing_of_the_first(tmp_path, tokenizer_folder, stage):
+    run = stage(tmp_path, tokenizer_folder)
     work = tmp_path / ".out.0123456789abcdef/units-1000"
     work.mkdir(parents=True)
     (work / "tokens-0000000.json").write_text("the first job's")

@@ -1,4 +1,4 @@
-"""Wherever a model decodes, any of its end tokens ends a text."""
+"""Any end token of a model ends a text, in every place that decodes."""
 
 import json
 from functools import partial
@@ -35,45 +35,47 @@ def save_again(folder, bundle, ends):
 
 
 def continued_for_ever(model, tokenizer):
-    """What the model says to PROMPT, never ending."""
+    """The tokens that the model generates after PROMPT, without an end token."""
     return generate_autoregressive(model, tuple(tokenizer.encode(PROMPT)), SamplingConfig(max_tokens=LENGTH))
 
 
-def says_many_words(tokenizer, model):
-    """It never ends by itself, says nothing that is no token, and says something new after its first token."""
-    said = continued_for_ever(model, tokenizer)
-    return set(said) <= set(range(1, tokenizer.vocab_len)) and len(set(said)) > 2
+def generates_many_tokens(tokenizer, model):
+    """Whether the model never ends by itself, generates known tokens only, and varies them after its first token."""
+    generated = continued_for_ever(model, tokenizer)
+    return set(generated) <= set(range(1, tokenizer.vocab_len)) and len(set(generated)) > 2
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ends")
     tokenizer = load_bundle(save_tiny_bundle(folder / "tiny")).tokenizer
-    model = next(filter(partial(says_many_words, tokenizer), (varied_model(tokenizer, seed) for seed in range(100))))
+    model = next(
+        filter(partial(generates_many_tokens, tokenizer), (varied_model(tokenizer, seed) for seed in range(100)))
+    )
     save_bundle(str(folder / "plain"), model, tokenizer, block_len=4, mask_id=model.config.mask_id,
                 objective="dual", lineage={}, made_by={})  # fmt: skip
     return load_bundle(folder / "plain")
 
 
 @pytest.fixture(scope="module")
-def said(plain):
+def generated(plain):
     return continued_for_ever(plain.model, plain.tokenizer)
 
 
 @pytest.fixture(scope="module", params=["the second", "the third"])
-def bundle(request, plain, said, tmp_path_factory):
-    """A bundle with three end tokens, of which the model says one as its second token or later."""
-    place = next(place for place, token in enumerate(said) if place and token not in said[:place])
-    never = next(token for token in range(1, 300) if token not in said)
-    ids = (0, never, said[place]) if request.param == "the third" else (0, said[place], never)
+def bundle(request, plain, generated, tmp_path_factory):
+    """A bundle with three end tokens, of which the model generates one as its second token or later."""
+    place = next(place for place, token in enumerate(generated) if place and token not in generated[:place])
+    never = next(token for token in range(1, 300) if token not in generated)
+    ids = (0, never, generated[place]) if request.param == "the third" else (0, generated[place], never)
     made = save_again(tmp_path_factory.mktemp("ends") / "bundle", plain, EndTokens(ids))
-    return made, list(said[: place + 1])
+    return made, list(generated[: place + 1])
 
 
 @pytest.mark.parametrize("drafts", [True, False])
-def test_a_continuation_during_training_ends_at_any_end_token(plain, said, bundle, drafts):
+def test_a_continuation_during_training_ends_at_any_end_token(plain, generated, bundle, drafts):
     made, short = bundle
-    for one, expected in ((plain, said), (made, short)):
+    for one, expected in ((plain, generated), (made, short)):
         samples = continued(
             one.model, one.tokenizer, [PROMPT], block_len=4, max_tokens=LENGTH, end_ids=one.end_ids, drafts=drafts
         )
@@ -81,13 +83,14 @@ def test_a_continuation_during_training_ends_at_any_end_token(plain, said, bundl
 
 
 @pytest.mark.parametrize("mode", ["single-pass", "two-pass", "autoregressive"])
-def test_an_answer_in_lm_eval_ends_at_any_end_token_which_is_no_part_of_it(plain, said, bundle, mode):
+def test_an_answer_in_lm_eval_ends_at_any_end_token_which_is_no_part_of_it(plain, generated, bundle, mode):
     made, short = bundle
-    for one, expected in ((plain, said), (made, short[:-1])):
-        asked = [Instance("generate_until", {}, (PROMPT, {"until": [], "max_gen_toks": LENGTH}), 0, ("asked", 0, 1))]
+    for one, expected in ((plain, generated), (made, short[:-1])):
+        arguments = (PROMPT, {"until": [], "max_gen_toks": LENGTH})
+        requests = [Instance("generate_until", {}, arguments, 0, ("task", 0, 1))]
         model = LmEvalModel(one, mode=mode)
-        assert model.generate_until(asked) == [one.tokenizer.decode(expected)]
-        assert model.prefix_token_id == 0  # what stands before a text is what separates documents
+        assert model.generate_until(requests) == [one.tokenizer.decode(expected)]
+        assert model.prefix_token_id == 0  # the token before a text is the token that separates documents
 
 
 def test_texts_of_a_report_end_at_any_end_token(plain, tmp_path):

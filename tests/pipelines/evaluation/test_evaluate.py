@@ -1,4 +1,4 @@
-"""The report says what an independent count says; releases must meet their bars."""
+"""The report agrees with an independent count; releases must meet their bars."""
 
 import json
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_a_good_report_misses_nothing():
         ),
     ],
 )
-def test_each_missed_bar_says_what_was_measured(wanted, words):
+def test_each_missed_bar_names_the_measured_value(wanted, words):
     assert missed(**wanted) == [words]
 
 

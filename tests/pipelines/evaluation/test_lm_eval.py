@@ -34,8 +34,8 @@ def sandbox():
         pytest.skip(str(error))
 
 
-def ask(*arguments, kind="generate_until"):
-    return [Instance(kind, {}, given, 0, ("asked", n, 1)) for n, given in enumerate(arguments)]
+def instances(*arguments, kind="generate_until"):
+    return [Instance(kind, {}, given, 0, ("sums", n, 1)) for n, given in enumerate(arguments)]
 
 
 def test_gsm8k_from_a_file_scores_the_same_in_every_mode_and_batch(scholar, tmp_path):
@@ -98,7 +98,7 @@ def oracle(bundle, tokens, first):
 def test_likelihoods_are_those_of_one_token_after_another(scholar):
     model, encode = LmEvalModel(scholar), scholar.tokenizer.encode
     pairs = [("Rome is in", " Italy"), ("Rome is in ", "Peru"), ("", "Lima is in Peru"), ("Rome is in", "")]
-    found = model.loglikelihood(ask(*pairs, kind="loglikelihood"), disable_tqdm=True)
+    found = model.loglikelihood(instances(*pairs, kind="loglikelihood"), disable_tqdm=True)
     eos = scholar.tokenizer.eos_id
     expected = [
         oracle(scholar, encode("Rome is in Italy"), len(encode("Rome is in"))),
@@ -117,7 +117,7 @@ def test_a_text_longer_than_the_context_is_read_in_windows_each_token_once(schol
     tokens = scholar.tokenizer.encode(text)
     model = LmEvalModel(scholar, context_len=16)
     assert len(tokens) > 2 * 15
-    found = model.loglikelihood_rolling(ask((text,), kind="loglikelihood_rolling"))[0]
+    found = model.loglikelihood_rolling(instances((text,), kind="loglikelihood_rolling"))[0]
     expected, window = 0.0, 15  # 16 positions: the last token is predicted, not read
     padded = [scholar.tokenizer.eos_id, *tokens]
     for first in range(1, len(padded), window):
@@ -125,7 +125,7 @@ def test_a_text_longer_than_the_context_is_read_in_windows_each_token_once(schol
         begin = max(0, last - 1 - window)
         expected += oracle(scholar, padded[begin:last], first - begin)[0]
     assert found == pytest.approx(expected, abs=1e-3)
-    whole = LmEvalModel(scholar).loglikelihood_rolling(ask((text,), kind="loglikelihood_rolling"))[0]
+    whole = LmEvalModel(scholar).loglikelihood_rolling(instances((text,), kind="loglikelihood_rolling"))[0]
     assert whole == pytest.approx(oracle(scholar, padded, 1)[0], abs=1e-3)
 
 
@@ -133,7 +133,7 @@ def test_a_text_longer_than_the_context_is_read_in_windows_each_token_once(schol
 def test_a_text_ends_before_the_first_stop_string_in_every_mode(scholar, mode):
     model = LmEvalModel(scholar, mode=mode, batch_size=2)
     wishes = [{"until": ["is", "answer"]}, {"until": " 7"}, {"until": []}, {"until": ["never"], "max_gen_toks": 3}]
-    found = model.generate_until(ask(*(("Q: 3+4?\nA:", {"max_gen_toks": 24} | wish) for wish in wishes)))
+    found = model.generate_until(instances(*(("Q: 3+4?\nA:", {"max_gen_toks": 24} | wish) for wish in wishes)))
     assert found[:3] == [" The ", " The answer is", " The answer is 7.\n\nQ:"]
     assert found[3] == " The answer is", "three tokens"
     assert not model.scheduler.busy
@@ -142,9 +142,9 @@ def test_a_text_ends_before_the_first_stop_string_in_every_mode(scholar, mode):
 def test_a_wish_that_nobody_honours_and_an_answer_longer_than_the_context_are_refused(scholar):
     model = LmEvalModel(scholar)
     with pytest.raises(ConfigError, match="generation_kwargs hold num_beams; known are until, max_gen_toks"):
-        model.generate_until(ask(("a", {"num_beams": 4})))
-    with pytest.raises(ConfigError, match="max_tokens of task asked is 128; the context of 128"):
-        model.generate_until(ask(("a", {"max_gen_toks": 128})))
+        model.generate_until(instances(("a", {"num_beams": 4})))
+    with pytest.raises(ConfigError, match="max_tokens of task sums is 128; the context of 128"):
+        model.generate_until(instances(("a", {"max_gen_toks": 128})))
 
 
 def test_lm_eval_knows_the_model_by_name(scholar, tmp_path):
@@ -152,7 +152,7 @@ def test_lm_eval_knows_the_model_by_name(scholar, tmp_path):
     folder = save_like(scholar, tmp_path)
     model = LmEvalModel.create_from_arg_string(f"bundle={folder},mode=two-pass", {"batch_size": 3, "device": "cpu"})
     assert (model.scheduler.decoder.slots, model.scheduler.planner.mode, model.block_len) == (3, "two-pass", 4)
-    assert model.generate_until(ask(("Lima is in", {"until": ["\n"]}))) == [" Peru"]
+    assert model.generate_until(instances(("Lima is in", {"until": ["\n"]}))) == [" Peru"]
 
 
 def save_like(bundle, folder):
@@ -164,20 +164,20 @@ def save_like(bundle, folder):
 
 
 class Reciter(LmEvalModel):
-    """Says what a function of the question says: known answers through the whole path of scoring."""
+    """Returns the text that `answer` computes from the question: known answers through the whole path of scoring."""
 
     def generate_until(self, requests, disable_tqdm=False):
-        self.asked = requests
-        return [self.say(request.doc) for request in requests]
+        self.requests = requests
+        return [self.answer(request.doc) for request in requests]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="real prompts are not on this machine")
 def test_real_humaneval_passes_its_own_solutions_and_fails_others(scholar, sandbox):
     model = Reciter(scholar)
     job = TaskJob(task="humaneval", data=str(DATA / "HumanEval.jsonl.gz"), limit=12)
-    model.say = lambda doc: doc["canonical_solution"]
+    model.answer = lambda doc: doc["canonical_solution"]
     assert run_task(model, job).score == 1.0
-    model.say = lambda doc: "    return None\n" if doc["task_id"] < "HumanEval/1" else doc["canonical_solution"]
+    model.answer = lambda doc: "    return None\n" if doc["task_id"] < "HumanEval/1" else doc["canonical_solution"]
     assert run_task(model, job).score == 11 / 12
 
 
@@ -185,10 +185,10 @@ def test_real_humaneval_passes_its_own_solutions_and_fails_others(scholar, sandb
 def test_real_gsm8k_matches_its_own_answers_strictly(scholar):
     model = Reciter(scholar)
     job = TaskJob(task="gsm8k", data=str(DATA / "gsm8k-train-1000.jsonl"), limit=50)
-    model.say = lambda doc: f"So it is. The answer is {doc['answer'].split('#### ')[1]}."
+    model.answer = lambda doc: f"So it is. The answer is {doc['answer'].split('#### ')[1]}."
     found = run_task(model, job)
     assert (found.score, found.documents, found.shots) == (1.0, 50, 8)
-    model.say = lambda doc: f"It is {doc['answer'].split('#### ')[1]}."
+    model.answer = lambda doc: f"It is {doc['answer'].split('#### ')[1]}."
     assert run_task(model, job).score == 0.0
 
 
@@ -223,10 +223,10 @@ def test_mbpp_is_held_to_its_assertions_after_three_examples(scholar, tmp_path, 
            "test_setup_code": "import math"}  # fmt: skip
     data = write_lines(tmp_path / "mbpp.jsonl", [row, row | {"test_list": ["assert one() == 2"] * 3}])
     model = Reciter(scholar)
-    model.say = lambda doc: "def one():\n    return math.floor(1.5)"
+    model.answer = lambda doc: "def one():\n    return math.floor(1.5)"
     found = run_task(model, TaskJob(task="mbpp", data=data))
     assert (found.score, found.shots) == (0.5, 3)
-    prompt, _ = model.asked[0].args
+    prompt, _ = model.requests[0].args
     assert (prompt.count("[BEGIN]"), prompt.count("[DONE]")) == (4, 3)
     assert prompt.index("similar elements") < prompt.index("non-prime") < prompt.index("Give one.")
 
@@ -269,6 +269,6 @@ def test_data_without_what_the_task_needs_is_one_line(scholar, tmp_path):
 def test_sampled_answers_follow_the_seeded_sampler(scholar):
     model = LmEvalModel(scholar)
     wish = {"until": ["\n"], "do_sample": True, "temperature": 50.0, "max_gen_toks": 12}
-    drawn = {model.generate_until(ask(("Lima is in", wish)))[0] for _ in range(2)}
+    drawn = {model.generate_until(instances(("Lima is in", wish)))[0] for _ in range(2)}
     assert len(drawn) == 1
     assert drawn != {" Peru"}

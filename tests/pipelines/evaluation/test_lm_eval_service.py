@@ -10,7 +10,7 @@ from tidar_core.artifacts.model.bundle import read_bundle_info
 
 
 @pytest.mark.parametrize("concurrent", [1, 2])
-def test_a_service_on_loopback_is_asked_past_the_proxy(monkeypatch, tmp_path, concurrent):
+def test_a_service_on_loopback_is_reached_past_the_proxy(monkeypatch, tmp_path, concurrent):
     bundle = str(save_tiny_bundle(tmp_path / "tiny"))
     card = {"id": "tiny", "bundle_hash": read_bundle_info(bundle).bundle_hash, "mode": "single-pass", "block_len": 4,
             "max_model_len": 64}  # fmt: skip
@@ -19,7 +19,7 @@ def test_a_service_on_loopback_is_asked_past_the_proxy(monkeypatch, tmp_path, co
         job = EvaluateJob.model_validate(
             {"bundle": bundle, "shards": "s", "output": "o", "service": f"{server}/v1", "task_batch": concurrent}
         )
-        with refusing_proxy(monkeypatch) as asked:
+        with refusing_proxy(monkeypatch) as proxied:
             model = ServiceModel(job)
             assert model.model_call([[1, 2]], generate=True, gen_kwargs={}) == text
-            assert asked == []
+            assert proxied == []

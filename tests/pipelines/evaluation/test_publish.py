@@ -1,4 +1,4 @@
-"""What was measured is said, what was not is not, and a model of nan is refused at every station of a release."""
+"""A release reports only measured values, and every stage of it refuses a model of nan."""
 
 import json
 import math
@@ -128,14 +128,14 @@ SPOILED = [
 def test_a_model_that_is_not_finite_is_neither_written_nor_loaded(folder, tmp_path, monkeypatch, how, words):
     model, tokenizer, info = (lambda b: (b.model, b.tokenizer, b.info))(load_bundle(folder / "bundle"))
     spoil(model, how)
-    said = {"block_len": 4, "mask_id": info.mask_id, "objective": "dual", "lineage": {}, "made_by": {}}
+    fields = {"block_len": 4, "mask_id": info.mask_id, "objective": "dual", "lineage": {}, "made_by": {}}
     with pytest.raises(BundleError, match=words) as caught:
-        save_bundle(str(tmp_path / "lost"), model, tokenizer, **said)
+        save_bundle(str(tmp_path / "lost"), model, tokenizer, **fields)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "lost").exists()
     with monkeypatch.context() as patch:
         patch.setattr(bundles, "require_finite", lambda *_: None)
-        save_bundle(str(tmp_path / "lost"), model, tokenizer, **said)
+        save_bundle(str(tmp_path / "lost"), model, tokenizer, **fields)
     with pytest.raises(BundleError, match=words):
         load_bundle(tmp_path / "lost")
 

@@ -14,6 +14,7 @@ from tidar_core.artifacts.store import locations
 
 __all__ = [
     "PARENT_RUN",
+    "STAGE_TAG",
     "end_run",
     "find_run",
     "log_artifact",
@@ -26,6 +27,8 @@ __all__ = [
 
 PARENT_RUN = "mlflow.parentRunId"
 """Tag: the run below which MLflow's pages show this run."""
+STAGE_TAG = "station"
+"""Tag: the stage that made the run. Runs of earlier releases carry this name of the tag."""
 PARAMS_AT_ONCE = 100
 """Most parameters that MLflow accepts in one request."""
 DIGEST_LEN = 36
@@ -108,9 +111,9 @@ def end_run(tracking_uri: str, run_id: str, status: str = "FINISHED", *, tags: M
         client.set_terminated(run_id, status)
 
 
-def find_run(tracking_uri: str, station: str, bundle_hash: str) -> str | None:
-    """The id of a station's latest finished run about a bundle; None if there is no such run."""
-    wanted = f"tags.station = '{station}' and tags.bundle_hash = '{bundle_hash}' and attributes.status = 'FINISHED'"
+def find_run(tracking_uri: str, stage: str, bundle_hash: str) -> str | None:
+    """The id of the latest finished run of a stage about a bundle; None if there is no such run."""
+    wanted = f"tags.{STAGE_TAG} = '{stage}' and tags.bundle_hash = '{bundle_hash}' and attributes.status = 'FINISHED'"
     with in_one_line(tracking_uri):
         client = client_of(tracking_uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -1,4 +1,4 @@
-"""Where namespaces are not allowed: what a program tries in vain behind Landlock and a filter of system calls."""
+"""A machine without namespaces: Landlock and a filter of system calls stop a program."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pipelines.evaluation.sandbox.namespaces import DENIED, LANDLOCK_DENIED, MAC
 
 ROOT = Path(__file__).parents[4]
 HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
-"""Of Linux, below /usr/include: ARM has no numbers of its own but those that all newer machines share."""
+"""Linux headers below /usr/include; ARM shares the table of numbers with all newer machines."""
 FORBID = """
 import ctypes, json, os, struct, sys
 lines = [(0x20, 0, 0, 0)]  # load the number of the call
@@ -28,16 +28,16 @@ assert libc.prctl(22, 2, struct.pack("@HP", len(lines) + 1, ctypes.addressof(kep
 """
 RUN = """
 from pipelines.evaluation.sandbox.runner import Limits, isolation, run_program
-said = [isolation()]
+reasons = [isolation()]
 for source in json.load(sys.stdin):
     limits = Limits(seconds=2) if source == "while True: pass" else Limits()
-    said.append(run_program(source, limits).reason)
-print(json.dumps(said))
+    reasons.append(run_program(source, limits).reason)
+print(json.dumps(reasons))
 """
 
 
 def where_forbidden(calls, programs):
-    """What becomes of programs in a process that may not make those system calls."""
+    """The reasons why programs failed in a process that may not make those system calls."""
     numbers = [number[MACHINES[platform.machine()][0]] for number in calls]
     command = [sys.executable, "-B", "-c", FORBID + RUN, json.dumps(numbers)]
     environment = os.environ | {"AWS_SECRET_ACCESS_KEY": "hush"}
@@ -50,10 +50,10 @@ def where_forbidden(calls, programs):
 
 @pytest.fixture(scope="module", autouse=True)
 def landlock():
-    said = where_forbidden([DENIED["unshare"]], [])[0]
-    if "cannot be isolated" in said:
-        pytest.skip(said)
-    assert said.startswith("Landlock and a filter of system calls, no namespaces")
+    reason = where_forbidden([DENIED["unshare"]], [])[0]
+    if "cannot be isolated" in reason:
+        pytest.skip(reason)
+    assert reason.startswith("Landlock and a filter of system calls, no namespaces")
 
 
 @pytest.mark.slow
@@ -127,9 +127,9 @@ def test_an_honest_program_passes_without_namespaces_and_a_greedy_one_meets_its_
 
 
 def test_where_neither_namespaces_nor_landlock_are_allowed_nothing_is_run():
-    (said,) = where_forbidden([DENIED["unshare"], (SYS_LANDLOCK, SYS_LANDLOCK)], ["open('/tmp/never', 'w')"])
-    assert "programs of a model cannot be isolated on this machine (refused: [Errno 1] unshare: " in said
-    assert "refused: [Errno 1] landlock: Operation not permitted); none is run" in said
+    (reason,) = where_forbidden([DENIED["unshare"], (SYS_LANDLOCK, SYS_LANDLOCK)], ["open('/tmp/never', 'w')"])
+    assert "programs of a model cannot be isolated on this machine (refused: [Errno 1] unshare: " in reason
+    assert "refused: [Errno 1] landlock: Operation not permitted); none is run" in reason
 
 
 @pytest.mark.parametrize("machine", HEADERS)

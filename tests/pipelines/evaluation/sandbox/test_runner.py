@@ -1,4 +1,4 @@
-"""What a program can do in the sandbox, and what it tries in vain."""
+"""The sandbox lets a program compute, and stops it from everything else."""
 
 import os
 import platform
@@ -105,9 +105,9 @@ sys.exit(0)
 }
 
 
-@pytest.mark.parametrize("way", FORGERIES)
-def test_a_program_cannot_reach_the_verdict(way):
-    assert not run_program(f"{FORGERIES[way]}\nassert 1 == 2").passed
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_program_cannot_reach_the_verdict(forgery):
+    assert not run_program(f"{FORGERIES[forgery]}\nassert 1 == 2").passed
 
 
 def test_a_program_whose_children_come_to_their_ends_too_passes():
@@ -293,8 +293,8 @@ print(run_program("import socket; socket.create_connection(('127.0.0.1', 9))").r
 print(run_program("open('/usr/written', 'w')").reason)
 print(run_program("import os; os.setuid(0)").reason)
 """
-    said = unprivileged("--map-user=1000", "--map-group=1000", sys.executable, "-B", "-c", code).splitlines()
-    assert said[0].startswith("user, mount, pid, network, ipc and uts namespaces")
-    assert [reason.split("] ")[1].split(":")[0] for reason in said[1:]] == [
+    reasons = unprivileged("--map-user=1000", "--map-group=1000", sys.executable, "-B", "-c", code).splitlines()
+    assert reasons[0].startswith("user, mount, pid, network, ipc and uts namespaces")
+    assert [reason.split("] ")[1].split(":")[0] for reason in reasons[1:]] == [
         "Network is unreachable", "Read-only file system", "Invalid argument",  # the last: there is no root in there
     ]  # fmt: skip
