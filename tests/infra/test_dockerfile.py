@@ -58,9 +58,8 @@ def test_copied_files_exist_in_the_build_context_and_installed_packages_are_copi
             [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
         )
         assert not [f for f in files if ignored.match_file(f.relative_to(ROOT).as_posix())]
-    tools = PROJECT["tool"]["setuptools"]
-    installed = {f"{name}.py" for name in tools["py-modules"]}
-    installed |= {pattern.removesuffix("*") for pattern in tools["packages"]["find"]["include"]}
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    installed = {pattern.removesuffix("*") for pattern in found}
     assert installed | {"pyproject.toml", "requirements.lock", "README.md", "infra"} <= {
         name.removeprefix("./") for name in copied(steps)
     }
