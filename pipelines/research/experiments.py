@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -32,7 +33,7 @@ from tidar_core.config import SamplingConfig
 from tidar_core.errors import ConfigError, ShardError, TidarError
 from tidar_core.planning.mode_benchmark import compare_modes
 from tidar_core.training.packing import PackedRows
-from tidar_core.training.recipe import start_draft_link, start_mask_token
+from tidar_core.training.recipe import Recipe, start_draft_link, start_mask_token
 from tidar_core.training.schedule import Schedule
 from tidar_core.training.trainer import Optimisation, Phase, Progress, Trainer
 from tidar_core.transformer.model import TidarModel
@@ -101,10 +102,15 @@ class ExperimentJob(Job):
         )
 
     def run_name(self, variant: str, seed: int) -> str:
-        """Name of a run's file. Every other setting gives another name; a new field of jobs does not."""
+        """Name of a run's file. Every other setting gives another name; a new field of jobs does not.
+
+        A field of the recipe is a setting if its value is not the paper's.
+        """
         unused = set() if "shape" in self.variants[variant] else {"ar_steps"}
         settings = self.model_dump(mode="json", exclude={"title", "variants", "seeds", "output", "threads", *unused})
-        settings |= self.job(variant, seed).model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
+        job, papers = self.job(variant, seed), asdict(Recipe())
+        settings |= job.model_dump(mode="json", exclude={"output", *papers}, exclude_defaults=True)
+        settings |= {name: value for name, value in asdict(job.recipe).items() if value != papers[name]}
         return hashlib.sha256(locations.canonical_json(settings).encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Checks of a train job before any worker runs."""
 
+from dataclasses import asdict
 from typing import Any
 
 from pipelines.jobs import TrainJob
@@ -15,11 +16,14 @@ from tidar_core.artifacts.text.end_tokens import read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.config import ModelConfig, RopeScaling
 from tidar_core.errors import ConfigError
-from tidar_core.training.recipe import linked_config
+from tidar_core.training.recipe import Recipe, linked_config
 from tidar_core.training.sequence_parallel import require_equal_heads, require_equal_runs
 from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
+
+NOT_RECORDED = asdict(Recipe())
+"""Recipe of a run whose checkpoints do not name some of its fields, because it began before these fields existed."""
 
 
 def absolute_job(job: TrainJob) -> TrainJob:
@@ -82,7 +86,7 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
             f"{checkpoint.uri} was trained on other shards than {job.shards} holds now; give the job another output, "
             "or the shards it began with"
         )
-    before = dict(cursor.run)
+    before = NOT_RECORDED | cursor.run
     for name, value in job.run.items():
         if before.get(name) != value:
             raise ConfigError(

@@ -3,7 +3,7 @@
 import torch
 
 
-def training_visibility(documents, block_len):
+def training_visibility(documents, block_len, phase=0):
     """Doubled row by double loop over (document, position, is_mask), from the words of the paper."""
     tokens = [(d, p, False) for d, n in enumerate(documents) for p in range(n)]
     tokens += [(d, p, True) for d, n in enumerate(documents) for p in range(n)]
@@ -16,9 +16,9 @@ def training_visibility(documents, block_len):
             elif not q_mask:
                 row.append(not k_mask and kp <= qp)
             elif k_mask:
-                row.append(kp // block_len == qp // block_len)
+                row.append((kp + phase) // block_len == (qp + phase) // block_len)
             else:
-                row.append(kp < (qp // block_len) * block_len)
+                row.append(kp < (qp + phase) // block_len * block_len - phase)
         table.append(row)
     return torch.tensor(table)
 

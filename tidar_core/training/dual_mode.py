@@ -78,7 +78,9 @@ def dual_mode_batch(
     S, device = input_ids_BS.shape[1], input_ids_BS.device
     assert not recipe.draws or seed_B is not None, "this recipe draws: each row needs a seed"
     draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
-    layout = training_layout(document_BS, _block_len(recipe, block_len, draws))
+    drawn_len = _block_len(recipe, block_len, draws)
+    phase = (draws.phase_B1 * drawn_len).long() if draws is not None and recipe.random_phase else 0
+    layout = training_layout(document_BS, drawn_len, phase)
     label_BS = _labels(input_ids_BS, trained_BS)
     masks = _MaskHalf(
         layout[..., S:],

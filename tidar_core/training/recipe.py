@@ -44,6 +44,10 @@ class Recipe:
     tokens is hidden with probability t; the loss of hidden tokens has weight 1 / t (block diffusion's objective)."""
     block_lens: tuple[int, ...] = ()
     """Block lengths; each row draws one. Empty: only the block length of the objective."""
+    random_phase: bool = False
+    """Whether each row draws, at each visit, the phase of its blocks: how many tokens the first block of each document
+    lacks. Otherwise blocks begin at the same tokens at every visit. DFlash accepts 13 to 19 % more drafts with random
+    starts (arXiv 2602.06036)."""
     position_decay: float | None = None
     """Decay of weights in a block: offset i has weight exp(-i / position_decay); `None`: all weights are equal."""
     distillation: float = 0.0
@@ -97,7 +101,7 @@ class Recipe:
     @property
     def draws(self) -> bool:
         """Whether the recipe draws, so that each row needs a seed."""
-        return self.masking == "random" or len(self.block_lens) > 1 or self.block_share < 1
+        return self.masking == "random" or len(self.block_lens) > 1 or self.block_share < 1 or self.random_phase
 
     @property
     def weighs(self) -> bool:
@@ -117,12 +121,15 @@ class Draws:
     """Numbers that hide a token if they are below t."""
     rank_BS: Tensor
     """Blocks are computed in the order of this number at their first token."""
+    phase_B1: Tensor
+    """Number that chooses the phase of the blocks."""
 
     @classmethod
     def of(cls, seed_B: Sequence[int], row_len: int, device: torch.device) -> "Draws":
         """Draws of rows with these seeds; they do not depend on the rest of the batch."""
-        rows = [torch.rand(1 + 3 * row_len, generator=torch.Generator().manual_seed(seed)) for seed in seed_B]
-        return cls(*torch.stack(rows).to(device).split([1, row_len, row_len, row_len], 1))
+        parts = [1, row_len, row_len, row_len, 1]  # a new part comes last, so that earlier parts stay as they are
+        rows = [torch.rand(sum(parts), generator=torch.Generator().manual_seed(seed)) for seed in seed_B]
+        return cls(*torch.stack(rows).to(device).split(parts, 1))
 
 
 @torch.no_grad()

@@ -66,16 +66,18 @@ def causal_layout(document_BS: Tensor) -> TokenLayout:
     return TokenLayout(document_BS, position_BS, position_BS, torch.full_like(position_BS, CLEAN))
 
 
-def training_layout(document_BS: Tensor, block_len: int | Tensor) -> TokenLayout:
+def training_layout(document_BS: Tensor, block_len: int | Tensor, phase: int | Tensor = 0) -> TokenLayout:
     """The doubled row: S clean tokens, then S mask tokens at the same positions (TiDAR, section 3.1).
 
     block_len  block length of all rows, or of each row [B, 1]
+    phase      tokens that the first block of each document lacks, 0..block_len - 1: of all rows, or of each row [B, 1]
 
     Blocks are cut per document, from its first token in the row; each mask token sees clean tokens before its block.
     """
     clean = causal_layout(document_BS)
-    block_BS = clean.position // block_len
-    masks = TokenLayout(clean.document, clean.position, block_BS * block_len - 1, block_BS)
+    block_BS = (clean.position + phase) // block_len
+    start_BS = (block_BS * block_len - phase).clamp(min=0)
+    masks = TokenLayout(clean.document, clean.position, start_BS - 1, block_BS)
     return clean.then(masks)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import documents_row
 
-from tidar_core.training.flops import matmul_peak, matmul_weights, train_flops, visible_pairs
+from tidar_core.training.flops import layout_pairs, matmul_peak, matmul_weights, train_flops, visible_pairs
 from tidar_core.transformer.layout import training_layout
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
@@ -34,6 +34,9 @@ def test_pairs_are_those_that_the_rule_lets_see(block_len):
     real = layout.document >= 0
     visible = dense_visibility(layout, layout) & real[:, :, None]
     assert visible_pairs(rows, block_len) == int(visible.sum())
+    shifted = training_layout(rows, block_len, block_len - 1)
+    visible = dense_visibility(shifted, shifted) & real[:, :, None]
+    assert layout_pairs(shifted) == visible.sum()
 
 
 def test_flops_of_one_token_by_hand():

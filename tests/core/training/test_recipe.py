@@ -87,6 +87,40 @@ def test_each_row_draws_one_block_length_and_all_come_as_often():
     assert all(70 < count < 130 for count in drawn.values())  # 100 each; four standard deviations are 33
 
 
+def test_each_row_draws_the_phase_of_its_blocks_and_all_come_as_often():
+    drawn = Counter()
+    for seed in range(400):
+        made = batch(Recipe(random_phase=True), seed)
+        horizon = made.layout.horizon[0, 24:]
+        phase = 4 - (horizon[:13] == -1).sum().item()  # tokens that the first block lacks
+        expected = []
+        for place in range(24):
+            position, length = (place, 13) if place < 13 else (place - 13, 9)
+            blind = place >= 22 or position < 4 - phase  # padding, or no clean token is before the block
+            expected.append(i if blind else IDS[0, place].item())
+            if position < length and place < 22:
+                assert horizon[place] == max((position + phase) // 4 * 4 - phase, 0) - 1
+        assert made.diffusion_target_BM[0].tolist() == expected
+        drawn[phase] += 1
+    assert set(drawn) == {0, 1, 2, 3}
+    assert all(65 < count < 135 for count in drawn.values())  # 100 each; four standard deviations are 35
+
+
+def test_a_phase_is_below_the_length_that_the_row_draws():
+    recipe = Recipe(random_phase=True, block_lens=(1, 8))
+    for seed in range(40):
+        masks = batch(recipe, seed, block_len=8).layout[0, 24:]
+        offset = masks.position - masks.horizon - 1
+        assert offset.max() in (0, 6, 7)  # 13 tokens always hold a block of 8, or of 7 between two cuts
+        assert masks.horizon[12] >= 4
+
+
+def test_earlier_draws_of_a_seed_stay_when_a_new_one_is_added():
+    earlier = torch.rand(1 + 3 * 24, generator=torch.Generator().manual_seed(5))
+    draws = Draws.of([5], 24, CPU)
+    assert torch.equal(torch.cat([draws.length_B1, draws.share_BS, draws.hidden_BS, draws.rank_BS], 1)[0], earlier)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_random_masking_shows_what_was_not_hidden_and_weighs_the_rest_by_its_share(seed):
     made, draws = batch(Recipe(masking="random"), seed), Draws.of([seed], 24, CPU)
@@ -188,10 +222,11 @@ def test_chunks_of_logits_change_neither_a_weighted_nor_a_distilled_loss(model):
 
 
 def test_draws_of_a_row_do_not_depend_on_the_rows_beside_it():
-    recipe = Recipe(masking="random", block_share=0.5, block_lens=(2, 4))
+    recipe = Recipe(masking="random", block_share=0.5, block_lens=(2, 4), random_phase=True)
     together = dual_mode_batch(IDS.repeat(2, 1), DOCUMENTS.repeat(2, 1), 4, MASK, recipe=recipe, seed_B=[8, 2**63 + 9])
     alone = batch(recipe, 2**63 + 9)
     assert torch.equal(together.token_BL[1:], alone.token_BL)
+    assert torch.equal(together.layout.horizon[1:], alone.layout.horizon)
     assert torch.equal(together.diffusion_target_BM[1:], alone.diffusion_target_BM)
     assert torch.equal(together.diffusion_weight_BM[1:], alone.diffusion_weight_BM)
 

@@ -18,7 +18,9 @@ from tidar_core.transformer.shapes import named_shape
 
 DOCUMENTS = torch.cat([documents_row(40, 24), documents_row(30, 11, padding=23)])
 IDS = torch.randint(0, 500, DOCUMENTS.shape, generator=torch.Generator().manual_seed(0))
-ALL = Recipe(masking="random", position_decay=3.0, distillation=0.5, block_share=0.5, block_lens=(4, 8))
+ALL = Recipe(
+    masking="random", random_phase=True, position_decay=3.0, distillation=0.5, block_share=0.5, block_lens=(4, 8)
+)
 CASES = {
     "next-token": {"dual": False},
     "dual": {"dual": True},

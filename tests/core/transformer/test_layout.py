@@ -20,6 +20,13 @@ def test_positions_and_blocks_restart_at_each_document():
     assert layout.horizon[0, 8:].tolist() == [-1, -1, 1, 1, 3, -1, -1, 1]
 
 
+def test_a_phase_shortens_the_first_block_of_each_document():
+    layout = training_layout(documents_row(5, 3), 3, phase=1)
+    assert layout.position.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2] * 2]
+    assert layout.block[0, 8:].tolist() == [0, 0, 1, 1, 1, 0, 0, 1]
+    assert layout.horizon[0, 8:].tolist() == [-1, -1, 1, 1, 1, -1, -1, 1]
+
+
 def test_a_document_that_appears_again_after_another_is_the_same_document_at_new_positions():
     layout = causal_layout(torch.tensor([[7, 7, 9, PADDING]]))
     assert layout.position.tolist() == [[0, 1, 0, 0]]

@@ -38,8 +38,8 @@ def picture(text):
     return torch.tensor([[cell == "1" for cell in line.split()] for line in text.strip().splitlines()])
 
 
-def training_square(documents, block_len):
-    layout = training_layout(documents_row(*documents), block_len)
+def training_square(documents, block_len, phase=0):
+    layout = training_layout(documents_row(*documents), block_len, phase)
     return dense_visibility(layout, layout)[0]
 
 
@@ -62,7 +62,9 @@ def test_a_decode_step_is_the_picture_of_two_drafts_and_two_groups():
 @pytest.mark.parametrize("block_len", BLOCK_LENS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_packed_documents_see_what_a_double_loop_finds(documents, block_len):
-    assert torch.equal(training_square(documents, block_len), training_visibility(documents, block_len))
+    for phase in {0, block_len // 2, block_len - 1}:
+        square = training_square(documents, block_len, phase)
+        assert torch.equal(square, training_visibility(documents, block_len, phase))
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 3, 5])

@@ -58,6 +58,9 @@ def test_an_experiment_leaves_a_table_and_a_plot_and_is_not_run_twice(folder, ca
     shutil.rmtree(folder / "out/tiny")
     again = experiment(read_job(ExperimentJob, folder / "job.yaml"))
     assert again == found
+    job = read_job(ExperimentJob, folder / "job.yaml")
+    fixed = job.model_copy(update={"train": job.train | {"random_phase": False}})
+    assert fixed.run_name("full", 1) != job.run_name("full", 1)  # though neither names a value that is not a default
     assert capsys.readouterr().err == ""
 
 

@@ -134,6 +134,16 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(shards, stopped_run, changes, w
         assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_began_before_a_choice_existed_goes_on_without_it(shards, stopped_run):
+    path = Path(stopped_run.checkpoints, "step-00000005/part-00000-of-00001.json")
+    note = json.loads(path.read_text())
+    del note["cursor"]["run"]["random_phase"]
+    path.write_text(json.dumps(note))
+    with pytest.raises(ConfigError, match="random_phase is True and was False in the run"):
+        dry_run(stopped_run)
+    assert dry_run(stopped_run.model_copy(update={"random_phase": False}))["begins_at_step"] == 5
+
+
 def test_a_run_of_other_shards_is_not_gone_on_with(stopped_run, tmp_path):
     other = save_tiny_shards(tmp_path / "shards", seed=1)
     with pytest.raises(ConfigError, match="trained on other shards"):
