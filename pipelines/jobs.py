@@ -4,7 +4,7 @@ A job is YAML read into a frozen model. Unknown keys are errors, so that a missp
 locations are URIs or local paths (see tidar_core/artifacts/store/locations.py).
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
