@@ -86,7 +86,7 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
             f"{checkpoint.uri} was trained on other shards than {job.shards} holds now; give the job another output, "
             "or the shards it began with"
         )
-    before = NOT_RECORDED | cursor.run
+    before = {**NOT_RECORDED, **cursor.run}
     for name, value in job.run.items():
         if before.get(name) != value:
             raise ConfigError(
