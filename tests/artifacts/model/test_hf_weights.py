@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tidar_core.artifacts.model import hf_weights
+from tidar_core.artifacts.model import hf_writer
 from tidar_core.artifacts.model.hf_config import config_from_hf
 from tidar_core.artifacts.model.hf_weights import load_model, save_model, with_mask_token
 from tidar_core.errors import WeightsError
@@ -110,7 +110,7 @@ def test_weights_in_many_files_are_read_and_written(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs/model.safetensors.index.json").exists()
     ours = load_model(tmp_path / "theirs")
-    monkeypatch.setattr(hf_weights, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(hf_writer, "FILE_BYTES", 20_000)
     (tmp_path / "ours").mkdir()
     save_model(ours, tmp_path / "ours")
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2

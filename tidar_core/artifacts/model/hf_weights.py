@@ -6,31 +6,27 @@ Only `config.json` and safetensors files are read and written, so a folder opens
 SGLang.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tidar_core.artifacts.model.hf_config import config_from_hf, config_to_hf, read_settings
+from tidar_core.artifacts.model.hf_config import config_from_hf, read_settings
 from tidar_core.artifacts.model.hf_files import WeightFiles, read_tensor, stored_in
+from tidar_core.artifacts.model.hf_writer import write_config, write_tensors, write_weights
 from tidar_core.artifacts.model.quantised import scaling_of
 from tidar_core.config import ModelConfig
-from tidar_core.errors import StorageError, WeightsError
+from tidar_core.errors import WeightsError
 from tidar_core.training.recipe import mask_embedding
 from tidar_core.transformer.model import DraftLink, TidarModel
 
-__all__ = ["check_weights", "load_model", "require_embeddings", "save_model", "with_mask_token"]
+__all__ = ["check_weights", "load_model", "require_embeddings", "save_model", "tensor_shapes", "with_mask_token"]
 
 LINK = "tidar_link.tensors"
 """File with the weights of the draft link, in safetensors' format. No other program takes that name for weights."""
-FILE_BYTES = 5 * 10**9
-"""Most bytes of weights in a safetensors file, unless one tensor is larger."""
 
 _LAYER_NAMES = {
     "attention_norm": ("input_layernorm",),
@@ -60,7 +56,7 @@ def load_model(
     folder = Path(folder)
     settings = read_settings(folder)
     model = _empty_model(replace(config_from_hf(settings), mask_id=mask_id))
-    files = _weight_files(folder, settings, model)
+    files = _weight_files(folder, settings, model.config)
     state = {ours: torch.cat([files.read(name) for name in theirs]).to(device, dtype) for ours, theirs in _names(model)}
     if model.link is not None:
         state |= {f"link.{name}": value.to(device, dtype) for name, value in _read_link(folder, model.link).items()}
@@ -76,10 +72,9 @@ def check_weights(folder: str | Path) -> ModelConfig:
     """
     settings = read_settings(folder)
     config = config_from_hf(settings)
-    model = _empty_model(config)
-    _weight_files(Path(folder), settings, model)
-    if model.link is not None:
-        _read_link(Path(folder), model.link)
+    _weight_files(Path(folder), settings, config)
+    if (link := _empty_model(config).link) is not None:
+        _read_link(Path(folder), link)
     return config
 
 
@@ -89,23 +84,28 @@ def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] 
     end_ids  tokens that end a text
     """
     folder = Path(folder)
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    settings = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
-    if end_ids:
-        settings["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
-    files = list(_files(model))
-    for number, tensors in enumerate(files, 1):
-        _write(tensors, folder / _file_name(number, len(files)), {"format": "pt"})
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    parts = {
+        name: part
+        for ours, theirs in _names(model)
+        for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
+    }
+    write_weights(folder, {name: part.numel() * part.element_size() for name, part in parts.items()}, parts.__getitem__)
     if model.link is not None:
-        _write(
-            {name: value.detach().cpu().contiguous() for name, value in model.link.state_dict().items()}, folder / LINK
-        )
-    if len(files) > 1:
-        places = {name: _file_name(i, len(files)) for i, tensors in enumerate(files, 1) for name in tensors}
-        total = sum(t.numel() * t.element_size() for tensors in files for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_tensors(model.link.state_dict(), folder / LINK)
+    ends = {"eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids)} if end_ids else {}
+    write_config(folder, model.config, model.embedding.weight.dtype, ends)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors by their names in a Hugging Face folder, without those of the draft link."""
+    model = _empty_model(config)
+    parameters = dict(model.named_parameters())
+    return {
+        name: tuple(part.shape)
+        for ours, theirs in _names(model)
+        for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
+    }
 
 
 def require_embeddings(config: ModelConfig, vocab_len: int) -> None:
@@ -176,40 +176,15 @@ def _parts(model: TidarModel, name: str, value: Tensor) -> tuple[Tensor, ...]:
     return value.chunk(2) if ".mlp.gate_up." in name else (value,)
 
 
-def _files(model: TidarModel) -> Iterator[dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
-    held = 0
-    parameters = dict(model.named_parameters())
-    for ours, theirs in _names(model):
-        value = parameters[ours].detach()
-        size = value.numel() * value.element_size()
-        if tensors and held + size > FILE_BYTES:
-            yield tensors
-            tensors, held = {}, 0
-        tensors |= {name: part.cpu().contiguous() for name, part in zip(theirs, _parts(model, ours, value))}
-        held += size
-    yield tensors
-
-
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
 def _empty_model(config: ModelConfig) -> TidarModel:
     """Build a model whose weights have shapes but no values."""
     with torch.device("meta"):
         return TidarModel(config)
 
 
-def _weight_files(folder: Path, settings: dict[str, Any], model: TidarModel) -> WeightFiles:
-    """Open the folder's files, checked against the shapes of an empty model."""
-    parameters = dict(model.named_parameters())
-    wanted = {
-        name: part.shape
-        for ours, theirs in _names(model)
-        for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
-    }
-    return WeightFiles(folder, wanted, scaling_of(settings), tied=model.config.tied_head)
+def _weight_files(folder: Path, settings: dict[str, Any], config: ModelConfig) -> WeightFiles:
+    """Open the folder's files, checked against the shapes of the model's tensors."""
+    return WeightFiles(folder, tensor_shapes(config), scaling_of(settings), tied=config.tied_head)
 
 
 def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
@@ -218,11 +193,3 @@ def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
     if found != wanted:
         raise WeightsError(f"{path} holds {found}; config.json needs {wanted}; use weights and config of one model")
     return {name: read_tensor(name, path) for name in wanted}
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())
-        raise StorageError(f"{path} cannot be written: {reason}; make room there, or give another place") from error
