@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "pipelines/research": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation",
     "serve_apps": "tidar_core/ serve_apps/",
     "serve_apps/api": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/messages",
-    "serve_apps/messages": "tidar_core tidar_core/decoding tidar_core/planning serve_apps/api serve_apps/replica",
+    "serve_apps/messages": "tidar_core serve_apps/api",
     "serve_apps/streaming": "tidar_core tidar_core/decoding tidar_core/artifacts/ serve_apps/api serve_apps/messages",
     "serve_apps/rollout": "tidar_core tidar_core/artifacts/ serve_apps/settings.py serve_apps/api serve_apps/messages",
     "serve_apps/telemetry": "tidar_core serve_apps/settings.py serve_apps/messages serve_apps/rollout",
@@ -199,3 +199,10 @@ def test_importing_the_rooms_starts_nothing():
     code = "import pipelines.jobs, tidar, tidar_core, threading; print(threading.active_count())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+def test_a_process_that_computes_no_model_starts_without_torch():
+    modules = "tidar", "tidar.registry", "serve_apps.settings", "tidar_core.artifacts.store.locations"
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

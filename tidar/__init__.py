@@ -17,7 +17,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from tidar import demonstration, inference, registry, stations
+from tidar import demonstration, inference, registry, stages
 from tidar.output import note
 from tidar_core.artifacts.network.loopback import exempt_loopback
 from tidar_core.errors import TidarError, UserError
@@ -26,10 +26,10 @@ __all__ = ["app", "main"]
 
 COMMANDS = (
     demonstration.quickstart,
-    stations.pack,
-    stations.train,
-    stations.evaluate,
-    stations.publish,
+    stages.pack,
+    stages.train,
+    stages.evaluate,
+    stages.publish,
     registry.models,
     registry.promote,
     registry.rollback,

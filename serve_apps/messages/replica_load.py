@@ -4,16 +4,10 @@ It is read beside the decoder's thread, without stopping the thread. So each num
 to successive forwards.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from serve_apps.replica.throughput import ThroughputEstimate
-from tidar_core.decoding.scheduler import Scheduler
-from tidar_core.decoding.step_plan import FixedMode
-from tidar_core.planning.planner import AutoPlanner
-
-__all__ = ["Load", "load_of", "together"]
+__all__ = ["Load", "together"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,36 +41,6 @@ class Load:
     """Mode that the planner has chosen."""
     expected_over_ar: float | None
     """Expected speedup of that mode over the autoregressive mode; None if the mode is fixed."""
-
-
-def load_of(scheduler: Scheduler, throughput: ThroughputEstimate, replica: str) -> Load:
-    """Load of an engine, under the name of its replica.
-
-    throughput  measured throughput of the decoder
-    """
-    planner = scheduler.planner
-    mode, expected = "", None
-    if isinstance(planner, AutoPlanner):
-        mode, expected = planner.choice.mode, planner.expected_over_ar
-    elif isinstance(planner, FixedMode):
-        mode = planner.mode
-    return Load(
-        replica=replica,
-        pid=os.getpid(),
-        decoder_pid=os.getpid(),
-        rows=scheduler.decoder.slots,
-        running=scheduler.taken_slots,
-        waiting=scheduler.waiting,
-        waiting_tokens=throughput.expected(scheduler.queued),
-        tokens_per_forward=throughput.tokens_per_forward,
-        forwards_per_second=throughput.forwards_per_second,
-        pages_held=scheduler.pool.held,
-        pages=scheduler.pool.pages,
-        shared_tokens=scheduler.shared_tokens,
-        preemptions=scheduler.preemptions,
-        mode=mode,
-        expected_over_ar=expected,
-    )
 
 
 def together(loads: Sequence[Load]) -> Load:

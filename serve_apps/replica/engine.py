@@ -14,13 +14,14 @@ import torch
 
 from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
 from serve_apps.messages.generation_request import Chat, GenerationRequest
-from serve_apps.messages.replica_load import Load, load_of
+from serve_apps.messages.replica_load import Load
 from serve_apps.messages.request_timing import TimingRecorder
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
 from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.replica.decode_loop import DecodeLoop
 from serve_apps.replica.delta_queue import DeltaQueue
 from serve_apps.replica.delta_receiver import DeltaReceiver
+from serve_apps.replica.engine_load import load_of
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import PromptLanes
 from serve_apps.replica.replica_memory import replica_memory

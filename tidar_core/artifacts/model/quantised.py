@@ -12,11 +12,12 @@ Everything else is refused by name.
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tidar_core.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FP8", "SCALES", "Scaling", "dequantised", "scaling_of"]
 
@@ -57,7 +58,7 @@ def scaling_of(settings: dict[str, Any]) -> Scaling:
         raise WeightsError("quantization_config is not of compressed-tensors' form; fetch the folder again") from error
 
 
-def dequantised(name: str, weight: Tensor, scale: Tensor, scaling: Scaling) -> Tensor:
+def dequantised(name: str, weight: "Tensor", scale: "Tensor", scaling: Scaling) -> "Tensor":
     """Return the fp32 weight that an FP8 weight and its scales represent.
 
     name  name of the weight, for the error
@@ -122,7 +123,7 @@ def _refuse(given: dict[str, Any], name: str, *known: Any) -> None:
         )
 
 
-def _misfit(name: str, scale: Tensor, expected: list[list[int]]) -> WeightsError:
+def _misfit(name: str, scale: "Tensor", expected: list[list[int]]) -> WeightsError:
     shapes = " or ".join(map(str, expected))
     return WeightsError(
         f"the scales of {name} have shape {list(scale.shape)}; its shape and quantization_config need {shapes}; "
