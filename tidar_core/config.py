@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from tidar_core.errors import ConfigError, RequestError
 
-__all__ = ["COLDEST", "DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
+__all__ = ["ADAPTER_PLACES", "COLDEST", "AdapterConfig", "DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 DRAFT_KINDS = ("argmax", "sampled")
+ADAPTER_PLACES = ("qkv", "output", "gate_up", "down")
+"""Linear maps of a layer that may have an adapter: query, key and value; attention output; gate and up; down."""
 COLDEST = 1e-5
 """Lowest temperature above 0: logits divided by a lower one could overflow."""
 MOST_LOGPROBS = 20
@@ -50,6 +52,25 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Shape of the draft adapter of a frozen checkpoint: maps of low rank that act on mask tokens alone."""
+
+    rank: int
+    """Rank of each map; a map serves all projections that read the same input."""
+    block_len: int
+    """K: mask tokens of a block with a vector of their own. Later masks use the last vector."""
+    places: tuple[str, ...] = ADAPTER_PLACES
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"adapter rank is {self.rank}; it must be at least 1")
+        _require(self.block_len >= 1, f"adapter block_len is {self.block_len}; it must be at least 1")
+        _require(
+            0 < len(self.places) == len({*self.places} & {*ADAPTER_PLACES}),
+            f"adapter places are {self.places}; name some of {', '.join(ADAPTER_PLACES)}, each at most once",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a decoder-only transformer of the Llama, Qwen2 or Qwen3 family."""
 
@@ -76,8 +97,19 @@ class ModelConfig:
     """Id of the mask token, which stands for "to be predicted"; its logit is minus infinity everywhere."""
     link_rank: int = 0
     """Rank of the link from a draft to the token before it; 0: drafts of a block are independent, as in the paper."""
+    adapter: AdapterConfig | None = None
+    """Draft adapter, if the weights of the checkpoint stay as they are; the mask token is then outside the vocabulary."""
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the model has mask tokens; without them it decodes in autoregressive mode alone."""
+        return self.mask_id is not None or self.adapter is not None
 
     def __post_init__(self) -> None:
+        _require(
+            self.mask_id is None or self.adapter is None,
+            f"mask_id is {self.mask_id} and the model has a draft adapter, whose mask token needs no id; give one",
+        )
         _require(self.link_rank >= 0, f"link_rank is {self.link_rank}; it must be 0 (no link) or more")
         _require(
             self.architecture in ARCHITECTURES,

@@ -38,7 +38,7 @@ class DecoderSize:
         page_len: int,
     ) -> "DecoderSize":
         """Sizes for a model and its drafts, with the arguments of `Decoder`. Raises ConfigError if they do not fit."""
-        if draft.block_len > 1 and config.mask_id is None:
+        if draft.block_len > 1 and not config.drafting:
             raise ConfigError(
                 f"block_len is {draft.block_len} and the model has no mask token; train it in dual mode, "
                 "or decode with block_len 1"
