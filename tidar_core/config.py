@@ -98,7 +98,7 @@ class ModelConfig:
     link_rank: int = 0
     """Rank of the link from a draft to the token before it; 0: drafts of a block are independent, as in the paper."""
     adapter: AdapterConfig | None = None
-    """Draft adapter, if the weights of the checkpoint stay as they are; no id of the vocabulary is then a mask token."""
+    """Draft adapter, if the checkpoint's weights stay as they are. No id of the vocabulary is then a mask token."""
 
     @property
     def drafting(self) -> bool:

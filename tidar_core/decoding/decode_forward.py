@@ -4,8 +4,11 @@ It is the transformer of `model`, in the order that suits a decode step. Each re
 norm that follows it. Keys and values go straight to their pages, and one gathering serves all layers. The functions it
 runs come from `kernels`, so that a CPU and a GPU differ in nothing else.
 
-Shape letters: B sequences, C clean tokens, R query tokens, N pages of a sequence, H query heads, D head width,
-E embedding.
+A draft adapter acts on the query tokens behind the clean ones. So what a token is, and not its id, decides: a text may
+hold any id.
+
+Shape letters: B sequences, C clean tokens, R query tokens, K block length, N pages of a sequence, H query heads,
+D head width, E embedding.
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from torch import Tensor
 from tidar_core.config import ModelConfig
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.kernels import Kernels, kernels_for
+from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -30,15 +34,20 @@ class DecodeForward:
     So a decode step looks up no module. The weights are final.
     """
 
-    def __init__(self, model: TidarModel, cache: KVCache, *, positions: int, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, model: TidarModel, cache: KVCache, *, positions: int, block_len: int, kernels: Kernels | None = None
+    ) -> None:
         """positions  number of positions that a token may have, from 0
+        block_len  most mask tokens of a block
         kernels    the kernels of the cache's device by default
         """
         self.model, self.cache = model, cache
         position_1L = torch.arange(positions, device=cache.pages.device)[None]
         self._cos_LD, self._sin_LD = (half[0, :, 0] for half in model.rotation(position_1L, cache.pages.dtype))
         self._kernels = kernels or kernels_for(cache.pages.device)
-        self._layers = [_LayerWeights.of(layer, model.config) for layer in model.layers]
+        self._masks_KE = _mask_embeddings(model, block_len)
+        adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
+        self._layers = [_LayerWeights.of(*both, model.config) for both in zip(model.layers, adapters)]
 
     def __call__(
         self,
@@ -64,58 +73,79 @@ class DecodeForward:
         gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, pattern.visible_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
         page_slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
-        x = F.embedding(_with_masks(clean_BC, pattern.masks, config.mask_id), self.model.embedding.weight)
+        x = F.embedding(clean_BC, self.model.embedding.weight)
+        if pattern.masks:
+            masks_ME = F.embedding(pattern.offset_M, self._masks_KE)
+            x = torch.cat([x, masks_ME.expand(len(x), -1, -1)], 1)
         cos, sin = F.embedding(position_BR, self._cos_LD), F.embedding(position_BR, self._sin_LD)
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):
             x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
             q, k, v = kernels.rotate_and_store(
-                F.linear(x, layer.qkv, layer.qkv_bias), layer.norm, cos, sin, pages, page_slot_BC,
-                eps=eps, heads=config.heads,
-            )  # fmt: skip
-            x = F.linear(gather(q, k, v, pages).flatten(2), layer.output, layer.output_bias)
+                layer.qkv(x, clean_len), layer.norm, cos, sin, pages, page_slot_BC, eps=eps, heads=config.heads
+            )
+            x = layer.output(gather(q, k, v, pages).flatten(2), clean_len)
             x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = F.linear(kernels.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            x = layer.down(kernels.silu_mul(layer.gate_up(x, clean_len)), clean_len)
         return kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A linear map, and what a draft adapter adds to it for masks."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    """Holds the adapter's scale."""
+
+    @staticmethod
+    def of(linear: Any, adapter: LowRank | None) -> "_Product":
+        if adapter is None:
+            return _Product(linear.weight, linear.bias, None, None)
+        return _Product(linear.weight, linear.bias, adapter.down, adapter.up * ADAPTER_SCALE)
+
+    def __call__(self, x_BRN: Tensor, clean_len: int) -> Tensor:
+        y_BRN = F.linear(x_BRN, self.weight, self.bias)
+        if self.down is not None and self.up is not None and x_BRN.shape[1] > clean_len:
+            y_BRN[:, clean_len:] += F.linear(F.linear(x_BRN[:, clean_len:], self.down), self.up)
+        return y_BRN
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerWeights:
     attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: _Product
     norm: Tensor | None
     """Weights of the norms of query and key heads."""
-    output: Tensor
-    output_bias: Tensor | None
+    output: _Product
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: _Product
+    down: _Product
 
     @staticmethod
-    def of(layer: Any, config: ModelConfig) -> "_LayerWeights":
+    def of(layer: Any, adapter: Any, config: ModelConfig) -> "_LayerWeights":
         attention, mlp, norm = layer.attention, layer.mlp, None
         if attention.q_norm is not None:
             of_heads = ((attention.q_norm, config.heads), (attention.k_norm, config.kv_heads))
             norm = torch.cat([of_head.weight.expand(heads, -1) for of_head, heads in of_heads])
         return _LayerWeights(
             attention_norm=layer.attention_norm.weight,
-            qkv=attention.qkv.weight,
-            qkv_bias=attention.qkv.bias,
+            qkv=_Product.of(attention.qkv, adapter and adapter.qkv),
             norm=norm,
-            output=attention.output.weight,
-            output_bias=attention.output.bias,
+            output=_Product.of(attention.output, adapter and adapter.output),
             mlp_norm=layer.mlp_norm.weight,
-            gate_up=mlp.gate_up.weight,
-            gate_up_bias=mlp.gate_up.bias,
-            down=mlp.down.weight,
-            down_bias=mlp.down.bias,
+            gate_up=_Product.of(mlp.gate_up, adapter and adapter.gate_up),
+            down=_Product.of(mlp.down, adapter and adapter.down),
         )
 
 
-def _with_masks(clean_BC: Tensor, masks: int, mask_id: int | None) -> Tensor:
-    if not masks:
-        return clean_BC
-    return torch.cat([clean_BC, clean_BC.new_full((len(clean_BC), masks), mask_id or 0)], 1)
+@torch.no_grad()
+def _mask_embeddings(model: TidarModel, block_len: int) -> Tensor:
+    """Embeddings [K, E] of the masks of a block; none for a model without mask tokens."""
+    if model.adapter is not None:
+        offset_K: Tensor = torch.arange(block_len, device=model.embedding.weight.device)
+        return model.adapter(offset_K)
+    weight, mask_id = model.embedding.weight, model.config.mask_id
+    return weight[:0] if mask_id is None else weight[mask_id].expand(block_len, -1)

@@ -73,7 +73,7 @@ class DecodeStepRunner:
         """kernels  the kernels of the cache's device by default"""
         self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
-        self._forward = DecodeForward(model, cache, positions=positions, kernels=kernels)
+        self._forward = DecodeForward(model, cache, positions=positions, block_len=draft.block_len, kernels=kernels)
         self._link = None if model.link is None else model.link.final(tuning.looked_up_tokens)
         device = cache.pages.device
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
@@ -118,7 +118,8 @@ class DecodeStepRunner:
         B, C = batch, plan.clean_len
         sampling = state.sampling(slice(0, B))
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
-        hidden_BRE = self._forward(state.page_table[:B], prefix_B, draft_BC, tensors.pattern, used_pages)
+        read_BC = draft_BC.clamp(min=0)  # NO_DRAFT is rejected, whatever is read in its place
+        hidden_BRE = self._forward(state.page_table[:B], prefix_B, read_BC, tensors.pattern, used_pages)
         together = bool(plan.groups) and plan.query_tokens(self.draft.block_len) <= self._tuning.one_product_tokens
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]

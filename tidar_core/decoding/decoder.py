@@ -32,6 +32,7 @@ from tidar_core.decoding.request import DecodeStep, Request, check_request
 from tidar_core.decoding.sampling import SamplingTensors
 from tidar_core.decoding.sequence import Sequence
 from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -147,7 +148,7 @@ class Decoder:
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
         batch, used_pages = len(self.running), page_count(self.context, self.cache.page_len)
         ruled = {slot: sequence.rules for slot, sequence in enumerate(self.running) if sequence.rules is not None}
-        adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len]) if ruled else None
+        adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len].clamp(min=0)) if ruled else None
         outcome = self._launch(batch, plan, used_pages, adjust)
         blocks, logits = blocks_after(plan, self.draft.block_len), outcome.ar_logits
         steps = []
@@ -177,13 +178,16 @@ class Decoder:
         """Replace the first drafts of a running sequence, as if the model had proposed `tokens` outright.
 
         No more drafts are pending. Any proposals leave the text the same; only the number of forwards changes.
+
+        tokens  ids, or NO_DRAFT
         """
         slot, drafted = self.running.index(sequence), slice(1, 1 + len(tokens))
         chosen = torch.tensor(tokens, dtype=torch.long, device=self.device)
         self._state.draft[slot, drafted] = chosen
         if self._state.proposal is not None:
             self._state.proposal[slot, drafted] = 0.0
-            self._state.proposal[slot, drafted].scatter_(1, chosen[:, None], 1.0)
+            made = (chosen[:, None] != NO_DRAFT).float()
+            self._state.proposal[slot, drafted].scatter_(1, chosen[:, None].clamp(min=0), made)
         sequence.set_block(1 + len(tokens), sequence.mask_offset)
 
     @contextmanager

@@ -38,6 +38,8 @@ class QueryPattern:
 
     masks: int
     """Number of masks; the clean tokens come before them."""
+    offset_M: Tensor
+    """Index of each mask in its block, from 0."""
     position_R: Tensor
     """Positions after an empty prefix."""
     visible_RR: Tensor
@@ -47,7 +49,8 @@ class QueryPattern:
     def of(clean_len: int, groups: tuple[int, ...], width: int, device: torch.device) -> "QueryPattern":
         """The pattern of `clean_len` clean tokens, then `width` masks for each group."""
         layout = decode_rows(clean_len, groups, width, device)
-        return QueryPattern(len(groups) * width, layout.position, dense_visibility(layout, layout))
+        offset_M = (layout.position - layout.horizon - 1)[clean_len:]
+        return QueryPattern(len(groups) * width, offset_M, layout.position, dense_visibility(layout, layout))
 
 
 @dataclass(frozen=True, slots=True)

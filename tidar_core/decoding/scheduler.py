@@ -15,6 +15,7 @@ from tidar_core.decoding.page_pool import PagePool, SequencePages
 from tidar_core.decoding.request import DecodeStep, Request
 from tidar_core.decoding.sequence import Sequence
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
+from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.errors import CapacityError, RequestError
 
 __all__ = ["MAX_WAITING", "PREFILL_TOKENS", "Scheduler"]
@@ -204,16 +205,15 @@ class Scheduler:
     def _plan(self) -> StepPlan:
         """The autoregressive plan if no request wants drafts, else the planner's.
 
-        In a mixed batch, requests without drafts get mask tokens as drafts, which are always rejected.
+        In a mixed batch, the drafts of requests without drafts are NO_DRAFT, which is always rejected.
         """
         undrafted = [sequence for sequence in self.decoder.running if not sequence.request.speculative]
         if len(undrafted) == len(self.decoder.running):
             return StepPlan(1)
         plan = self.planner.next_plan(self.pending, self.decoder.context)
-        mask_id = self.decoder.model.config.mask_id
-        if plan.clean_len > 1 and mask_id is not None:
+        if plan.clean_len > 1:
             for sequence in undrafted:
-                self.decoder.redraft(sequence, [mask_id] * (plan.clean_len - 1))
+                self.decoder.redraft(sequence, [NO_DRAFT] * (plan.clean_len - 1))
         return plan
 
     def _make_room(self, clean_len: int) -> None:

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from tidar_core.decoding.sampling import draw
 
-__all__ = ["Verdict", "verify_argmax", "verify_sampled"]
+__all__ = ["NO_DRAFT", "Verdict", "verify_argmax", "verify_sampled"]
+
+
+NO_DRAFT = -1
+"""Id in the place of a draft that was never made. It is always rejected, and the target alone chooses the token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Verdict:
 def verify_argmax(draft_BK: Tensor, target_BK: Tensor) -> Verdict:
     """Accept drafts while they equal the draws of the target.
 
-    draft_BK   d_1..d_K; d_1 is final already
+    draft_BK   d_1..d_K, or NO_DRAFT; d_1 is final already
     target_BK  tokens drawn from the distribution after d_j, given the prefix and d_1..d_j
     """
     if draft_BK.shape[1] == 1:
@@ -55,17 +59,18 @@ def verify_sampled(
 ) -> Verdict:
     """Accept drafts by the ratio test.
 
-    draft_BK           d_1..d_K; d_1 is final already
+    draft_BK           d_1..d_K, or NO_DRAFT; d_1 is final already
     target_BKV         distribution p of the token after d_j, given the prefix and d_1..d_j
-    proposal_BKV       distribution q that d_j was drawn from; column 0 is not read
+    proposal_BKV       distribution q that d_j was drawn from, zeros for NO_DRAFT; column 0 is not read
     accept_uniform_BK  draws in [0, 1); column j decides on d_{j+1}, the last is not read
     target_uniform_BK  draws in [0, 1); column n - 1 chooses the token after d_n
     """
     K = draft_BK.shape[1]
-    tested_BK1 = draft_BK[:, 1:, None]
+    tested_BK1 = draft_BK[:, 1:, None].clamp(min=0)
     p_BK = target_BKV[:, :-1].gather(-1, tested_BK1)[..., 0]
     q_BK = proposal_BKV[:, 1:].gather(-1, tested_BK1)[..., 0]
-    accepted_B = _leading(accept_uniform_BK[:, :-1] * q_BK < p_BK)  # u < p / q, without the division
+    stands_BK = accept_uniform_BK[:, :-1] * q_BK < p_BK  # u < p / q, without the division
+    accepted_B = _leading(stands_BK & (draft_BK[:, 1:] != NO_DRAFT))
     batch_B = torch.arange(len(accepted_B), device=accepted_B.device)
     target_BV = target_BKV[batch_B, accepted_B - 1]
     residual_BV = (target_BV - proposal_BKV[batch_B, accepted_B.clamp(max=K - 1)]).clamp(min=0)

@@ -168,7 +168,7 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     prefix_B = torch.full((batch,), context, dtype=torch.long, device=weight.device)
     token_BR = torch.zeros(batch, rows, dtype=torch.long, device=weight.device)
 
-    read = DecodeForward(model, cache, positions=context + rows)
+    read = DecodeForward(model, cache, positions=context + rows, block_len=1)
     pattern = QueryPattern.of(rows, (), 1, weight.device)
 
     def forward() -> None:

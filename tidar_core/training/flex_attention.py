@@ -4,19 +4,20 @@ How does a long row attend without a square of scores?
 
 The rule decides which tiles of 128 x 128 scores are empty, mixed or full. Empty tiles cost nothing, and full tiles need
 no rule. Next-token rows and the doubled training row use the same form: their layouts differ, the rule does not. Equal
-to DenseAttention up to rounding, forward and backward.
+to DenseAttention up to rounding, forward and backward. The fused backward pass computes gradients of all keys, also of
+clean keys that need none.
 
 Shape letters: B sequences, L tokens, H heads, D head width, N tiles of a side.
 """
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from tidar_core.transformer.layout import TokenLayout
+from tidar_core.transformer.layout import CLEAN, TokenLayout
 from tidar_core.transformer.visibility import dense_visibility, flex_rule
 
 __all__ = ["FlexAttention"]
@@ -34,16 +35,9 @@ class FlexAttention:
 
     def __init__(self, layout: TokenLayout, *, pairs_at_once: int = PAIRS_AT_ONCE) -> None:
         """pairs_at_once  pairs of tokens examined at once while tiles are classified"""
-        facts = layout.apply(Tensor.int)
-        row_len = facts.position.shape[-1]
-        mixed, full = _tiles(facts, pairs_at_once)
-        self.block_mask = BlockMask.from_kv_blocks(
-            *_ordered(mixed),
-            *_ordered(full),
-            BLOCK_SIZE=TILE,
-            mask_mod=flex_rule(facts, facts),
-            seq_lengths=(row_len, row_len),
-        )
+        self._layout, self._pairs_at_once = layout.apply(Tensor.int), pairs_at_once
+        self._clean_len = int((layout.block[0] == CLEAN).sum())
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def suits(device: torch.device, row_len: int, head_size: int) -> bool:
@@ -51,23 +45,62 @@ class FlexAttention:
         return device.type == "cuda" and row_len >= TILE and head_size >= NARROWEST_HEAD
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-        grouped = q.shape[1] != k.shape[1]
-        inside = torch.compiler.is_compiling() or not q.is_cuda
-        attention = flex_attention if inside else _compiled()
-        return attention(q, k, v, block_mask=self.block_mask, enable_gqa=grouped).transpose(1, 2)
+        return _gathered(q_BLHD, k_BLHD, v_BLHD, self.block_mask)
+
+    def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Gathered values of clean tokens, as `SplitAttention` defines them."""
+        self._kept[layer] = k_BSHD, v_BSHD
+        return _gathered(q_BSHD, k_BSHD, v_BSHD, self._clean_mask)
+
+    def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        """Gathered values of masks, as `SplitAttention` defines them."""
+        clean_k, clean_v = self._kept[layer]
+        keys, values = torch.cat([clean_k, k_BMHD], 1), torch.cat([clean_v, v_BMHD], 1)
+        return _gathered(q_BMHD, keys, values, self._mask_mask)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Tiles of all tokens against all tokens."""
+        return _block_mask(self._layout, self._layout, self._pairs_at_once)
+
+    @cached_property
+    def _clean_mask(self) -> BlockMask:
+        clean = self._layout[:, : self._clean_len]
+        return _block_mask(clean, clean, self._pairs_at_once)
+
+    @cached_property
+    def _mask_mask(self) -> BlockMask:
+        return _block_mask(self._layout[:, self._clean_len :], self._layout, self._pairs_at_once)
 
 
-def _tiles(layout: TokenLayout, pairs_at_once: int) -> tuple[Tensor, Tensor]:
+def _gathered(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, block_mask: BlockMask) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    grouped = q.shape[1] != k.shape[1]
+    inside = torch.compiler.is_compiling() or not q.is_cuda
+    attention = flex_attention if inside else _compiled()
+    return attention(q, k, v, block_mask=block_mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def _block_mask(query: TokenLayout, key: TokenLayout, pairs_at_once: int) -> BlockMask:
+    mixed, full = _tiles(query, key, pairs_at_once)
+    return BlockMask.from_kv_blocks(
+        *_ordered(mixed),
+        *_ordered(full),
+        BLOCK_SIZE=TILE,
+        mask_mod=flex_rule(query, key),
+        seq_lengths=(query.position.shape[-1], key.position.shape[-1]),
+    )
+
+
+def _tiles(query: TokenLayout, key: TokenLayout, pairs_at_once: int) -> tuple[Tensor, Tensor]:
     """Mixed and full tiles [B, N, N]: some but not all pairs of a mixed tile see each other; in a full tile all do."""
-    row_len = layout.position.shape[-1]
-    tiles = -(-row_len // TILE)
-    beyond = tiles * TILE - row_len
+    lengths = query.position.shape[-1], key.position.shape[-1]
+    queries, keys = (-(-length // TILE) for length in lengths)
+    beyond = queries * TILE - lengths[0], keys * TILE - lengths[1]
     some, every = [], []
-    for rows in torch.arange(len(layout.position)).split(max(1, pairs_at_once // row_len**2)):
-        part = layout[rows[0] : rows[-1] + 1]
-        visible = F.pad(dense_visibility(part, part), (0, beyond, 0, beyond))
-        visible = visible.view(-1, tiles, TILE, tiles, TILE)
+    for rows in torch.arange(len(query.position)).split(max(1, pairs_at_once // (lengths[0] * lengths[1]))):
+        visible = dense_visibility(*(part[rows[0] : rows[-1] + 1] for part in (query, key)))
+        visible = F.pad(visible, (0, beyond[1], 0, beyond[0])).view(-1, queries, TILE, keys, TILE)
         some.append(visible.any(-1).any(-2))
         every.append(visible.all(-1).all(-2))
     full = torch.cat(every)

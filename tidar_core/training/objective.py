@@ -13,7 +13,7 @@ from tidar_core.training.flex_attention import FlexAttention
 from tidar_core.training.losses import LossSums, chunk_loss, loss_sums
 from tidar_core.training.recipe import Recipe
 from tidar_core.training.sequence_parallel import SequenceParallel
-from tidar_core.transformer.attention import Attention, PiecewiseAttention
+from tidar_core.transformer.attention import PiecewiseAttention, SplitAttention
 from tidar_core.transformer.layout import TokenLayout
 from tidar_core.transformer.model import TidarModel
 
@@ -30,7 +30,7 @@ class Objective(nn.Module):
         dual: bool,
         block_len: int,
         recipe: Recipe | None = None,
-        attention: Callable[[TokenLayout], Attention] | None = None,
+        attention: Callable[[TokenLayout], SplitAttention] | None = None,
         shared: SequenceParallel | None = None,
         logits_at_once: int | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class Objective(nn.Module):
             hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered, self._logits_at_once
         )
 
-    def _attention_of_device(self, layout: TokenLayout) -> Attention:
+    def _attention_of_device(self, layout: TokenLayout) -> SplitAttention:
         table = self.model.embedding.weight
         if FlexAttention.suits(table.device, layout.position.shape[-1], self.model.config.head_size):
             return FlexAttention(layout)

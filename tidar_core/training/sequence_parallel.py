@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import TrainBatch
-from tidar_core.transformer.attention import Attention
+from tidar_core.transformer.attention import Attention, SplitAttention
 
-__all__ = ["SequenceParallel", "activation_bytes", "require_equal_heads", "require_equal_runs"]
+__all__ = ["ExchangedAttention", "SequenceParallel", "activation_bytes", "require_equal_heads", "require_equal_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class SequenceParallel:
             whole=batch.layout,
         )
 
-    def attention(self, whole: Attention, clean_len: int) -> Attention:
+    def attention(self, whole: SplitAttention, clean_len: int) -> "ExchangedAttention":
         """Attention for this worker's tokens.
 
         whole      attention of whole rows
         clean_len  clean tokens of this worker
         """
-        return _ExchangedAttention(self, whole, clean_len)
+        return ExchangedAttention(self, whole, clean_len)
 
     def gathered(self, hidden_BlE: Tensor) -> Tensor:
         """Hidden states of the clean half of whole rows [B, S, E], without gradients."""
@@ -134,17 +134,33 @@ def require_equal_heads(workers: int, heads: int) -> None:
         raise ConfigError(f"sequence_parallel is {workers}; it must divide the model's {heads} heads")
 
 
-class _ExchangedAttention:
-    def __init__(self, workers: SequenceParallel, whole: Attention, clean_len: int) -> None:
-        self.workers, self.whole, self.clean_len = workers, whole, clean_len
+class ExchangedAttention:
+    """Attention over whole rows, for a worker that holds some of their tokens."""
+
+    def __init__(self, workers: SequenceParallel, whole: SplitAttention, clean_len: int) -> None:
+        self._workers, self._whole, self._clean_len = workers, whole, clean_len
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        heads, kv_heads, W = q_BLHD.shape[2], k_BLHD.shape[2], self.workers.workers
+        return self._exchanged(self._whole, self._clean_len, layer, q_BLHD, k_BLHD, v_BLHD)
+
+    def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Gathered values of clean tokens, as `SplitAttention` defines them."""
+        return self._exchanged(self._whole.clean, q_BSHD.shape[1], layer, q_BSHD, k_BSHD, v_BSHD)
+
+    def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        """Gathered values of masks, as `SplitAttention` defines them."""
+        return self._exchanged(self._whole.masks, 0, layer, q_BMHD, k_BMHD, v_BMHD)
+
+    def _exchanged(
+        self, whole: Attention, clean_len: int, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor
+    ) -> Tensor:
+        """What `whole` gathers for this worker's tokens, the first `clean_len` of which are clean."""
+        heads, kv_heads, W = q_BLHD.shape[2], k_BLHD.shape[2], self._workers.workers
         require_equal_heads(W, heads)
         if kv_heads % W:
             k_BLHD, v_BLHD = (x.repeat_interleave(heads // kv_heads, 2) for x in (k_BLHD, v_BLHD))
-        q, k, v = (self.workers.by_heads(x, self.clean_len) for x in (q_BLHD, k_BLHD, v_BLHD))
-        return self.workers.by_tokens(self.whole(layer, q, k, v), self.clean_len)
+        q, k, v = (self._workers.by_heads(x, clean_len) for x in (q_BLHD, k_BLHD, v_BLHD))
+        return self._workers.by_tokens(whole(layer, q, k, v), clean_len)
 
 
 class _Exchange(torch.autograd.Function):

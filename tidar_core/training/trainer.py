@@ -25,7 +25,7 @@ from tidar_core.training.packing import PackedRows
 from tidar_core.training.recipe import Recipe
 from tidar_core.training.row_order import rows_of_step, seeds_of_step
 from tidar_core.training.schedule import Schedule
-from tidar_core.transformer.attention import Attention
+from tidar_core.transformer.attention import SplitAttention
 from tidar_core.transformer.layout import TokenLayout
 from tidar_core.transformer.model import TidarModel
 
@@ -107,7 +107,7 @@ class Trainer:
         block_len: int,
         optimisation: Optimisation | None = None,
         compiled: bool = False,
-        attention: Callable[[TokenLayout], Attention] | None = None,
+        attention: Callable[[TokenLayout], SplitAttention] | None = None,
     ) -> None:
         """compiled   compile layers and loss for each shape at its first forward
         attention  makes the attention for a batch's layout; `None` chooses by device

@@ -11,6 +11,7 @@ Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, G key he
 D head width, P query tokens of a chunk, W keys that they may see.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -22,7 +23,7 @@ from torch import Tensor
 from tidar_core.transformer.layout import CLEAN, TokenLayout
 from tidar_core.transformer.visibility import dense_visibility
 
-__all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "attend"]
+__all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "SplitAttention", "attend"]
 
 CLEAN_CHUNK = 256
 """Clean tokens of a chunk. The fused kernel takes them: it keeps no scores, and gains little from shorter chunks."""
@@ -42,6 +43,26 @@ class Attention(Protocol):
         ...
 
 
+class SplitAttention(Protocol):
+    """Attention whose clean tokens and mask tokens come one after the other, layer by layer.
+
+    `clean` and `masks` are an `Attention` each, for the S clean tokens and for the M masks behind them. A call takes
+    all tokens at once.
+    """
+
+    def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+        """Gathered values [B, L, H, D] of all tokens, as `Attention` defines them."""
+        ...
+
+    def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Gathered values [B, S, H, D] of clean tokens. Their keys and values are kept for `masks`."""
+        ...
+
+    def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        """Gathered values [B, M, H, D] of masks, which also see clean tokens of the same layer."""
+        ...
+
+
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, visible_BQK: Tensor) -> Tensor:
     """Softmax attention [B, H, Q, D]; every query must see at least one key."""
     grouped = q_BHQD.shape[1] != k_BHKD.shape[1]
@@ -53,10 +74,22 @@ class DenseAttention:
 
     def __init__(self, layout: TokenLayout) -> None:
         self.visible_BLL = dense_visibility(layout, layout)
+        self._clean: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-        return attend(q, k, v, self.visible_BLL).transpose(1, 2)
+        return attend(q, k, v, self.visible_BLL[:, -q.shape[2] :, : k.shape[2]]).transpose(1, 2)
+
+    def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Gathered values of clean tokens, as `SplitAttention` defines them."""
+        S, self._clean[layer] = q_BSHD.shape[1], (k_BSHD, v_BSHD)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
+        return attend(q, k, v, self.visible_BLL[:, :S, :S]).transpose(1, 2)
+
+    def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        """Gathered values of masks, as `SplitAttention` defines them."""
+        clean_k, clean_v = self._clean[layer]
+        return self(layer, q_BMHD, torch.cat([clean_k, k_BMHD], 1), torch.cat([clean_v, v_BMHD], 1))
 
 
 class PiecewiseAttention:
@@ -77,60 +110,95 @@ class PiecewiseAttention:
         """
         facts = layout.apply(Tensor.int)
         S, L = int((facts.block[0] == CLEAN).sum()), facts.position.shape[-1]
-        self._clean = [_Chunk.of(facts, queries, (slice(0, S),)) for queries in _cut(0, S, clean_chunk)]
-        self._masks = [_Chunk.of(facts, queries, (slice(0, S), slice(S, L))) for queries in _cut(S, L, mask_chunk)]
+        clean, masks = facts[:, :S], facts[:, S:]
+        self._clean_len = S
+        self._clean = [_Chunk.of(clean[:, queries], queries, (clean,)) for queries in _cut(S, clean_chunk)]
+        self._masks = [_Chunk.of(masks[:, queries], queries, (clean, masks)) for queries in _cut(L - S, mask_chunk)]
         self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
                       for p in self._masks]  # fmt: skip
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-        gathered = [
-            attend(q[:, :, chunk.queries], chunk.seen(k), chunk.seen(v), chunk.visible_BPW) for chunk in self._clean
-        ]
+        S = self._clean_len
+        gathered = [self.clean(layer, q_BLHD[:, :S], k_BLHD[:, :S], v_BLHD[:, :S])]
         if self._masks:
-            q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
-        for chunk, bias_BPW in zip(self._masks, self._bias):
-            gathered.append(_attend(q[:, :, :, chunk.queries], chunk.seen(k), chunk.seen(v), bias_BPW))
+            gathered.append(self.masks(layer, q_BLHD[:, S:], k_BLHD[:, S:], v_BLHD[:, S:]))
+        del self._kept[layer]
+        return torch.cat(gathered, 1)
+
+    def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Gathered values of clean tokens, as `SplitAttention` defines them."""
+        self._kept[layer] = k_BSHD, v_BSHD
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
+        gathered = []
+        for chunk in self._clean:
+            (run,) = chunk.runs
+            gathered.append(attend(q[:, :, chunk.queries], run.of((k,)), run.of((v,)), chunk.visible_BPW))
+        return torch.cat(gathered, 2).transpose(1, 2)
+
+    def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        """Gathered values of masks, as `SplitAttention` defines them."""
+        clean_k, clean_v = self._kept[layer]
+        q, *halves = (x.transpose(1, 2) for x in (q_BMHD, clean_k, k_BMHD, clean_v, v_BMHD))
+        k, v = halves[:2], halves[2:]
+        q = q.unflatten(1, (k[0].shape[1], -1)) * q.shape[-1] ** -0.5
+        gathered = [
+            _attend(q[:, :, :, chunk.queries], [r.of(k) for r in chunk.runs], [r.of(v) for r in chunk.runs], bias_BPW)
+            for chunk, bias_BPW in zip(self._masks, self._bias)
+        ]
         return torch.cat(gathered, 2).transpose(1, 2)
 
 
-def _attend(q_BGRPD: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, bias_BPW: Tensor) -> Tensor:
-    """Softmax attention [B, H, P, D] by plain products; q is scaled already."""
+def _attend(q_BGRPD: Tensor, k_BGWD: Sequence[Tensor], v_BGWD: Sequence[Tensor], bias_BPW: Tensor) -> Tensor:
+    """Softmax attention [B, H, P, D] by plain products; q is scaled already.
+
+    Keys and values come in runs. A run that needs no gradient costs none.
+    """
     grid = q_BGRPD.shape[2:4]
-    score_BGRPW = (q_BGRPD.flatten(2, 3) @ k_BGWD.transpose(-1, -2)).unflatten(2, grid)
-    weight_BGRPW = torch.softmax(score_BGRPW + bias_BPW[:, None, None], -1)
-    return (weight_BGRPW.flatten(2, 3) @ v_BGWD).unflatten(2, grid).flatten(1, 2)
+    q = q_BGRPD.flatten(2, 3)
+    score_BGRPW = torch.cat([q @ k.transpose(-1, -2) for k in k_BGWD], -1).unflatten(2, grid)
+    weight = torch.softmax(score_BGRPW + bias_BPW[:, None, None], -1).flatten(2, 3)
+    runs = weight.split([v.shape[2] for v in v_BGWD], -1)
+    gathered = sum(w @ v for w, v in zip(runs[1:], v_BGWD[1:], strict=True))
+    return (runs[0] @ v_BGWD[0] + gathered).unflatten(2, grid).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run of keys in one half of the tokens."""
+
+    half: int
+    keys: slice
+
+    def of(self, halves: Sequence[Tensor]) -> Tensor:
+        """Keys or values [B, G, W, D] of the run; `halves` are those of clean tokens and of masks."""
+        return halves[self.half][:, :, self.keys]
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Query tokens, and the runs of keys that any of them sees."""
+    """Query tokens of one half, and the runs of keys that any of them sees."""
 
     queries: slice
-    runs: tuple[slice, ...]
+    runs: tuple[_Run, ...]
     visible_BPW: Tensor
 
     @staticmethod
-    def of(layout: TokenLayout, queries: slice, halves: tuple[slice, ...]) -> "_Chunk":
+    def of(query: TokenLayout, queries: slice, halves: tuple[TokenLayout, ...]) -> "_Chunk":
         """The chunk of `queries`; its run in each half is from the first to the last key that is seen."""
         runs, visible = [], []
-        for half in halves:
-            square_BPW = dense_visibility(layout[:, queries], layout[:, half])
+        for half, keys in enumerate(halves):
+            square_BPW = dense_visibility(query, keys)
             seen = square_BPW.flatten(0, 1).any(0).nonzero()[:, 0]
             if len(seen):
                 first, last = int(seen[0]), int(seen[-1])
-                runs.append(slice(half.start + first, half.start + last + 1))
+                runs.append(_Run(half, slice(first, last + 1)))
                 visible.append(square_BPW[..., first : last + 1])
         return _Chunk(queries, tuple(runs), torch.cat(visible, -1))
 
-    def seen(self, x_BGLD: Tensor) -> Tensor:
-        """Keys or values [B, G, W, D] of the runs."""
-        runs = [x_BGLD[:, :, run] for run in self.runs]
-        return torch.cat(runs, 2) if len(runs) > 1 else runs[0]
 
-
-def _cut(start: int, stop: int, longest: int) -> list[slice]:
-    """[start, stop) in the fewest slices of at most `longest`, as even as possible."""
-    count = -(-(stop - start) // longest)
-    edges = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
+def _cut(length: int, longest: int) -> list[slice]:
+    """[0, length) in the fewest slices of at most `longest`, as even as possible."""
+    count = -(-length // longest)
+    edges = [length * i // count for i in range(count + 1)] if count else []
     return [slice(a, b) for a, b in pairwise(edges)]

@@ -3,7 +3,7 @@
 The same model serves training and decoding. The `Attention` that it is called with decides which token sees which, and
 which keys are cached.
 
-Shape letters: B sequences, L tokens, E embedding, H heads, D head width, V vocabulary.
+Shape letters: B sequences, L tokens (the last M of them mask tokens), E embedding, H heads, D head width, V vocabulary.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidar_core.config import ModelConfig
-from tidar_core.transformer.attention import Attention
+from tidar_core.transformer.attention import Attention, SplitAttention
+from tidar_core.transformer.draft_adapter import DraftAdapter, LayerAdapter, LowRank
 
 __all__ = ["LOOKED_UP_TOKENS", "DraftLink", "TidarModel", "rotary_frequencies"]
 
@@ -34,6 +35,7 @@ class TidarModel(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
         self.link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
+        self.adapter = DraftAdapter(config) if config.adapter else None
         self.tie()
         self.recompute = False
         """Whether a forward keeps only the input of each layer; the backward pass then computes the rest again."""
@@ -43,13 +45,34 @@ class TidarModel(nn.Module):
         """Hidden states [B, L, E] after the last norm; pass the states to sample from to `head`."""
         hidden = self.embedding(token_BL)
         rotation = self.rotation(position_BL, hidden.dtype)
-        recompute = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            if recompute:
-                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, rotation, attention)
+            hidden = self._run(layer, hidden, rotation, attention)
         return self.norm(hidden)
+
+    def adapted(self, token_BL: Tensor, position_BL: Tensor, attention: SplitAttention, offset_BM: Tensor) -> Tensor:
+        """Hidden states [B, L, E], where the adapter embeds the M last tokens and acts on them.
+
+        Both streams of tokens meet in attention alone: masks read keys and values of clean tokens. If the checkpoint's
+        weights need no gradient, nothing of the clean stream is kept for a backward pass.
+
+        token_BL   ids; those of masks are not read
+        offset_BM  index of each mask in its block, from 0
+        """
+        assert self.adapter is not None, "the model has no adapter"
+        clean_len = token_BL.shape[1] - offset_BM.shape[1]
+        clean, masks = self.embedding(token_BL[:, :clean_len]), self.adapter(offset_BM)
+        rotation = self.rotation(position_BL, clean.dtype)
+        of_clean, of_masks = zip(*((half[:, :clean_len], half[:, clean_len:]) for half in rotation))
+        for layer, adapter in zip(self.layers, self.adapter.layers):
+            clean = self._run(layer, clean, of_clean, attention.clean)
+            masks = self._run(layer, masks, of_masks, attention.masks, adapter)
+        return torch.cat([self.norm(clean), self.norm(masks)], 1)
+
+    def _run(self, layer: nn.Module, hidden: Tensor, *inputs: object) -> Tensor:
+        """Hidden states after a layer; with `recompute`, a gradient needs only its input."""
+        if self.recompute and torch.is_grad_enabled() and hidden.requires_grad:
+            return checkpoint(layer, hidden, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(hidden, *inputs)
 
     def linked(self, logits: Tensor, before: Tensor) -> Tensor:
         """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known."""
@@ -67,7 +90,7 @@ class TidarModel(nn.Module):
         if self.link is not None:
             self.link.start(generator)
         for name, parameter in self.named_parameters():
-            if name.startswith("link."):
+            if name.startswith(("link.", "adapter.")):
                 continue
             if name.endswith("bias"):
                 parameter.zero_()
@@ -77,6 +100,8 @@ class TidarModel(nn.Module):
                 residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
                 scale = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        if self.adapter is not None:
+            self.adapter.start(self.embedding.weight, generator)
 
     def rotation(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, L, 1, D], computed in fp32 and rounded to `dtype`.
@@ -158,10 +183,19 @@ class Layer(nn.Module):
         self.mlp_norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """Hidden states [B, L, E] to hidden states [B, L, E]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        adapter: LayerAdapter | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, E] to hidden states [B, L, E].
+
+        adapter  maps to add, if all tokens are masks of a draft adapter
+        """
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention, adapter)
+        return hidden + self.mlp(self.mlp_norm(hidden), adapter)
 
 
 class SelfAttention(nn.Module):
@@ -177,14 +211,23 @@ class SelfAttention(nn.Module):
         self.q_norm = RmsNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RmsNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        adapter: LayerAdapter | None = None,
+    ) -> Tensor:
         """Hidden states [B, L, E] to hidden states [B, L, E]."""
-        qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_size))
+        qkv = _added(self.qkv(hidden), hidden, None if adapter is None else adapter.qkv).unflatten(
+            -1, (-1, self.head_size)
+        )
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         gathered = attention(self.index, _rotate(q, *rotation), _rotate(k, *rotation), v)
-        return self.output(gathered.flatten(2))
+        gathered = gathered.flatten(2)
+        return _added(self.output(gathered), gathered, None if adapter is None else adapter.output)
 
 
 class Mlp(nn.Module):
@@ -195,10 +238,11 @@ class Mlp(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, adapter: LayerAdapter | None = None) -> Tensor:
         """Hidden states [B, L, E] to hidden states [B, L, E]."""
-        gate, up = self.gate_up(hidden).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        gate, up = _added(self.gate_up(hidden), hidden, None if adapter is None else adapter.gate_up).chunk(2, -1)
+        gated = F.silu(gate) * up
+        return _added(self.down(gated), gated, None if adapter is None else adapter.down)
 
 
 class RmsNorm(nn.Module):
@@ -245,6 +289,11 @@ def _yarn_dimension(config: ModelConfig, context_len: int, rotations: float) -> 
     """Dimension whose frequency makes `rotations` turns within the original context."""
     turns = math.log(context_len / (rotations * 2 * math.pi))
     return config.head_size * turns / (2 * math.log(config.rope_theta))
+
+
+def _added(y: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
+    """y, the product of a linear map with x, plus the adapter's product."""
+    return y if adapter is None else y + adapter(x)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ def group_hidden(model, prompt, drafts, block_len):
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
             pattern = QueryPattern.of(rows.shape[1], groups, block_len, rows.device)
-            hidden = DecodeForward(model, cache, positions=40)(table, prefix, rows, pattern, -(-start // 4))
+            hidden = DecodeForward(model, cache, positions=40, block_len=4)(
+                table, prefix, rows, pattern, -(-start // 4)
+            )
     return hidden[0]
 
 

@@ -41,15 +41,15 @@ def test_chunks_equal_the_dense_square_forward_and_backward(name, heads, kv_head
 def test_a_chunk_takes_no_key_before_the_first_and_none_behind_the_last_that_it_sees():
     layout = training_layout(documents_row(8, 12), 4)
     form = PiecewiseAttention(layout, clean_chunk=5, mask_chunk=5)
-    assert [(chunk.queries, *chunk.runs) for chunk in form._clean] == [
-        (slice(0, 5), slice(0, 5)),
-        (slice(5, 10), slice(0, 10)),
-        (slice(10, 15), slice(8, 15)),
-        (slice(15, 20), slice(8, 20)),
+    assert [(chunk.queries, *[(run.half, run.keys) for run in chunk.runs]) for chunk in form._clean] == [
+        (slice(0, 5), (0, slice(0, 5))),
+        (slice(5, 10), (0, slice(0, 10))),
+        (slice(10, 15), (0, slice(8, 15))),
+        (slice(15, 20), (0, slice(8, 20))),
     ]
-    assert [(chunk.queries, *chunk.runs) for chunk in form._masks] == [
-        (slice(20, 25), slice(0, 4), slice(20, 28)),
-        (slice(25, 30), slice(0, 4), slice(24, 32)),
-        (slice(30, 35), slice(8, 12), slice(28, 36)),
-        (slice(35, 40), slice(8, 16), slice(32, 40)),
+    assert [(chunk.queries, *[(run.half, run.keys) for run in chunk.runs]) for chunk in form._masks] == [
+        (slice(0, 5), (0, slice(0, 4)), (1, slice(0, 8))),
+        (slice(5, 10), (0, slice(0, 4)), (1, slice(4, 12))),
+        (slice(10, 15), (0, slice(8, 12)), (1, slice(8, 16))),
+        (slice(15, 20), (0, slice(8, 16)), (1, slice(12, 20))),
     ]

@@ -1,0 +1,87 @@
+"""Adapter that drafts for a checkpoint whose own weights stay as they are.
+
+Mask tokens are query tokens of their own kind. Their embeddings are vectors of the adapter, and maps of low rank are
+added to the linear maps of each layer. Clean tokens pass by both, so that the autoregressive distribution is the
+checkpoint's, bit for bit (gated LoRA: arXiv 2507.11851, section 3). The adapter is never merged into the weights.
+
+Shape letters: B sequences, M mask tokens, K block length, E embedding.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tidar_core.config import AdapterConfig, ModelConfig
+
+__all__ = ["ADAPTER_SCALE", "DraftAdapter", "LayerAdapter", "LowRank", "freeze"]
+
+ADAPTER_SCALE = 2.0
+"""Factor on each product of low rank; its `up` is zero at the start, so the factor acts as a learning rate."""
+
+
+class DraftAdapter(nn.Module):
+    """Embeddings of mask tokens, and low-rank maps for each layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.adapter is not None, "the config names no adapter"
+        self.mask = nn.Parameter(torch.empty(config.hidden_size))
+        self.offset = nn.Parameter(torch.empty(config.adapter.block_len, config.hidden_size))
+        self.layers = nn.ModuleList(LayerAdapter(config, config.adapter) for _ in range(config.layers))
+
+    def forward(self, offset_BM: Tensor) -> Tensor:
+        """Embeddings [B, M, E] of mask tokens with these offsets in their blocks.
+
+        Offsets beyond the trained block length take the last vector.
+        """
+        return self.mask + F.embedding(offset_BM.clamp(max=len(self.offset) - 1), self.offset)
+
+    @torch.no_grad()
+    def start(self, table: Tensor, generator: torch.Generator) -> None:
+        """Set weights with which a mask token passes the layers as a token of the mean embedding does.
+
+        table  embedding table of the checkpoint [V, E]
+        """
+        self.mask.copy_(table.float().mean(0))
+        self.offset.zero_()
+        for name, weight in self.named_parameters():
+            if name.endswith(".down"):
+                bound = 1 / math.sqrt(weight.shape[1])
+                weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+            elif name.endswith(".up"):
+                weight.zero_()
+
+
+class LayerAdapter(nn.Module):
+    """Low-rank maps of one layer, at the places that the config names; `None` at the others."""
+
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig) -> None:
+        super().__init__()
+        hidden, inner, heads = config.hidden_size, config.intermediate_size, config.heads * config.head_size
+        kv = 2 * config.kv_heads * config.head_size
+        widths = {"qkv": (hidden, heads + kv), "output": (heads, hidden), "gate_up": (hidden, 2 * inner),
+                  "down": (inner, hidden)}  # fmt: skip
+        maps = {place: LowRank(*widths[place], adapter.rank) for place in widths if place in adapter.places}
+        self.qkv, self.output = maps.get("qkv"), maps.get("output")
+        self.gate_up, self.down = maps.get("gate_up"), maps.get("down")
+
+
+class LowRank(nn.Module):
+    """Product of two thin matrices."""
+
+    def __init__(self, width_in: int, width_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, width_in))
+        self.up = nn.Parameter(torch.empty(width_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., width_in] to its addition [.., width_out]."""
+        return F.linear(F.linear(x, self.down), self.up) * ADAPTER_SCALE
+
+
+def freeze(model: nn.Module) -> None:
+    """Let a model learn its adapter and its link alone; all other weights get no gradient."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.startswith(("adapter.", "link.")))
