@@ -170,7 +170,7 @@ class _Worker:
         loss = torch.zeros((), device=self.engine.device)
         for batch in batches:
             sums = self.engine.forward(batch)
-            self.engine.backward(dual_mode_loss(sums, job.alpha, ar_count, diffusion_count))
+            self.engine.backward(dual_mode_loss(sums, self.objective.recipe.alpha, ar_count, diffusion_count))
             window.add(sums, batch)
             loss = loss + sums.ar_sum.detach() + sums.diffusion_sum.detach()
         return self.engine.total(loss).item()

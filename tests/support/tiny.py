@@ -10,6 +10,7 @@ from tidar_core.artifacts.model import bundle as bundles
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.shards import Manifest, Split, shard_name, write_manifest, write_shard
 from tidar_core.artifacts.text.tokenizer import train_bpe
+from tidar_core.config import AdapterConfig
 from tidar_core.training.packing import PackedRows
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
@@ -30,6 +31,22 @@ def wide_model(config, seed=0):
 def varied_model(tokenizer, seed=0):
     """Random weights that do not repeat their last token: the head is another table than the embedding."""
     return wide_model(replace(named_shape("tiny", vocab_len=tokenizer.vocab_len), tied_head=False), seed)
+
+
+def adapted_model(config=None, *, rank=4, block_len=4, seed=0, **choices):
+    """A wide model of the `tiny` shape whose draft adapter, and link if it has one, are random too.
+
+    choices  further fields of the config
+    """
+    adapter = AdapterConfig(rank=rank, block_len=block_len)
+    config = replace(config or named_shape("tiny"), mask_id=None, adapter=adapter, **choices)
+    model = wide_model(config, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith(("adapter.", "link.")):
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
+    return model
 
 
 def save_tiny_bundle(folder):

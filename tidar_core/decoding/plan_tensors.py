@@ -49,8 +49,9 @@ class QueryPattern:
     def of(clean_len: int, groups: tuple[int, ...], width: int, device: torch.device) -> "QueryPattern":
         """The pattern of `clean_len` clean tokens, then `width` masks for each group."""
         layout = decode_rows(clean_len, groups, width, device)
-        offset_M = (layout.position - layout.horizon - 1)[clean_len:]
-        return QueryPattern(len(groups) * width, offset_M, layout.position, dense_visibility(layout, layout))
+        return QueryPattern(
+            len(groups) * width, layout.offset[clean_len:], layout.position, dense_visibility(layout, layout)
+        )
 
 
 @dataclass(frozen=True, slots=True)

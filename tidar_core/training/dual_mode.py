@@ -43,6 +43,8 @@ class TrainBatch:
     """Index in the clean half of the token that predicts the same token as the mask; `None`: no distillation."""
     distillation: float = 0.0
     """Share of the diffusion loss that compares with the teacher's distribution instead of the label."""
+    frozen: bool = False
+    """Whether the clean half is a frozen checkpoint's: it has no loss."""
     whole: TokenLayout | None = None
     """Layout of whole rows, if this is the part of one of several workers that share them; `None`: rows are whole."""
 

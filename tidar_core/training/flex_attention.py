@@ -10,7 +10,7 @@ clean keys that need none.
 Shape letters: B sequences, L tokens, H heads, D head width, N tiles of a side.
 """
 
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,16 @@ NARROWEST_HEAD = 16
 class FlexAttention:
     """Attention of every token to the tiles that it can see. Compiled on its own unless the caller is compiled."""
 
-    def __init__(self, layout: TokenLayout, *, pairs_at_once: int = PAIRS_AT_ONCE) -> None:
-        """pairs_at_once  pairs of tokens examined at once while tiles are classified"""
-        self._layout, self._pairs_at_once = layout.apply(Tensor.int), pairs_at_once
-        self._clean_len = int((layout.block[0] == CLEAN).sum())
+    def __init__(self, layout: TokenLayout, *, split: bool = False, pairs_at_once: int = PAIRS_AT_ONCE) -> None:
+        """split          whether clean tokens and masks come one after the other, instead of together
+        pairs_at_once  pairs of tokens examined at once while tiles are classified
+        """
+        facts = layout.apply(Tensor.int)
+        clean_len = int((layout.block[0] == CLEAN).sum()) if split else layout.block.shape[1]
+        clean, masks = facts[:, :clean_len], facts[:, clean_len:]
+        self.block_mask = _block_mask(clean, clean, pairs_at_once)
+        """Tiles of all tokens; of clean tokens alone, if they come apart from masks."""
+        self._mask_block_mask = _block_mask(masks, facts, pairs_at_once) if split else None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
@@ -50,27 +56,14 @@ class FlexAttention:
     def clean(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
         """Gathered values of clean tokens, as `SplitAttention` defines them."""
         self._kept[layer] = k_BSHD, v_BSHD
-        return _gathered(q_BSHD, k_BSHD, v_BSHD, self._clean_mask)
+        return self(layer, q_BSHD, k_BSHD, v_BSHD)
 
     def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
         """Gathered values of masks, as `SplitAttention` defines them."""
+        assert self._mask_block_mask is not None, "made for halves that come together"
         clean_k, clean_v = self._kept[layer]
         keys, values = torch.cat([clean_k, k_BMHD], 1), torch.cat([clean_v, v_BMHD], 1)
-        return _gathered(q_BMHD, keys, values, self._mask_mask)
-
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """Tiles of all tokens against all tokens."""
-        return _block_mask(self._layout, self._layout, self._pairs_at_once)
-
-    @cached_property
-    def _clean_mask(self) -> BlockMask:
-        clean = self._layout[:, : self._clean_len]
-        return _block_mask(clean, clean, self._pairs_at_once)
-
-    @cached_property
-    def _mask_mask(self) -> BlockMask:
-        return _block_mask(self._layout[:, self._clean_len :], self._layout, self._pairs_at_once)
+        return _gathered(q_BMHD, keys, values, self._mask_block_mask)
 
 
 def _gathered(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, block_mask: BlockMask) -> Tensor:

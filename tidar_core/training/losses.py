@@ -140,7 +140,9 @@ def loss_sums(
     """
     S = batch.ar_target_BS.shape[1]
     at_once = logits_at_once or (LOGITS_AT_ONCE_CUDA if hidden_BLE.is_cuda else LOGITS_AT_ONCE)
-    ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, at_once, hidden_BLE[:, :S])
+    ar_sum = hidden_BLE.new_zeros((), dtype=torch.float32)
+    if not batch.frozen:
+        ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, at_once, hidden_BLE[:, :S])
     ar_count, diffusion_count = label_counts(batch)
     hits_K = torch.zeros(block_len, device=hidden_BLE.device)
     count_K = torch.zeros_like(hits_K)
@@ -155,8 +157,7 @@ def loss_sums(
             head, batch.diffusion_target_BM, chunk_loss, at_once, hidden_BLE[:, S:], batch.diffusion_weight_BM,
             teacher_BME, batch.before_BM if link else None, batch.distillation, link,
         )  # fmt: skip
-        masks = batch.layout[:, S:]
-        offset_N = (masks.position - masks.horizon - 1).flatten()
+        offset_N = batch.layout[:, S:].offset.flatten()
         hits_K.index_add_(0, offset_N, hit_N.float())
         count_K.index_add_(0, offset_N, (target_N != IGNORED).float())
     return LossSums(ar_sum, diffusion_sum, ar_count, diffusion_count, hits_K, count_K)

@@ -1,14 +1,18 @@
 """Training forward of either objective, from packed rows to loss sums.
 
+A model with a draft adapter is trained in the dual objective alone. Its checkpoint is frozen, so its autoregressive
+loss has no weight and is not computed.
+
 The objective is a torch module, so that an engine that shards parameters sees every use of them inside one forward.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tidar_core.training.dual_mode import TrainBatch, ar_batch, dual_mode_batch
+from tidar_core.training.dual_mode import IGNORED, TrainBatch, ar_batch, dual_mode_batch
 from tidar_core.training.flex_attention import FlexAttention
 from tidar_core.training.losses import LossSums, chunk_loss, loss_sums
 from tidar_core.training.recipe import Recipe
@@ -41,13 +45,11 @@ class Objective(nn.Module):
         logits_at_once  logits that the loss holds at a time; `None` chooses by device
         """
         super().__init__()
-        assert not dual or model.config.mask_id is not None, "the dual objective needs a model with a mask token"
-        self.model, self.dual, self.block_len, self.recipe = (
-            model,
-            dual,
-            block_len,
-            (recipe or Recipe()).checked(block_len),
-        )
+        assert not dual or model.config.drafting, "the dual objective needs a model with a mask token"
+        assert dual or model.adapter is None, "a frozen checkpoint learns drafts alone: train the dual objective"
+        recipe = (recipe or Recipe()).checked(block_len)
+        self.recipe = recipe if model.adapter is None else recipe.frozen()
+        self.model, self.dual, self.block_len = model, dual, block_len
         self.chunk_loss, self._shared, self._logits_at_once = chunk_loss, shared, logits_at_once
         self._attention = attention or self._attention_of_device
 
@@ -66,11 +68,12 @@ class Objective(nn.Module):
         seed_B       seed of each row's draws; needed if the recipe draws
         """
         if self.dual:
-            mask_id = self.model.config.mask_id
-            assert mask_id is not None
+            mask_id = self.model.config.mask_id or 0  # an adapter does not read the ids of masks
             batch = dual_mode_batch(
                 input_ids_BS, document_BS, self.block_len, mask_id, trained_BS, recipe=self.recipe, seed_B=seed_B
             )
+            if self.model.adapter is not None:
+                batch = replace(batch, ar_target_BS=torch.full_like(batch.ar_target_BS, IGNORED), frozen=True)
         else:
             batch = ar_batch(input_ids_BS, document_BS, trained_BS)
         return self._shared.part(batch) if self._shared else batch
@@ -85,18 +88,26 @@ class Objective(nn.Module):
         """Loss sums over the labels of `batch`."""
         head, link, attention = self.model.head, self.model.link, self._attention(batch.whole or batch.layout)
         if self._shared is None:
-            hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
             return loss_sums(
-                hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, logits_at_once=self._logits_at_once
-            )
+                self._hidden(batch, attention), head, batch, self.block_len, self.chunk_loss, link,
+                logits_at_once=self._logits_at_once,
+            )  # fmt: skip
         attention = self._shared.attention(attention, batch.ar_target_BS.shape[1])
-        hidden_BLE = self.model(batch.token_BL, batch.layout.position, attention)
         return loss_sums(
-            hidden_BLE, head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered, self._logits_at_once
-        )
+            self._hidden(batch, attention), head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered,
+            self._logits_at_once,
+        )  # fmt: skip
+
+    def _hidden(self, batch: TrainBatch, attention: SplitAttention) -> Tensor:
+        """Hidden states [B, L, E] of this worker's tokens."""
+        position_BL = batch.layout.position
+        if self.model.adapter is None:
+            return self.model(batch.token_BL, position_BL, attention)
+        masks = batch.layout[:, batch.ar_target_BS.shape[1] :]
+        return self.model.adapted(batch.token_BL, position_BL, attention, masks.offset)
 
     def _attention_of_device(self, layout: TokenLayout) -> SplitAttention:
         table = self.model.embedding.weight
         if FlexAttention.suits(table.device, layout.position.shape[-1], self.model.config.head_size):
-            return FlexAttention(layout)
+            return FlexAttention(layout, split=self.model.adapter is not None)
         return PiecewiseAttention(layout, table.dtype)

@@ -89,6 +89,14 @@ class Recipe:
         )
         return self
 
+    def frozen(self) -> "Recipe":
+        """This recipe for a frozen checkpoint, whose AR loss has no weight; raises ConfigError if it shows tokens."""
+        _require(
+            self.masking == "full",
+            f"masking is {self.masking!r}; the mask half of a frozen checkpoint holds mask tokens alone: give full",
+        )
+        return replace(self, alpha=0.0)
+
     def mask_len(self, row_len: int, block_len: int) -> int:
         """Tokens of the mask half of a row.
 

@@ -11,7 +11,7 @@ Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, G key he
 D head width, P query tokens of a chunk, W keys that they may see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -32,15 +32,12 @@ MASK_CHUNK = 64
 Plain products keep their scores for the backward pass."""
 
 
-class Attention(Protocol):
-    """Interface that a transformer layer calls to gather the values of its tokens."""
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Function that a transformer layer calls to gather the values of its tokens.
 
-    def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        """Gathered values [B, L, H, D] of layer number `layer`.
-
-        k and v may have fewer heads than q, each serving a run of query heads.
-        """
-        ...
+It takes the number of the layer, queries [B, L, H, D], keys and values; it returns gathered values [B, L, H, D].
+Keys and values may have fewer heads than queries, each serving a run of query heads.
+"""
 
 
 class SplitAttention(Protocol):

@@ -43,6 +43,11 @@ class TokenLayout:
         """The same facts, each tensor passed through `rearrange`."""
         return TokenLayout(*(rearrange(fact) for fact in (self.document, self.position, self.horizon, self.block)))
 
+    @property
+    def offset(self) -> Tensor:
+        """Index of each mask token in its block, from 0; without meaning for clean tokens."""
+        return self.position - self.horizon - 1
+
     def then(self, other: "TokenLayout") -> "TokenLayout":
         """These tokens, followed along the last axis by the tokens of `other`."""
         return TokenLayout(

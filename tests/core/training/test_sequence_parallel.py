@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import documents_row
-from tiny import wide_model
+from tiny import adapted_model, wide_model
 
 from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import dual_mode_batch
@@ -14,6 +14,7 @@ from tidar_core.training.losses import dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
 from tidar_core.training.recipe import Recipe
 from tidar_core.training.sequence_parallel import SequenceParallel, activation_bytes
+from tidar_core.transformer.draft_adapter import freeze
 from tidar_core.transformer.shapes import named_shape
 
 DOCUMENTS = torch.cat([documents_row(40, 24), documents_row(30, 11, padding=23)])
@@ -26,13 +27,17 @@ CASES = {
     "dual": {"dual": True},
     "dual, one key head": {"dual": True, "kv_heads": 1},
     "dual, linked": {"dual": True, "link_rank": 4},
+    "dual, frozen": {"dual": True, "link_rank": 4, "frozen": True},
     "dual, every choice of the recipe": {"dual": True, "recipe": ALL},
 }
 
 
-def ran(shared, *, kv_heads=2, link_rank=0, **choices):
+def ran(shared, *, kv_heads=2, link_rank=0, frozen=False, **choices):
     """Loss sums, gradients and bytes kept, of one worker."""
-    model = wide_model(replace(named_shape("tiny"), kv_heads=kv_heads, link_rank=link_rank)).train()
+    config = replace(named_shape("tiny"), kv_heads=kv_heads, link_rank=link_rank)
+    model = adapted_model(config, block_len=8).train() if frozen else wide_model(config).train()
+    if frozen:
+        freeze(model)
     objective = Objective(model, block_len=8, shared=shared, **choices)
     batch = objective.batch(IDS, DOCUMENTS, seed_B=[3, 4])
     counts = torch.stack(label_counts(batch))
@@ -43,7 +48,7 @@ def ran(shared, *, kv_heads=2, link_rank=0, **choices):
     loss = dual_mode_loss(sums, 0.7, *counts)
     loss.backward()
     numbers = torch.cat([torch.stack([loss.detach(), *counts]), sums.draft_hits_K, sums.draft_count_K])
-    return numbers, {name: p.grad for name, p in model.named_parameters()}, kept[0]
+    return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept[0]
 
 
 def worker(rank, folder):
