@@ -154,7 +154,7 @@ class ExchangedAttention:
     def _exchanged(
         self, whole: Attention, clean_len: int, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor
     ) -> Tensor:
-        """What `whole` gathers for this worker's tokens, the first `clean_len` of which are clean."""
+        """Gathered values of this worker's tokens, the first `clean_len` of which are clean."""
         heads, kv_heads, W = q_BLHD.shape[2], k_BLHD.shape[2], self._workers.workers
         require_equal_heads(W, heads)
         if kv_heads % W:
