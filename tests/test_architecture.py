@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tidar_core/artifacts/registry": "tidar_core tidar_core/artifacts/",
     "pipelines": "tidar_core/ pipelines/",
     "pipelines/cluster": "tidar_core tidar_core/artifacts/",
+    "pipelines/importing": "tidar_core/ pipelines/cluster",
     "pipelines/packing": "tidar_core/ pipelines pipelines/cluster",
     "pipelines/training": "tidar_core/ pipelines pipelines/cluster",
     "pipelines/evaluation": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation/sandbox",
@@ -56,7 +57,9 @@ HOMES = {
     "lm_eval": "pipelines/evaluation/lm_eval_",
     "datasets": "pipelines/evaluation/lm_eval_tasks.py",
     "transformers": "pipelines/evaluation/transformers_baseline.py",
-    "tokenizers": "tidar_core/artifacts/text/tokenizer.py tidar_core/artifacts/text/detokenizer.py",
+    "tokenizers": "tidar_core/artifacts/text/tokenizer.py tidar_core/artifacts/text/detokenizer.py"
+    " tidar_core/artifacts/text/gguf_tokenizer.py",
+    "gguf": "tidar_core/artifacts/model/gguf_file.py",
     "llguidance": "tidar_core/artifacts/text/grammar",
     "jinja2": "tidar_core/artifacts/text/chat_template.py",
     "safetensors": "tidar_core/artifacts/model/hf_",

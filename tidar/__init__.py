@@ -1,6 +1,7 @@
 """Command line: one command per stage of the pipeline.
 
     tidar quickstart                     the whole pipeline on this machine
+    tidar import SOURCE FOLDER           a GGUF file or a dual-mode model of others
     tidar pack | train | evaluate | publish JOB.yaml
     tidar models [NAME]                  registered versions
     tidar promote NAME VERSION           and rollback NAME
@@ -17,7 +18,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from tidar import demonstration, inference, registry, stages
+from tidar import demonstration, importing, inference, registry, stages
 from tidar.output import note
 from tidar_core.artifacts.network.loopback import exempt_loopback
 from tidar_core.errors import TidarError, UserError
@@ -26,6 +27,7 @@ __all__ = ["app", "main"]
 
 COMMANDS = (
     demonstration.quickstart,
+    importing.import_,
     stages.pack,
     stages.train,
     stages.evaluate,
@@ -38,7 +40,8 @@ COMMANDS = (
     inference.profile,
     inference.serve,
 )
-"""Functions of the commands, in the order of the help text; a command has the name of its function."""
+"""Functions of the commands, in the order of the help text. A command has the name of its function, without a trailing
+underscore."""
 
 app = typer.Typer(
     help="Train, evaluate and serve TiDAR models: think in diffusion, talk in autoregression.",
@@ -47,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.removesuffix("_"))(command)
 
 
 def main() -> None:

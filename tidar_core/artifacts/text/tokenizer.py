@@ -205,6 +205,10 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
+    def id_of(self, name: str) -> int | None:
+        """The id of the token with this spelling in the vocabulary, special or not; None if there is none."""
+        return self._fast.token_to_id(name)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`. Unused entries have no text; bytes that are not UTF-8 become U+FFFD.
 
