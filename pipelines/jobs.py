@@ -148,12 +148,18 @@ class TrainJob(Job):
     random_phase: bool = True
     masking: Literal["full", "random"] = "full"
     block_lens: tuple[Positive, ...] = ()
+    position_weights: Literal["flat", "exponential", "dpace"] | None = None
     position_decay: float | None = None
+    dpace_after: float = 0.1
+    first_weight: float = 1.0
     distillation: float = 0.0
+    unlinked: float = 0.0
+    consistency: float = 0.0
     block_share: float = 1.0
     mask_start: Literal["mean", "normal", "zero"] | None = None
     link_rank: Positive | None = None
-    """These eight: see `tidar_core.training.recipe.Recipe`. The defaults are the paper's, but for `random_phase`."""
+    """From `random_phase` on: see `tidar_core.training.recipe.Recipe`. Its defaults are the paper's, but for the
+    phase."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive

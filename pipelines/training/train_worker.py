@@ -106,8 +106,12 @@ class _Worker:
         sharers = job.sequence_parallel
         shared = SequenceParallel.among_neighbours(sharers) if sharers > 1 else None
         self.row_group, self.row_groups = around.rank // sharers, around.world_size // sharers
-        self.objective = Objective(model, dual=dual, block_len=job.block_len, recipe=job.recipe, shared=shared)
-        self.plain = Objective(model, dual=dual, block_len=job.block_len, shared=shared)  # validates alike
+        self.objective, self.plain = (  # the second one validates, by the paper's recipe for all jobs
+            Objective(
+                model, dual=dual, block_len=job.block_len, recipe=recipe, shared=shared, ragged=not job.gpus_per_worker
+            )
+            for recipe in (job.recipe, None)
+        )
         self.engine = TrainEngine(self.objective.train(), job)
         self.done = 0
         if checkpoint is not None:
@@ -163,7 +167,7 @@ class _Worker:
         batches = []
         for first in range(self.row_group * share, (self.row_group + 1) * share, job.rows_per_forward):
             some = slice(first, first + job.rows_per_forward)
-            batches.append(self._batch(self.objective, self.reader, rows[some], seeds[some]))
+            batches.append(self._batch(self.objective, self.reader, rows[some], seeds[some], step / job.steps))
         counts = torch.stack([torch.stack(label_counts(batch)) for batch in batches]).sum(0)
         ar_count, diffusion_count = self.engine.total(counts)
         self.engine.set_learning_rate(learning_rate(job, step))
@@ -176,12 +180,17 @@ class _Worker:
         return self.engine.total(loss).item()
 
     def _batch(
-        self, objective: Objective, reader: ShardReader, rows: list[int], seeds: list[int] | None = None
+        self,
+        objective: Objective,
+        reader: ShardReader,
+        rows: list[int],
+        seeds: list[int] | None = None,
+        share: float = 0.0,
     ) -> TrainBatch:
         packed, device = reader.rows(rows), self.engine.device
         trained_BS = None if packed.trained_BS is None else packed.trained_BS.to(device)
         tokens, documents = packed.input_ids_BS.to(device), packed.document_ids_BS.to(device)
-        return objective.batch(tokens, documents, trained_BS, seed_B=seeds)
+        return objective.batch(tokens, documents, trained_BS, seed_B=seeds, share=share)
 
     @torch.no_grad()
     def _validate(self, step: int) -> float | None:

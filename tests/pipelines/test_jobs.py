@@ -35,6 +35,8 @@ def test_each_station_has_a_valid_job_of_each_size(kind, size):
         (TRAIN + "sequence_parallel: 2\n", "it must divide workers, 1"),
         (TRAIN + "block_share: 0.0\n", "block_share is 0.0; it must be above 0"),
         (TRAIN + "objective: ar\nmasking: random\n", "only objective: dual has one"),
+        (TRAIN + "objective: ar\nrandom_phase: false\n", "the recipe random_phase: False; only objective: dual"),
+        (TRAIN + "position_weights: steep\n", "position_weights is 'steep'"),
         (TRAIN + "zero_stage: 4\n", "zero_stage is 4"),
         (TRAIN + "min_learning_rate: 1.0\n", "must not exceed"),
         (TRAIN.replace("steps: 4", "steps: 0"), "steps is 0"),

@@ -37,16 +37,25 @@ class TrainBatch:
     """Weight of each of these labels, fp32; `None`: all have weight 1."""
     diffusion_total: Tensor | None = None
     """Expected sum of these weights over the recipe's draws, fp64; `None`: the number of labels."""
+    dpace: bool = False
+    """Whether the loss multiplies these weights by those of `tidar_core.training.dpace`. The sum above does not."""
     before_BM: Tensor | None = None
     """Token before each mask's own; `None` without a mask half."""
     teacher_BM: Tensor | None = None
-    """Index in the clean half of the token that predicts the same token as the mask; `None`: no distillation."""
+    """Index in the clean half of the token that predicts the same token as the mask; `None`: nothing compares."""
     distillation: float = 0.0
     """Share of the diffusion loss that compares with the teacher's distribution instead of the label."""
     frozen: bool = False
     """Whether the clean half is a frozen checkpoint's: it has no loss."""
+    consistency: float = 0.0
+    """Weight of the mean square between a mask's hidden state and its teacher's."""
+    unlinked: Tensor | None = None
+    """Weight of the loss without the link, a scalar; `None`: there is no such loss. A tensor, so that its changes leave
+    a compiled loss as it is."""
     whole: TokenLayout | None = None
     """Layout of whole rows, if this is the part of one of several workers that share them; `None`: rows are whole."""
+    first_mask: int = 0
+    """Place of the first of the M mask tokens among those of whole rows."""
 
 
 def ar_batch(input_ids_BS: Tensor, document_BS: Tensor, trained_BS: Tensor | None = None) -> TrainBatch:
@@ -68,6 +77,9 @@ def dual_mode_batch(
     *,
     recipe: Recipe | None = None,
     seed_B: Sequence[int] | None = None,
+    share: float = 0.0,
+    ragged: bool = False,
+    multiple: int = 1,
 ) -> TrainBatch:
     """Packed rows, doubled: clean tokens, then mask tokens at the same positions.
 
@@ -75,6 +87,10 @@ def dual_mode_batch(
     trained_BS   whether a token is a label, in both halves; `None`: all are
     recipe       `None`: the paper's
     seed_B       seed of each row's draws; needed if the recipe draws
+    share        share of the run that is done, 0..1: some choices change with it
+    ragged       leave out blocks without a label: M is then the most mask tokens that a row of this batch needs. No
+                 block sees another, so losses and gradients stay. Waits for the device.
+    multiple     M is a multiple of this number, if it is `ragged`; it must divide S
     """
     recipe = recipe or Recipe()
     S, device = input_ids_BS.shape[1], input_ids_BS.device
@@ -91,25 +107,31 @@ def dual_mode_batch(
         torch.arange(S, device=device).expand_as(input_ids_BS),
         torch.ones((), device=device),
     )
-    total = None
-    if recipe.weighs:
-        masks = masks.decayed(recipe.position_decay)
+    total, weighs, weights = None, recipe.weighs(share), recipe.weights_at(share)
+    if weighs:
+        decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
+        masks = masks.weighted(decay, recipe.first_weight)
         total = (masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64)
     if draws is not None and recipe.masking == "random":
         masks = masks.partly_shown(input_ids_BS, draws)
     if draws is not None and recipe.block_share < 1:
         masks = masks.some_blocks(recipe.mask_len(S, block_len), draws)
+    elif ragged:
+        masks = masks.labelled_blocks(multiple)
     before_BM = (masks.place - 1).clamp(min=0)
     return TrainBatch(
         torch.cat([input_ids_BS, masks.token], 1),
         layout[..., :S].then(masks.layout),
         _next_token(label_BS, document_BS),
         masks.target,
-        masks.weight if recipe.weighs else None,
-        total,
-        input_ids_BS.gather(1, before_BM),
-        before_BM if recipe.distillation else None,
-        recipe.distillation,
+        diffusion_weight_BM=masks.weight if weighs else None,
+        diffusion_total=total,
+        dpace=weights == "dpace",
+        before_BM=input_ids_BS.gather(1, before_BM),
+        teacher_BM=before_BM if recipe.distillation or recipe.consistency else None,
+        distillation=recipe.distillation,
+        consistency=recipe.consistency,
+        unlinked=torch.full((), recipe.unlinked_at(share), device=device) if recipe.unlinked else None,
     )
 
 
@@ -147,11 +169,14 @@ class _MaskHalf:
         """Index in the row of the first token of each token's block."""
         return self.place - (self.layout.position - self.layout.horizon - 1)
 
-    def decayed(self, decay: float | None) -> "_MaskHalf":
-        """This half with smaller weights for later tokens of a block; `None`: all have weight 1."""
+    def weighted(self, decay: float | None, first_weight: float) -> "_MaskHalf":
+        """This half with smaller weights for later tokens of a block, and a factor for its first.
+
+        decay  `None`: later tokens weigh as much as earlier ones
+        """
         offset = self.place - self.block_start()
         weight = torch.ones_like(offset).float() if decay is None else torch.exp(offset.float() / -decay)
-        return replace(self, weight=weight)
+        return replace(self, weight=torch.where(offset > 0, weight, first_weight))
 
     def partly_shown(self, input_ids_BS: Tensor, draws: Draws) -> "_MaskHalf":
         """This half with a drawn share of each block hidden, at the inverse weight; the rest is shown to the block."""
@@ -169,26 +194,38 @@ class _MaskHalf:
 
         The weights of the kept blocks rise by the ratio of all blocks to kept blocks.
         """
-        start = self.block_start()
+        start, has_label = self.block_start(), self.starts_with_label()
         block_len = (self.place - start).amax(1, keepdim=True) + 1
-        has_label = torch.zeros_like(start).scatter_add_(1, start, (self.target != IGNORED).long()) > 0
         rank = torch.where(has_label, draws.rank_BS, 2.0).argsort(1).argsort(1)
         count = has_label.sum(1, keepdim=True)
         kept = torch.minimum(count, mask_len // block_len)
-        chosen = (has_label & (rank < kept)).gather(1, start)
+        weight = self.weight * count / kept.clamp(min=1)
+        return replace(self, weight=weight).cut((has_label & (rank < kept)).gather(1, start), mask_len)
+
+    def labelled_blocks(self, multiple: int) -> "_MaskHalf":
+        """This half without the blocks that hold no label, then padding."""
+        chosen = self.starts_with_label().gather(1, self.block_start())
+        most = max(1, int(chosen.sum(1).amax()))
+        return self.cut(chosen, -(-most // multiple) * multiple)
+
+    def starts_with_label(self) -> Tensor:
+        """Whether each token is the first of a block that holds a label."""
+        start = self.block_start()
+        return torch.zeros_like(start).scatter_add_(1, start, (self.target != IGNORED).long()) > 0
+
+    def cut(self, chosen: Tensor, mask_len: int) -> "_MaskHalf":
+        """The chosen tokens of each row, at most `mask_len`, then padding."""
         index = (~chosen).long().argsort(dim=1, stable=True)[:, :mask_len]
         held = chosen.gather(1, index)
 
         def picked(fact: Tensor, otherwise: int) -> Tensor:
             return torch.where(held, fact.gather(1, index), otherwise)
 
-        weight = self.weight * count / kept.clamp(min=1)
         layout = TokenLayout(
             picked(self.layout.document, PADDING),
             picked(self.layout.position, 0),
             picked(self.layout.horizon, -1),
             picked(self.layout.block, 0),
         )
-        return _MaskHalf(
-            layout, self.token.gather(1, index), picked(self.target, IGNORED), index, weight.gather(1, index)
-        )
+        weight = self.weight.expand_as(chosen).gather(1, index)
+        return _MaskHalf(layout, self.token.gather(1, index), picked(self.target, IGNORED), index, weight)

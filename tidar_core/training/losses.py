@@ -4,7 +4,8 @@
 
 Each mean runs over all labels of the train step, on all workers; so this module returns sums and counts, not means.
 
-A recipe may weight the labels of the diffusion half; its mean then divides by the sum of the weights.
+A recipe may weight the labels of the diffusion half; its mean then divides by the sum of the weights. Weights that
+follow from the losses themselves (D-PACE) are not part of this sum, which all workers know before any forward.
 
 Shape letters: B rows, S tokens of a row, M tokens of its mask half, N labelled tokens, E embedding, V vocabulary,
 K block length.
@@ -12,12 +13,15 @@ K block length.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tidar_core.training.distillation import soft_cross_entropy, teacher
+from tidar_core.training.dpace import dpace_weights
 from tidar_core.training.dual_mode import IGNORED, TrainBatch
 
 __all__ = ["LossMeans", "LossSums", "LossTotals", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
@@ -30,7 +34,9 @@ pass."""
 
 Head = Callable[[Tensor], Tensor]
 Link = Callable[[Tensor], Tensor] | None
-ChunkLoss = Callable[..., tuple[Tensor, Tensor]]
+TokenLosses = tuple[Tensor, Tensor, Tensor]
+"""Loss of each label, with gradients; its cross-entropy alone, without; whether the likeliest token is the label."""
+ChunkLoss = Callable[..., TokenLosses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class LossSums:
     diffusion_sum: Tensor
     ar_count: Tensor
     diffusion_count: Tensor
-    """Number of labels, or the sum of their weights."""
+    """Number of labels, or the sum of their weights, those of D-PACE included."""
     draft_hits_K: Tensor
     """Mask tokens whose likeliest token is the label, by offset in the block."""
     draft_count_K: Tensor
@@ -90,34 +96,34 @@ def chunk_loss(
     head: Head,
     hidden_NE: Tensor,
     target_N: Tensor,
-    weight_N: Tensor | None = None,
     teacher_NE: Tensor | None = None,
     before_N: Tensor | None = None,
+    unlinked: Tensor | None = None,
     distillation: float = 0.0,
     link: Link = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, fp32, summed over labels; and whether the likeliest token is the label [N].
+) -> TokenLosses:
+    """Loss of each label, fp32, in nats.
 
-    weight_N      weight of each label; `None`: 1
     teacher_NE    hidden states whose distribution replaces the share `distillation` of the label
     before_N      tokens before the labels; `link` adds logits for them
+    unlinked      weight of the loss without the link beside the loss with it, a scalar; `None`: 0
     """
     logits_NV = head(hidden_NE).float()
-    if link is not None and before_N is not None:
-        logits_NV = logits_NV + link(before_N)
-    hit_N = logits_NV.argmax(-1) == target_N
-    if weight_N is None and teacher_NE is None:
-        return F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="sum"), hit_N
-    loss_N = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="none")
-    if teacher_NE is not None:
-        with torch.no_grad():
-            teacher_NV = head(teacher_NE).float().softmax(-1)
-        likely_NV = torch.where(
-            teacher_NV > 0, logits_NV, 0.0
-        )  # the mask token has probability 0 and logit minus infinity
-        soft_N = logits_NV.logsumexp(-1) - (teacher_NV * likely_NV).sum(-1)
-        loss_N = torch.where(target_N != IGNORED, torch.lerp(loss_N, soft_N, distillation), 0.0)
-    return (loss_N if weight_N is None else loss_N * weight_N).sum(), hit_N
+    prob_NT, token_NT = (None, None) if teacher_NE is None else teacher(head(teacher_NE.detach()).float())
+
+    def compared(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each label, and its cross-entropy alone."""
+        label_N = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="none")
+        if prob_NT is None:
+            return label_N, label_N
+        soft_N = soft_cross_entropy(logits_NV, prob_NT, token_NT)
+        return torch.where(target_N != IGNORED, torch.lerp(label_N, soft_N, distillation), 0.0), label_N
+
+    linked_NV = logits_NV if link is None or before_N is None else logits_NV + link(before_N)
+    loss_N, label_N = compared(linked_NV)
+    if link is not None and unlinked is not None:
+        loss_N = (loss_N + unlinked * compared(logits_NV)[0]) / (1 + unlinked)
+    return loss_N, label_N.detach(), linked_NV.argmax(-1) == target_N
 
 
 def loss_sums(
@@ -127,39 +133,51 @@ def loss_sums(
     block_len: int,
     chunk_loss: ChunkLoss = chunk_loss,
     link: Link = None,
-    clean_hidden: Callable[[Tensor], Tensor] = lambda hidden_BSE: hidden_BSE,
+    gathered: Callable[[Tensor], Tensor] = lambda part_BM: part_BM,
     logits_at_once: int | None = None,
+    ragged: bool = False,
 ) -> LossSums:
-    """Cross-entropy in nats, summed over labels, and draft accuracy. Never waits for the device.
+    """Losses in nats, summed over labels, and draft accuracy. Never waits for the device, unless it is `ragged`.
 
     block_len     length of the longest block
     chunk_loss    the function of that name, or a compiled form of it
     link          the model's link, if it has one: the diffusion half then knows the token before each label
-    clean_hidden  maps this worker's hidden states of the clean half to the hidden states of whole rows
+    gathered      maps this worker's part of one half [B, ..] to whole rows, without gradients
     logits_at_once  logits held at a time; `None` chooses by device
+    ragged        compute logits only where a label is, so that shapes follow the labels
     """
     S = batch.ar_target_BS.shape[1]
     at_once = logits_at_once or (LOGITS_AT_ONCE_CUDA if hidden_BLE.is_cuda else LOGITS_AT_ONCE)
     ar_sum = hidden_BLE.new_zeros((), dtype=torch.float32)
     if not batch.frozen:
-        ar_sum, _ = _cross_entropy(head, batch.ar_target_BS, chunk_loss, at_once, hidden_BLE[:, :S])
+        ar_sum = _token_losses(head, batch.ar_target_BS, chunk_loss, at_once, ragged, hidden_BLE[:, :S])[0].sum()
     ar_count, diffusion_count = label_counts(batch)
     hits_K = torch.zeros(block_len, device=hidden_BLE.device)
     count_K = torch.zeros_like(hits_K)
     diffusion_sum = ar_sum.new_zeros(())
     if batch.diffusion_target_BM is not None:
-        target_N = batch.diffusion_target_BM.flatten()
+        hidden_BME, labelled_BM = hidden_BLE[:, S:], batch.diffusion_target_BM != IGNORED
         teacher_BME = None
         if batch.teacher_BM is not None:
-            whole_BSE = clean_hidden(hidden_BLE[:, :S].detach())
+            whole_BSE = gathered(hidden_BLE[:, :S].detach())
             teacher_BME = whole_BSE.gather(1, batch.teacher_BM[..., None].expand(-1, -1, whole_BSE.shape[-1]))
-        diffusion_sum, hit_N = _cross_entropy(
-            head, batch.diffusion_target_BM, chunk_loss, at_once, hidden_BLE[:, S:], batch.diffusion_weight_BM,
-            teacher_BME, batch.before_BM if link else None, batch.distillation, link,
+        loss_BM, label_loss_BM, hit_BM = _token_losses(
+            head, batch.diffusion_target_BM, chunk_loss, at_once, ragged, hidden_BME,
+            teacher_BME if batch.distillation else None, batch.before_BM if link else None, batch.unlinked,
+            batch.distillation, link,
         )  # fmt: skip
+        if batch.consistency and teacher_BME is not None:
+            apart_BM = (hidden_BME.float() - teacher_BME.float()).square().mean(-1)
+            loss_BM = loss_BM + batch.consistency * torch.where(labelled_BM, apart_BM, 0.0)
+        weight_BM = batch.diffusion_weight_BM
+        if batch.dpace:
+            chained_BM = _dpace_weights(label_loss_BM, batch, block_len, gathered)
+            weight_BM = chained_BM if weight_BM is None else weight_BM * chained_BM
+            diffusion_count = (weight_BM * labelled_BM).sum(dtype=torch.float64)
+        diffusion_sum = (loss_BM if weight_BM is None else loss_BM * weight_BM).sum()
         offset_N = batch.layout[:, S:].offset.flatten()
-        hits_K.index_add_(0, offset_N, hit_N.float())
-        count_K.index_add_(0, offset_N, (target_N != IGNORED).float())
+        hits_K.index_add_(0, offset_N, hit_BM.flatten().float())
+        count_K.index_add_(0, offset_N, labelled_BM.flatten().float())
     return LossSums(ar_sum, diffusion_sum, ar_count, diffusion_count, hits_K, count_K)
 
 
@@ -193,42 +211,66 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / torch.where(count > 0, count, 1).to(total.dtype)
 
 
-def _cross_entropy(
+def _dpace_weights(
+    label_loss_BM: Tensor, batch: TrainBatch, block_len: int, gathered: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Weights of this worker's labels: blocks are whole in whole rows alone."""
+    assert batch.diffusion_target_BM is not None
+    loss_BM, target_BM = gathered(label_loss_BM), gathered(batch.diffusion_target_BM)
+    masks = (batch.whole or batch.layout)[:, -target_BM.shape[1] :]
+    weight_BM = dpace_weights(loss_BM, target_BM != IGNORED, masks.offset, block_len)
+    return weight_BM[:, batch.first_mask : batch.first_mask + label_loss_BM.shape[1]]
+
+
+def _token_losses(
     head: Head,
     target_BS: Tensor,
     of_chunk: ChunkLoss,
     logits_at_once: int,
+    ragged: bool,
     hidden_BSE: Tensor,
-    weight_BS: Tensor | None = None,
     teacher_BSE: Tensor | None = None,
     before_BS: Tensor | None = None,
-    distillation: float = 0.0,
-    link: Link = None,
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and whether each label was the likeliest token [B * S].
+    *settings: Any,
+) -> TokenLosses:
+    """`chunk_loss` of all tokens, [B, S] each; 0 for tokens without a label.
 
-    Logits exist for one chunk of tokens at a time: with several chunks, each is computed again in the backward pass.
-    Tokens without a label are included, so that shapes do not depend on the content of rows.
+    Tokens without a label are computed unless it is `ragged`, so that shapes do not depend on the content of rows.
     """
-    hidden_NE, target_N = hidden_BSE.flatten(0, 1), target_BS.flatten()
-    weight_N = None if weight_BS is None else weight_BS.flatten()
-    teacher_NE = None if teacher_BSE is None else teacher_BSE.flatten(0, 1)
-    before_N = None if before_BS is None else before_BS.flatten()
+    facts = [None if x is None else x.flatten(0, 1) for x in (hidden_BSE, target_BS, teacher_BSE, before_BS)]
+    if not ragged:
+        found = _in_chunks(head, of_chunk, logits_at_once, facts, *settings)
+        return tuple(x.view_as(target_BS) for x in found)  # type: ignore[return-value]
+    labelled = target_BS != IGNORED
+    index_N = labelled.flatten().nonzero()[:, 0]
+    found = _in_chunks(head, of_chunk, logits_at_once, [None if x is None else x[index_N] for x in facts], *settings)
+    return tuple(x.new_zeros(target_BS.shape).masked_scatter(labelled, x) for x in found)  # type: ignore[return-value]
+
+
+def _in_chunks(
+    head: Head, of_chunk: ChunkLoss, logits_at_once: int, facts: Sequence[Tensor | None], *settings: Any
+) -> TokenLosses:
+    """`chunk_loss` of facts of N tokens: logits exist for one chunk of tokens at a time.
+
+    With several chunks, each is computed again in the backward pass.
+    """
+    hidden_NE, _, teacher_NE, before_N = facts
+    assert hidden_NE is not None
     with torch.no_grad():
-        logits = head(hidden_NE[:1]).shape[-1] * (1 + (teacher_NE is not None) + (before_N is not None))
+        held = (teacher_NE, before_N, settings[0] if settings else None)
+        logits = head(hidden_NE[:1]).shape[-1] * (1 + sum(x is not None for x in held))
     at_once = max(1, logits_at_once // logits)
-    if len(target_N) <= at_once:
-        return of_chunk(head, hidden_NE, target_N, weight_N, teacher_NE, before_N, distillation, link)
-    chunks = -(-len(target_N) // at_once)
-    chunk_len = -(-len(target_N) // chunks)  # as even as possible
+    if len(hidden_NE) <= at_once:
+        return of_chunk(head, *facts, *settings)
+    chunks = -(-len(hidden_NE) // at_once)
+    chunk_len = -(-len(hidden_NE) // chunks)  # as even as possible
 
     def chunked(x: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * chunks if x is None else x.split(chunk_len)
 
-    sums, hits = zip(
-        *(
-            checkpoint(of_chunk, head, *chunk, distillation, link, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(*map(chunked, (hidden_NE, target_N, weight_N, teacher_NE, before_N)))
-        )
-    )
-    return torch.stack(sums).sum(), torch.cat(hits)
+    found = [
+        checkpoint(of_chunk, head, *chunk, *settings, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(*map(chunked, facts))
+    ]
+    loss, label, hit = zip(*found)
+    return torch.cat(loss), torch.cat(label), torch.cat(hit)

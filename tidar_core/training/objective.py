@@ -37,12 +37,15 @@ class Objective(nn.Module):
         attention: Callable[[TokenLayout], SplitAttention] | None = None,
         shared: SequenceParallel | None = None,
         logits_at_once: int | None = None,
+        ragged: bool = False,
     ) -> None:
         """dual       whether to train both halves; otherwise next-token prediction alone
         recipe     choices for both halves; `None`: the paper's
         attention  makes the attention for a batch's layout; `None` chooses by device
         shared     workers that share each row with this one; batches and sums are then this worker's part
         logits_at_once  logits that the loss holds at a time; `None` chooses by device
+        ragged     compute blocks and logits only where labels are: shapes follow the labels, and the device is waited
+                   for. Losses and gradients stay.
         """
         super().__init__()
         assert not dual or model.config.drafting, "the dual objective needs a model with a mask token"
@@ -51,6 +54,7 @@ class Objective(nn.Module):
         self.recipe = recipe if model.adapter is None else recipe.frozen()
         self.model, self.dual, self.block_len = model, dual, block_len
         self.chunk_loss, self._shared, self._logits_at_once = chunk_loss, shared, logits_at_once
+        self._ragged = ragged
         self._attention = attention or self._attention_of_device
 
     def batch(
@@ -60,18 +64,21 @@ class Objective(nn.Module):
         trained_BS: Tensor | None = None,
         *,
         seed_B: Sequence[int] | None = None,
+        share: float = 0.0,
     ) -> TrainBatch:
         """Inputs and labels of packed rows.
 
         document_BS  document of each token; PADDING for none
         trained_BS   whether a token is a label; `None`: all are
         seed_B       seed of each row's draws; needed if the recipe draws
+        share        share of the run that is done, 0..1
         """
         if self.dual:
             mask_id = self.model.config.mask_id or 0  # an adapter does not read the ids of masks
             batch = dual_mode_batch(
-                input_ids_BS, document_BS, self.block_len, mask_id, trained_BS, recipe=self.recipe, seed_B=seed_B
-            )
+                input_ids_BS, document_BS, self.block_len, mask_id, trained_BS, recipe=self.recipe, seed_B=seed_B,
+                share=share, ragged=self._ragged, multiple=self._shared.workers if self._shared else 1,
+            )  # fmt: skip
             if self.model.adapter is not None:
                 batch = replace(batch, ar_target_BS=torch.full_like(batch.ar_target_BS, IGNORED), frozen=True)
         else:
@@ -90,12 +97,12 @@ class Objective(nn.Module):
         if self._shared is None:
             return loss_sums(
                 self._hidden(batch, attention), head, batch, self.block_len, self.chunk_loss, link,
-                logits_at_once=self._logits_at_once,
+                logits_at_once=self._logits_at_once, ragged=self._ragged,
             )  # fmt: skip
         attention = self._shared.attention(attention, batch.ar_target_BS.shape[1])
         return loss_sums(
             self._hidden(batch, attention), head, batch, self.block_len, self.chunk_loss, link, self._shared.gathered,
-            self._logits_at_once,
+            self._logits_at_once, self._ragged,
         )  # fmt: skip
 
     def _hidden(self, batch: TrainBatch, attention: SplitAttention) -> Tensor:

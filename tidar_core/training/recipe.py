@@ -28,7 +28,10 @@ __all__ = [
 ]
 
 MASKINGS = ("full", "random")
+POSITION_WEIGHTS = ("flat", "exponential", "dpace")
 MASK_STARTS = ("mean", "normal", "zero")
+UNLINKED_SHARE = 1 / 3
+"""Share of a run in which the weight of the loss without the link falls."""
 LEAST_HIDDEN = 1e-3
 """Least share of a block that random masking hides, so that its inverse, the weight, stays finite."""
 
@@ -48,11 +51,27 @@ class Recipe:
     """Whether each row draws, at each visit, the phase of its blocks: how many tokens the first block of each document
     lacks. Otherwise blocks begin at the same tokens at every visit. DFlash accepts 13 to 19 % more drafts with random
     starts (arXiv 2602.06036)."""
+    position_weights: str | None = None
+    """Weights of labels by their offset i in the block. `flat`: 1. `exponential`: exp(-i / position_decay) (DFlash,
+    arXiv 2602.06036). `dpace`: by how far the drafts before are likely to be accepted (arXiv 2605.18810;
+    `tidar_core.training.dpace`). `None`: `exponential` if there is a `position_decay`, else `flat`."""
     position_decay: float | None = None
-    """Decay of weights in a block: offset i has weight exp(-i / position_decay); `None`: all weights are equal."""
+    """Decay of exponential weights, in tokens. `None`: 1 + 3 K / 8, which is 4 for K = 8 and 7 for K = 16 (DFlash)."""
+    dpace_after: float = 0.1
+    """Share of the run with exponential weights before `dpace` weights begin: an untrained draft's chances mean
+    nothing."""
+    first_weight: float = 1.0
+    """Factor on the weight of offset 0. Decoding takes the first token of a block from the AR mode, so its label
+    teaches nothing that decoding reads unless `beta` is below 1."""
     distillation: float = 0.0
     """Share of the diffusion loss that compares with the model's own AR distribution of the same token instead of the
-    label. No gradient flows through this distribution."""
+    label (`tidar_core.training.distillation`). No gradient flows through this distribution."""
+    unlinked: float = 0.0
+    """Weight of the same loss without the link, beside the loss with the link; the sum is divided by both weights. It
+    falls from 1 to this value over the first third of the run (Domino, arXiv 2605.29707). 0: no such loss."""
+    consistency: float = 0.0
+    """Weight of the mean square between the last hidden state of a mask and of the clean token that predicts the same
+    token (arXiv 2507.11851). It is added to each label's loss, without a gradient for the clean token."""
     block_share: float = 1.0
     """Share of a row's mask half that is computed: blocks are drawn, and their weights rise by the inverse share."""
     mask_start: str | None = None
@@ -67,9 +86,21 @@ class Recipe:
         _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")
         _require(self.masking in MASKINGS, f"masking is {self.masking!r}; it must be one of {MASKINGS}")
         _require(all(n >= 1 for n in self.block_lens), f"block_lens is {self.block_lens}; each must be at least 1")
-        decay = self.position_decay
+        weights, decay = self.position_weights, self.position_decay
+        _require(
+            weights is None or weights in POSITION_WEIGHTS,
+            f"position_weights is {weights!r}; it must be one of {POSITION_WEIGHTS}, or left out",
+        )
         _require(decay is None or decay > 0, f"position_decay is {decay}; it must be above 0, or left out")
+        _require(
+            decay is None or weights != "flat",
+            f"position_decay is {decay} and position_weights flat; flat weights have no decay: leave either out",
+        )
+        _require(0 <= self.dpace_after < 1, f"dpace_after is {self.dpace_after}; it must be 0 or more, below 1")
+        _require(self.first_weight >= 0, f"first_weight is {self.first_weight}; it must be 0 or more")
         _require(0 <= self.distillation <= 1, f"distillation is {self.distillation}; it must be within 0..1")
+        _require(0 <= self.unlinked <= 1, f"unlinked is {self.unlinked}; it must be within 0..1")
+        _require(self.consistency >= 0, f"consistency is {self.consistency}; it must be 0 or more")
         _require(0 < self.block_share <= 1, f"block_share is {self.block_share}; it must be above 0, at most 1")
         _require(
             self.mask_start is None or self.mask_start in MASK_STARTS,
@@ -111,10 +142,20 @@ class Recipe:
         """Whether the recipe draws, so that each row needs a seed."""
         return self.masking == "random" or len(self.block_lens) > 1 or self.block_share < 1 or self.random_phase
 
-    @property
-    def weighs(self) -> bool:
-        """Whether labels of the mask half have different weights."""
-        return self.masking == "random" or self.position_decay is not None or self.block_share < 1
+    def weights_at(self, share: float) -> str:
+        """The `position_weights` after this share of the run, 0..1."""
+        if self.position_weights == "dpace":
+            return "dpace" if share >= self.dpace_after else "exponential"
+        return self.position_weights or ("flat" if self.position_decay is None else "exponential")
+
+    def unlinked_at(self, share: float) -> float:
+        """The weight of the loss without the link after this share of the run, 0..1."""
+        return max(self.unlinked, 1 - (1 - self.unlinked) * share / UNLINKED_SHARE)
+
+    def weighs(self, share: float) -> bool:
+        """Whether labels of the mask half have different weights after this share of the run, before any `dpace`."""
+        decays = self.weights_at(share) == "exponential"
+        return self.masking == "random" or decays or self.first_weight != 1 or self.block_share < 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class SequenceParallel:
             before_BM=some(batch.before_BM),
             teacher_BM=some(batch.teacher_BM),
             whole=batch.layout,
+            first_mask=masks.start,
         )
 
     def attention(self, whole: SplitAttention, clean_len: int) -> "ExchangedAttention":
@@ -78,10 +79,10 @@ class SequenceParallel:
         """
         return ExchangedAttention(self, whole, clean_len)
 
-    def gathered(self, hidden_BlE: Tensor) -> Tensor:
-        """Hidden states of the clean half of whole rows [B, S, E], without gradients."""
-        parts = [torch.empty_like(hidden_BlE) for _ in range(self.workers)]
-        dist.all_gather(parts, hidden_BlE.contiguous(), group=self.group)
+    def gathered(self, x_Bl: Tensor) -> Tensor:
+        """Facts [B, S or M, ..] of one half of whole rows, from this worker's part of it; without gradients."""
+        parts = [torch.empty_like(x_Bl) for _ in range(self.workers)]
+        dist.all_gather(parts, x_Bl.contiguous(), group=self.group)
         return torch.cat(parts, 1)
 
     def by_heads(self, x_BlHD: Tensor, clean_len: int) -> Tensor:

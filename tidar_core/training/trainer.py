@@ -134,7 +134,7 @@ class Trainer:
         began, step, last = time.perf_counter(), 0, None
         while (share := _share(phase, step, time.perf_counter() - began)) < 1:
             rate = phase.schedule.at_share(share) if phase.steps is None else phase.schedule.at_step(step, phase.steps)
-            batches = list(self._batches(objective, rows, step, phase))
+            batches = list(self._batches(objective, rows, step, phase, share))
             for sums in self._gradients(objective, batches):
                 window.add(sums)
             norm = self._masters.update(rate)
@@ -173,8 +173,9 @@ class Trainer:
     def _objective(self, dual: bool, recipe: Recipe) -> Objective:
         if (dual, recipe) not in self._objectives:
             objective = Objective(
-                self.model, dual=dual, block_len=self.block_len, recipe=recipe, attention=self._attention
-            ).train()
+                self.model, dual=dual, block_len=self.block_len, recipe=recipe, attention=self._attention,
+                ragged=self.device.type == "cpu" and not self._compiled,
+            ).train()  # fmt: skip
             if self._compiled:
                 objective.compile_parts()
             self._objectives[dual, recipe] = objective
@@ -189,19 +190,27 @@ class Trainer:
             self._masters.gather()
             yield sums
 
-    def _batches(self, objective: Objective, rows: PackedRows, step: int, phase: Phase) -> Iterator[TrainBatch]:
+    def _batches(
+        self, objective: Objective, rows: PackedRows, step: int, phase: Phase, share: float = 0.0
+    ) -> Iterator[TrainBatch]:
         count, at = len(rows.input_ids_BS), {"rows_per_step": phase.rows_per_step, "seed": phase.seed}
         indices = torch.tensor(rows_of_step(step, rows=count, **at)).to(rows.input_ids_BS.device)
         seeds = seeds_of_step(step, **at)
         for first in range(0, phase.rows_per_step, phase.rows_per_forward):
             some = slice(first, first + phase.rows_per_forward)
-            yield self._batch(objective, rows, indices[some], seeds[some])
+            yield self._batch(objective, rows, indices[some], seeds[some], share)
 
-    def _batch(self, objective: Objective, rows: PackedRows, index: Tensor | slice, seed_B: list[int] | None = None
-               ) -> TrainBatch:  # fmt: skip
+    def _batch(
+        self,
+        objective: Objective,
+        rows: PackedRows,
+        index: Tensor | slice,
+        seed_B: list[int] | None = None,
+        share: float = 0.0,
+    ) -> TrainBatch:
         tokens, documents = (self._moved(x[index]).long() for x in (rows.input_ids_BS, rows.document_ids_BS))
         trained = None if rows.trained_BS is None else self._moved(rows.trained_BS[index])
-        return objective.batch(tokens, documents, trained, seed_B=seed_B)
+        return objective.batch(tokens, documents, trained, seed_B=seed_B, share=share)
 
     def _moved(self, x_BS: Tensor) -> Tensor:
         return x_BS.to(self.device, non_blocking=True)

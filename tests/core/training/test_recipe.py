@@ -40,8 +40,14 @@ def test_the_default_recipe_is_the_papers_full_masking_with_equal_weights():
         ({"alpha": -1}, "alpha is -1"),
         ({"masking": "half"}, "one of"),
         ({"block_lens": (4, 0)}, "at least 1"),
+        ({"position_weights": "linear"}, "one of"),
         ({"position_decay": 0}, "above 0"),
+        ({"position_weights": "flat", "position_decay": 4}, "flat weights have no decay"),
+        ({"dpace_after": 1}, "below 1"),
+        ({"first_weight": -1}, "0 or more"),
         ({"distillation": 1.5}, r"within 0\.\.1"),
+        ({"unlinked": 2}, r"unlinked is 2; it must be within 0\.\.1"),
+        ({"consistency": -1}, "consistency is -1"),
         ({"block_share": 0}, "above 0"),
         ({"mask_start": "eos"}, "mask_start"),
     ],
@@ -193,8 +199,8 @@ def test_no_gradient_flows_through_the_teacher():
     weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     student, teacher = (torch.randn(3, 4, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (1, 2))
     target = torch.tensor([2, i, 5])
-    loss, _ = chunk_loss(lambda hidden: hidden @ weight.T, student, target, None, teacher, distillation=1.0)
-    loss.backward()
+    loss_N, _, _ = chunk_loss(lambda hidden: hidden @ weight.T, student, target, teacher, distillation=1.0)
+    loss_N.sum().backward()
     assert teacher.grad is None
     found, weight.grad = weight.grad, None
     fixed = (teacher @ weight.T).softmax(-1).detach()

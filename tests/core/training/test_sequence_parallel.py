@@ -22,6 +22,9 @@ IDS = torch.randint(0, 500, DOCUMENTS.shape, generator=torch.Generator().manual_
 ALL = Recipe(
     masking="random", random_phase=True, position_decay=3.0, distillation=0.5, block_share=0.5, block_lens=(4, 8)
 )
+CHAINED = Recipe(
+    random_phase=True, position_weights="dpace", first_weight=0.1, distillation=0.5, unlinked=0.3, consistency=0.2
+)
 CASES = {
     "next-token": {"dual": False},
     "dual": {"dual": True},
@@ -29,6 +32,8 @@ CASES = {
     "dual, linked": {"dual": True, "link_rank": 4},
     "dual, frozen": {"dual": True, "link_rank": 4, "frozen": True},
     "dual, every choice of the recipe": {"dual": True, "recipe": ALL},
+    "dual, weights by what is accepted": {"dual": True, "link_rank": 4, "recipe": CHAINED},
+    "dual, cut to labels": {"dual": True, "link_rank": 4, "recipe": CHAINED, "ragged": True},
 }
 
 
@@ -39,7 +44,7 @@ def ran(shared, *, kv_heads=2, link_rank=0, frozen=False, **choices):
     if frozen:
         freeze(model)
     objective = Objective(model, block_len=8, shared=shared, **choices)
-    batch = objective.batch(IDS, DOCUMENTS, seed_B=[3, 4])
+    batch = objective.batch(IDS, DOCUMENTS, seed_B=[3, 4], share=0.4)
     counts = torch.stack(label_counts(batch))
     if shared:
         dist.all_reduce(counts)

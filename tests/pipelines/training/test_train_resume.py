@@ -35,7 +35,8 @@ class Runs:
     def job(self, name, **changes):
         values = {
             "shards": self.shards, "output": str(self.folder / name), "shape": "tiny", "block_len": 4, "link_rank": 5,
-            "steps": STEPS,
+            "position_weights": "dpace", "dpace_after": 0.3, "first_weight": 0.1, "distillation": 0.5, "unlinked": 0.3,
+            "consistency": 0.1, "steps": STEPS,
             "rows_per_step": 12, "rows_per_forward": 2, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
             "clip_norm": 0.5, "precision": "fp32", "workers": 2, "checkpoint_every": STOP, "log_every": 1,
         }  # fmt: skip
