@@ -158,8 +158,8 @@ class TrainJob(Job):
     block_share: float = 1.0
     mask_start: Literal["mean", "normal", "zero"] | None = None
     link_rank: Positive | None = None
-    """From `random_phase` on: see `tidar_core.training.recipe.Recipe`. Its defaults are the paper's, but for the
-    phase."""
+    """The fields from `random_phase` on: see `tidar_core.training.recipe.Recipe`. The defaults are the paper's, but for
+    the phase."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive

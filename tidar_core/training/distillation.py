@@ -1,7 +1,7 @@
 """Loss of drafts against the model's own AR distribution of the same token.
 
-With a large vocabulary the distribution is kept as its likeliest tokens and one bin for all others: the bin's
-probability is compared as a whole. So a teacher takes 200 numbers a token instead of 152,000.
+With a large vocabulary the distribution is kept as its likeliest tokens and one bin for all others. The probability of
+the bin is compared as a whole. So a teacher takes 200 numbers a token instead of 152,000.
 
 Shape letters: N labelled tokens, V vocabulary, T tokens of the teacher.
 """

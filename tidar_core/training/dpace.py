@@ -1,11 +1,11 @@
 """Weights of a block's tokens by how far its drafts are likely to be accepted (D-PACE, arXiv 2605.18810).
 
-The expected number of accepted drafts is a sum of products of chances: the draft at offset j counts only if all drafts
-before it are accepted. Its derivative weighs the cross-entropy at offset j by the sum, over m >= j, of the product of
+The expected number of accepted drafts is a sum of products of chances, since a draft counts only if all drafts before
+it are accepted. Its derivative weighs the cross-entropy at offset j by the sum, over m >= j, of the product of
 the chances at offsets 1..m. The chance of a label is its probability q, smoothed to (1 - a) q + a.
 
-The chain begins at offset 1: decoding takes the first token of a block from the AR mode, so it is always accepted. The
-weights are not divided by their sum, which would cancel what the chances say (the authors on SpecForge, issue 828).
+The chain begins at offset 1, because decoding takes the first token of a block from the AR mode. The weights are not
+divided by their sum, which would cancel the chances (the paper's author on SpecForge, issue 828).
 
 Shape letters: B rows, M tokens of the mask half, K block length.
 """

@@ -157,7 +157,7 @@ def test_the_diffusion_loss_and_its_gradient_equal_a_loop_over_labels(linked, na
 
 
 def test_the_divisor_of_a_dpace_loss_is_known_before_the_forward(linked):
-    """So gradients of several workers and forwards add up, and the weights keep what they say."""
+    """So gradients of several workers and forwards add up, and the size of the weights counts."""
     batch = objective_of(linked, EVERY).batch(IDS, DOCUMENTS, share=0.6)
     offsets = [place % K for lengths in LENGTHS for n in lengths for place in range(K, n)]
     expected = sum(0.2 if offset == 0 else 1.0 for offset in offsets)
