@@ -167,7 +167,7 @@ class _MaskHalf:
 
     def block_start(self) -> Tensor:
         """Index in the row of the first token of each token's block."""
-        return self.place - (self.layout.position - self.layout.horizon - 1)
+        return self.place - self.layout.offset
 
     def weighted(self, decay: float | None, first_weight: float) -> "_MaskHalf":
         """This half with smaller weights for later tokens of a block, and a factor for its first.

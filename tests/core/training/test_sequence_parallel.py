@@ -33,7 +33,7 @@ CASES = {
     "dual, frozen": {"dual": True, "link_rank": 4, "frozen": True},
     "dual, every choice of the recipe": {"dual": True, "recipe": ALL},
     "dual, weights by what is accepted": {"dual": True, "link_rank": 4, "recipe": CHAINED},
-    "dual, cut to labels": {"dual": True, "link_rank": 4, "recipe": CHAINED, "ragged": True},
+    "dual, frozen, cut to labels": {"dual": True, "link_rank": 4, "frozen": True, "recipe": CHAINED, "ragged": True},
 }
 
 
