@@ -100,18 +100,12 @@ def dual_mode_batch(
     phase = (draws.phase_B1 * drawn_len).long() if draws is not None and recipe.random_phase else 0
     layout = training_layout(document_BS, drawn_len, phase)
     label_BS = _labels(input_ids_BS, trained_BS)
-    masks = _MaskHalf(
-        layout[..., S:],
-        torch.full_like(input_ids_BS, mask_id),
-        torch.where((document_BS != PADDING) & (layout.block[:, S:] > 0), label_BS, IGNORED),
-        torch.arange(S, device=device).expand_as(input_ids_BS),
-        torch.ones((), device=device),
-    )
-    total, weighs, weights = None, recipe.weighs(share), recipe.weights_at(share)
+    masks = _MaskHalf.of(layout[..., S:], label_BS, mask_id)
+    weights, weighs = recipe.weights_at(share), recipe.weighs(share)
     if weighs:
         decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
         masks = masks.weighted(decay, recipe.first_weight)
-        total = (masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64)
+    total = (masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64) if weighs else None
     if draws is not None and recipe.masking == "random":
         masks = masks.partly_shown(input_ids_BS, draws)
     if draws is not None and recipe.block_share < 1:
@@ -164,6 +158,17 @@ class _MaskHalf:
     place: Tensor
     """Index of the token in its row."""
     weight: Tensor
+
+    @staticmethod
+    def of(layout: TokenLayout, label_BS: Tensor, mask_id: int) -> "_MaskHalf":
+        """Mask tokens alone, with equal weights; all but those of first blocks have a label."""
+        return _MaskHalf(
+            layout,
+            torch.full_like(label_BS, mask_id),
+            torch.where((layout.document != PADDING) & (layout.block > 0), label_BS, IGNORED),
+            torch.arange(label_BS.shape[1], device=label_BS.device).expand_as(label_BS),
+            torch.ones((), device=label_BS.device),
+        )
 
     def block_start(self) -> Tensor:
         """Index in the row of the first token of each token's block."""
