@@ -19,12 +19,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from serve_apps.api.completion_response import ModelCard
 from serve_apps.ingress.api_keys import Access
 from serve_apps.ingress.http_app import HttpApp
 from serve_apps.ingress.request_limits import Limits
 from serve_apps.replica.autoscaling import autoscaling
 from serve_apps.replica.decoder_app import DecoderApp
-from serve_apps.rollout.model_version import resolve_model
+from serve_apps.rollout.model_version import ModelVersion, resolve_model
 from serve_apps.rollout.watcher_app import DECODER, WatcherApp
 from serve_apps.settings import DRAIN_SECONDS, ServeSettings
 from serve_apps.shared_cluster import (
@@ -41,6 +42,7 @@ from serve_apps.shared_cluster import (
 )
 from serve_apps.telemetry import start_stage
 from tidar_core import errors
+from tidar_core.artifacts.model.checkpoint import no_drafts_note
 from tidar_core.artifacts.network.loopback import open_direct
 from tidar_core.errors import TidarError
 
@@ -63,7 +65,10 @@ def build_app(settings: ServeSettings) -> serve.Application:
 
     Looks up the model's name and reads the bundle's description, no weights. Raises RegistryError or BundleError.
     """
-    served, card = resolve_model(settings)
+    return _build(settings, *resolve_model(settings))
+
+
+def _build(settings: ServeSettings, served: ModelVersion, card: ModelCard) -> serve.Application:
     most = settings.rows + settings.max_waiting
     alias_watcher = None
     if settings.follow_alias_seconds is not None:
@@ -111,7 +116,10 @@ def run(settings: ServeSettings, *, blocking: bool = True) -> None:
     """
     with _quiet():
         check_place(settings)
-    app = build_app(settings)
+    served, card = resolve_model(settings)
+    if not served.drafting:
+        print(no_drafts_note(served.bundle_uri), file=sys.stderr)
+    app = _build(settings, served, card)
     ended = False
     try:
         with _quiet():

@@ -7,8 +7,9 @@
     tidar promote NAME VERSION           and rollback NAME
     tidar generate | bench | profile | serve MODEL
 
-MODEL is a bundle's folder or URI, or models:/NAME@ALIAS. With --json, standard output holds one JSON object and nothing
-else; progress goes to standard error. Exit codes: 0 done, 2 wrong input (one line names the fault), 1 anything else.
+MODEL is a folder or URI of a bundle or of an AR checkpoint, or models:/NAME@ALIAS. With --json, standard output holds
+one JSON object and nothing else; progress goes to standard error. Exit codes: 0 done, 2 wrong input (one line names the
+fault), 1 anything else.
 """
 
 import os

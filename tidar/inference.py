@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tidar.options import THREADS, TRACKING, BlockLen, DType, Dtype, Json, Mode, Model, Threads, Tracking
+from tidar.options import MODEL, THREADS, TRACKING, BlockLen, DType, Dtype, Json, Mode, Model, Threads, Tracking
 from tidar.output import note, print_facts
 from tidar_core.errors import RequestError
 
@@ -17,8 +17,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     mode: Annotated[
-        Mode, typer.Option(help="Modes differ in speed, not in the distribution of texts.")
-    ] = Mode.single_pass,
+        Mode | None,
+        typer.Option(help="single-pass by default. Modes differ in speed, not in the distribution of texts."),
+    ] = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -37,22 +38,29 @@ def generate(
     request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
                "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
     uri = _bundle_uri(model, tracking_uri)
-    output = OfflineGeneration(_load(uri, threads), uri, request, mode=mode.value, block_len=block_len, report=note)
+    bundle = _load(uri, threads)
+    output = OfflineGeneration(bundle, uri, request, mode=mode and mode.value, block_len=block_len, report=note)
     for text in output.deltas():
         if not as_json:
             print(text, end="", flush=True)
     facts = output.figures()
     if as_json:
-        return print_facts(facts, as_json)
-    print()
-    tokens, per_forward = len(facts["token_ids"]), facts["tokens_per_forward"]
-    return note(f"{tokens} tokens, {per_forward:.2f} per forward, {facts['seconds']:.2f} s")
+        print_facts(facts, as_json)
+    else:
+        print()
+        tokens, per_forward = len(facts["token_ids"]), facts["tokens_per_forward"]
+        note(f"{tokens} tokens, {per_forward:.2f} per forward, {facts['seconds']:.2f} s")
+    _note_without_drafts(bundle, uri)
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL with prompt, question, turns or text.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 8,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Prompts of the file are a user's messages; default: if there is a template."),
+    ] = None,
     max_tokens: int = 64,
     batch: Annotated[list[int], typer.Option(min=1, help="Prompts decoded together.")] = [1],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1)] = 3,
@@ -69,7 +77,6 @@ def bench(
 ) -> None:
     """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
     from pipelines.evaluation import measure, tables
-    from tidar_core.config import SamplingConfig
 
     if (model is None) == (shape is None) or random_weights != (shape is not None):
         raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
@@ -83,21 +90,17 @@ def bench(
         raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
     uri = _bundle_uri(str(model), tracking_uri)
     bundle = _load(uri, threads, dtype.value)
-    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=bundle.end_ids)
-    tokens = measure.bench_prompts(bundle, prompts, count, max_tokens)
+    asked = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
     facts = measure.compared_modes(
-        bundle.model, tokens, sampling, block_len=block_len or bundle.info.block_len, batch=batch[0], repeats=repeats,
-        uri=uri,
+        bundle.model, asked, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
+        repeats=repeats, uri=uri, transformers=transformers,
     )  # fmt: skip
-    if transformers:
-        from pipelines.evaluation.transformers_baseline import generate_speed
-
-        facts["transformers"] = generate_speed(bundle.model, tokens, max_tokens=max_tokens, repeats=repeats)
     if plot is not None:
         from pipelines.evaluation.plots import bench_plot
 
         plot.write_bytes(bench_plot(facts["modes"]))
     print_facts(facts, as_json, tables.print_modes)
+    _note_without_drafts(bundle, uri)
 
 
 def profile(
@@ -121,10 +124,11 @@ def profile(
 
         plot.write_bytes(latency_plot(facts["points"]))
     print_facts(facts, as_json, tables.print_latency)
+    _note_without_drafts(bundle, uri)
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     settings: Annotated[Path | None, typer.Option(help="YAML file of settings; other options override it.")] = None,
     port: Annotated[int | None, typer.Option(help="8000 by default.")] = None,
     host: Annotated[str | None, typer.Option(help="127.0.0.1 by default.")] = None,
@@ -159,17 +163,25 @@ def serve(
 
 
 def _bundle_uri(model: str, tracking_uri: str) -> str:
-    """Find the address of the bundle that MODEL names."""
+    """Find the address of the bundle or the checkpoint that MODEL names."""
     from tidar_core.artifacts.registry import model_registry
 
     return model_registry.find_bundle(model_registry.absolute_tracking_uri(tracking_uri), model).uri
 
 
 def _load(uri: str, threads: int, dtype: str = "fp32") -> Any:
-    """Load a verified bundle, on the GPU if there is one."""
+    """Load a verified bundle or a checkpoint, on the GPU if there is one."""
     from pipelines.evaluation.measure import loaded_bundle
 
     return loaded_bundle(uri, threads, dtype)
+
+
+def _note_without_drafts(bundle: Any, uri: str) -> None:
+    """Print how to convert a checkpoint."""
+    from tidar_core.artifacts.model.checkpoint import no_drafts_note
+
+    if not bundle.model.config.drafting:
+        note(no_drafts_note(uri))
 
 
 def _object(text: str, option: str) -> dict[str, Any]:

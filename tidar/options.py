@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "MODEL",
     "THREADS",
     "TRACKING",
     "BlockLen",
@@ -23,7 +24,8 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see infra/jobs.")]
-Model = Annotated[str, typer.Argument(help="Bundle folder or URI, or models:/NAME@ALIAS.")]
+MODEL = "Folder or URI of a bundle or of an AR checkpoint in Hugging Face's format, or models:/NAME@ALIAS."
+Model = Annotated[str, typer.Argument(help=MODEL)]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
 THREADS = max(1, (os.cpu_count() or 1) - 1)
 """CPU threads by default. A service's proxy and ingress need a core, and a decode step waits for a thread that shares

@@ -1,9 +1,9 @@
-"""Evaluation of a bundle on held-out text, and comparison of its texts with its autoregressive mode.
+"""Evaluation of a model on held-out text, and comparison of its texts with its autoregressive mode.
 
 Bundle + held-out rows -> report.json, report.md and plots. Losses are means over labels, in nats. Texts are greedy, in
 fp32. They are compared token for token with the plain one-token-at-a-time loop, which shares no cache and no layout
-with the decoder. If the job names the AR checkpoint that the bundle was converted from, this parent is measured on the
-same rows, prompts and tasks.
+with the decoder. A checkpoint does not draft, so only its AR figures are measured. If the job names the AR checkpoint
+that the bundle was converted from, this parent is measured on the same rows, prompts and tasks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,7 @@ import ray
 import torch
 
 from pipelines.cluster.connection import connect, original_error
+from pipelines.cluster.console import stderr
 from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.evaluation.paper_tasks import check_tasks
 from pipelines.evaluation.report import REPORT, report_metrics, write_report
@@ -27,21 +28,19 @@ from pipelines.evaluation.task_scores import (
     tasks_in_mode,
 )
 from pipelines.jobs import EvaluateJob
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, Bundle, BundleInfo, load_bundle, read_bundle_info
-from tidar_core.artifacts.model.finite import require_finite
-from tidar_core.artifacts.model.hf_weights import load_model
+from tidar_core.artifacts.model.bundle import Bundle, load_bundle, model_config, model_info
+from tidar_core.artifacts.model.checkpoint import no_drafts_note
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_lock import output_lock
-from tidar_core.artifacts.text.end_tokens import read_end_tokens
-from tidar_core.artifacts.text.tokenizer import load_tokenizer
-from tidar_core.config import SamplingConfig
+from tidar_core.config import ModelConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import BundleError, ConfigError, ShardError
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
+from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 from tidar_core.training.losses import LossTotals
 from tidar_core.training.objective import Objective
 from tidar_core.transformer.layout import PADDING
@@ -58,7 +57,7 @@ Advance = Callable[[], None]
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
     """Run the job on the cluster and return the report; an earlier report at the same output is replaced."""
-    job = _absolute(job)
+    job = _in_modes_of_model(_absolute(job))
     check_tasks(job.tasks, allow_code_execution=job.allow_code_execution)
     with output_lock(job.output, REPORT):
         return _evaluated(job)
@@ -83,7 +82,7 @@ def _mlflow_run(job: EvaluateJob) -> Iterator[Callable[[dict[str, Any]], None]]:
     if job.tracking_uri is None:
         yield lambda report: None
         return
-    tracking_uri, info = job.tracking_uri, read_bundle_info(job.bundle)
+    tracking_uri, info = job.tracking_uri, model_info(job.bundle)
     tags = {runs.STAGE_TAG: "evaluate", "bundle": job.bundle, "bundle_hash": info.bundle_hash}
     if trained := runs.find_run(tracking_uri, "train", info.bundle_hash):
         tags |= {runs.PARENT_RUN: trained, "training_run": trained}
@@ -140,7 +139,12 @@ def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
 
 def _parts(job: EvaluateJob) -> int:
     """Number of progress reports of the whole job, the parent's included."""
-    runs = [(len(MODES), job.prompts + sum(len(tasks_in_mode(job, mode)) for mode in job.task_modes))]
+    runs = [
+        (
+            len(_modes(model_config(job.bundle))),
+            job.prompts + sum(len(tasks_in_mode(job, mode)) for mode in job.task_modes),
+        )
+    ]
     if job.parent is not None:
         runs.append((1, len(job.tasks)))
     over_http = len(job.tasks) if job.service is not None else 0
@@ -149,6 +153,25 @@ def _parts(job: EvaluateJob) -> int:
         losses + own + prompts_in_all(job.prompts, modes=modes, batch=job.batch, repeats=job.repeats)
         for modes, own in runs
     )
+
+
+def _modes(config: ModelConfig) -> Sequence[str]:
+    """Modes that a model's greedy texts are compared in."""
+    return MODES if config.drafting else (AUTOREGRESSIVE,)
+
+
+def _in_modes_of_model(job: EvaluateJob) -> EvaluateJob:
+    """The same job with task modes of its model. Raises ConfigError for a mode that the model does not have.
+
+    A model that does not draft has the autoregressive mode alone; the user learns so on standard error.
+    """
+    config = model_config(job.bundle)
+    if config.drafting:
+        return job
+    named = "task_modes" in job.model_fields_set
+    modes = [mode_of(config, mode if named else None, default=mode) for mode in job.task_modes]
+    stderr.print(no_drafts_note(job.bundle), markup=False, highlight=False, soft_wrap=True)
+    return job.model_copy(update={"task_modes": tuple(dict.fromkeys(modes))})
 
 
 def _absolute(job: EvaluateJob) -> EvaluateJob:
@@ -177,7 +200,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
     if bundle.tokenizer.fingerprint != reader.manifest.tokenizer:
         raise ConfigError(f"{job.shards} were packed with another tokenizer than {job.bundle} has; pack with its own")
     block_len = bundle.info.block_len
-    losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance)
+    losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance, dual=bundle.model.config.drafting)
     prompts = _prompts(reader, job.prompts, job.prompt_len)
     sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=bundle.end_ids)
     plain = []
@@ -192,9 +215,10 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         batch=job.batch,
         repeats=job.repeats,
         context_len=job.prompt_len + job.max_tokens,
+        modes=_modes(bundle.model.config),
         on_prompt=advance,
     )
-    single_pass = modes["single-pass"]
+    single_pass = modes.get("single-pass", modes[AUTOREGRESSIVE])
     verified = (
         block_len == 1 or sum(single_pass.acceptance_histogram) > 0
     )  # otherwise every text ended with its first token
@@ -223,23 +247,13 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
 def held_out_losses(bundle: str, shards: str, *, rows: int, threads: int) -> dict[str, float]:
     """AR and diffusion loss of a bundle, measured in this process."""
     torch.set_num_threads(threads)
-    found = _losses(load_bundle(bundle), ShardReader(shards, "held_out"), rows, lambda: None)
+    found = _losses(load_bundle(bundle), ShardReader(shards, "held_out"), rows, lambda: None, dual=True)
     return {name: found[name] for name in ("ar_loss", "diffusion_loss")}
 
 
 def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
-    """The AR checkpoint: a bundle, or a Hugging Face folder, with the same tokenizer."""
-    if locations.exists(locations.join(uri, BUNDLE_JSON)):
-        parent = load_bundle(uri, device=device)
-    else:
-        folder = locations.local_copy(uri)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"parent is {uri}; it has no config.json; give a model folder or a bundle")
-        tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else bundle.tokenizer
-        info = BundleInfo(block_len=1, mask_id=0, objective="ar", lineage={}, files={}, bundle_hash=uri)
-        ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
-        parent = Bundle(load_model(folder, device=device), tokenizer, info, ends.ids)
-        require_finite(parent.model, uri)
+    """The AR checkpoint: a bundle, or a Hugging Face folder, which may lack a tokenizer; with the same tokenizer."""
+    parent = load_bundle(uri, device=device, tokenizer=bundle.tokenizer)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ConfigError(
             f"parent {uri} has another tokenizer than the bundle; give the checkpoint it was converted from"
@@ -274,7 +288,7 @@ def _measured_parent(
     return {
         "location": job.parent,
         "hash": parent.info.bundle_hash,
-        "is_start": parent.info.bundle_hash in bundle.info.lineage.values(),
+        "is_start": bool({parent.info.bundle_hash, job.parent} & {*bundle.info.lineage.values()}),
         "ar_loss": losses["ar_loss"],
         "prompts_equal": sum(own_text == text for own_text, text in zip(own.texts, texts)),
         "tokens_per_second": own.tokens_per_second,
@@ -283,7 +297,7 @@ def _measured_parent(
 
 
 def _finite_losses(
-    uri: str, bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True
+    uri: str, bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool
 ) -> dict[str, Any]:
     """The losses of the bundle at `uri`. Raises BundleError if a loss is not finite: its texts would mean nothing."""
     found = _losses(bundle, reader, rows, advance, dual=dual)
@@ -296,7 +310,7 @@ def _finite_losses(
 
 
 @torch.inference_mode()
-def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool = True) -> dict[str, Any]:
+def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *, dual: bool) -> dict[str, Any]:
     """Held-out losses, and how often the likeliest draft is the held-out token, by offset in the block.
 
     A mean over no labels was not measured and is `None`.

@@ -27,6 +27,7 @@ from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
 from tidar_core.errors import ConfigError
+from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 
 __all__ = ["GeneratedTexts", "LmEvalModel"]
 
@@ -42,7 +43,7 @@ class LmEvalModel(TemplateLM):
     def __init__(
         self,
         bundle: "str | Bundle",
-        mode: str = "single-pass",
+        mode: str | None = None,
         batch_size: int | str = 8,
         block_len: int | None = None,
         dtype: str = "fp32",
@@ -51,7 +52,8 @@ class LmEvalModel(TemplateLM):
         max_batch_size: int | None = None,
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """batch_size   prompts decoded together; `max_batch_size` is lm-eval's and has no meaning here
+        """mode         by default single-pass if the model drafts
+        batch_size   prompts decoded together; `max_batch_size` is lm-eval's and has no meaning here
         context_len  most tokens of a prompt and its answer; longer prompts lose their beginning; default: the model's
         on_answer    called after each request of lm-eval's
         """
@@ -60,7 +62,8 @@ class LmEvalModel(TemplateLM):
             bundle = load_bundle(bundle, dtype=DTYPES[dtype], device=device or "cpu")
         self.bundle, self.on_answer = bundle, on_answer
         self.max_length = min(context_len or bundle.model.config.context_len, bundle.model.config.context_len)
-        self.block_len = 1 if mode == "autoregressive" else block_len or bundle.info.block_len
+        mode = mode_of(bundle.model.config, mode, default="single-pass")
+        self.block_len = 1 if mode == AUTOREGRESSIVE else block_len or bundle.info.block_len
         draft = DraftConfig(block_len=self.block_len)
         decoder = Decoder(bundle.model, draft, slots=int(batch_size), context_len=self.max_length)
         self.scheduler = Scheduler(decoder, FixedMode(mode, self.block_len), max_waiting=sys.maxsize)

@@ -18,7 +18,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from pipelines.evaluation.lm_eval_model import GeneratedTexts
 from pipelines.jobs import EvaluateJob
-from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.model.bundle import model_info
 from tidar_core.artifacts.network.loopback import exempt_loopback, open_url
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError
@@ -40,7 +40,7 @@ class ServiceModel(LocalCompletionsAPI):
         headers = _headers(job.service_key_env)
         self.card = _card(self.service, headers, job.service_model)
         """The service's description of its model."""
-        if (served := self.card.get("bundle_hash")) != (ours := read_bundle_info(job.bundle).bundle_hash):
+        if (served := self.card.get("bundle_hash")) != (ours := model_info(job.bundle).bundle_hash):
             raise ConfigError(
                 f"service {self.service} serves bundle {str(served)[:12]} as {self.card['id']}; {job.bundle} is "
                 f"{ours[:12]}; name the bundle that is served"

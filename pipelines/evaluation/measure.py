@@ -5,7 +5,7 @@ figures are plain values.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
+from tidar_core.artifacts.text.chat_template import load_chat_template
+from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.text.prompts import read_prompts
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
@@ -24,17 +26,25 @@ from tidar_core.errors import RequestError
 from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
-from tidar_core.planning.planner import AUTO
+from tidar_core.planning.planner import AUTO, AUTOREGRESSIVE
 from tidar_core.planning.step_timing import latency_shapes
 from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
-__all__ = ["bench_prompts", "compared_modes", "latency_curve", "loaded_bundle", "shape_costs", "stored_latency"]
+__all__ = [
+    "BenchPrompts",
+    "bench_prompts",
+    "compared_modes",
+    "latency_curve",
+    "loaded_bundle",
+    "shape_costs",
+    "stored_latency",
+]
 
 
 def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
-    """A verified bundle, on the GPU if there is one.
+    """A verified bundle or a checkpoint, on the GPU if there is one.
 
     threads  threads of torch in this process from now on
     dtype    a key of DTYPES
@@ -43,29 +53,61 @@ def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
     return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def bench_prompts(bundle: Bundle, path: Path | None, count: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Token ids of prompts; the beginning is cut off if the context cannot hold prompt and completion."""
+@dataclass(frozen=True, slots=True)
+class BenchPrompts:
+    """Prompts of a bench in tokens."""
+
+    tokens: list[tuple[int, ...]]
+    end_ids: tuple[int, ...]
+    """Tokens that end a text after these prompts."""
+    chat: bool
+    """Whether each prompt is a user's message in the model's chat template; otherwise it is a text to continue."""
+
+
+def bench_prompts(
+    uri: str, bundle: Bundle, path: Path | None, count: int, max_tokens: int, chat: bool | None = None
+) -> BenchPrompts:
+    """The first prompts of a file; a prompt loses its beginning if the context cannot hold prompt and completion.
+
+    uri   location of the bundle, with its chat template
+    path  prompts file; None: beginnings of Python code, which are always continued
+    chat  whether a prompt is a user's message; by default it is if the model has a chat template
+    """
     context_len = bundle.model.config.context_len
     if max_tokens >= context_len:
         raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
-    return [tuple(bundle.tokenizer.encode(text))[max_tokens - context_len :] for text in read_prompts(path, count)]
+    template = None if chat is False or path is None else load_chat_template(uri)
+    if chat and template is None:
+        needed = "--chat needs a prompts file" if path is None else f"--chat needs a chat template, and {uri} has none"
+        raise RequestError(f"{needed}; drop --chat")
+    texts, tokenizer, turn_end = read_prompts(path, count), bundle.tokenizer, None
+    if template is None:
+        encoded = tokenizer.encode_batch(texts, framed=True)
+    else:
+        encoded = [encode_chat(template, tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        turn_end = turn_end_id(template, tokenizer)
+    end_ids = bundle.end_ids if turn_end is None else tuple(dict.fromkeys([*bundle.end_ids, turn_end]))
+    return BenchPrompts([tuple(ids)[max_tokens - context_len :] for ids in encoded], end_ids, template is not None)
 
 
 def compared_modes(
     model: TidarModel,
-    prompts: Sequence[tuple[int, ...]],
-    sampling: SamplingConfig,
+    asked: BenchPrompts,
     *,
+    max_tokens: int,
     block_len: int,
     batch: int,
     repeats: int,
     uri: str,
+    transformers: bool = False,
 ) -> dict[str, Any]:
-    """Every mode on the same prompts in one run.
+    """Every mode of the model on the same prompts in one run: the autoregressive mode alone if it does not draft.
 
-    uri  location of the bundle, which may have a latency table beside it
+    uri           location of the bundle, which may have a latency table beside it
+    transformers  whether transformers' `generate` is timed on the prompts too
     """
-    modes = (*MODES, AUTO)
+    prompts, sampling = asked.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=asked.end_ids)
+    modes = (*MODES, AUTO) if model.config.drafting else (AUTOREGRESSIVE,)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
         done = iter(range(1, total + 1))
@@ -74,13 +116,20 @@ def compared_modes(
             context_len=max(map(len, prompts)) + sampling.max_tokens, on_prompt=lambda: show(next(done), {}),
             table=partial(bundle_table, uri),
         )  # fmt: skip
-    return {
+    facts = {
         **_device(model),
         "block_len": block_len,
         "batch": batch,
         "prompts": len(prompts),
+        "chat": asked.chat,
         "modes": {name: mode.figures() for name, mode in results.items()},
     }
+    if transformers:
+        from pipelines.evaluation.transformers_baseline import against_transformers
+
+        ours = results[AUTOREGRESSIVE]
+        facts["transformers"] = against_transformers(model, prompts, sampling, ours, repeats=repeats)
+    return facts
 
 
 def latency_curve(model: TidarModel, *, batch: int) -> dict[str, Any]:

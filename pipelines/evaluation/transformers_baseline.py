@@ -1,4 +1,4 @@
-"""Baseline: speed of transformers on the same model and prompts."""
+"""Baseline: speed of transformers on the same model and prompts, and equality of its texts with ours."""
 
 import statistics
 import tempfile
@@ -9,41 +9,50 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from tidar_core.artifacts.model.hf_weights import save_model
+from tidar_core.config import SamplingConfig
+from tidar_core.planning.mode_benchmark import ModeResult
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["generate_speed"]
+__all__ = ["against_transformers"]
 
 
-def generate_speed(
-    model: TidarModel, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, repeats: int
+def against_transformers(
+    model: TidarModel, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig, ours: ModeResult, *, repeats: int
 ) -> dict[str, Any]:
-    """Greedy `generate` with its cache, one prompt at a time, exactly `max_tokens` new tokens each.
+    """Figures of greedy `generate` with its cache, one prompt at a time, with the same end tokens.
 
-    Returns tokens per second over all prompts, prefills included: median and spread over `repeats`, after a warm-up.
+    Speeds are tokens per second over all prompts, prefills included: median and spread over `repeats`, after a warm-up.
+
+    ours  the autoregressive mode on the same prompts
     """
     weight = model.embedding.weight
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder))
-        baseline: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
-    baseline = baseline.to(weight.device).eval()
+        save_model(model, Path(folder), end_ids=sampling.eos_ids)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
+    theirs = theirs.to(weight.device).eval()
 
-    def run(tokens: tuple[int, ...]) -> None:
+    def run(tokens: tuple[int, ...]) -> tuple[int, ...]:
         ids = torch.tensor([tokens], device=weight.device)
-        baseline.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens,
-            min_new_tokens=max_tokens, pad_token_id=0,
+        text = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=sampling.max_tokens,
+            eos_token_id=list(sampling.eos_ids) or None, pad_token_id=0,
         )  # fmt: skip
+        return tuple(text[0, len(tokens) :].tolist())
 
     run(prompts[0])
     speeds = []
     for _ in range(repeats):
         began = time.perf_counter()
-        for prompt in prompts:
-            run(prompt)
-        speeds.append(len(prompts) * max_tokens / (time.perf_counter() - began))
+        texts = tuple(run(prompt) for prompt in prompts)
+        speeds.append(sum(map(len, texts)) / (time.perf_counter() - began))
+    speed = statistics.median(speeds)
     return {
-        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second": speed,
         "tokens_per_second_spread": (min(speeds), max(speeds)),
+        "ar_over": ours.tokens_per_second / speed,
+        "equal_to_ar": texts == ours.texts,
     }

@@ -69,7 +69,7 @@ class Engine:
         self.tokenizer_info = _tokenizer_info(served.bundle_uri, self._runtime.template)
         self.tool_form = self._runtime.tool_form
         self.scheduler = self._runtime.scheduler(
-            settings.mode, max_waiting=settings.max_waiting, budget=settings.timing_seconds, report=report
+            served.mode, max_waiting=settings.max_waiting, budget=settings.timing_seconds, report=report
         )
         self._tokenizer, self._prompts = self._runtime.tokenizer, self._runtime.prompts
         self._tokenizer.spell(self._tokenizer.eos_id)  # all names are made now, and not while texts are sent

@@ -4,15 +4,14 @@ The bound is computed from the bundle's description before any weights are loade
 and a replica reports it first.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from serve_apps.rollout.model_version import ModelVersion, resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import DTYPES, read_bundle_info
-from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.bundle import DTYPES, model_config
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.page_pool import PAGE_LEN
@@ -63,12 +62,12 @@ class ReplicaMemory:
 def replica_memory(served: ModelVersion) -> ReplicaMemory:
     """Memory bound of a replica of `served`, with the free memory of this machine. Raises ConfigError."""
     settings = served.settings
-    config = replace(read_config(served.bundle_uri), mask_id=read_bundle_info(served.bundle_uri).mask_id)
+    config = model_config(served.bundle_uri)
     draft = DraftConfig(block_len=served.block_len, kind=settings.draft_kind)
     size = DecoderSize.of(
         config, draft, slots=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
     )
-    need = memory_bound(config, draft, size, dtype=DTYPES[settings.dtype], mode=settings.mode, device=settings.device)
+    need = memory_bound(config, draft, size, dtype=DTYPES[settings.dtype], mode=served.mode, device=settings.device)
     return ReplicaMemory(settings.device, need, free_bytes(settings.device))
 
 

@@ -60,7 +60,7 @@ class TextGenerator:
             gen_ai__response__model=self.served.settings.shown_name,
             gen_ai__usage__input_tokens=last.usage.prompt_tokens,
             gen_ai__usage__output_tokens=last.usage.completion_tokens,
-            tidar__mode=self.served.settings.mode if request.speculative else "autoregressive",
+            tidar__mode=self.served.mode if request.speculative else "autoregressive",
             tidar__fingerprint=self.served.fingerprint,
             tidar__outcome=outcome,
             tidar__queue_seconds=None if last.timing is None else last.timing.queue,

@@ -1,5 +1,7 @@
 """Version of a model that a service serves: its weights and its decoding.
 
+A model is a bundle, or a checkpoint, which has the autoregressive mode alone.
+
 A model's name is looked up once, so that every replica loads the same weights even if the name changes meanwhile.
 """
 
@@ -8,9 +10,10 @@ from dataclasses import dataclass
 
 from serve_apps.api.completion_response import ModelCard
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.bundle import model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.errors import ConfigError
+from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 
 __all__ = ["ModelVersion", "ServingTarget", "resolve_model"]
 
@@ -20,20 +23,27 @@ HASH_SHOWN = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """A bundle with the settings of its decoding."""
+    """A bundle or a checkpoint with the settings of its decoding."""
 
     settings: ServeSettings
     bundle_uri: str
     bundle_hash: str
     block_len: int
     """K of the decoder: 1 in the autoregressive mode."""
+    drafting: bool = True
+    """Whether the model drafts; a checkpoint does not."""
     version: int | None = None
-    """Number in the registry; None for a bundle that was given by its location."""
+    """Number in the registry; None for a model that was given by its location."""
+
+    @property
+    def mode(self) -> str:
+        """Mode of the decoder."""
+        return self.settings.mode if self.drafting else AUTOREGRESSIVE
 
     @property
     def fingerprint(self) -> str:
         """The same string for the same weights and the same method of decoding."""
-        return f"{self.bundle_hash[:HASH_SHOWN]}-{self.settings.mode}-{self.block_len}"
+        return f"{self.bundle_hash[:HASH_SHOWN]}-{self.mode}-{self.block_len}"
 
     @property
     def label(self) -> str:
@@ -59,18 +69,20 @@ def resolve_model(settings: ServeSettings, model: str | None = None) -> tuple[Mo
     model = model or settings.model
     found = model_registry.find_bundle(settings.tracking_uri, model)
     info = found.info
-    shape = read_config(found.uri)
+    shape = model_config(found.uri)
     if settings.context_len is not None and settings.context_len > shape.context_len:
         raise ConfigError(
             f"context_len is {settings.context_len}; the context of {model} is {shape.context_len}; "
             "give at most that number"
         )
-    block_len = 1 if settings.mode == "autoregressive" else settings.block_len or info.block_len
+    mode = mode_of(shape, settings.mode if "mode" in settings.model_fields_set else None, default=settings.mode)
+    block_len = 1 if mode == AUTOREGRESSIVE else settings.block_len or info.block_len
     served = ModelVersion(
         settings=settings,
         bundle_uri=found.uri,
         bundle_hash=info.bundle_hash,
         block_len=block_len,
+        drafting=shape.drafting,
         version=found.version,
     )
     card = ModelCard(
@@ -79,6 +91,6 @@ def resolve_model(settings: ServeSettings, model: str | None = None) -> tuple[Mo
         max_model_len=settings.context_len or shape.context_len,
         block_len=block_len,
         bundle_hash=info.bundle_hash,
-        mode=settings.mode,
+        mode=mode,
     )
     return served, card

@@ -176,7 +176,7 @@ def _decoder(settings: ServeSettings) -> tuple[Scheduler, Tokenizer]:
         torch.set_num_threads(settings.threads)
     served, _ = resolve_model(settings)
     runtime = BundleRuntime.load(served)
-    return runtime.scheduler(settings.mode), runtime.tokenizer
+    return runtime.scheduler(served.mode), runtime.tokenizer
 
 
 def _requests(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> Iterator[Request]:

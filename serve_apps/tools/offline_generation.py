@@ -21,6 +21,7 @@ from serve_apps.streaming.logprobs import score_models
 from tidar_core.artifacts.model.bundle import Bundle
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.completion import Completion
+from tidar_core.planning.planner import mode_of
 
 __all__ = ["OfflineGeneration"]
 
@@ -37,11 +38,12 @@ class OfflineGeneration:
         bundle_uri: str,
         fields: Mapping[str, Any],
         *,
-        mode: str,
+        mode: str | None = None,
         block_len: int | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """fields     fields of the body of POST /v1/completions; n is 1. Raises RequestError for a wrong field
+        """mode       mode of decoding; by default single-pass if the model drafts
+        fields     fields of the body of POST /v1/completions; n is 1. Raises RequestError for a wrong field
         block_len  K; by default the length that the bundle was trained with
         report     called with a line about the work before the first token
         """
@@ -50,14 +52,14 @@ class OfflineGeneration:
             raise ParameterError(
                 f"{len(requests)} texts are requested; this command generates one; give one prompt and n = 1"
             )
-        self._request, self._mode = requests[0], mode
+        self._request, self._mode = requests[0], mode_of(bundle.model.config, mode, default="single-pass")
         runtime = BundleRuntime(bundle, bundle_uri, DraftConfig(block_len=block_len or bundle.info.block_len), slots=1)
         self._prompts = runtime.prompts
         self._completion = Completion(self._prompts.request(self._request))
         request = self._completion.request
         runtime.decoder.check(request)
         length = len(request.prompt) + request.sampling.max_tokens
-        self._scheduler = runtime.scheduler(mode, planned_len=length, budget=TIMING_SECONDS, report=report)
+        self._scheduler = runtime.scheduler(self._mode, planned_len=length, budget=TIMING_SECONDS, report=report)
         self._detokenizer = runtime.detokenizer(self._request, request.prompt)
         self._facts: dict[str, Any] = {"text": "", "finish_reason": None, "stop_reason": None}
 

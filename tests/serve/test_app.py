@@ -4,6 +4,7 @@ import logging
 import socket
 
 import pytest
+from hf_folders import save_checkpoint
 from proxies import answering, refusing_proxy
 
 from serve_apps import app
@@ -11,7 +12,7 @@ from serve_apps.app import build_app, check_place, start_error
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
 from serve_apps.tools import smoke_client
-from tidar_core.artifacts.model.bundle import read_bundle_info, save_bundle
+from tidar_core.artifacts.model.bundle import model_info, read_bundle_info, save_bundle
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.errors import BundleError, ConfigError, TidarError
 
@@ -97,6 +98,24 @@ def test_an_alias_is_served_under_its_registered_name_and_a_changed_bundle_is_re
     save_bundle(uri, model, tokenizer, block_len=2, **described)
     with pytest.raises(BundleError, match="publish the new bundle"):
         build_app(settings)
+
+
+def test_a_checkpoint_is_served_in_the_autoregressive_mode_alone(tmp_path, tokenizer):
+    folder = str(save_checkpoint(tmp_path / "own", tokenizer))
+    for settings in ({}, {"mode": "auto", "block_len": 8}, {"mode": "autoregressive"}):
+        served, card = resolve_model(ServeSettings(model=folder, **settings))
+        assert (served.mode, served.block_len, served.drafting) == ("autoregressive", 1, False)
+        assert (card.id, card.mode, card.block_len, card.max_model_len) == ("own", "autoregressive", 1, 1024)
+        assert card.bundle_hash == model_info(folder).bundle_hash
+    for mode in ("single-pass", "two-pass"):
+        with pytest.raises(ConfigError, match=f"mode is {mode} and the model does not draft; give the mode auto"):
+            resolve_model(ServeSettings(model=folder, mode=mode))
+
+
+def test_a_service_without_a_mode_drafts_once_its_checkpoint_was_converted(tmp_path, bundle, tokenizer):
+    folder = str(save_checkpoint(tmp_path / "own", tokenizer))
+    served, _ = resolve_model(ServeSettings(model=folder, mode="auto"))
+    assert resolve_model(served.settings, bundle)[0].mode == "auto"
 
 
 def test_in_the_autoregressive_mode_a_block_is_one_token(bundle):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hf_folders import save_checkpoint, their_text
 from other_cluster import other_cluster
 from proxies import refusing_proxy
 from serving import command, until_ready
@@ -17,6 +18,9 @@ from serve_apps.ingress.api_keys import Access
 from serve_apps.ingress.http_app import HttpApp
 from serve_apps.ingress.request_limits import Limits
 from serve_apps.settings import ServeSettings
+from tidar_core.artifacts.model.bundle import model_info
+from tidar_core.artifacts.text.chat_template import load_chat_template
+from tidar_core.artifacts.text.chat_tokens import encode_chat
 from tidar_core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +75,12 @@ def cluster(free_port):
     """A Ray cluster whose Serve listens on `free_port` and runs an application of others."""
     with other_cluster(free_port) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A Hugging Face folder that was not converted."""
+    return save_checkpoint(tmp_path_factory.mktemp("hf") / "tiny-model", tokenizer)
 
 
 def texts(port):
@@ -133,21 +143,40 @@ def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(c
     assert left(cluster, free_port) == others
 
 
+def assert_answers_as_transformers(url, folder, tokenizer):
+    """A completion and a chat are the greedy texts of transformers, and the card names the mode."""
+    (card,) = httpx.get(f"{url}/models").json()["data"]
+    assert (card["id"], card["mode"], card["block_len"]) == ("tiny-model", "autoregressive", 1)
+    assert card["bundle_hash"] == model_info(folder).bundle_hash
+    asked = {"model": "tiny-model", "max_tokens": 8, "temperature": 0}
+    done = httpx.post(f"{url}/completions", json=asked | {"prompt": "import os"}, timeout=60).json()
+    expected = their_text(folder, tokenizer.encode("import os"), 8)
+    assert done["choices"][0]["text"] == tokenizer.decode(expected)
+    messages = [{"role": "user", "content": "import os"}]
+    ends = [tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"]]
+    done = httpx.post(f"{url}/chat/completions", json=asked | {"messages": messages}, timeout=60).json()
+    expected = their_text(folder, encode_chat(load_chat_template(folder), tokenizer, messages), 8, eos_token_id=ends)
+    assert done["choices"][0]["message"]["content"] == tokenizer.decode(expected)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_service_with_a_ray_of_its_own_starts_and_answers_where_the_environment_names_a_proxy(bundle, monkeypatch):
+def test_a_checkpoint_is_served_by_a_ray_of_its_own_where_the_environment_names_a_proxy(
+    checkpoint, tokenizer, monkeypatch
+):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with refusing_proxy(monkeypatch) as urls:
         environment = {"PYTHONPATH": str(ROOT)}
-        with command("serve", bundle, "--port", port, "--mode", "autoregressive", "--threads", 1, **environment) as own:
+        with command("serve", checkpoint, "--port", port, "--threads", 1, **environment) as own:
             monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the client of this test
             until_ready(own, port)
-            assert texts(port)
+            assert_answers_as_transformers(f"http://127.0.0.1:{port}/v1", checkpoint, tokenizer)
             own.send_signal(signal.SIGTERM)  # perhaps before the command itself knows that it is ready
             _, stderr = own.communicate(timeout=90)
             assert (own.returncode, "SIGTERM" in stderr, "Traceback" in stderr) == (0, False, False), stderr
+            assert "tiny-model does not draft yet, so it decodes in autoregressive mode" in stderr
         clouds = ("169.254.169.254", "metadata.google.internal")  # where Ray looks for the cloud it runs in
         assert [url for url in urls if not any(cloud in url for cloud in clouds)] == []

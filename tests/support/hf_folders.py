@@ -29,6 +29,25 @@ def save_folder(folder, kind="llama", **changes):
     return folder
 
 
+def save_checkpoint(folder, tokenizer, kind="llama", **changes):
+    """A checkpoint: such a folder with a tokenizer and a context that holds a prompt of some sentences."""
+    ids = {"vocab_size": tokenizer.vocab_len + 7, "bos_token_id": None, "eos_token_id": tokenizer.eos_id}
+    save_folder(folder, kind, **{**ids, "max_position_embeddings": 1024, **changes})
+    tokenizer.save(folder)
+    return folder
+
+
+def their_text(folder, ids, max_tokens, **settings):
+    """The greedy continuation of `ids` by transformers' `generate`, with the end tokens that the folder names."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+    whole = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **settings
+    )
+    return whole[0, len(ids) :].tolist()
+
+
 def change_config(folder, drop=(), **keys):
     """Adds, changes and drops keys of config.json."""
     path = folder / "config.json"

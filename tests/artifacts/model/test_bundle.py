@@ -86,6 +86,8 @@ def test_a_missing_file_an_added_one_and_no_bundle_at_all_are_refused(bundle, tm
     with pytest.raises(BundleError, match=r"model\.safetensors is missing; fetch the bundle again"):
         verify_bundle(bundle)
     with pytest.raises(BundleError, match=r"holds no tidar\.json; give the folder of a bundle"):
+        verify_bundle(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"holds neither tidar\.json nor config\.json; give the folder of a bundle"):
         load_bundle(tmp_path / "nowhere")
 
 

@@ -2,6 +2,8 @@
 
 What does serving load, and is it what training left?
 
+A checkpoint, i.e. a Hugging Face folder without tidar.json, loads as well: as a bundle that does not draft.
+
 A bundle is a Hugging Face model folder with a few files of ours:
 
     config.json, model*.safetensors, tokenizer files      opened unchanged by transformers, vLLM, SGLang (AR mode)
@@ -16,18 +18,21 @@ holds the hashes of all other files.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.finite import require_finite
-from tidar_core.artifacts.model.hf_weights import load_model, save_model
+from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import write_made_by
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
-from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
+from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
+from tidar_core.config import ModelConfig
 from tidar_core.errors import BundleError
 from tidar_core.transformer.model import TidarModel
 
@@ -36,7 +41,10 @@ __all__ = [
     "FORMAT_VERSION",
     "Bundle",
     "BundleInfo",
+    "is_bundle",
     "load_bundle",
+    "model_config",
+    "model_info",
     "read_bundle_info",
     "save_bundle",
     "verify_bundle",
@@ -51,10 +59,12 @@ REFETCH = "fetch the bundle again or train it again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleInfo:
-    """Contents of tidar.json."""
+    """Contents of tidar.json; for a checkpoint, what a bundle of the same model would have."""
 
     block_len: int
-    mask_id: int
+    """K of the training; 1 for a checkpoint."""
+    mask_id: int | None
+    """Id of the mask token; None if no entry of the vocabulary is a mask token, as in a checkpoint."""
     objective: str
     """`ar` or `dual`: the objective of the last training. Only a `dual` model drafts well."""
     lineage: Mapping[str, Any]
@@ -62,6 +72,7 @@ class BundleInfo:
     files: Mapping[str, str]
     """SHA-256 of every file but tidar.json, by name."""
     bundle_hash: str
+    """Content hash of the folder."""
     format_version: int = FORMAT_VERSION
 
 
@@ -120,6 +131,34 @@ def save_bundle(
     return BundleInfo(**info)
 
 
+def is_bundle(uri: str | Path) -> bool:
+    """Whether the folder at `uri` is a bundle; otherwise it is a checkpoint or no model."""
+    return locations.exists(locations.join(str(uri), BUNDLE_JSON))
+
+
+def model_info(uri: str | Path) -> BundleInfo:
+    """Identity of the model at `uri`: tidar.json of a bundle, or the hashes of a checkpoint's files.
+
+    A checkpoint in an object store is downloaded first, once. Raises BundleError if the folder is neither.
+    """
+    if is_bundle(uri):
+        return read_bundle_info(uri)
+    if not locations.exists(locations.join(str(uri), "config.json")):
+        raise BundleError(
+            f"{uri} holds neither {BUNDLE_JSON} nor config.json; give the folder of a bundle or of a Hugging Face model"
+        )
+    files = checkpoint_files(locations.local_copy(str(uri)))
+    return BundleInfo(
+        block_len=1, mask_id=None, objective="ar", lineage={}, files=files, bundle_hash=content_hash(files)
+    )
+
+
+def model_config(uri: str | Path) -> ModelConfig:
+    """Config of the model at `uri`, with its mask token if it has one; no weights are read."""
+    config = read_config(uri)
+    return replace(config, mask_id=read_bundle_info(uri).mask_id) if is_bundle(uri) else config
+
+
 def read_bundle_info(uri: str | Path) -> BundleInfo:
     """Read tidar.json of the bundle at `uri`; other files are not read.
 
@@ -157,18 +196,27 @@ def verify_bundle(uri: str | Path) -> BundleInfo:
 
 
 def load_bundle(
-    uri: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, verify: bool = True
+    uri: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    verify: bool = True,
+    tokenizer: Tokenizer | None = None,
 ) -> Bundle:
-    """Load the bundle at `uri` onto `device`. A bundle in an object store is downloaded first, once.
+    """Load the bundle or the checkpoint at `uri` onto `device`. A folder in an object store is downloaded first, once.
 
     Raises BundleError for a model whose weights or logits are not finite.
 
-    verify  compare every file with its hash before any file is loaded
+    verify     compare every file of a bundle with its hash before any file is loaded
+    tokenizer  tokenizer of a folder that holds no tokenizer.json
     """
     folder = locations.local_copy(str(uri))
-    info = verify_bundle(folder) if verify else read_bundle_info(folder)
-    tokenizer = load_tokenizer(folder)
-    _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
+    info = verify_bundle(folder) if verify and is_bundle(folder) else model_info(folder)
+    if tokenizer is None or TOKENIZER_JSON in info.files:
+        tokenizer = load_tokenizer(folder)
+    if info.mask_id is not None:
+        _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
+    require_embeddings(read_config(folder), tokenizer.vocab_len)
     model = load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id)
     require_finite(model, str(uri))
     ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)

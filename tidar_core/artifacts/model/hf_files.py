@@ -20,7 +20,7 @@ from tidar_core.artifacts.model.quantised import FP8, SCALES, Scaling, dequantis
 from tidar_core.artifacts.store import locations
 from tidar_core.errors import WeightsError
 
-__all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors"]
+__all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors", "weight_files"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -132,8 +132,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if (folder / ADAPTER).exists():  # transformers would add the adapter to the weights
         raise WeightsError(f"{folder} holds an adapter, {ADAPTER}; merge it into the weights, or remove it")
     found: dict[str, Stored] = {}
-    index = {} if (folder / SINGLE).exists() else _index(folder)
-    for path in [folder / SINGLE] if not index else [folder / name for name in sorted(set(index.values()))]:
+    index = _places(folder)
+    for path in _paths(folder, index):
         for name, stored in stored_in(path).items():
             if name in found:
                 raise WeightsError(f"{path}: weight {name} is in {found[name].path.name} too; fetch the folder again")
@@ -142,6 +142,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if name not in found or found[name].path.name != Path(file).name:
             raise WeightsError(f"{folder / INDEX} has weight {name} in {file}, which lacks it; fetch the folder again")
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights of a folder, and the index of several. Raises WeightsError if one is missing."""
+    index = _places(folder)
+    paths = [*([folder / INDEX] if index else []), *_paths(folder, index)]
+    for path in paths:
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing; fetch the folder again")
+    return paths
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
@@ -161,6 +171,15 @@ def read_tensor(name: str, path: Path) -> Tensor:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: weight {name} cannot be read ({error}); fetch the folder again") from error
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Names of tensors -> names of their files; empty if one file holds all weights."""
+    return {} if (folder / SINGLE).exists() else _index(folder)
+
+
+def _paths(folder: Path, index: dict[str, str]) -> list[Path]:
+    return [folder / name for name in sorted(set(index.values()))] if index else [folder / SINGLE]
 
 
 def _index(folder: Path) -> dict[str, str]:

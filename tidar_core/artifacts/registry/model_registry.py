@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tidar_core.artifacts.model.bundle import BundleInfo, read_bundle_info
+from tidar_core.artifacts.model.bundle import BundleInfo, model_info, read_bundle_info
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry.alias_order import follow, highest, number, numbered
 from tidar_core.artifacts.registry.mlflow_client import (
@@ -94,7 +94,7 @@ class ListedVersion:
 
 @dataclass(frozen=True, slots=True)
 class FoundBundle:
-    """The location of a model's bundle and the bundle's description of itself."""
+    """The location of a bundle or a checkpoint and its description of itself."""
 
     uri: str
     info: BundleInfo
@@ -244,12 +244,12 @@ def resolve(tracking_uri: str, uri: str) -> RegistryVersion:
 
 
 def find_bundle(tracking_uri: str, model: str) -> FoundBundle:
-    """The bundle that a user means: a folder or URI, or a registered model.
+    """The model that a user means: a folder or URI of a bundle or a checkpoint, or a registered model.
 
     Raises BundleError if the bundle of a registered model has another hash than it was registered with.
     """
     if not model.startswith(MODEL_SCHEME):
-        return FoundBundle(locations.absolute(model), read_bundle_info(model))
+        return FoundBundle(locations.absolute(model), model_info(model))
     registered = resolve(tracking_uri, model)
     info = read_bundle_info(registered.bundle_uri)
     if info.bundle_hash != registered.bundle_hash:

@@ -31,7 +31,7 @@ from tidar_core.artifacts.text.chat_template import (
 from tidar_core.artifacts.text.detokenizer import Detokenizer, TextStream, parts_of
 from tidar_core.errors import TokenizerError, UserError
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_bpe"]
+__all__ = ["TOKENIZER_JSON", "Tokenizer", "load_tokenizer", "train_bpe"]
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"

@@ -1,0 +1,160 @@
+"""Commands on a checkpoint that was not converted: the autoregressive mode, with the texts of transformers."""
+
+import json
+import sys
+
+import pytest
+from chat_templates import chat_tokenizer
+from hf_folders import save_checkpoint, their_text
+
+import tidar
+from tidar_core.artifacts.text.chat_template import load_chat_template
+from tidar_core.artifacts.text.chat_tokens import encode_chat
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None, "head_dim": 16},
+}
+PROMPT = "def add(a, b):\n    return"
+NOTE = "does not draft yet, so it decodes in autoregressive mode"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_tokenizer("qwen2.5", trained_on=["import os\n\n\n" + PROMPT + " a + b\n"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """Folder of a family; one of each for the whole module."""
+    folders = {}
+
+    def of(kind):
+        if kind not in folders:
+            folders[kind] = save_checkpoint(tmp_path_factory.mktemp("hf") / kind, tokenizer, kind, **FAMILIES[kind])
+        return folders[kind]
+
+    return of
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line and return exit code, standard output and standard error."""
+
+    def call(*arguments):
+        capfd.readouterr()  # transformers shows its progress when it saves and loads
+        monkeypatch.setattr(sys, "argv", ["tidar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            tidar.main()
+        return left.value.code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def facts(run):
+    """The JSON object that a command prints, if it prints the note as well."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        assert sum(NOTE in line for line in err.splitlines()) == 1
+        return json.loads(out)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_generates_the_text_of_transformers(facts, checkpoint, tokenizer, kind):
+    folder = checkpoint(kind)
+    expected = their_text(folder, tokenizer.encode(PROMPT), 24)
+    assert len(set(expected)) > 4
+    answer = facts("generate", folder, PROMPT, "--max-tokens", 24)
+    assert (answer["token_ids"], answer["mode"], answer["forwards"]) == (expected, "autoregressive", 24)
+
+
+def test_a_text_ends_where_generation_config_ends_it(facts, tmp_path, tokenizer):
+    folder = save_checkpoint(tmp_path, tokenizer)
+    ids = tokenizer.encode(PROMPT)
+    endless = their_text(folder, ids, 24)
+    end = next(token for token in endless[5:] if token not in endless[:5])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, end]}))
+    expected = their_text(folder, ids, 24)
+    assert expected[-1] == end
+    answer = facts("generate", folder, PROMPT, "--max-tokens", 24, "--mode", "auto")
+    assert (answer["token_ids"], answer["finish_reason"]) == (expected, "stop")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--mode", "single-pass"), "mode is single-pass and the model does not draft; give the mode autoregressive"),
+        (("--mode", "two-pass"), "mode is two-pass and the model does not draft"),
+        (("--block-len", 4), "block_len is 4 and the model has no mask token"),
+    ],
+)
+def test_drafts_of_a_checkpoint_are_refused_in_one_line(run, checkpoint, arguments, words):
+    code, out, err = run("generate", checkpoint("llama"), PROMPT, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_bench_times_the_autoregressive_mode_and_transformers_on_chat_prompts(facts, checkpoint, tmp_path, tokenizer):
+    folder = checkpoint("llama")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"turns": ["import os", "more"]}) + "\n" + json.dumps({"prompt": PROMPT}) + "\n")
+    options = ("--prompts", prompts, "--max-tokens", 6, "--repeats", 1)
+    found = facts("bench", folder, *options, "--transformers", "--plot", tmp_path / "bench.png")
+    assert (list(found["modes"]), found["block_len"], found["chat"]) == (["autoregressive"], 1, True)
+    own, theirs = found["modes"]["autoregressive"], found["transformers"]
+    assert theirs["equal_to_ar"] is True
+    assert theirs["ar_over"] == pytest.approx(own["tokens_per_second"] / theirs["tokens_per_second"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert facts("bench", folder, *options, "--no-chat")["chat"] is False
+    assert facts("bench", folder, "--count", 1, "--max-tokens", 2, "--repeats", 1)["chat"] is False
+
+
+def test_a_prompt_of_a_file_is_a_users_message_if_there_is_a_template(checkpoint, tmp_path):
+    from pipelines.evaluation.measure import bench_prompts, loaded_bundle
+
+    folder = checkpoint("llama")
+    prompts, bundle = tmp_path / "prompts.jsonl", loaded_bundle(str(folder), 1, "fp32")
+    prompts.write_text(json.dumps({"question": PROMPT}) + "\n")
+    asked = bench_prompts(str(folder), bundle, prompts, 1, 4)
+    template, tokenizer = load_chat_template(folder), load_tokenizer(folder)
+    assert asked.tokens == [tuple(encode_chat(template, tokenizer, [{"role": "user", "content": PROMPT}]))]
+    assert asked.end_ids == (tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"])
+    continued = bench_prompts(str(folder), bundle, prompts, 1, 4, chat=False)
+    assert (continued.tokens, continued.end_ids) == ([tuple(tokenizer.encode(PROMPT))], bundle.end_ids)
+
+
+def test_chat_without_a_prompts_file_or_a_template_is_refused_in_one_line(run, checkpoint, tmp_path, tokenizer):
+    plain = save_checkpoint(tmp_path / "plain", tokenizer)
+    (plain / "chat_template.jinja").unlink()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+    for arguments, words in (
+        ((checkpoint("llama"), "--chat"), "--chat needs a prompts file; drop --chat"),
+        ((plain, "--chat", "--prompts", tmp_path / "prompts.jsonl"), "plain has none; drop --chat"),
+    ):
+        code, _, err = run("bench", *arguments, "--max-tokens", 2)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert words in err
+
+
+def test_profile_times_forwards_of_a_checkpoint(facts, tmp_path, tokenizer):
+    found = facts("profile", save_checkpoint(tmp_path / "own", tokenizer), "--batch", 1)
+    assert {point["rows"] for point in found["points"]} >= {1, 512}
+    table = json.loads((tmp_path / "own.latency" / found["stored"].rsplit("/", 1)[1]).read_text())
+    assert table["made_with"]["block_len"] == 1
+
+
+def test_a_dry_run_of_the_service_counts_no_masks(run, checkpoint):
+    code, out, err = run("serve", checkpoint("llama"), "--dry-run", "--json", "--rows", 2)
+    assert code == 0, err
+    assert json.loads(out)["weights"] > 0
+    code, _, err = run("serve", checkpoint("llama"), "--dry-run", "--mode", "single-pass")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "mode is single-pass and the model does not draft" in err
