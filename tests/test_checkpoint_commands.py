@@ -123,10 +123,10 @@ def test_a_prompt_of_a_file_is_a_users_message_if_there_is_a_template(checkpoint
     folder = checkpoint("llama")
     prompts, bundle = tmp_path / "prompts.jsonl", loaded_bundle(str(folder), 1, "fp32")
     prompts.write_text(json.dumps({"question": PROMPT}) + "\n")
-    asked = bench_prompts(str(folder), bundle, prompts, 1, 4)
+    found = bench_prompts(str(folder), bundle, prompts, 1, 4)
     template, tokenizer = load_chat_template(folder), load_tokenizer(folder)
-    assert asked.tokens == [tuple(encode_chat(template, tokenizer, [{"role": "user", "content": PROMPT}]))]
-    assert asked.end_ids == (tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"])
+    assert found.tokens == [tuple(encode_chat(template, tokenizer, [{"role": "user", "content": PROMPT}]))]
+    assert found.end_ids == (tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"])
     continued = bench_prompts(str(folder), bundle, prompts, 1, 4, chat=False)
     assert (continued.tokens, continued.end_ids) == ([tuple(tokenizer.encode(PROMPT))], bundle.end_ids)
 

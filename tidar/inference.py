@@ -90,9 +90,9 @@ def bench(
         raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
     uri = _bundle_uri(str(model), tracking_uri)
     bundle = _load(uri, threads, dtype.value)
-    asked = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
+    requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
     facts = measure.compared_modes(
-        bundle.model, asked, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
+        bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
         repeats=repeats, uri=uri, transformers=transformers,
     )  # fmt: skip
     if plot is not None:

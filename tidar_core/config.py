@@ -7,11 +7,24 @@ from dataclasses import dataclass
 
 from tidar_core.errors import ConfigError, RequestError
 
-__all__ = ["ADAPTER_PLACES", "COLDEST", "AdapterConfig", "DraftConfig", "ModelConfig", "RopeScaling", "SamplingConfig"]
+__all__ = [
+    "ADAPTER_PLACES",
+    "AUTOREGRESSIVE",
+    "COLDEST",
+    "DRAFTING_MODES",
+    "AdapterConfig",
+    "DraftConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "SamplingConfig",
+    "mode_of",
+]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 DRAFT_KINDS = ("argmax", "sampled")
+AUTOREGRESSIVE = "autoregressive"
+DRAFTING_MODES = ("single-pass", "two-pass")
 ADAPTER_PLACES = ("qkv", "output", "gate_up", "down")
 """Linear maps of a layer that may have an adapter: query, key and value; attention output; gate and up; down."""
 COLDEST = 1e-5
@@ -218,6 +231,24 @@ class SamplingConfig:
         ):
             if not holds:
                 raise RequestError(message)
+
+
+def mode_of(config: ModelConfig, named: str | None, *, default: str) -> str:
+    """The mode in which a model decodes; a model that does not draft has the autoregressive mode alone.
+
+    Raises ConfigError if the user named a mode that drafts and the model does not draft.
+
+    named    mode that the user named, if any
+    default  mode of a model that drafts if the user named no mode
+    """
+    if config.drafting:
+        return named or default
+    if named in DRAFTING_MODES:
+        raise ConfigError(
+            f"mode is {named} and the model does not draft; give the mode {AUTOREGRESSIVE}, or convert the model "
+            "with tidar train"
+        )
+    return AUTOREGRESSIVE
 
 
 def _within(most: int, value: float, name: str) -> tuple[bool, str]:

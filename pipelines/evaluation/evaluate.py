@@ -35,12 +35,11 @@ from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_lock import output_lock
-from tidar_core.config import ModelConfig, SamplingConfig
+from tidar_core.config import AUTOREGRESSIVE, ModelConfig, SamplingConfig, mode_of
 from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import BundleError, ConfigError, ShardError
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
-from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 from tidar_core.training.losses import LossTotals
 from tidar_core.training.objective import Objective
 from tidar_core.transformer.layout import PADDING

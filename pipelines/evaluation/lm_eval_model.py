@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
 from tidar_core.artifacts.text.detokenizer import TextStream
-from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig, mode_of
 from tidar_core.decoding.autoregressive import score
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep, Request
@@ -27,7 +27,6 @@ from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
 from tidar_core.errors import ConfigError
-from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 
 __all__ = ["GeneratedTexts", "LmEvalModel"]
 

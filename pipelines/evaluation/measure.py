@@ -19,14 +19,14 @@ from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.text.prompts import read_prompts
-from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import RequestError
 from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
-from tidar_core.planning.planner import AUTO, AUTOREGRESSIVE
+from tidar_core.planning.planner import AUTO
 from tidar_core.planning.step_timing import latency_shapes
 from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.model import TidarModel
@@ -92,7 +92,7 @@ def bench_prompts(
 
 def compared_modes(
     model: TidarModel,
-    asked: BenchPrompts,
+    requests: BenchPrompts,
     *,
     max_tokens: int,
     block_len: int,
@@ -106,7 +106,7 @@ def compared_modes(
     uri           location of the bundle, which may have a latency table beside it
     transformers  whether transformers' `generate` is timed on the prompts too
     """
-    prompts, sampling = asked.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=asked.end_ids)
+    prompts, sampling = requests.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
     modes = (*MODES, AUTO) if model.config.drafting else (AUTOREGRESSIVE,)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
@@ -121,7 +121,7 @@ def compared_modes(
         "block_len": block_len,
         "batch": batch,
         "prompts": len(prompts),
-        "chat": asked.chat,
+        "chat": requests.chat,
         "modes": {name: mode.figures() for name, mode in results.items()},
     }
     if transformers:

@@ -12,8 +12,8 @@ from serve_apps.api.completion_response import ModelCard
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.model.bundle import model_config
 from tidar_core.artifacts.registry import model_registry
+from tidar_core.config import AUTOREGRESSIVE, mode_of
 from tidar_core.errors import ConfigError
-from tidar_core.planning.planner import AUTOREGRESSIVE, mode_of
 
 __all__ = ["ModelVersion", "ServingTarget", "resolve_model"]
 

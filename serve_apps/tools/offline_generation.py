@@ -19,9 +19,8 @@ from serve_apps.ingress.translate import generation_requests
 from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.streaming.logprobs import score_models
 from tidar_core.artifacts.model.bundle import Bundle
-from tidar_core.config import DraftConfig
+from tidar_core.config import DraftConfig, mode_of
 from tidar_core.decoding.completion import Completion
-from tidar_core.planning.planner import mode_of
 
 __all__ = ["OfflineGeneration"]
 

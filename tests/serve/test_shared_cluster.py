@@ -148,13 +148,13 @@ def assert_answers_as_transformers(url, folder, tokenizer):
     (card,) = httpx.get(f"{url}/models").json()["data"]
     assert (card["id"], card["mode"], card["block_len"]) == ("tiny-model", "autoregressive", 1)
     assert card["bundle_hash"] == model_info(folder).bundle_hash
-    asked = {"model": "tiny-model", "max_tokens": 8, "temperature": 0}
-    done = httpx.post(f"{url}/completions", json=asked | {"prompt": "import os"}, timeout=60).json()
+    body = {"model": "tiny-model", "max_tokens": 8, "temperature": 0}
+    done = httpx.post(f"{url}/completions", json=body | {"prompt": "import os"}, timeout=60).json()
     expected = their_text(folder, tokenizer.encode("import os"), 8)
     assert done["choices"][0]["text"] == tokenizer.decode(expected)
     messages = [{"role": "user", "content": "import os"}]
     ends = [tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"]]
-    done = httpx.post(f"{url}/chat/completions", json=asked | {"messages": messages}, timeout=60).json()
+    done = httpx.post(f"{url}/chat/completions", json=body | {"messages": messages}, timeout=60).json()
     expected = their_text(folder, encode_chat(load_chat_template(folder), tokenizer, messages), 8, eos_token_id=ends)
     assert done["choices"][0]["message"]["content"] == tokenizer.decode(expected)
 

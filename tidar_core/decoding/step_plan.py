@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tidar_core.config import AUTOREGRESSIVE, DRAFTING_MODES
 from tidar_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODES", "FixedMode", "Planner", "StepPlan"]
 
-MODES = ("autoregressive", "single-pass", "two-pass")
+MODES = (AUTOREGRESSIVE, *DRAFTING_MODES)
 
 
 @dataclass(frozen=True, slots=True)

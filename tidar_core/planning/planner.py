@@ -11,11 +11,9 @@ from collections.abc import Collection, KeysView, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tidar_core.config import ModelConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
-from tidar_core.decoding.step_plan import MODES, FixedMode, Planner, StepPlan
-from tidar_core.errors import ConfigError
+from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
 from tidar_core.planning.acceptance_model import (
     NONE,
     Acceptance,
@@ -32,18 +30,15 @@ from tidar_core.timing import Clock
 
 __all__ = [
     "AUTO",
-    "AUTOREGRESSIVE",
     "MIN_SPEEDUP_TO_DRAFT",
     "MIN_VERIFICATIONS",
     "AutoPlanner",
     "Choice",
-    "mode_of",
     "planner_of",
 ]
 
 AUTO = "auto"
 """The mode that switches between all others."""
-AUTOREGRESSIVE = MODES[0]
 
 HYSTERESIS = 1.03
 """A new choice must promise this many times the tokens per second of the present one."""
@@ -77,24 +72,6 @@ class Choice:
     """Plans taken in turns; a two-pass round has two."""
     tokens_per_second: float
     """Expected speed, over all sequences of the batch."""
-
-
-def mode_of(config: ModelConfig, asked: str | None, *, default: str) -> str:
-    """The mode in which a model decodes; a model that does not draft has the autoregressive mode alone.
-
-    Raises ConfigError if the user asked for a mode that drafts and the model does not draft.
-
-    asked    mode that the user named; None if the user named no mode
-    default  mode of a model that drafts if the user named no mode
-    """
-    if config.drafting:
-        return asked or default
-    if asked not in (None, AUTO, AUTOREGRESSIVE):
-        raise ConfigError(
-            f"mode is {asked} and the model does not draft; give the mode {AUTOREGRESSIVE}, or convert the model "
-            "with tidar train"
-        )
-    return AUTOREGRESSIVE
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:

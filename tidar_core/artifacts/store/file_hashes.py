@@ -1,7 +1,7 @@
 """Hashes of large local files, kept in this machine's cache while a file is unchanged.
 
-A file counts as unchanged while its place, inode, size and both of its times are the same. Whoever writes to a file
-cannot set its time of change (ctime), so a changed file is always hashed again.
+A file counts as unchanged while its place, inode, size and both of its times are the same. No program can set the time
+of change of a file (ctime), so a changed file is always hashed again.
 """
 
 import hashlib
