@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "pipelines/cluster": "tidar_core tidar_core/artifacts/",
     "pipelines/importing": "tidar_core/ pipelines/cluster",
     "pipelines/packing": "tidar_core/ pipelines pipelines/cluster",
+    "pipelines/answers": "tidar_core/ pipelines pipelines/cluster pipelines/packing",
     "pipelines/training": "tidar_core/ pipelines pipelines/cluster",
     "pipelines/evaluation": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation/sandbox",
     "pipelines/evaluation/sandbox": "tidar_core",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
 """Room -> further places that its files may import: `a/b` is the files of that folder itself, `a/b/` everything
 below it, `a/b.py` one file."""
 HOMES = {
-    "ray.data": "pipelines/packing/pack.py",
+    "ray.data": "pipelines/cluster/work_items.py",
     "ray.train": "pipelines/training/train.py",
     "deepspeed": "pipelines/training/train_engine.py",
     "matplotlib": "pipelines/evaluation/plots.py",

@@ -9,9 +9,9 @@ from ray.exceptions import RayTaskError
 
 from tidar_core.artifacts.network.cluster_address import given_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
-from tidar_core.errors import TidarError
+from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["connect", "disconnect", "known_tasks", "original_error"]
+__all__ = ["connect", "disconnect", "known_tasks", "original_error", "require_cpus"]
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Size of a local cluster's object store: only metadata and small batches travel through it."""
@@ -60,6 +60,13 @@ def known_tasks(workers: int) -> int:
     """
     grows = bool(os.environ.get("RAY_ADDRESS"))
     return workers if grows or workers < ray.cluster_resources().get("CPU", 0) else 2 * workers
+
+
+def require_cpus(cpus: int) -> None:
+    """Raise ConfigError if a worker needs more CPUs than a cluster has that cannot grow; it would wait for ever."""
+    has = int(ray.cluster_resources().get("CPU", 0))
+    if cpus > has and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"a worker needs {cpus} CPUs and this machine has {has}; lower cpus_per_worker")
 
 
 def original_error(error: BaseException) -> BaseException:

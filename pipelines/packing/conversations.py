@@ -8,6 +8,9 @@ the tokenizer's chat template renders them. A turn of the assistant begins where
 as in the service. It ends with everything that the template writes after it, so the token that ends a turn is trained
 as well. All other tokens are input only; so are messages of the assistant that have `weight` 0.
 
+An answer that something else cut off must not teach the model to end there. It has `finish_reason` "length", or a text
+as `stop_reason`, the stop string that ended it. Its content is trained, and nothing that follows its content.
+
 Some templates render a turn differently once other turns follow: Qwen3's leaves out the thoughts of earlier turns. Each
 answer is trained after the history as the service would render it at that turn, id for id. If the document so far is
 not the beginning of this history, it ends. A new document then begins with the whole history, as input only.
@@ -27,13 +30,15 @@ from tidar_core.artifacts.text.conversation import read_messages, read_tools
 from tidar_core.artifacts.text.tokenizer import Tokenizer
 from tidar_core.errors import CorpusError, RequestError
 
-__all__ = ["CONVERSATION_FIELDS", "READER_VERSION", "Segment", "conversation_of", "encode_conversation"]
+__all__ = ["CONVERSATION_FIELDS", "READER_VERSION", "Segment", "conversation_of", "encode_conversation", "same_day"]
 
 CONVERSATION_FIELDS = ("messages", "tools", "functions", "prompt", "response")
-READER_VERSION = 2
+READER_VERSION = 3
 """Part of a job's identity: shards of another version are not taken for shards of this version."""
 ASSISTANT = "assistant"
 WEIGHT = "weight"
+CUT = "cut"
+"""Mark of a message whose end the model did not choose."""
 DAY = datetime(2024, 7, 26)
 """The date that Llama's own template uses if it cannot get the date of today."""
 
@@ -53,6 +58,24 @@ class _Turn:
 
     text: str
     trained: bool
+    after_cut: bool = False
+    """What the template writes after an answer that was cut off. It stays even if it is empty: a document whose last
+    tokens are trained ends with a trained end-of-text token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Renderer:
+    """A chat template with everything that is the same for all turns of a conversation."""
+
+    template: ChatTemplate
+    tools: Any
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        return self.template.render(messages, tools=self.tools, strftime_now=same_day, **how)
+
+    def open(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text up to the end of the last message's content."""
+        return self.template.render_open(messages, tools=self.tools, strftime_now=same_day)
 
 
 def conversation_of(values: Mapping[str, Any]) -> str:
@@ -64,7 +87,7 @@ def conversation_of(values: Mapping[str, Any]) -> str:
     except RequestError as error:
         raise ValueError(f"holds no conversation that can be read: {error}") from error
     answers = [message for message in messages if message["role"] == ASSISTANT]
-    messages = [message | _weight(given) for message, given in zip(messages, written)]
+    messages = [message | _marks(given) for message, given in zip(messages, written)]
     if not any(message["role"] == ASSISTANT and WEIGHT not in message for message in messages):
         raise ValueError("has no message of the assistant, so nothing to train")
     if messages[0]["role"] == ASSISTANT:
@@ -88,10 +111,9 @@ def encode_conversation(conversation: str, template: ChatTemplate, tokenizer: To
     messages, tools = read_messages(given["messages"]), given.get("tools")
     try:
         require_calls_shown(template, messages, tools)
-        render = partial(template.render, tools=names.hidden(tools), strftime_now=_same_day)
+        render = _Renderer(template, names.hidden(tools))
         seamless = partial(_seamless, names=names, tokenizer=tokenizer)
-        learned = [WEIGHT not in message for message in given["messages"]]
-        documents = _documents([names.hidden(message) for message in messages], learned, render, seamless)
+        documents = _documents([names.hidden(message) for message in messages], given["messages"], render, seamless)
     except RequestError as error:
         raise CorpusError(str(error)) from error
     return [_segments(turns, names, tokenizer) for turns in documents]
@@ -122,12 +144,15 @@ def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
     return [*history, {"role": ASSISTANT, "content": response}]
 
 
-def _weight(message: Mapping[str, Any]) -> dict[str, int]:
-    """OpenAI's mark of a message of the assistant that is not trained, if `message` has it."""
-    weight = message.get(WEIGHT) if message["role"] == ASSISTANT else None
+def _marks(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Marks of a message of the assistant: OpenAI's mark of a message that is not trained, and that it was cut off."""
+    if message["role"] != ASSISTANT:
+        return {}
+    weight = message.get(WEIGHT)
     if weight not in (None, 0, 1):
         raise ValueError(f"has a message of weight {weight!r}; a message is trained (1) or not (0)")
-    return {WEIGHT: 0} if weight == 0 else {}
+    cut = message.get("finish_reason") == "length" or isinstance(message.get("stop_reason"), str)
+    return ({WEIGHT: 0} if weight == 0 else {}) | ({CUT: True} if cut else {})
 
 
 def _seamless(pieces: Sequence[str], names: SpecialNames, tokenizer: Tokenizer) -> bool:
@@ -138,13 +163,13 @@ def _seamless(pieces: Sequence[str], names: SpecialNames, tokenizer: Tokenizer) 
 
 def _documents(
     messages: Sequence[Mapping[str, Any]],
-    learned: Sequence[bool],
-    render: Callable[..., str],
+    marks: Sequence[Mapping[str, Any]],
+    render: _Renderer,
     seamless: Callable[[Sequence[str]], bool],
 ) -> list[list[_Turn]]:
     """The texts of a conversation: a single text if the template only ever appends, else as many as needed.
 
-    learned   whether a message of the assistant is trained
+    marks     the same messages with their marks
     seamless  whether an answer between two texts has the same ids as within the whole
     """
     documents: list[list[_Turn]] = []
@@ -162,15 +187,31 @@ def _documents(
         if not goes_on or not seamless([turn.text for turn in documents[-1][-2:]] + [question[len(written) :]]):
             documents.append([])
             written = ""
-        documents[-1] += [_Turn(question[len(written) :], False), _Turn(answered[len(question) :], learned[place])]
+        documents[-1].append(_Turn(question[len(written) :], trained=False))
+        trained, end = WEIGHT not in marks[place], len(answered)
+        if CUT in marks[place]:
+            end = _content_end(render.open(messages[: place + 1]), question, answered)
+        documents[-1].append(_Turn(answered[len(question) : end], trained))
+        if CUT in marks[place]:
+            documents[-1].append(_Turn(answered[end:], trained=False, after_cut=True))
         written = answered
     whole = render(messages)
     if whole.startswith(written):
         documents[-1].append(_Turn(whole[len(written) :], trained=False))
-    texts = [[turn for turn in turns if turn.text] for turns in documents]
+    texts = [[turn for turn in turns if turn.text or turn.after_cut] for turns in documents]
     return [turns for turns in texts if any(turn.trained for turn in turns)]
 
 
-def _same_day(form: str) -> str:
+def _content_end(opened: str, question: str, answered: str) -> int:
+    """Length of a rendered text up to the end of its last answer's content.
+
+    Raises RequestError if the template writes the content in another way when the message is open.
+    """
+    if not (opened.startswith(question) and answered.startswith(opened)):
+        raise RequestError("an answer that was cut off has no end that can be found in the chat template; leave it out")
+    return len(opened)
+
+
+def same_day(form: str) -> str:
     """The same date always, because shards must not depend on the day on which they are packed."""
     return DAY.strftime(form)

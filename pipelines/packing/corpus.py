@@ -9,14 +9,14 @@ is not JSON, an entry without text or too long a document ends the job. The erro
 trainable conversation is left out and reported.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
 from pipelines.jobs import Source
 from pipelines.packing.conversations import CONVERSATION_FIELDS, conversation_of
-from pipelines.packing.parquet_reader import conversation_entries, text_entries
+from pipelines.packing.parquet_reader import columns_entries, text_entries
 from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.compressed import damage_named, open_decompressed
@@ -25,8 +25,21 @@ from tidar_core.artifacts.store.json_lines import is_blank, value_in
 from tidar_core.artifacts.store.locations import FileEntry
 from tidar_core.errors import CorpusError
 
-__all__ = ["Document", "Piece", "documents", "first_texts", "list_corpus", "located_documents", "work_units"]
+__all__ = [
+    "JSON_LINES",
+    "PARQUET",
+    "Document",
+    "Entry",
+    "Piece",
+    "documents",
+    "first_texts",
+    "list_corpus",
+    "located_documents",
+    "object_entries",
+    "work_units",
+]
 
+A_CONVERSATION = "a conversation; it needs messages, or prompt and response"
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 KINDS = {list: "a list", dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
@@ -45,6 +58,15 @@ class Piece:
     start: int
     stop: int
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of JSON, or an entry of Parquet in the columns that were read."""
+
+    values: Any
+    place: Callable[[], str]
+    """Returns the place of the entry; found only when it is needed, because lines are not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +121,32 @@ def located_documents(
     pass_over  called with each file that is not UTF-8 text
     left_out   counts the entries that are no trainable conversation
     """
-    kind = format_of(piece.uri)
     with damage_named(piece.uri):
-        if kind in JSON_LINES:
-            found = _json_lines(piece, source, left_out)
-        elif kind == PARQUET:
-            found = _parquet_documents(piece.uri, source, left_out)
-        else:
+        if format_of(piece.uri) not in (*JSON_LINES, PARQUET):
             found = _whole_file(piece.uri, source, pass_over)
-        yield from (document for document in found if document is not None and document.text)
+        elif source.documents == "conversations":
+            found = _documents_of(object_entries(piece, CONVERSATION_FIELDS, A_CONVERSATION), source, left_out)
+        elif format_of(piece.uri) == PARQUET:
+            texts = text_entries(piece.uri, str(source.text_field))
+            found = _documents_of(_parquet_entries(piece.uri, texts), source, left_out)
+        else:
+            found = _documents_of(_json_lines(piece), source, left_out)
+        yield from (document for document in found if document.text)
+
+
+def object_entries(piece: Piece, fields: Sequence[str], needed: str) -> Iterator[Entry]:
+    """The entries of a piece of JSON lines or Parquet in order. A line may hold any value of JSON.
+
+    Raises CorpusError for a damaged file, a line that is not JSON, and a Parquet file without any of the columns.
+
+    fields  columns that are read from Parquet, if it has them
+    needed  what at least one of the columns must hold, for the error
+    """
+    with damage_named(piece.uri):
+        if format_of(piece.uri) == PARQUET:
+            yield from _parquet_entries(piece.uri, columns_entries(piece.uri, fields, needed))
+        else:
+            yield from _json_lines(piece)
 
 
 def first_texts(
@@ -145,14 +184,14 @@ def _whole_file(uri: str, source: Source, pass_over: Callable[[str], object]) ->
         raise CorpusError(f"{uri} is one text; conversations lie in JSON lines or Parquet; leave it out by include")
     with open_decompressed(uri) as stream:
         content = stream.read(LONGEST_DOCUMENT + 1)
-    _require_end(len(content), uri)
+    _require_end(len(content), uri.__str__)
     try:
         yield Document(content.decode("utf-8").removeprefix("\ufeff"), lambda: uri)
     except UnicodeDecodeError:
         pass_over(uri)
 
 
-def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
+def _json_lines(piece: Piece) -> Iterator[Entry]:
     with open_decompressed(piece.uri) as stream:
         position = 0
         if piece.start:  # the line of the byte before this piece belongs to the piece before
@@ -168,27 +207,29 @@ def _json_lines(piece: Piece, source: Source, left_out: LeftOut) -> Iterator[Doc
                     values = value_in(line)
                 except ValueError as fault:
                     raise CorpusError(f"{place()} {fault}") from None
-                yield _entry_document(values, source, place, left_out)
+                yield Entry(values, place)
             position += len(line)
 
 
 def _line(stream: IO[bytes], uri: str, position: int) -> bytes:
     line = stream.readline(LONGEST_DOCUMENT + 1)
     if len(line) > LONGEST_DOCUMENT:
-        _require_end(len(line), _line_place(uri, position))
+        _require_end(len(line), partial(_line_place, uri, position))
     return line
 
 
-def _entry_document(values: Any, source: Source, place: Callable[[], str], left_out: LeftOut) -> Document | None:
-    """The document of an entry; None for an entry that is left out."""
-    try:
-        text = _document_of(values, source)
-    except ValueError as fault:
-        if source.documents == "conversations":
-            left_out.add(place, fault)
-            return None
-        raise CorpusError(f"{place()} {fault}") from None
-    return Document(text, place)
+def _documents_of(found: Iterable[Entry], source: Source, left_out: LeftOut) -> Iterator[Document]:
+    """The documents of entries, without conversations that cannot be used, which are left out."""
+    for entry in found:
+        try:
+            text = _document_of(entry.values, source)
+        except ValueError as fault:
+            if source.documents != "conversations":
+                raise CorpusError(f"{entry.place()} {fault}") from None
+            left_out.add(entry.place, fault)
+        else:
+            _require_end(len(text), entry.place)
+            yield Document(text, entry.place)
 
 
 def _document_of(values: Any, source: Source) -> str:
@@ -234,21 +275,13 @@ def _line_place(uri: str, position: int) -> str:
     return f"line {number} of {uri}"
 
 
-def _parquet_documents(uri: str, source: Source, left_out: LeftOut) -> Iterator[Document | None]:
-    if source.documents == "conversations":
-        entries = conversation_entries(uri, CONVERSATION_FIELDS)
-    else:
-        entries = text_entries(uri, str(source.text_field))
-    for number, values in enumerate(entries, 1):
-        place = f"row {number} of {uri}"
-        document = _entry_document(values, source, place.__str__, left_out)
-        _require_end(len(document.text) if document else 0, place)
-        yield document
+def _parquet_entries(uri: str, values: Iterable[Any]) -> Iterator[Entry]:
+    return (Entry(entry, f"row {number} of {uri}".__str__) for number, entry in enumerate(values, 1))
 
 
-def _require_end(size: int, where: str) -> None:
+def _require_end(size: int, where: Callable[[], str]) -> None:
     if size > LONGEST_DOCUMENT:
-        raise CorpusError(f"{where} is longer than {LONGEST_DOCUMENT // 2**20} MiB; cut it into documents")
+        raise CorpusError(f"{where()} is longer than {LONGEST_DOCUMENT // 2**20} MiB; cut it into documents")
 
 
 def _ignore(uri: str) -> None:

@@ -12,22 +12,18 @@ The output is put in place when it is complete.
 """
 
 import hashlib
-import logging
-import pickle
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
-import ray.data
 
-from pipelines.cluster.connection import connect, known_tasks, original_error
+from pipelines.cluster.connection import connect, original_error
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
+from pipelines.cluster.work_items import task_outcomes
 from pipelines.jobs import PackJob, Source, TrainBpe
 from pipelines.packing import corpus, duplicates, pack_tasks
 from pipelines.packing.conversations import READER_VERSION
@@ -43,21 +39,10 @@ from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import made_by, write_made_by
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
-from tidar_core.errors import CorpusError, ShardError, StorageError, TidarError, TokenizerError
+from tidar_core.errors import CorpusError, ShardError, TokenizerError
 from tidar_core.training.packing import row_count
 
 __all__ = ["pack"]
-
-MOST_BLOCKS = 4096
-"""Most tasks that Ray Data tracks at once; with more items, a task takes several items."""
-RAY_DATA: Mapping[str, Any] = {
-    "enable_progress_bars": False,
-    "print_on_execution_start": False,
-    "op_resource_reservation_enabled": False,
-    "downstream_capacity_backpressure_ratio": None,
-}
-KEY_LEN = 16
-"""Characters of the identity in the name of the work folder."""
 
 Listing = list[list[FileEntry]]
 """The files of each source."""
@@ -94,7 +79,7 @@ def pack(job: PackJob) -> Manifest:
     tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
     identity = _identity(job, listing, tokenizer)
     output = locations.absolute(job.output)
-    folder = WorkFolder(output_folder.work_folder(output, identity[:KEY_LEN]), job.unit_bytes)
+    folder = WorkFolder(output_folder.work_folder(output, identity[: output_folder.KEY_LEN]), job.unit_bytes)
     if (done := _completed(output, identity)) and not locations.exists(folder.uri):
         return done
     with output_lock(output, shards.MANIFEST):
@@ -107,11 +92,10 @@ def _put_shards(job: PackJob, listing: Listing, given: Tokenizer | None, identit
     done = _completed(output, identity)
     if not done:
         output_folder.refuse_stranger(output, shards.MANIFEST)
-        _remove_work(output, but=folder)
+        output_folder.remove_other_work(output, folder.uri)
         connect()
         try:
-            with _ray_data_settings():
-                done = _packed(job, listing, given, identity, folder)
+            done = _packed(job, listing, given, identity, folder)
         except CorpusError:  # the corpus must change, which makes another job; nothing of this job can be used again
             locations.remove(folder.uri)
             raise
@@ -228,44 +212,16 @@ def _counts(place: int, source: Source, tokenized: _Tokenized, splits: Splits) -
 def _stage(
     title: str, unit: str, items: Sequence[Any], work: Callable[[Any], dict[str, Any]], workers: int
 ) -> list[dict[str, Any]]:
-    """Do the work of each item somewhere on the cluster; returns the outcomes in any order.
-
-    Tasks are used, not actors: the processes of tasks live on for the next stage, with the tokenizer that they hold.
-    """
-    pickled = [{"item": pickle.dumps(item)} for item in items]
-    blocks = ray.data.from_items(pickled, override_num_blocks=min(len(pickled), MOST_BLOCKS))
-    known = min(known_tasks(workers), len(pickled))
-    outcomes = blocks.map_batches(partial(_outcomes, work=work), batch_size=1, concurrency=known)
+    """Do the work of each item somewhere on the cluster, and show the progress; returns the outcomes in any order."""
     done: list[dict[str, Any]] = []
     began, read = time.monotonic(), 0
     with job_progress(title, total=len(items), unit=unit) as show:
-        for item in outcomes.iter_rows():
-            outcome = pickle.loads(item["outcome"])
-            if isinstance(outcome, TidarError):
-                raise outcome
+        for outcome in task_outcomes(items, work, workers):
             done.append(outcome)
             read += outcome.get("bytes", 0) if unit == "units" else 0
             seconds = time.monotonic() - began
             show(len(done), {"MB": read / 1e6, "MB/s": read / 1e6 / seconds} if read else {})
     return done
-
-
-def _outcomes(batch: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
-    """Do the work of each item. A TidarError or a disk's error is an outcome, because Ray Data would lose its type."""
-    outcomes = []
-    for item in batch["item"]:
-        try:
-            outcome = work(pickle.loads(item))
-        except TidarError as error:
-            outcome = error
-        except OSError as error:
-            if error.errno is None:
-                raise
-            outcome = StorageError(
-                f"{error}; check the rights and the free space of this disk, then start the job again"
-            )
-        outcomes.append(pickle.dumps(outcome))
-    return {"outcome": outcomes}
 
 
 def _completed(output: str, identity: str) -> Manifest | None:
@@ -277,16 +233,6 @@ def _completed(output: str, identity: str) -> Manifest | None:
     except ShardError:  # damaged; this job repairs it
         return None
     return manifest if manifest.identity == identity else None
-
-
-def _remove_work(output: str, but: WorkFolder) -> None:
-    """Remove the work folders of other jobs that were killed before they completed this output."""
-    parent, kept = but.uri.rpartition("/")[0], locations.name_of(but.uri)
-    name = locations.name_of(locations.followed(output))
-    pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{KEY_LEN}}}")
-    for found in locations.names_in(parent):
-        if pattern.fullmatch(found) and found != kept:
-            locations.remove(locations.join(parent, found))
 
 
 def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> str:
@@ -334,24 +280,3 @@ def _require_tokens(job: PackJob, tokenized: _Tokenized, splits: Splits) -> None
         raise CorpusError(
             f"every document of corpus {paths} was drawn for held_out ({job.held_out}); lower held_out or add documents"
         )
-
-
-@contextmanager
-def _ray_data_settings() -> Iterator[None]:
-    """Ray Data prints nothing, and always runs as many tasks as `concurrency` allows.
-
-    Its reservations see no CPU in the first second of a stage, so they would let only one task run in it. Its
-    backpressure compares the unread outcomes, a few hundred bytes, with the outcomes being read. Above a ratio it
-    would let only one task run until the end of the stage.
-    """
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before, level = {name: getattr(context, name) for name in RAY_DATA}, logger.level
-    for name, value in RAY_DATA.items():
-        setattr(context, name, value)
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        logger.setLevel(level)

@@ -24,6 +24,7 @@ from pipelines.packing.token_parts import Part, PartWriter, read_part
 from tidar_core.artifacts import shards
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.locations import FileEntry
+from tidar_core.artifacts.store.output_folder import marked
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.long_texts import encode_long
 from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -118,15 +119,6 @@ class _Tokens:
 
     ids: np.ndarray
     trained: np.ndarray | None
-
-
-def marked(uri: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The outcome in the mark at `uri`; if there is no mark, the outcome of the work, written there as the mark."""
-    if locations.exists(uri):
-        return dict(locations.read_json(uri))
-    outcome = work()
-    locations.write_json(uri, outcome)
-    return outcome
 
 
 def plan_shards(

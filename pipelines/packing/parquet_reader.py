@@ -14,7 +14,7 @@ from tidar_core.artifacts.store.compressed import damaged, open_decompressed
 from tidar_core.artifacts.store.file_names import compression_of
 from tidar_core.errors import CorpusError
 
-__all__ = ["conversation_entries", "text_entries"]
+__all__ = ["columns_entries", "text_entries"]
 
 ENTRIES_AT_ONCE = 128
 READ_BYTES = 2**22
@@ -34,15 +34,17 @@ def text_entries(uri: str, field: str) -> Iterator[dict[str, Any]]:
     return _entries(uri, (field,), require, pa.RecordBatch.to_pylist)
 
 
-def conversation_entries(uri: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Entries of the file at `uri`, with the columns among `fields` that the file has.
+def columns_entries(uri: str, fields: Sequence[str], needed: str) -> Iterator[dict[str, Any]]:
+    """Entries of the file at `uri`, with the columns among `fields` that the file has; it must have one of them.
 
     Nulls that stand for missing keys are dropped.
+
+    needed  what the columns hold, for the error
     """
 
     def require(schema: pa.Schema, found: Sequence[str]) -> None:
         if not found:
-            raise CorpusError(f"{uri} has no column of a conversation; it needs messages, or prompt and response")
+            raise CorpusError(f"{uri} has no column of {needed}")
 
     return _entries(uri, fields, require, written_entries)
 

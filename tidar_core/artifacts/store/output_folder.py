@@ -11,24 +11,61 @@ An output that is a link to a folder is followed: the folder changes, the link s
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tidar_core.artifacts.store import locations
 from tidar_core.errors import UserError
 
-__all__ = ["REPLACING", "finish_swap", "put_in_place", "refuse_stranger", "staged_folder", "work_folder"]
+__all__ = [
+    "KEY_LEN",
+    "REPLACING",
+    "finish_swap",
+    "marked",
+    "put_in_place",
+    "refuse_stranger",
+    "remove_other_work",
+    "staged_folder",
+    "work_folder",
+]
 
 REPLACING = ".replacing"
 """File in a folder on an object store while its files are replaced; it names the folder of the new files."""
 OLD = ".old"
+KEY_LEN = 16
+"""Characters of a job's identity in the name of its work folder."""
 
 
 def work_folder(uri: str, key: str) -> str:
     """A hidden folder beside `uri`; every process that can reach `uri` can write in it."""
     uri = locations.followed(uri)
     return locations.join(uri.rpartition("/")[0], f".{locations.name_of(uri)}.{key}")
+
+
+def marked(uri: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The outcome in the mark at `uri`; if there is no mark, the outcome of the work, written there as the mark.
+
+    Every file that a mark names exists, because files appear whole or not at all and the mark comes last.
+    """
+    if locations.exists(uri):
+        return dict(locations.read_json(uri))
+    outcome = work()
+    locations.write_json(uri, outcome)
+    return outcome
+
+
+def remove_other_work(uri: str, own: str) -> None:
+    """Remove the work folders of other jobs that were killed before they completed the output at `uri`.
+
+    own  work folder of the job that writes the output now, named by `KEY_LEN` characters of its identity
+    """
+    parent, name = own.rpartition("/")[0], locations.name_of(locations.followed(uri))
+    pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{KEY_LEN}}}")
+    for found in locations.names_in(parent):
+        if pattern.fullmatch(found) and found != locations.name_of(own):
+            locations.remove(locations.join(parent, found))
 
 
 @contextmanager

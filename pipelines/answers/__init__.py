@@ -1,0 +1,1 @@
+"""Answers of a checkpoint to prompts: text that the model writes itself, as conversations for pack."""
