@@ -2,7 +2,7 @@
 
     tidar quickstart                     the whole pipeline on this machine
     tidar import SOURCE FOLDER           a GGUF file or a dual-mode model of others
-    tidar pack | train | evaluate | publish JOB.yaml
+    tidar answers | pack | train | evaluate | publish JOB.yaml
     tidar models [NAME]                  registered versions
     tidar promote NAME VERSION           and rollback NAME
     tidar generate | bench | profile | serve MODEL
@@ -29,6 +29,7 @@ __all__ = ["app", "main"]
 COMMANDS = (
     demonstration.quickstart,
     importing.import_,
+    stages.answers,
     stages.pack,
     stages.train,
     stages.evaluate,

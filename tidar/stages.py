@@ -7,7 +7,20 @@ import typer
 from tidar.options import JobFile, Json
 from tidar.output import print_facts
 
-__all__ = ["evaluate", "pack", "publish", "train"]
+__all__ = ["answers", "evaluate", "pack", "publish", "train"]
+
+
+def answers(job: JobFile, as_json: Json = False) -> None:
+    """Let a model answer prompts: conversations in its own words, for pack."""
+    from dataclasses import asdict
+
+    from pipelines.answers.answer import answer
+    from pipelines.answers.job import AnswersJob
+    from pipelines.jobs import read_job
+
+    parsed = read_job(AnswersJob, job)
+    facts = asdict(answer(parsed))
+    print_facts({"output": parsed.output} | {name: facts[name] for name in facts if name != "files"}, as_json)
 
 
 def pack(job: JobFile, as_json: Json = False) -> None:

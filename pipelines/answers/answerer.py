@@ -119,7 +119,7 @@ class Answerer:
             request = Request(request_id=str(next(self._ids)), prompt=prompt, sampling=sampling)
             self._scheduler.submit(request)
         except ContextLengthError as error:
-            conversation.fault = str(error)
+            conversation.fault = f"is too long: {error}"
             return done(conversation)
         except RequestError as error:
             conversation.fault = f"does not fit the chat template: {error}"

@@ -207,6 +207,8 @@ def _content_end(opened: str, question: str, answered: str) -> int:
 
     Raises RequestError if the template writes the content in another way when the message is open.
     """
+    if not answered.startswith(opened):
+        opened = opened.rstrip()  # some templates trim what they close
     if not (opened.startswith(question) and answered.startswith(opened)):
         raise RequestError("an answer that was cut off has no end that can be found in the chat template; leave it out")
     return len(opened)

@@ -72,6 +72,42 @@ def test_a_response_begins_at_the_generation_prompt(qwen):
     assert segments[0].ids == encode_chat(template, tokenizer, TURNS[:1])
 
 
+@pytest.mark.parametrize("mark", [{"finish_reason": "length"}, {"finish_reason": "stop", "stop_reason": "x"}])
+def test_an_answer_that_was_cut_off_is_trained_without_an_end(qwen, mark):
+    template, tokenizer = qwen
+    given = [*TURNS[:1], TURNS[3] | {"content": "It is \n"} | mark]
+    segments = encode({"messages": given}, template, tokenizer)
+    assert texts_of(segments, tokenizer, True) == ["It is \n"]
+    assert texts_of(segments, tokenizer, False)[1:] == ["<|im_end|>\n"]
+    ids = [token for segment in segments for token in segment.ids]
+    assert ids == encode_chat(template, tokenizer, given, add_generation_prompt=False)
+
+
+def test_an_answer_that_ended_by_itself_is_trained_with_its_end_whatever_ended_it(qwen):
+    for mark in ({"finish_reason": "stop"}, {"finish_reason": "stop", "stop_reason": 5}, {"stop_reason": None}):
+        segments = encode({"messages": [*TURNS[:1], TURNS[3] | mark]}, *qwen)
+        assert texts_of(segments, qwen[1], True) == ["It is 3.<|im_end|>\n"]
+
+
+def test_a_conversation_goes_on_after_an_answer_that_was_cut_off(qwen):
+    given = [*TURNS[:1], TURNS[3] | {"finish_reason": "length"}, *TURNS[4:]]
+    segments = encode({"messages": given}, *qwen)
+    assert texts_of(segments, qwen[1], True) == ["It is 3.", "You say <|im_end|>.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(("family", "content"), [("llama3", "It is  "), ("qwen3", "It is"), ("no end", "It is")])
+def test_a_cut_answer_has_no_trained_end_in_templates_that_trim_or_write_no_end(family, content, tmp_path):
+    bare = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"
+    bare += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = tokenizer_with(bare) if family == "no end" else chat_tokenizer(family)
+    tokenizer.save(tmp_path)
+    template, tokenizer = load_chat_template(tmp_path), load_tokenizer(tmp_path)
+    answer = {"role": "assistant", "content": content, "finish_reason": "length"}
+    segments = encode({"messages": [*TURNS[:1], answer]}, template, tokenizer)
+    assert [text.rstrip() for text in texts_of(segments, tokenizer, True)] == ["It is"]
+    assert not segments[-1].trained  # so no end-of-text token is trained after it
+
+
 def test_a_prompt_and_a_response_are_the_conversation_of_their_messages():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": None}]
     whole = conversation_of({"messages": messages, "prompt": None})
