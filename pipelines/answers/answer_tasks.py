@@ -1,7 +1,7 @@
 """The work of an answers job: each piece of it is done once and leaves a mark.
 
-Tasks write the prompts of the corpus into units of equal size. Actors answer units; every actor works on a few units at
-a time, so that its slots stay full when the last answers of a unit are long. Tasks then cut the output's files from the
+Tasks write the prompts of the corpus into units of equal size. Actors answer units. An actor works on a few units at a
+time, so its slots stay full while the last answers of a unit are generated. Tasks then cut the output's files from the
 answers in the order of the prompts. Every file lies in the work folder of the job until the output is complete.
 """
 

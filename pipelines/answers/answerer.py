@@ -47,8 +47,8 @@ class Answer:
     @property
     def message(self) -> dict[str, Any]:
         """The message of the assistant, with the marks that pack reads."""
-        told = {"finish_reason": self.finish_reason} | ({"stop_reason": self.stop_reason} if self.stop_reason else {})
-        return {"content": self.text, "role": ASSISTANT} | told
+        marks = {"finish_reason": self.finish_reason} | ({"stop_reason": self.stop_reason} if self.stop_reason else {})
+        return {"content": self.text, "role": ASSISTANT} | marks
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +58,7 @@ class Conversation:
     prompt: Prompt
     variant: Variant
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """What is settled so far: messages of the prompt, and answers."""
+    """The settled part of the conversation: messages of the prompt, and answers."""
     answers: list[Answer] = field(default_factory=list)
     fault: str | None = None
     """Why the next question could not be answered."""
@@ -107,12 +107,12 @@ class Answerer:
         A conversation ends before its last question if an answer is cut off, or if a question does not fit the context
         or the template.
         """
-        asked = self._next_question(conversation)
-        if asked is None:
+        history = self._next_question(conversation)
+        if history is None:
             return done(conversation)
         try:
             prompt = tuple(encode_chat(
-                self._template, self._tokenizer, read_messages(asked), tools=conversation.prompt.tools,
+                self._template, self._tokenizer, read_messages(history), tools=conversation.prompt.tools,
                 variables={"strftime_now": same_day},
             ))  # fmt: skip
             sampling = conversation.variant.sampling(self._job, self._end_ids)
@@ -124,7 +124,7 @@ class Answerer:
         except RequestError as error:
             conversation.fault = f"does not fit the chat template: {error}"
             return done(conversation)
-        conversation.messages = asked
+        conversation.messages = history
         text = _AnswerText(self._tokenizer, prompt, self._job.stop)
         self._turns[request.request_id] = _Turn(conversation, done, text)
         return None
@@ -172,12 +172,12 @@ class Answerer:
     def _next_question(self, conversation: Conversation) -> list[dict[str, Any]] | None:
         """The conversation up to its next question; None if no question is left."""
         left = conversation.prompt.messages[len(conversation.messages) - len(conversation.answers) :]
-        asked = list(conversation.messages)
+        history = list(conversation.messages)
         for message, answered in questions(left):
-            asked.append(dict(message))
+            history.append(dict(message))
             if answered:
-                return asked
-        conversation.messages = asked
+                return history
+        conversation.messages = history
         return None
 
 

@@ -52,8 +52,9 @@ class AnswersJob(Job):
     temperatures: tuple[Annotated[float, Field(ge=COLDEST, le=100)], ...] = (0.7, 1.0)
     """Temperatures of sampled answers; each answer draws one of them."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that the likeliest tokens of a sampled answer must reach together."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """For sampled answers: likeliest tokens that are kept; 0 keeps all."""
+    """Number of likeliest tokens that sampled answers are drawn from; 0 keeps all."""
     max_tokens: Positive = 512
     """Most tokens of an answer."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -63,7 +64,7 @@ class AnswersJob(Job):
     """Answers that reach `max_tokens`: `keep` writes them with `finish_reason` length, and pack trains their text
     without an end. `drop` writes only the turns before. Either way the conversation ends there."""
     seed: int = 0
-    """With the prompt, it determines every draw of an answer."""
+    """Seed of the job; an answer's draws follow from it and the prompt."""
     context_len: Positive = 2048
     """Most tokens of a prompt and its answer, as far as the model goes. Longer prompts are left out and counted."""
     mode: Literal["autoregressive", "single-pass", "two-pass", "auto"] = "autoregressive"

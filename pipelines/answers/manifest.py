@@ -1,7 +1,7 @@
-"""Which answers lie in a folder, and of which model are they?
+"""The manifest of a folder of answers: its counts, its files and the model.
 
-A folder of answers holds files of conversations, made_by.json, and answers.json with the counts and the hash of each
-file. It is complete when answers.json is there.
+Such a folder holds files of conversations, made_by.json, and answers.json, the manifest. It is complete when
+answers.json is there.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
-"""Which answers does a prompt get: greedy or sampled, with which temperature and seed?
+"""The answers that a prompt gets: greedy or sampled, at which temperature, with which seed.
 
-All of it is computed from the seed of the job and the hash of the prompt. So neither the order of prompts nor the
+They are computed from the seed of the job and the hash of the prompt. So neither the order of prompts nor the
 division into units and workers can change an answer.
 """
 

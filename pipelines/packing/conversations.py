@@ -59,8 +59,8 @@ class _Turn:
     text: str
     trained: bool
     after_cut: bool = False
-    """What the template writes after an answer that was cut off. It stays even if it is empty: a document whose last
-    tokens are trained ends with a trained end-of-text token."""
+    """True for the text that the template writes after an answer that was cut off. It stays even if it is empty: a
+    document whose last tokens are trained ends with a trained end-of-text token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.answers.job import AnswersJob
 from pipelines.jobs import EvaluateJob, PackJob, PublishJob, TrainJob, read_job
 from tidar_core.errors import ConfigError
 
 JOBS = Path(__file__).parents[2] / "infra/jobs"
-KINDS = {"pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob, "publish": PublishJob}
+KINDS = {"answers": AnswersJob, "pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob, "publish": PublishJob}
 TRAIN = "shards: s\noutput: o\nshape: tiny\nsteps: 4\nrows_per_step: 8\nrows_per_forward: 4\n"
 
 
@@ -49,6 +50,26 @@ def test_a_wrong_job_is_refused_in_one_line(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
         read_job(TrainJob, path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("greedy: 0", "greedy and sampled are 0, so no prompt would be answered"),
+        ("greedy: 1.5", "greedy is 1.5; input should be less than or equal to 1"),
+        ("sampled: 1\ntemperatures: []", r"temperatures is \[\]; sampled answers need a temperature"),
+        ("temperatures: [0]", "temperatures.0 is 0; input should be greater than or equal to"),
+        ("max_tokens: 2048", "max_tokens is 2048 and context_len 2048; the context must hold a prompt"),
+        ("stop: ['']", "stop.0 is ''; string should have at least 1 character"),
+        ("answers: 3", "unknown key 'answers'; AnswersJob knows prompts, output, model"),
+    ],
+)
+def test_a_wrong_answers_job_is_refused_in_one_line(tmp_path, line, words):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"prompts: p\noutput: o\nmodel: m\n{line}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_job(AnswersJob, path)
     assert "\n" not in str(caught.value)
 
 

@@ -74,9 +74,9 @@ def in_this_process(model, job, prompts):
 
 def test_an_output_holds_the_answers_to_all_prompts_in_their_order_and_counts_the_rest(whole, model, prompts):
     job = answers_job(prompts, whole, model, **MIXED)
-    asked = [Prompt([{"content": text, "role": "user"}]) for text in QUESTIONS]
-    asked.append(Prompt([{"content": text, "role": "user"} for text in ENTRIES[12]["turns"]]))
-    expected = in_this_process(model, job, asked)
+    expected_prompts = [Prompt([{"content": text, "role": "user"}]) for text in QUESTIONS]
+    expected_prompts.append(Prompt([{"content": text, "role": "user"} for text in ENTRIES[12]["turns"]]))
+    expected = in_this_process(model, job, expected_prompts)
     entries = conversations_of(whole)
     assert [entry["messages"] for entry in entries] == expected
     assert {entry.get("id") for entry in entries} == {None, "several"}
@@ -183,11 +183,13 @@ def answered_unit(tmp_path, model, **changes):
     """The work folder and job of one unit that was answered in this process."""
     job = answers_job("p", tmp_path / "out", model, **(MIXED | changes))
     folder = WorkFolder(str(tmp_path / "work"), 100, 4)
-    asked = [Prompt([{"content": text, "role": "user"} for text in (question, "And then?")]) for question in QUESTIONS]
-    content = "".join(prompt.json + "\n" for prompt in asked).encode()
+    prompts = [
+        Prompt([{"content": text, "role": "user"} for text in (question, "And then?")]) for question in QUESTIONS
+    ]
+    content = "".join(prompt.json + "\n" for prompt in prompts).encode()
     locations.write_bytes(f"{folder.units}/prompts-a.jsonl", content)
     work = UnitAnswers(job, folder, model, load_bundle(model).info.bundle_hash)
-    outcome = asyncio.run(work(PromptUnit("a", len(asked))))
+    outcome = asyncio.run(work(PromptUnit("a", len(prompts))))
     return job, folder, outcome
 
 

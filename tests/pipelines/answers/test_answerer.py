@@ -114,10 +114,10 @@ def test_a_stop_string_ends_an_answer_and_the_next_question_follows(model):
 
 def test_the_name_of_a_special_token_ends_an_answer(model):
     _, bundle, _ = model
-    asked = [Conversation(Prompt(user(f"{n}?")), Variant(1.0, n)) for n in range(60)]
+    conversations = [Conversation(Prompt(user(f"{n}?")), Variant(1.0, n)) for n in range(60)]
     mask = bundle.tokenizer.special_ids["<|mask|>"]
     assert mask not in bundle.end_ids
-    found = [a for each in answered(model, asked, stop=("<|mask|>",), max_tokens=40) for a in each.answers]
+    found = [a for each in answered(model, conversations, stop=("<|mask|>",), max_tokens=40) for a in each.answers]
     named = [answer for answer in found if answer.stop_reason == "<|mask|>"]
     assert named
     assert all("<|mask|>" not in answer.text for answer in found)
@@ -134,7 +134,7 @@ def test_an_answer_that_reaches_max_tokens_ends_the_conversation_and_is_marked_o
     assert (whole.fault is None) == (cut == "keep")
 
 
-def test_a_question_that_does_not_fit_the_context_is_not_asked_and_earlier_answers_stay(model):
+def test_a_question_that_does_not_fit_the_context_is_left_unanswered_and_earlier_answers_stay(model):
     long = Conversation(Prompt(user("a " * 300)), Variant(0.0, 0))
     later = Conversation(Prompt(user(QUESTIONS[9], "a " * 300)), Variant(0.0, 0))
     answered(model, [long, later], max_tokens=40)
