@@ -11,7 +11,7 @@ from tidar_core.artifacts.network.cluster_address import given_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["connect", "disconnect", "known_tasks", "original_error", "require_cpus"]
+__all__ = ["connect", "disconnect", "known_tasks", "original_error", "require_room"]
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Size of a local cluster's object store: only metadata and small batches travel through it."""
@@ -62,11 +62,13 @@ def known_tasks(workers: int) -> int:
     return workers if grows or workers < ray.cluster_resources().get("CPU", 0) else 2 * workers
 
 
-def require_cpus(cpus: int) -> None:
-    """Raise ConfigError if a worker needs more CPUs than a cluster has that cannot grow; it would wait for ever."""
-    has = int(ray.cluster_resources().get("CPU", 0))
-    if cpus > has and not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(f"a worker needs {cpus} CPUs and this machine has {has}; lower cpus_per_worker")
+def require_room(cpus: int, gpus: float) -> None:
+    """Raise ConfigError if a worker needs more than a cluster has that cannot grow; it would wait for ever."""
+    found = ray.cluster_resources()
+    for needed, kind, key in ((cpus, "CPU", "cpus_per_worker"), (gpus, "GPU", "gpus_per_worker")):
+        has = int(found.get(kind, 0))
+        if needed > has and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"{key} is {needed}; this machine has {has} {kind}s for Ray; lower {key}")
 
 
 def original_error(error: BaseException) -> BaseException:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import ray.data
 
-from pipelines.cluster.connection import connect, known_tasks, require_cpus
+from pipelines.cluster.connection import connect, known_tasks, require_room
 from tidar_core.errors import StorageError, TidarError
 
 __all__ = ["ActorPool", "actor_outcomes", "task_outcomes"]
@@ -65,7 +65,7 @@ def actor_outcomes(items: Sequence[Any], make_work: Callable[[], ItemWork], pool
     make_work  called once in each actor; what it returns does the work of an item, and may wait for other items
     """
     connect()
-    require_cpus(pool.cpus)
+    require_room(pool.cpus, pool.gpus)
     compute = ray.data.ActorPoolStrategy(
         size=min(pool.actors, len(items)),
         max_tasks_in_flight_per_actor=pool.in_flight,

@@ -1,6 +1,7 @@
 """Prompts that the project ships: a few kinds to train on, others of the same kinds, and foreign ones."""
 
 import json
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -37,8 +38,6 @@ def test_no_prompt_is_in_two_files_or_twice_in_one():
 
 
 def test_the_prompts_are_installed_with_the_project():
-    import tomllib
-
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = find_namespace_packages(str(ROOT), include=tools["packages"]["find"]["include"])
     assert "pipelines.quickstart_data" in packages

@@ -29,7 +29,7 @@ from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
-from tidar_core.errors import CorpusError, TidarError
+from tidar_core.errors import ConfigError, CorpusError, TidarError
 
 ENTRIES = [*QUESTIONS, {"id": "several", "turns": ["Name it.", "And then?", "Why?"]}, {"no": "prompt"}, "x" * 600]
 MIXED = {"greedy": 0.5, "sampled": 0.75}
@@ -149,6 +149,13 @@ def test_prompts_without_a_single_usable_entry_are_refused_and_leave_nothing(ray
         answer(answers_job(bad, tmp_path / "out", model))
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("needed", [{"cpus_per_worker": 99}, {"gpus_per_worker": 1}])
+def test_a_worker_that_no_machine_can_hold_is_refused_instead_of_waiting(whole, model, prompts, tmp_path, needed):
+    ((key, value),) = needed.items()
+    with pytest.raises(ConfigError, match=f"{key} is {value}; this machine has . .PUs for Ray; lower {key}"):
+        answer(answers_job(prompts, tmp_path / "out", model, **needed))
 
 
 @pytest.mark.parametrize(
