@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from serve_apps.api.completion_response import Answer, PromptScores
+from serve_apps.api.token_origins import Decoding
 
 __all__ = [
     "ChatChoice",
@@ -109,6 +110,8 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None = None
     """Stop string, or id of the stop token, that ended the text; `None` for the end of a turn."""
     token_ids: list[int] | None = None
+    decoding: Decoding | None = None
+    """Present if requested."""
 
 
 class ChatChunkChoice(BaseModel):
@@ -120,6 +123,8 @@ class ChatChunkChoice(BaseModel):
     finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    decoding: Decoding | None = None
+    """Present if requested."""
 
 
 class ChatCompletion(Answer):

@@ -61,8 +61,6 @@ class CompletionRequest(GenerationFields):
     logprobs: Annotated[TopLogprobs | None, FALSE_IS_NONE] = None
     add_special_tokens: bool = False
     """Text prompts are encoded with the special tokens that the tokenizer adds around texts."""
-    return_decoding: bool = False
-    """Each choice reports which forward produced each token, and which tokens were accepted drafts."""
 
     @property
     def choices(self) -> int:

@@ -126,6 +126,8 @@ class GenerationFields(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_token_ids: bool = False
     """The response holds the ids of prompt tokens and generated tokens."""
+    return_decoding: bool = False
+    """Each choice reports which forward produced each token, and which tokens were accepted drafts."""
     speculative: bool = True
     """False: generated without drafts, one token per forward, which does not change the text. If no other request is
     drafted at the same time, this is the plain autoregressive mode."""

@@ -1,7 +1,7 @@
 """The page that a browser shows at the address of the service.
 
-A page that streams a completion, with and without drafts. It is one file beside this one and fetches from this service
-alone, which its header makes browsers hold it to.
+A page with a chat and with completions, streamed with and without drafts. Three files beside this one make it one
+document. It fetches from this service alone, and its headers make browsers enforce that.
 """
 
 from importlib.resources import files
@@ -17,5 +17,11 @@ PAGE_HEADERS = {
 
 
 def page() -> str:
-    """Its HTML."""
-    return files("serve_apps.ingress").joinpath("page.html").read_text(encoding="utf-8")
+    """HTML of the page, with its style and its script."""
+    html, css, js = (
+        files("serve_apps.ingress").joinpath(f"page.{kind}").read_text(encoding="utf-8")
+        for kind in ("html", "css", "js")
+    )
+    return html.replace("<style>page.css</style>", f"<style>\n{css}</style>").replace(
+        "<script>page.js</script>", f"<script>\n{js}</script>"
+    )

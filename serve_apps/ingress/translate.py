@@ -54,7 +54,6 @@ def _requests(body: CompletionRequest, name: str, route: Route) -> Iterator[Gene
                 echo=body.echo,
                 prompt_alone=body.max_tokens == 0,
                 logprobs=body.logprobs,
-                decoding=body.return_decoding,
                 route=route,
                 **_same_for_all(body),
             )
@@ -87,6 +86,7 @@ def _same_for_all(body: GenerationBody) -> dict[str, Any]:
         "grammar": body.grammar(),
         "prompt_logprobs": body.prompt_logprobs,
         "token_ids": body.return_token_ids,
+        "decoding": body.return_decoding,
         "speculative": body.speculative,
     }
 

@@ -23,6 +23,7 @@ from serve_apps.api.chat_response import (
     ToolCallDelta,
 )
 from serve_apps.api.completion_response import PromptScores
+from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.generation_request import ToolUse
 from serve_apps.messages.text_delta import TextDelta
 from serve_apps.streaming.completion_stream import Reply
@@ -54,7 +55,7 @@ class ChatReply(Reply):
         deltas: list[dict[str, Any]] = [{"content": parsed.content}] if parsed.content else []
         deltas += [{"tool_calls": [_call_delta(call).model_dump(exclude_none=True)]} for call in parsed.calls]
         logprobs = _logprobs([delta])
-        if not deltas and delta.finish_reason is None and not delta.token_ids and not logprobs:
+        if not (deltas or delta.finish_reason or delta.token_ids or logprobs or delta.decoding):
             return
         self.sent.add(index)
         *before, last = deltas or [{}]
@@ -62,7 +63,11 @@ class ChatReply(Reply):
             yield self._delta(index, part)
         chunk = self._delta(index, last)
         (choice,) = chunk["choices"]
-        choice |= {"logprobs": to_jsonable_python(logprobs), "token_ids": _ids([delta])}
+        choice |= {
+            "logprobs": to_jsonable_python(logprobs),
+            "token_ids": _ids([delta]),
+            "decoding": to_jsonable_python(delta.decoding),
+        }
         if delta.finish_reason is not None:
             choice |= {"finish_reason": self._reason(index, delta), "stop_reason": delta.stop_reason}
         yield chunk
@@ -71,7 +76,7 @@ class ChatReply(Reply):
         """JSON of a `ChatChunk`, with the fields of `delta` that are there."""
         choice = {
             "index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None,
-            "token_ids": None,
+            "token_ids": None, "decoding": None,
         }  # fmt: skip
         return {**self._chunk("chat.completion.chunk", choice), "prompt_token_ids": None}
 
@@ -106,6 +111,7 @@ class ChatReply(Reply):
             finish_reason=self._reason(index, deltas[-1]),
             stop_reason=deltas[-1].stop_reason,
             token_ids=_ids(deltas),
+            decoding=Decoding.joined([delta.decoding for delta in deltas if delta.decoding is not None]),
         )
 
     def _reset(self, index: int) -> None:

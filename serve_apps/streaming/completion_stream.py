@@ -150,8 +150,6 @@ def _choice(index: int, deltas: Sequence[TextDelta]) -> Choice:
     scored = [delta.logprobs for delta in deltas if isinstance(delta.logprobs, Logprobs)]
     logprobs = {name: [entry for each in scored for entry in getattr(each, name)] for name in Logprobs.model_fields}
     ids = [delta.token_ids for delta in deltas if delta.token_ids is not None]
-    origins = [delta.decoding for delta in deltas if delta.decoding is not None]
-    decoding = {name: [entry for each in origins for entry in getattr(each, name)] for name in Decoding.model_fields}
     return Choice(
         index=index,
         text="".join(delta.text for delta in deltas),
@@ -161,7 +159,7 @@ def _choice(index: int, deltas: Sequence[TextDelta]) -> Choice:
         prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), None),
         prompt_token_ids=next((list(p.prompt_token_ids) for p in deltas if p.prompt_token_ids is not None), None),
         token_ids=[token for each in ids for token in each] if ids else None,
-        decoding=Decoding(**decoding) if origins else None,
+        decoding=Decoding.joined([delta.decoding for delta in deltas if delta.decoding is not None]),
     )
 
 

@@ -1,90 +1,26 @@
-"""The page at / in a real browser, against a real service."""
-
-import json
-import shutil
-import time
+"""The page at / in a real browser, against a real service: completions."""
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from browsing import answer, assert_nothing_runs, bodies, figure, finished, running, tokens, write
 
 from serve_apps.ingress.playground import page
 
-playwright = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT = "def add(a, b):\n    return"
 GREEDY = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0}
 HOT = {"prompt": "zzz", "max_tokens": 40, "temperature": 3, "seed": 3}
-"""Brings halves of characters, and a draft that stands."""
-DRAFTED, PLAIN = "#drafted", "#plain-mode"
-WAIT = 60_000
-
-
-@pytest.fixture(scope="module")
-def browser(service):
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+"""Brings halves of characters, and an accepted draft."""
+DRAFTED, PLAIN = "#output .drafted", "#output .plain-mode"
 
 
 @pytest.fixture
-def shown(browser, service):
-    """The page, and all of its requests."""
-    context = browser.new_context()
-    tab = context.new_page()
-    tab.set_default_timeout(WAIT)
-    requests, problems = [], []
-    tab.on("request", lambda request: requests.append(request))
-    tab.on("pageerror", lambda problem: problems.append(problem))
-    tab.goto(service)
-    yield tab, requests
-    assert not problems
-    assert {request.url.removeprefix(service) for request in requests} <= {"/", "/v1/models", "/v1/completions"}
-    context.close()
-
-
-def write(tab, compare=True, **fields):
-    for name, value in fields.items():
-        tab.fill(f"#{name}", str(value))
-    tab.set_checked("#compare", compare)
-    tab.click("#start")
-
-
-def finished(tab):
-    tab.wait_for_selector("#start:enabled")
-
-
-def tokens(tab, run):
-    """Class and text of each token that is shown."""
-    return tab.eval_on_selector_all(f"{run} .text span", "all => all.map(s => [s.className, s.textContent])")
-
-
-def figure(tab, run, name):
-    return tab.inner_text(f"{run} .{name}")
-
-
-def answer(service, **fields):
-    requests = {"model": "tiny-model", "return_decoding": True, "return_token_ids": True} | fields
-    answer = httpx.post(f"{service}/v1/completions", json=requests, timeout=60).json()
-    return answer["choices"][0], answer["metrics"]["speculative_decoding"]
-
-
-def running(service):
-    families = text_string_to_metric_families(httpx.get(f"{service}/metrics").text)
-    return sum(s.value for f in families for s in f.samples if s.name == "tidar:num_requests_running")
+def shown(opened):
+    """The page with its completions, and all of its requests."""
+    tab, requests = opened
+    tab.click("#completion-tab")
+    return tab, requests
 
 
 @pytest.mark.parametrize("how", [GREEDY, HOT], ids=["greedy", "sampled"])
@@ -102,7 +38,7 @@ def test_it_shows_the_text_and_of_each_token_whether_it_was_a_draft(shown, servi
     forwards = drafts["num_spec_steps"] + 1  # the prefill
     assert figure(tab, DRAFTED, "per_forward") == f"{len(spans) / forwards:.2f}"
     accepted, of = drafts["num_accepted_draft_tokens"], drafts["num_draft_tokens"]
-    assert figure(tab, DRAFTED, "mode").startswith(f"{accepted} of {of} drafts stood")
+    assert figure(tab, DRAFTED, "mode").startswith(f"{accepted} of {of} drafts accepted")
 
 
 def test_beside_it_stands_the_same_text_one_token_at_a_time(shown, service):
@@ -118,18 +54,20 @@ def test_beside_it_stands_the_same_text_one_token_at_a_time(shown, service):
     assert (figure(tab, PLAIN, "per_forward"), figure(tab, PLAIN, "mode")) == ("1.00", "no drafts")
     for run in (DRAFTED, PLAIN):
         assert float(figure(tab, run, "per_second")) > 0
-    assert tab.inner_text("#verdict").startswith(f"Same text, token for token: {len(spans)} of {len(spans)}.")
-    bodies = [json.loads(request.post_data) for request in requests if request.url.endswith("/v1/completions")]
-    assert [body.pop("speculative") for body in bodies] == [True, False]
-    assert bodies[0] == bodies[1]
+    assert tab.inner_text("#output .verdict").startswith(f"Same text, token for token: {len(spans)} of {len(spans)}.")
+    sent = bodies(requests, "/v1/completions")
+    assert [body.pop("speculative") for body in sent] == [True, False]
+    assert sent[0] == sent[1]
 
 
-def test_without_a_seed_both_texts_are_drawn_with_one(shown):
-    tab, _ = shown
+def test_without_a_seed_both_texts_are_drawn_with_one_and_it_is_shown(shown):
+    tab, requests = shown
     write(tab, prompt="x", max_tokens=12, temperature=3)
     finished(tab)
-    assert tab.input_value("#seed").isdecimal()
-    assert tab.inner_text("#verdict").startswith("Same text")
+    seeds = {body["seed"] for body in bodies(requests, "/v1/completions")}
+    assert f"seed {seeds.pop()}" in figure(tab, DRAFTED, "mode")
+    assert not seeds
+    assert tab.inner_text("#output .verdict").startswith("Same text")
 
 
 def test_stop_ends_the_request_and_frees_its_row(shown, service):
@@ -139,12 +77,10 @@ def test_stop_ends_the_request_and_frees_its_row(shown, service):
     assert running(service) == 1
     tab.keyboard.press("Escape")
     finished(tab)
-    assert tab.inner_text("#verdict") == "Stopped."
+    assert tab.inner_text("#output .verdict") == "Stopped."
     assert 5 < int(figure(tab, DRAFTED, "tokens")) < 4000
     assert tab.query_selector(PLAIN) is None
-    deadline = time.monotonic() + 10
-    while running(service):
-        assert time.monotonic() < deadline
+    assert_nothing_runs(service)
 
 
 def test_a_refusal_of_the_server_appears_in_its_words(shown, service):
@@ -177,9 +113,14 @@ def test_text_can_never_be_markup_and_browsers_may_call_only_this_service(servic
     assert not any(word in answer.text for word in ("innerHTML", "insertAdjacentHTML", "document.write", "http:"))
 
 
-def test_it_fits_a_phone(browser, service):
+@pytest.mark.parametrize("panel", ["chat", "completion"])
+def test_it_fits_a_phone(browser, service, panel):
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
     tab.goto(service)
+    tab.click(f"#{panel}-tab")
+    assert tab.is_hidden("#settings")
+    tab.click("summary >> nth=0")
+    assert tab.is_visible("#settings")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 28)"
     tab.close()

@@ -8,6 +8,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serve_apps.api.chat_response import ChatTokenLogprob
 from serve_apps.api.completion_response import ModelCard
 from serve_apps.api.generation_fields import StreamOptions
+from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.generation_request import ToolUse
 from serve_apps.messages.text_delta import TextDelta, UsageCounts
 from serve_apps.streaming.chat_stream import ChatReply
@@ -98,6 +99,16 @@ def test_calls_alone_have_no_content():
         ]
         is None
     )
+
+
+def test_origins_of_tokens_are_sent_if_requested_also_of_a_call_that_is_still_parsed():
+    decoding = [Decoding(forward=[i], origin=["draft"], text_offset=[7 * i]) for i in range(3)]
+    calls = [CALLS[0], *(c._replace(decoding=d) for c, d in zip(CALLS[1:], decoding, strict=True))]
+    sent = [chunk["choices"][0]["decoding"] for chunk in chunks(calls, tools=TOOLS)]
+    joined = {"forward": [0, 1, 2], "origin": ["draft"] * 3, "text_offset": [0, 7, 14]}
+    assert {name: [entry for d in sent if d for entry in d[name]] for name in joined} == joined
+    assert message(calls, tools=TOOLS)["decoding"] == joined
+    assert message(CALLS, tools=TOOLS)["decoding"] is None
 
 
 def test_usage_and_scores_are_sent_if_requested():

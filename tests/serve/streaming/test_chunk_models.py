@@ -20,6 +20,7 @@ SCORES = [None, {7: TokenScore(logprob=-2.0, rank=None, decoded_token="x")}]
 CHAT_LOGPROBS = [
     ChatTokenLogprob(token="a", logprob=-1.0, bytes=[97], top_logprobs=[ChatLogprob(token="b", logprob=-2.0, bytes=[])])
 ]
+DECODING = Decoding(forward=[0], origin=["draft"], text_offset=[0])
 TEXT = TextDelta("ü\n\x7f\u2028", None, UsageCounts(3, 1), prompt_token_ids=(1, 2), token_ids=(3,), fingerprint="f")
 END = TextDelta("", "stop", UsageCounts(3, 2, (1, 0)), stop_reason=5)
 CALL = TextDelta('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "stop", UsageCounts(3, 2),
@@ -43,14 +44,15 @@ def dumped(model, line):
 @pytest.mark.parametrize(
     "delta",
     [TEXT, END, TEXT._replace(logprobs=LOGPROBS, prompt_logprobs=SCORES),
-     TEXT._replace(decoding=Decoding(forward=[0], origin=["draft"], text_offset=[0]))],
+     TEXT._replace(decoding=DECODING)],
 )  # fmt: skip
 def test_a_chunk_of_a_completion_is_written_as_its_model_writes_it(delta):
     (line,) = lines(CompletionReply(reply_id="cmpl-1", card=CARD, created=9, options=USAGE), delta)
     assert line == dumped(Completion, line)
 
 
-@pytest.mark.parametrize("delta", [TEXT, END, CALL, TEXT._replace(logprobs=CHAT_LOGPROBS)])
+@pytest.mark.parametrize("delta", [TEXT, END, CALL, TEXT._replace(logprobs=CHAT_LOGPROBS),
+                                   TEXT._replace(decoding=DECODING)])  # fmt: skip
 def test_a_chunk_of_a_chat_is_written_as_its_model_writes_it(delta):
     tools = ToolUse(functions=({"name": "add"},))
     written = lines(ChatReply(reply_id="chatcmpl-1", card=CARD, created=9, options=USAGE, tools=tools), delta)
