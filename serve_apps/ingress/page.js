@@ -26,7 +26,7 @@ const part = (run, name) => run.article.querySelector("." + name);
 
 /** Add one event's text and tokens to a run, and show them. */
 function receive(run, {text, delta, decoding, token_ids, finish_reason, stop_reason}) {
-  if (finish_reason === "length") run.notes.push("ended at the most tokens");
+  if (finish_reason === "length") run.notes.push("ended at max tokens");
   if (typeof stop_reason === "string") run.notes.push("ended at stop string " + JSON.stringify(stop_reason));
   if (!decoding) return;  // the event of a role
   const {forward, origin, text_offset} = decoding;
@@ -47,7 +47,8 @@ function receive(run, {text, delta, decoding, token_ids, finish_reason, stop_rea
       part(run, "text").append(run.spans[i] = span);
     }
     const end = run.offsets[i + 1] ?? Infinity;
-    run.spans[i].textContent = run.chars.slice(run.offsets[i], end).join("");
+    const shown = run.spans[i].textContent = run.chars.slice(run.offsets[i], end).join("");
+    run.spans[i].toggleAttribute("data-line-end", /^\n+$/.test(shown));
     if (end <= run.chars.length) run.complete = i + 1;
   }
   showFigures(run);
@@ -180,7 +181,7 @@ async function connect(signal) {
   drafts = card.block_len > 1;
   const decoding = drafts ? `${card.block_len} tokens a draft block, mode ${card.mode}` : "one token a forward, no drafts";
   at("model").textContent = `${card.id}, ${decoding}`;
-  for (const label of document.querySelectorAll(".compare")) label.hidden = !drafts;
+  for (const element of document.querySelectorAll(".needs-drafts")) element.hidden = !drafts;
   if (readTemplateOf === card.bundle_hash) return;
   const info = await request("tokenizer_info", {signal}).then(response => response.json()).catch(() => null);
   if (info) readTemplateOf = card.bundle_hash;

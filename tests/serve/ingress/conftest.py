@@ -15,17 +15,23 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def opened(browser, service):
-    """The page, and all of its requests."""
-    context = browser.new_context()
-    tab = context.new_page()
+@pytest.fixture(scope="package")
+def tab(browser):
+    tab = browser.new_page()
     tab.set_default_timeout(WAIT)
+    return tab
+
+
+@pytest.fixture
+def opened(tab, service):
+    """The page, and all of its requests."""
     requests, problems = [], []
-    tab.on("request", lambda request: requests.append(request))
-    tab.on("pageerror", lambda problem: problems.append(problem))
+    listeners = {"request": lambda request: requests.append(request), "pageerror": lambda error: problems.append(error)}
+    for event, listener in listeners.items():
+        tab.on(event, listener)
     tab.goto(service)
     yield tab, requests
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     assert not problems
     assert {request.url.removeprefix(service) for request in requests} <= FETCHED
-    context.close()
