@@ -101,7 +101,8 @@ def test_stop_keeps_what_was_answered_and_frees_its_slot(chat, service):
     assert tab.evaluate("document.activeElement.textContent") == "Send"
     send(tab, "on", max_tokens=2)
     finished(tab)
-    assert bodies(requests)[1]["messages"] == [user(FIRST), assistant(shown_text(tab, "#turns li:first-child")), user("on")]
+    stopped = shown_text(tab, "#turns li:first-child")
+    assert bodies(requests)[1]["messages"] == [user(FIRST), assistant(stopped), user("on")]
 
 
 def test_the_last_turn_can_be_retried_and_edited_and_a_chat_begins_anew(chat):
