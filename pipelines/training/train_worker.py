@@ -106,10 +106,9 @@ class _Worker:
         sharers = job.sequence_parallel
         shared = SequenceParallel.among_neighbours(sharers) if sharers > 1 else None
         self.row_group, self.row_groups = around.rank // sharers, around.world_size // sharers
+        ragged = job.gpus_per_worker == 0 and job.zero_stage < 3
         self.objective, self.plain = (  # the second one validates, by the paper's recipe for all jobs
-            Objective(
-                model, dual=dual, block_len=job.block_len, recipe=recipe, shared=shared, ragged=not job.gpus_per_worker
-            )
+            Objective(model, dual=dual, block_len=job.block_len, recipe=recipe, shared=shared, ragged=ragged)
             for recipe in (job.recipe, None)
         )
         self.engine = TrainEngine(self.objective.train(), job)

@@ -45,7 +45,7 @@ class Objective(nn.Module):
         shared     workers that share each row with this one; batches and sums are then this worker's part
         logits_at_once  logits that the loss holds at a time; `None` chooses by device
         ragged     compute blocks and logits only where labels are: shapes follow the labels, and the device is waited
-                   for. Losses and gradients stay.
+                   for. Losses and gradients stay. Not under ZeRO 3, where all workers must call the head equally often.
         """
         super().__init__()
         assert not dual or model.config.drafting, "the dual objective needs a model with a mask token"
