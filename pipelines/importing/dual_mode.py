@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipelines.importing.sources import Origin
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, save_bundle
+from tidar_core.artifacts.model.bundle import BUNDLE_JSON, is_bundle, save_bundle
+from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.hf_files import stored_tensors
 from tidar_core.artifacts.model.hf_weights import check_weights, load_model, require_embeddings
-from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_folder import refuse_stranger
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import made_by
@@ -36,7 +36,7 @@ def import_dual_mode(origin: Origin, output: str, *, mask_token: str, block_len:
     block_len   tokens in a draft block of its training
     """
     folder = origin.path
-    if (folder / BUNDLE_JSON).exists():
+    if is_bundle(folder):
         raise BundleError(f"{origin.name} is a bundle already; give it to generate, bench, evaluate or serve")
     DraftConfig(block_len=block_len)
     tokenizer, config = load_tokenizer(folder), check_weights(folder)
@@ -45,8 +45,8 @@ def import_dual_mode(origin: Origin, output: str, *, mask_token: str, block_len:
     ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     if token_id in ends.ids:
         raise UserError(f"--mask-token {mask_token} is an end token of {origin.name}; give the token that masks have")
-    parents = _hashes(folder)
     refuse_stranger(output, BUNDLE_JSON)
+    parents = {"start": content_hash(checkpoint_files(folder))}
     with output_lock(output, BUNDLE_JSON):
         model = load_model(folder, dtype=_dtype(folder))
         mask_id = max(token_id, tokenizer.vocab_len)
@@ -54,7 +54,7 @@ def import_dual_mode(origin: Origin, output: str, *, mask_token: str, block_len:
         job = {"command": "import", "source": origin.name, "mask_token": mask_token, "block_len": block_len}
         info = save_bundle(
             output, model, tokenizer, block_len=block_len, mask_id=mask_id, objective="dual",
-            lineage={"parent": origin.name, "parent_files": parents}, made_by=made_by(job, parents), ends=ends,
+            lineage=parents, made_by=made_by(job, parents), ends=ends,
         )  # fmt: skip
     return {
         "bundle": output, "bundle_hash": info.bundle_hash, "source": origin.name, "block_len": block_len,
@@ -102,9 +102,3 @@ def _dtype(folder: Path) -> torch.dtype:
     """The dtype that holds the stored weights exactly and that a model can be checked in."""
     stored = {tensor.dtype for tensor in stored_tensors(folder).values()}
     return torch.bfloat16 if stored == {"BF16"} else torch.float32
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weight files and of config.json, by name."""
-    paths = {tensor.path for tensor in stored_tensors(folder).values()} | {folder / "config.json"}
-    return {path.name: locations.sha256(str(path)) for path in sorted(paths)}

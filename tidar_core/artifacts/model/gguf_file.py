@@ -23,6 +23,8 @@ FLOATS = ("F32", "F16", "BF16")
 QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 FINE = (*FLOATS, "Q8_0")
 """Types whose error is hard to measure in a model's distribution."""
+ROWS = 4096
+"""Rows of a matrix that are dequantised at once."""
 AGAIN = "fetch the file again"
 
 
@@ -88,7 +90,10 @@ class GgufFile:
         elif kind in FLOATS:
             value = torch.from_numpy(np.array(stored.data))
         else:
-            value = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+            value = torch.empty(self.shape(name))
+            for begin in range(0, len(stored.data), ROWS):  # the package keeps its result twice
+                part = stored.data[begin : begin + ROWS]
+                value[begin : begin + ROWS] = torch.from_numpy(gguf.quants.dequantize(part, stored.tensor_type))
         if not value.isfinite().all():
             raise WeightsError(f"{self.path}: tensor {name} has values that are not finite; {AGAIN}")
         return value.reshape(self.shape(name))
