@@ -113,14 +113,14 @@ def test_a_run_whose_worker_was_killed_in_mid_step_goes_on_exactly(runs, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_workers_at_another_stage_go_on_with_the_same_rows(runs, stage):
     for unbroken, resumed in zip(runs.losses(f"fp32-{stage}"), runs.losses(f"three-{stage}")):
-        # sums over rows in another order; a row read twice or left out changes the third digit
-        assert resumed == pytest.approx({step: unbroken[step] for step in (4, 5, 6)}, rel=2e-5)
+        # sums in another order, whose rounding six steps amplify; a row left out changes the third digit
+        assert resumed == pytest.approx({step: unbroken[step] for step in (4, 5, 6)}, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_worker_equals_two_even_when_one_of_them_has_few_labels(runs, stage):
     for alone, two in zip(runs.losses("alone"), runs.losses(f"fp32-{stage}")):
-        assert two == pytest.approx(alone, rel=2e-5)
+        assert two == pytest.approx(alone, rel=1e-4)
     reader = ShardReader(runs.shards)
     objective = Objective(TidarModel(named_shape("tiny")), dual=True, block_len=4)
     shares = []
@@ -135,7 +135,7 @@ def test_one_worker_equals_two_even_when_one_of_them_has_few_labels(runs, stage)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_offloaded_optimizer_makes_the_same_updates(runs, stage):
     for plain, offloaded in zip(runs.losses(f"fp32-{stage}"), runs.losses(f"offload-{stage}")):
-        assert offloaded == pytest.approx(plain, rel=2e-5)  # sums of gradients in another order
+        assert offloaded == pytest.approx(plain, rel=1e-4)  # sums of gradients in another order
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -146,7 +146,7 @@ def test_recomputation_validation_and_samples_disturb_no_step_exactly(runs, stag
 @pytest.mark.parametrize("stage", STAGES)
 def test_workers_that_share_every_row_equal_one_that_has_it_whole(runs, stage):
     for alone, shared in zip(runs.losses("alone"), runs.losses(f"shared-{stage}")):
-        assert shared == pytest.approx(alone, rel=2e-5)
+        assert shared == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
