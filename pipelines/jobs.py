@@ -302,6 +302,7 @@ class EvaluateJob(Job):
     """Bundle + held-out shards -> report."""
 
     bundle: str
+    """Bundle, or an AR checkpoint (a Hugging Face folder), which is measured in autoregressive mode alone."""
     shards: str
     output: str
     parent: str | None = None
@@ -318,7 +319,7 @@ class EvaluateJob(Job):
     """Times that each mode continues the prompts, for the speeds."""
     tasks: tuple[TaskJob, ...] = ()
     task_modes: tuple[Literal["single-pass", "two-pass", "autoregressive"], ...] = ("single-pass",)
-    """Modes that the tasks' answers are generated in."""
+    """Modes that the tasks' answers are generated in; for an AR checkpoint the autoregressive mode by default."""
     task_batch: Positive = 8
     """Answers generated together; no score depends on it."""
     task_context: Positive = 4096

@@ -25,7 +25,7 @@ class ServeSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, Field(min_length=1)]
-    """Folder or URI of a bundle, or models:/NAME@ALIAS."""
+    """Folder or URI of a bundle or of an AR checkpoint, or models:/NAME@ALIAS."""
     tracking_uri: str = "sqlite:///mlflow.db"
     """Registry in which models:/ is looked up."""
     model_name: Annotated[str, Field(min_length=1)] | None = None
@@ -71,6 +71,7 @@ class ServeSettings(BaseModel):
     """Form in which the model writes calls of functions; by default the form of its chat template."""
 
     mode: Literal["auto", "single-pass", "two-pass", "autoregressive"] = "single-pass"
+    """Mode of decoding. A checkpoint decodes in autoregressive mode: give that, auto or none."""
     draft_kind: Literal["argmax", "sampled"] = "argmax"
     block_len: Positive | None = None
     """K of a draft; by default the length that the bundle was trained with."""

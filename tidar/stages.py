@@ -57,7 +57,7 @@ def train(
 
 
 def evaluate(job: JobFile, as_json: Json = False) -> None:
-    """Measure a bundle on held-out rows and prompts; ends with a report."""
+    """Measure a bundle or an AR checkpoint on held-out rows and prompts; ends with a report."""
     from pipelines.evaluation import evaluate as stage
     from pipelines.jobs import EvaluateJob, read_job
 
