@@ -13,6 +13,7 @@ from pipelines.evaluation.task_scores import PARENT
 from pipelines.jobs import EvaluateJob
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import made_by, write_made_by
+from tidar_core.config import AUTOREGRESSIVE
 
 __all__ = ["REPORT", "markdown", "report_metrics", "write_report"]
 
@@ -106,7 +107,8 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         f"{report['prompts_equal']} of {report['prompts']} prompts",
         f"equal on {parent['prompts_equal']}" if parent else "",
     )
-    yield entry("tokens per forward (greedy, single-pass)", _number(report["tokens_per_forward"], 2), "1.00")
+    mode = "single-pass" if "single-pass" in report["modes"] else AUTOREGRESSIVE
+    yield entry(f"tokens per forward (greedy, {mode})", _number(report["tokens_per_forward"], 2), "1.00")
     speed = f"speed over the AR mode ({report['batch']} at a time, {report['threads']} threads)"
     ar = report["modes"]["autoregressive"]["tokens_per_second"]
     yield entry(speed, f"{report['speed_over_ar']:.2f}", f"{parent['tokens_per_second'] / ar:.2f}" if parent else "")

@@ -92,6 +92,7 @@ def test_what_drafts_alone_could_show_was_not_measured(report, folder):
     assert report["bundle_hash"] == model_info(folder / "checkpoint").bundle_hash
     written = (folder / "report/report.md").read_text()
     assert "| diffusion loss (nats per token) | not measured |" in written
+    assert "| tokens per forward (greedy, autoregressive) | 1.00 |" in written
     assert json.loads((folder / "report/made_by.json").read_text())["job"]["task_modes"] == ["autoregressive"]
 
 
