@@ -17,7 +17,7 @@ from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_folder import staged_folder
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import MADE_BY, made_by, write_made_by
-from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG
+from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, read_end_tokens
 from tidar_core.artifacts.text.gguf_tokenizer import gguf_token_ids, gguf_tokenizer
 from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -93,6 +93,7 @@ def _counted(
 def _require_loadable(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise an error if the folder that was written does not load as it was meant."""
     check_weights(folder)
+    read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint, "the tokenizer changed when it was saved"
 
 

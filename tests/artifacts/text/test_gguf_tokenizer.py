@@ -155,6 +155,8 @@ def test_named_chat_templates_are_kept():
         ({"merges": ["q q"]}, "does not fit together"),
         ({"eos_token_id": None}, "no tokenizer.ggml.eos_token_id"),
         ({"eos_token_id": 5000}, "which is no token"),
+        ({"bos_token_id": "<s>"}, "which is no token"),
+        ({"tokens": list(range(330))}, "does not fit together"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(keys, words):

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf_files import SIZES, random_model, write_gguf
 from hf_folders import IDS, our_logits, their_logits
 from safetensors import safe_open
+from vocabularies import ODD, TEXTS
 
 from pipelines.importing.import_model import import_model
 from tidar_core.artifacts.model.hf_weights import load_model
+from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import UserError
 
@@ -147,6 +150,24 @@ def test_provenance_names_the_file_its_hash_and_its_types(tmp_path):
     assert job["quantisation"] == facts["quantisation"] == {"Q8_0": 16, "F32": 5}
     assert facts["parameters"] == sum(p.numel() for p in random_model("llama").parameters())
     assert facts["warning"] is None
+
+
+@pytest.mark.parametrize("form", ["smollm", "llama3", "llama2"])
+def test_ids_equal_those_of_transformers_on_the_folder(tmp_path, form):
+    write_gguf(tmp_path / "x.gguf", random_model("llama", vocab_size=512), form=form)
+    folder = imported(tmp_path / "x.gguf")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in (*TEXTS, ODD, "0 12 345"):
+        assert ours.encode_batch([text], framed=True) == [theirs(text).input_ids]
+
+
+def test_a_file_and_its_folder_may_lie_on_an_object_store(tmp_path, s3_bucket):
+    write_gguf(tmp_path / "x.gguf", random_model("llama"))
+    locations.write_bytes(f"{s3_bucket}/models/x.gguf", (tmp_path / "x.gguf").read_bytes())
+    import_model(f"{s3_bucket}/models/x.gguf", f"{s3_bucket}/folder")
+    folder = locations.local_copy(f"{s3_bucket}/folder")
+    assert torch.equal(our_logits(folder), our_logits(imported(tmp_path / "x.gguf")))
+    import_model(f"{s3_bucket}/models/x.gguf", f"{s3_bucket}/folder")
 
 
 def test_the_end_tokens_and_the_template_are_kept(tmp_path):

@@ -58,6 +58,8 @@ def assert_refused(run, folder, words, *arguments):
         ({"llama__embedding_length": 32}, "has shape"),
         ({"split__count": 3}, "one of 3 parts"),
         ({"general__type": "adapter"}, "general.type 'adapter'"),
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": "x"}, "'x' as llama.rope.scaling"),
+        ({"llama__attention__sliding_window": [8, 64]}, "llama.attention.sliding_window [8, 64]"),
         ({"tokenizer__ggml__pre": "viking"}, "rule 'viking'"),
         ({"drop": ("llama.attention.layer_norm_rms_epsilon",)}, "no llama.attention.layer_norm_rms_epsilon"),
         ({"drop": ("token_embd.weight",)}, "lacks tensor token_embd.weight"),
@@ -79,6 +81,12 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_left(run, tmp_path
     code, out, err = run(tmp_path / "x.gguf", tmp_path / "folder")
     assert (code, out) == (2, "")
     assert "tensor output.weight has values that are not finite" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_an_end_token_that_is_no_token_is_refused_and_nothing_is_left(run, tmp_path, model):
+    write_gguf(tmp_path / "x.gguf", model, tokenizer__ggml__eot_token_id=5000)
+    assert "ids of the tokenizer are needed" in run(tmp_path / "x.gguf", tmp_path / "folder")[2]
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 

@@ -172,8 +172,8 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         raise WeightsError(f"tensor {ROPE_DIVISORS} and rope scaling {kind!r} exclude each other; use another file")
     given |= {"rope_type": kind, "factor": _shortest(_number(file, "rope.scaling.factor"))}
     for ours, theirs in SCALING_KEYS.items():
-        if (value := _value(file, f"rope.scaling.{theirs}")) is not None:
-            given[ours] = _shortest(value)
+        if f"{file.architecture}.rope.scaling.{theirs}" in file.fields:
+            given[ours] = _shortest(_number(file, f"rope.scaling.{theirs}"))
     return given
 
 
@@ -186,7 +186,7 @@ def _llama3(file: GgufFile, config: ModelConfig) -> RopeScaling | None:
     if bool((divisors == 1).all()):
         return None
     frequency, _ = rotary_frequencies(config)
-    stated = _value(file, "rope.scaling.original_context_length")
+    stated = _number(file, "rope.scaling.original_context_length", 0)
     low, high = LLAMA3_FACTORS
     for original in filter(None, (stated, *LLAMA3_CONTEXTS)):
         scaling = RopeScaling(
@@ -210,7 +210,7 @@ def _refuse_other_keys(file: GgufFile, config: ModelConfig) -> None:
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or name in READ or name in SILENT or value in neutral.get(name, ()):
             continue
-        if name == "attention.sliding_window" and value >= config.context_len:
+        if name == "attention.sliding_window" and isinstance(value, int) and value >= config.context_len:
             continue
         raise WeightsError(f"{file.path} has {key} {value!r}, which is not supported; use another model")
 

@@ -88,8 +88,8 @@ def gguf_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
     fields  metadata by key
     source  name of the file, for errors
     """
-    vocabulary = _Vocabulary(fields, source)
     try:
+        vocabulary = _Vocabulary(fields, source)
         fast = vocabulary.byte_level() if vocabulary.is_byte_level else vocabulary.sentence_piece()
         vocabulary.add_tokens(fast)
     except TokenizerError:
@@ -153,9 +153,9 @@ class _Vocabulary:
     def special_id(self, name: str) -> int | None:
         """The token that a key names; None if the key is missing."""
         value = self.value(name)
-        if value is not None and self._ids.get(self.tokens[value] if 0 <= value < len(self.tokens) else "") != value:
-            raise TokenizerError(f"{self._source} has {PREFIX}{name} {value}, which is no token; use another file")
-        return value
+        if value is None or (isinstance(value, int) and value in self._ids.values()):
+            return value
+        raise TokenizerError(f"{self._source} has {PREFIX}{name} {value!r}, which is no token; use another file")
 
     def byte_level(self) -> FastTokenizer:
         """BPE over bytes, with the rule that the file names."""
@@ -238,8 +238,10 @@ def _templates(fields: Mapping[str, Any], source: str) -> dict[str, str]:
     for key, value in fields.items():
         if key == TEMPLATE or key.startswith(f"{TEMPLATE}."):
             name = key.removeprefix(TEMPLATE).removeprefix(".") or DEFAULT
-            if not re.fullmatch(r"[\w-]+", name):
-                raise TokenizerError(f"{source} has {key}; the name of a chat template is a word; rename the key")
+            if not re.fullmatch(r"[\w-]+", name) or not isinstance(value, str):
+                raise TokenizerError(
+                    f"{source} has {key}; a chat template is a text whose name is a word; rename the key"
+                )
             found[name] = value
     return found
 
