@@ -93,7 +93,11 @@ function broken(error) {
   throw error.name === "AbortError" ? error : new Error(`the connection to the server broke (${error.message})`);
 }
 
-const headers = () => at("key").value ? {Authorization: "Bearer " + at("key").value} : {};
+/** The header of the API key; a header holds bytes, and a key is UTF-8. */
+function headers() {
+  const key = String.fromCharCode(...new TextEncoder().encode(at("key").value));
+  return key ? {Authorization: "Bearer " + key} : {};
+}
 
 /** The response to a request, or an Error with the server's message. */
 async function request(path, options) {

@@ -98,13 +98,14 @@ def test_a_refusal_of_the_server_appears_in_its_words(shown, service):
 
 def test_the_key_goes_with_every_request_and_nowhere_else(shown):
     tab, requests = shown
-    write(tab, compare=False, key="my-key", prompt=PROMPT, max_tokens=2)
+    write(tab, compare=False, key="schlüssel-ключ", prompt=PROMPT, max_tokens=2)
     finished(tab)
     assert tab.query_selector(PLAIN) is None
     sent = [request.headers.get("authorization") for request in requests]
-    first = sent.index("Bearer my-key")
+    header = "Bearer " + "schlüssel-ключ".encode().decode("latin-1")  # the bytes of the key
+    first = sent.index(header)
     assert set(sent[:first]) == {None}
-    assert set(sent[first:]) == {"Bearer my-key"}
+    assert set(sent[first:]) == {header}
     assert tab.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
 
 
