@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import ErrorDetails
 
 from tidar_core.artifacts.store.yaml_file import read_mapping
+from tidar_core.config import ADAPTER_PLACES, AdapterConfig
 from tidar_core.errors import ConfigError
 from tidar_core.training.recipe import Recipe
 
-__all__ = ["EvaluateJob", "Job", "PackJob", "PublishJob", "Source", "TaskJob", "TrainBpe", "TrainJob", "read_job"]
+__all__ = ["Job", "PackJob", "Positive", "Source", "TrainBpe", "TrainJob", "read_job"]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -111,9 +112,9 @@ class PackJob(Job):
 
 
 NOT_OF_THE_RUN = {
-    "shards", "output", "init_from", "shape", "resume_from", "mask_start", "steps", "rows_per_forward", "workers",
-    "sequence_parallel",
-    "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer", "activation_checkpointing",
+    "shards", "output", "init_from", "base", "shape", "resume_from", "mask_start", "steps", "rows_per_forward",
+    "workers", "sequence_parallel", "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer",
+    "activation_checkpointing",
     "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every", "validation_rows", "sample_every",
     "sample_prompts", "sample_tokens", "max_failures", "max_skipped_updates", "log_every", "system_metrics_every",
     "peak_flops", "tracking_uri", "experiment",
@@ -141,6 +142,15 @@ class TrainJob(Job):
     """Checkpoint to go on from, `.../checkpoints/step-00000500`, or a run, `OUTPUT.run`, for its newest.
     Every field that changes the losses must be as it was. `steps`, the number of workers, the ZeRO stage and other
     fields outside the run may differ."""
+    drafts: Literal["whole", "adapter"] = "whole"
+    """`whole`: all weights are trained, in both modes, as in the paper. `adapter`: the checkpoint of `init_from` stays
+    as it is, bit for bit, and an adapter of its mask tokens is trained (`tidar_core.transformer.draft_adapter`)."""
+    adapter_rank: Positive = 32
+    """Rank of the adapter's maps: about a sixteenth of the model's width."""
+    adapter_places: tuple[str, ...] = ADAPTER_PLACES
+    """Linear maps of each layer that have an adapter."""
+    base: str | None = None
+    """Address of the checkpoint's files, which the bundle of an adapter names instead of holding a copy of them."""
     block_len: Positive = 16
     """K of the diffusion half."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
@@ -237,6 +247,13 @@ class TrainJob(Job):
         return self.workers // self.sequence_parallel
 
     @property
+    def adapter(self) -> AdapterConfig | None:
+        """Shape of the adapter, if the job trains one."""
+        if self.drafts == "whole":
+            return None
+        return AdapterConfig(rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places)
+
+    @property
     def recipe(self) -> Recipe:
         """Recipe of the doubled row and its losses."""
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
@@ -251,6 +268,25 @@ class TrainJob(Job):
         if self.objective == "ar" and self.recipe_fields:
             given = ", ".join(f"{name}: {value}" for name, value in self.recipe_fields.items())
             raise ValueError(f"objective is ar and the recipe {given}; only objective: dual has one; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def one_kind_of_drafts(self) -> Self:
+        """Check that the fields fit the kind of drafts that the model learns."""
+        kind = type(self).model_fields
+        given = [name for name in ("adapter_rank", "adapter_places", "base", "alpha", "mask_start", "shape")
+                 if getattr(self, name) != kind[name].default]  # fmt: skip
+        of_adapters = {"adapter_rank", "adapter_places", "base"}
+        try:
+            if self.adapter is not None:
+                self.recipe.frozen()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        for name in given:
+            if (name in of_adapters) == (self.drafts == "whole"):
+                raise ValueError(f"{name} is given and drafts is {self.drafts}, which has no use for it; leave it out")
+        if self.adapter is not None and self.objective == "ar":
+            raise ValueError("objective is ar and drafts is adapter, which trains drafts alone; give objective: dual")
         return self
 
     @model_validator(mode="after")
@@ -281,92 +317,6 @@ class TrainJob(Job):
                 f"min_learning_rate is {self.min_learning_rate}; it must not exceed learning_rate {self.learning_rate}"
             )
         return self
-
-
-class TaskJob(Job):
-    """One task of an evaluation."""
-
-    task: str
-    """A task of the paper, see `pipelines.evaluation.paper_tasks`, or the path of an lm-eval YAML file."""
-    data: str | None = None
-    """Its questions on disk: a folder with a copy of the data set as the hub has it, or a JSONL or Parquet file."""
-    limit: Positive | None = None
-    """Number of questions of each subject; all by default."""
-    shots: Annotated[int, Field(ge=0)] | None = None
-    """Examples before the question; the paper's number by default."""
-    max_tokens: Positive | None = None
-    """New tokens of an answer; the paper's number by default."""
-
-
-class EvaluateJob(Job):
-    """Bundle + held-out shards -> report."""
-
-    bundle: str
-    """Bundle, or an AR checkpoint (a Hugging Face folder), which is measured in autoregressive mode alone."""
-    shards: str
-    output: str
-    parent: str | None = None
-    """AR checkpoint that the bundle was converted from, a bundle or a Hugging Face folder; it is measured as well."""
-    prompts: Positive = 16
-    """Held-out documents whose beginnings are continued, greedily, by TiDAR and by the AR mode."""
-    prompt_len: Positive = 64
-    max_tokens: Positive = 128
-    batch: Positive = 4
-    """Prompts decoded together."""
-    loss_rows: Positive = 128
-    """Held-out rows that the losses are averaged over, at most."""
-    repeats: Positive = 3
-    """Times that each mode continues the prompts, for the speeds."""
-    tasks: tuple[TaskJob, ...] = ()
-    task_modes: tuple[Literal["single-pass", "two-pass", "autoregressive"], ...] = ("single-pass",)
-    """Modes that the tasks' answers are generated in; for an AR checkpoint the autoregressive mode by default."""
-    task_batch: Positive = 8
-    """Answers generated together; no score depends on it."""
-    task_context: Positive = 4096
-    """Most tokens of a task's prompt and answer, as far as the model goes; longer prompts lose their beginning."""
-    service: str | None = None
-    """A running service of this bundle, such as http://HOST:8000/v1. The tasks are sent to it too, over HTTP; only to
-    it if `task_modes` is []."""
-    service_model: str | None = None
-    """Name of the bundle in the service; needed if it serves several models."""
-    service_key_env: str | None = None
-    """Environment variable, where the job runs, that holds the service's API key. The key itself is in no file."""
-    allow_code_execution: bool = False
-    """Run the programs that the model writes for code tasks, in a sandbox."""
-    gpus: Annotated[int, Field(ge=0)] = 0
-    cpus: Positive = 1
-    tracking_uri: str | None = None
-    """MLflow server or SQLite file that keeps the report as well, beside the training run; none by default."""
-    experiment: str = "tidar"
-
-    @model_validator(mode="after")
-    def _tasks_have_a_model(self) -> Self:
-        if self.tasks and not self.task_modes and self.service is None:
-            raise ValueError(
-                "task_modes is [] and no service is given; tasks need one of them; give a mode or a service"
-            )
-        return self
-
-
-class PublishJob(Job):
-    """Bundle + report -> registry version, if every bar is met."""
-
-    bundle: str
-    report: str
-    name: str
-    min_tokens_per_forward: Annotated[float, Field(ge=1)] = 1.0
-    max_ar_loss: Annotated[float, Field(gt=0)] | None = None
-    max_diffusion_loss: Annotated[float, Field(gt=0)] | None = None
-    max_ar_loss_over_parent: float | None = None
-    """Most that the AR loss may lie above the parent's, in nats; below 0 it must be better."""
-    require_greedy_equal: bool = True
-    min_scores: dict[str, float] = {}
-    """Task -> score, from 0 to 1, that it must reach."""
-    max_score_drop: Annotated[float, Field(ge=0)] | None = None
-    """Most that any task's score may lie below the parent's."""
-    min_task_tokens_per_forward: dict[str, float] = {}
-    """Task -> tokens per forward that its answers must reach."""
-    tracking_uri: str = "sqlite:///mlflow.db"
 
 
 J = TypeVar("J", bound=Job)

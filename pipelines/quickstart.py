@@ -19,8 +19,9 @@ import yaml
 from pipelines.cluster.connection import disconnect
 from pipelines.cluster.console import stderr
 from pipelines.evaluation.evaluate import REPORT, evaluate, held_out_losses
+from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.evaluation.publish import publish
-from pipelines.jobs import EvaluateJob, J, PackJob, PublishJob, TrainJob, read_job
+from pipelines.jobs import J, PackJob, TrainJob, read_job
 from pipelines.packing.pack import pack
 from pipelines.training.train import train
 from tidar_core.artifacts.model.bundle import read_bundle_info

@@ -59,7 +59,8 @@ def train(
 def evaluate(job: JobFile, as_json: Json = False) -> None:
     """Measure a bundle or an AR checkpoint on held-out rows and prompts; ends with a report."""
     from pipelines.evaluation import evaluate as stage
-    from pipelines.jobs import EvaluateJob, read_job
+    from pipelines.evaluation.job import EvaluateJob
+    from pipelines.jobs import read_job
 
     print_facts(stage.evaluate(read_job(EvaluateJob, job)), as_json)
 
@@ -67,7 +68,8 @@ def evaluate(job: JobFile, as_json: Json = False) -> None:
 def publish(job: JobFile, as_json: Json = False) -> None:
     """Register a bundle whose report meets every bar; it becomes the challenger."""
     from pipelines.evaluation import publish as stage
-    from pipelines.jobs import PublishJob, read_job
+    from pipelines.evaluation.job import PublishJob
+    from pipelines.jobs import read_job
 
     parsed = read_job(PublishJob, job)
     print_facts({"name": parsed.name, "registry_version": stage.publish(parsed), "alias": "challenger"}, as_json)

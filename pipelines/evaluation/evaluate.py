@@ -16,6 +16,7 @@ import torch
 from pipelines.cluster.connection import connect, original_error
 from pipelines.cluster.console import stderr
 from pipelines.cluster.remote_progress import remote_progress, report_progress
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.paper_tasks import check_tasks
 from pipelines.evaluation.report import REPORT, report_metrics, write_report
 from pipelines.evaluation.task_scores import (
@@ -27,7 +28,6 @@ from pipelines.evaluation.task_scores import (
     task_entries,
     tasks_in_mode,
 )
-from pipelines.jobs import EvaluateJob
 from tidar_core.artifacts.model.bundle import Bundle, load_bundle, model_config, model_info
 from tidar_core.artifacts.model.checkpoint import no_drafts_note
 from tidar_core.artifacts.model.report_figures import not_finite

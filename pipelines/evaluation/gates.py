@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.jobs import PublishJob
+from pipelines.evaluation.job import PublishJob
 
 __all__ = ["Bar", "bars"]
 

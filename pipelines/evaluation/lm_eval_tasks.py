@@ -15,11 +15,11 @@ from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from pipelines.evaluation.job import TaskJob
 from pipelines.evaluation.lm_eval_model import GeneratedTexts, LmEvalModel
 from pipelines.evaluation.lm_eval_service import ServiceModel
 from pipelines.evaluation.paper_tasks import PAPER_TASKS, program, read_entries
 from pipelines.evaluation.sandbox.runner import isolation, run_program
-from pipelines.jobs import TaskJob
 from tidar_core.artifacts.store import locations
 from tidar_core.errors import ConfigError
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.jobs import TaskJob
+from pipelines.evaluation.job import TaskJob
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.compressed import damage_named, damaged, open_decompressed
 from tidar_core.artifacts.store.file_names import compression_of, format_of

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from pipelines.evaluation.gates import bars
-from pipelines.jobs import PublishJob
+from pipelines.evaluation.job import PublishJob
 from tidar_core.artifacts.model.bundle import verify_bundle
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs

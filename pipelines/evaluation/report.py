@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.paper_tasks import PAPER_TASKS, TABLE_2, TABLE_3
 from pipelines.evaluation.plots import acceptance_plot, quality_plot, speed_plot
 from pipelines.evaluation.task_scores import PARENT
-from pipelines.jobs import EvaluateJob
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import made_by, write_made_by
 from tidar_core.config import AUTOREGRESSIVE

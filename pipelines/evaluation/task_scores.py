@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipelines.evaluation.job import EvaluateJob, TaskJob
 from pipelines.evaluation.paper_tasks import PAPER_TASKS, TABLE_3
-from pipelines.jobs import EvaluateJob, TaskJob
 from tidar_core.artifacts.model.bundle import Bundle
 from tidar_core.errors import ConfigError
 

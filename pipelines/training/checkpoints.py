@@ -51,6 +51,8 @@ class Cursor:
     validation_loss: float | None = None
     ends: Mapping[str, Any] | None = None
     """Fields of the model's `EndTokens`; None in older checkpoints."""
+    base: Mapping[str, str] | None = None
+    """`uri` and content `hash` of a frozen checkpoint, whose weights are not in the parts; None: all weights are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipelines.jobs import TrainJob
 from pipelines.training.continuations import check_prompts
-from pipelines.training.memory import estimated_memory, parameter_count
+from pipelines.training.memory import estimated_memory, learned_count, parameter_count
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from pipelines.training.train_step_time import estimated_step
 from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
@@ -28,7 +28,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
         check_prompts(tokenizer, model, job.sample_prompts, job.sample_tokens)
     memory = estimated_memory(job, model, manifest.row_len)
-    count = parameter_count(model)
+    count, learned = parameter_count(model), learned_count(model)
     tokens = job.rows_per_step * manifest.row_len
     return {
         "output": job.output,
@@ -36,6 +36,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         "begins_at_step": newest.cursor.step if newest is not None else 0,
         "from": newest.uri if newest is not None else job.init_from or f"random weights of shape {job.shape}",
         "parameters": count,
+        "learned_parameters": learned,
         "steps": job.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * job.steps,
@@ -52,8 +53,10 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
             "total": _gib(memory.total),
             "offloaded": _gib(memory.offloaded),
         },
-        "checkpoint_gib": _gib(12 * count),
-        "checkpoints_gib": _gib(12 * count * (job.keep_checkpoints + (job.keep_best if job.validate_every else 0) + 1)),
+        "checkpoint_gib": _gib(12 * learned),
+        "checkpoints_gib": _gib(
+            12 * learned * (job.keep_checkpoints + (job.keep_best if job.validate_every else 0) + 1)
+        ),
     }
 
 

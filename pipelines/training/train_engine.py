@@ -39,8 +39,8 @@ class TrainEngine:
         # DeepSpeed would compile it for inference only; a killed compiler would block all later ones.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._config = objective.model.config
-        decayed = [p for p in objective.parameters() if p.dim() > 1]
-        plain = [p for p in objective.parameters() if p.dim() <= 1]
+        learned = [p for p in objective.parameters() if p.requires_grad]
+        decayed, plain = [p for p in learned if p.dim() > 1], [p for p in learned if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": job.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=job.learning_rate, betas=job.adam_betas,
@@ -111,16 +111,16 @@ class TrainEngine:
         return int(next((state["step"] for state in self._optimizer.optimizer.state.values()), 0))
 
     def share_of_state(self) -> dict[str, dict[str, Tensor]]:
-        """This worker's share of weights and moments, whole tensors on the CPU; every worker must call."""
+        """This worker's share of learned weights and moments, whole tensors on the CPU; every worker must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self._optimizer.optimizer.state:  # every update so far was skipped
             self._begin_moments(0)
         self._link_moments()
-        sizes = {name: _shape(p).numel() for name, p in self._parameters()}
-        owner = _owners(sizes, self.world_size)
+        learned = self._learned()
+        owner = _owners({name: _shape(p).numel() for name, p in learned}, self.world_size)
         share = {}
-        for name, parameter in self._parameters():
+        for name, parameter in learned:
             whole = {WEIGHT: safe_get_full_fp32_param(parameter)}
             whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if owner[name] == self.rank:
@@ -130,12 +130,12 @@ class TrainEngine:
     def restore(
         self, parts: Sequence[tuple[str, ...]], read: Callable[[int], dict[str, dict[str, Tensor]]], updates: int
     ) -> None:
-        """Load weights and moments; every worker must call.
+        """Load learned weights and moments; every worker must call.
 
         parts    names in each part of the checkpoint
         read     returns a part's tensors; one worker reads a part and sends it to all
         """
-        parameters = dict(self._parameters())
+        parameters = dict(self._learned())
         assert parameters.keys() == {name for part in parts for name in part}, "the checkpoint is of another model"
         self._begin_moments(updates)
         for index, names in enumerate(parts):
@@ -157,7 +157,11 @@ class TrainEngine:
         model = TidarModel(self._config).to(dtype).eval() if self.rank == 0 else None
         own = dict(model.named_parameters()) if model is not None else {}
         for name, parameter in self._parameters():
-            whole = safe_get_full_fp32_param(parameter)
+            if parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+            else:
+                with self._gathered([parameter]):
+                    whole = parameter.detach().clone()
             if model is not None:
                 own[name].data.copy_(whole)
         return model
@@ -165,6 +169,10 @@ class TrainEngine:
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters of the model, in its order; a table that is also the head comes once."""
         return list(self._engine.module.objective.model.named_parameters())
+
+    def _learned(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that training changes: all, or the drafts of a frozen checkpoint."""
+        return [(name, parameter) for name, parameter in self._parameters() if parameter.requires_grad]
 
     def _begin_moments(self, updates: int) -> None:
         """Create the optimizer's state, which a first update would create."""

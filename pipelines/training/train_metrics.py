@@ -60,7 +60,8 @@ class MetricsWindow:
             "grad_norm": self.engine.grad_norm(),
             "skipped_updates": skipped,
             "tokens_per_second": self.clean_tokens * self.engine.world_size / seconds,
-            "flops_per_second": train_flops(self.model, self.tokens, int(self.pairs)) / seconds,
+            "flops_per_second": train_flops(self.model, self.tokens, int(self.pairs), self.tokens - self.clean_tokens)
+            / seconds,
             "memory_gib": self.engine.largest(_peak_memory(self.engine.device)) / GIB,
             "eta_seconds": (now - self.began) / (step - self.first_step) * (self.job.steps - step),
         }

@@ -5,8 +5,16 @@ from typing import Any
 
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folder, whole_checkpoints
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info, verify_bundle
-from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model import bundle
+from tidar_core.artifacts.model.bundle import (
+    BUNDLE_JSON,
+    BundleInfo,
+    base_location,
+    is_bundle,
+    model_info,
+    read_bundle_info,
+    verify_bundle,
+)
 from tidar_core.artifacts.model.hf_weights import check_weights, require_embeddings
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import Manifest
@@ -14,23 +22,25 @@ from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.provenance import MADE_BY
 from tidar_core.artifacts.text.end_tokens import read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
-from tidar_core.config import ModelConfig, RopeScaling
+from tidar_core.config import AdapterConfig, ModelConfig, RopeScaling
 from tidar_core.errors import ConfigError
-from tidar_core.training.recipe import Recipe, linked_config
+from tidar_core.training.recipe import Recipe, adapted_config, linked_config
 from tidar_core.training.sequence_parallel import require_equal_heads, require_equal_runs
 from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
 
-NOT_RECORDED = asdict(Recipe())
-"""Recipe of a run whose checkpoints do not name some of its fields, because it began before these fields existed."""
+NOT_RECORDED = asdict(Recipe()) | {
+    name: TrainJob.model_fields[name].default for name in ("drafts", "adapter_rank", "adapter_places")
+}
+"""Fields of a run whose checkpoints do not name them, because it began before these fields existed."""
 
 
 def absolute_job(job: TrainJob) -> TrainJob:
     """The same job with every location absolute: workers run in other folders."""
     changed: dict[str, Any] = {
         name: locations.absolute(getattr(job, name))
-        for name in ("shards", "output", "init_from", "resume_from")
+        for name in ("shards", "output", "init_from", "base", "resume_from")
         if getattr(job, name) is not None
     }
     return job.model_copy(update=changed | {"tracking_uri": model_registry.absolute_tracking_uri(job.tracking_uri)})
@@ -72,7 +82,7 @@ def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
         _check_source(job, job.init_from, manifest)
     _check_fit(job, starting_config(job, manifest), manifest)
     if job.init_from is not None:
-        folder = locations.local_copy(job.init_from)
+        folder = locations.local_copy(base_location(job.init_from, model_info(job.init_from)))
         check_weights(folder)
         read_end_tokens(folder, eos_id=manifest.eos_id, vocab_len=manifest.vocab_len)
     return None
@@ -88,7 +98,7 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
         )
     before = {**NOT_RECORDED, **cursor.run}
     for name, value in job.run.items():
-        if before.get(name) != value:
+        if _plain(before.get(name)) != value:
             raise ConfigError(
                 f"{name} is {value} and was {before.get(name)} in the run of {checkpoint.uri}; a run goes on as it "
                 "began: set it back, or begin a new run with init_from and another output"
@@ -102,6 +112,8 @@ def model_config(cursor: Cursor) -> ModelConfig:
     values = dict(cursor.model)
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    if values.get("adapter") is not None:
+        values["adapter"] = AdapterConfig(**values["adapter"] | {"places": tuple(values["adapter"]["places"])})
     return ModelConfig(**values)
 
 
@@ -111,8 +123,20 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
         config = named_shape(job.shape, vocab_len=manifest.vocab_len)
     else:
         assert job.init_from is not None
-        config = read_config(job.init_from)
+        config = bundle.model_config(job.init_from)
+    if job.adapter is not None:
+        config = adapted_config(config, job.adapter)
+    elif config.adapter is not None:
+        raise ConfigError(
+            f"init_from is {job.init_from}, the drafts of a frozen checkpoint, and drafts is whole; give drafts: "
+            "adapter, or its checkpoint"
+        )
     return config if job.link_rank is None else linked_config(config, job.link_rank)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
@@ -132,10 +156,15 @@ def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
 def _check_source(job: TrainJob, folder: str, manifest: Manifest) -> None:
     if not locations.exists(locations.join(folder, "config.json")):
         raise ConfigError(f"init_from is {folder}; it has no config.json; give a model folder or a bundle")
-    if locations.exists(locations.join(folder, BUNDLE_JSON)):
+    if is_bundle(folder):
         verify_bundle(folder)
-    has_tokenizer = locations.exists(locations.join(folder, "tokenizer.json"))
-    if has_tokenizer and load_tokenizer(folder).fingerprint != manifest.tokenizer:
+    base = base_location(folder, model_info(folder))
+    if job.base is not None and model_info(job.base).bundle_hash != model_info(base).bundle_hash:
+        raise ConfigError(
+            f"base is {job.base}, whose files differ from those of {base}; give an address of the same checkpoint"
+        )
+    has_tokenizer = locations.exists(locations.join(base, "tokenizer.json"))
+    if has_tokenizer and load_tokenizer(base).fingerprint != manifest.tokenizer:
         raise ConfigError(
             f"{job.shards} were packed with another tokenizer than that of {folder}; pack with the model's own"
         )

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from pipelines.jobs import TrainJob
-from pipelines.training.memory import parameter_count
+from pipelines.training.memory import learned_count, parameter_count
 from tidar_core.config import ModelConfig
 from tidar_core.training.flops import train_flops, visible_pairs
 from tidar_core.training.losses import dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
+from tidar_core.transformer.draft_adapter import freeze
 from tidar_core.transformer.model import TidarModel
 
 __all__ = ["estimated_step"]
@@ -47,7 +48,7 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
         if not isinstance(job.peak_flops, float):
             return None, "nothing: the workers' GPUs are not timed here; give peak_flops as a number"
         return flops / (USUAL_MFU * job.peak_flops), f"{USUAL_MFU:.0%} of peak_flops, {job.peak_flops:.3g}"
-    mask_id = model.vocab_size - 1 if model.mask_id is None else model.mask_id  # a start without a mask token gets one
+    mask_id = model.mask_id if model.drafting else model.vocab_size - 1  # a start without a mask token gets one
     sample = replace(model, layers=min(2, model.layers), mask_id=mask_id)
     if parameter_count(sample) > SAMPLE_PARAMETERS:
         return None, "nothing: the model is too large to be timed here in seconds"
@@ -61,7 +62,7 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
         torch.set_num_threads(before)
     rate = _flops(job, sample, length, 1) / forward_backward
     forwards = job.rows_per_step // (job.row_groups * job.rows_per_forward)
-    count = parameter_count(model)
+    count = learned_count(model)
     passes = GRADIENT_PASSES * count * (forwards + 1) * one_pass
     threads = f"{job.cpus_per_worker} thread{'s' * (job.cpus_per_worker > 1)}"
     source = f"two layers, {length} tokens and an update, timed on this machine with {threads} in {job.precision}"
@@ -73,13 +74,15 @@ def _flops(job: TrainJob, model: ModelConfig, row_len: int, rows: int) -> float:
     document = torch.zeros(1, row_len, dtype=torch.long)
     dual = job.objective == "dual"
     pairs = visible_pairs(document, job.block_len) if dual else visible_pairs(document)
-    return rows * train_flops(model, row_len * (2 if dual else 1), int(pairs))
+    return rows * train_flops(model, row_len * (2 if dual else 1), int(pairs), row_len if dual else 0)
 
 
 def _forward_backward(job: TrainJob, model: ModelConfig, length: int) -> float:
     """Seconds of one row of so many tokens."""
     own = TidarModel(model)
     own.init_weights(0)
+    if model.adapter is not None:
+        freeze(own)
     objective = Objective(
         own.to(torch.bfloat16 if job.precision == "bf16" else torch.float32), dual=job.objective == "dual",
         block_len=min(job.block_len, length - 1), recipe=job.recipe,
@@ -89,7 +92,7 @@ def _forward_backward(job: TrainJob, model: ModelConfig, length: int) -> float:
     fastest = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        dual_mode_loss(objective(batch), 1.0, *label_counts(batch)).backward()
+        dual_mode_loss(objective(batch), objective.recipe.alpha, *label_counts(batch)).backward()
         fastest = min(fastest, time.perf_counter() - began)
         objective.zero_grad()
     return fastest

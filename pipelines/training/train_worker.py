@@ -19,17 +19,19 @@ from pipelines.training.divergence import Health
 from pipelines.training.train_engine import TrainEngine, from_rank_0, learning_rate
 from pipelines.training.train_metrics import MetricsWindow, loss_metrics
 from pipelines.training.train_start import model_config, refuse_other_run
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, read_bundle_info, save_bundle
+from tidar_core.artifacts.model.bundle import base_location, model_info, save_bundle, save_frozen_bundle
+from tidar_core.artifacts.model.drafts_file import attach_drafts
 from tidar_core.artifacts.model.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.provenance import made_by
 from tidar_core.artifacts.text.end_tokens import EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
+from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import TrainBatch
 from tidar_core.training.losses import LossTotals, dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
-from tidar_core.training.recipe import start_draft_link, start_mask_token
+from tidar_core.training.recipe import start_draft_adapter, start_draft_link, start_mask_token
 from tidar_core.training.row_order import rows_of_step, seeds_of_step
 from tidar_core.training.sequence_parallel import SequenceParallel
 from tidar_core.transformer.model import TidarModel
@@ -56,17 +58,22 @@ def train_worker(job: TrainJob, around: Surroundings) -> None:
 
 
 def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
-    """The model that training starts from, mask token included, in fp32; and the identity of its source."""
+    """The model that training starts from, able to draft, in fp32; and the identity of its source."""
     if job.shape is not None:
         model = TidarModel(named_shape(job.shape, vocab_len=manifest.vocab_len))
         model.init_weights(job.seed)
         return model, f"random weights of shape {job.shape}, seed {job.seed}"
     assert job.init_from is not None
-    folder = locations.local_copy(job.init_from)
-    if (folder / BUNDLE_JSON).exists():
-        info = read_bundle_info(str(folder))
-        return load_model(folder, mask_id=info.mask_id), info.bundle_hash
-    return with_mask_token(load_model(folder), manifest.vocab_len, seed=job.seed), job.init_from
+    folder, info = locations.local_copy(job.init_from), model_info(job.init_from)
+    model = load_model(locations.local_copy(base_location(folder, info)), mask_id=info.mask_id)
+    if job.adapter is not None:
+        if info.drafts is not None:
+            attach_drafts(model, folder, info.drafts)
+        start_draft_adapter(model, job.adapter, seed=job.seed)
+        return model, info.bundle_hash
+    if info.mask_id is not None:
+        return model, info.bundle_hash
+    return with_mask_token(model, manifest.vocab_len, seed=job.seed), job.init_from
 
 
 def end_tokens(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint | None) -> EndTokens:
@@ -75,8 +82,29 @@ def end_tokens(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint | None)
         return EndTokens(tuple(kept["ids"]), kept["generation_config"])
     if job.init_from is None:
         return EndTokens((manifest.eos_id,))
-    folder = locations.local_copy(job.init_from)
+    folder = locations.local_copy(base_location(job.init_from, model_info(job.init_from)))
     return read_end_tokens(folder, eos_id=manifest.eos_id, vocab_len=manifest.vocab_len)
+
+
+def resumed_model(checkpoint: Checkpoint) -> TidarModel:
+    """The model of a checkpoint, whose learned weights are not restored yet; a frozen checkpoint's weights are there.
+
+    Raises ConfigError if the frozen checkpoint has changed since.
+    """
+    config, base = model_config(checkpoint.cursor), checkpoint.cursor.base
+    if base is None:
+        return TidarModel(config)
+    if (found := model_info(base["uri"]).bundle_hash) != base["hash"]:
+        raise ConfigError(
+            f"{base['uri']} has hash {found[:12]}, and {checkpoint.uri} froze {base['hash'][:12]}; put the checkpoint "
+            "back that the run began with"
+        )
+    model = load_model(locations.local_copy(base["uri"]))
+    assert config.adapter is not None, "only the weights under an adapter are frozen"
+    start_draft_adapter(model, config.adapter, seed=0)
+    if config.link_rank:
+        start_draft_link(model, config.link_rank, seed=0)
+    return model.train()
 
 
 class _Worker:
@@ -87,15 +115,20 @@ class _Worker:
         self.manifest = self.reader.manifest
         self.store = CheckpointStore(job.checkpoints, keep_last=job.keep_checkpoints, keep_best=job.keep_best)
         checkpoint = from_rank_0(self._newest_checkpoint() if around.rank == 0 else None)
+        self.base: dict[str, str] | None = None
         if checkpoint is None:
             model, self.start = starting_model(job, self.manifest)
+            if job.adapter is not None and job.init_from is not None:
+                uri = base_location(job.init_from, model_info(job.init_from))
+                self.base = {"uri": uri, "hash": model_info(uri).bundle_hash}
             if job.mask_start is not None:
                 start_mask_token(model, job.mask_start, seed=job.seed)
             if job.link_rank is not None:
                 start_draft_link(model, job.link_rank, seed=job.seed)
         else:
             refuse_other_run(job, checkpoint, self.manifest)
-            model, self.start = TidarModel(model_config(checkpoint.cursor)), checkpoint.cursor.start
+            model, self.start = resumed_model(checkpoint), checkpoint.cursor.start
+            self.base = dict(checkpoint.cursor.base) if checkpoint.cursor.base else None
         model.recompute = job.activation_checkpointing
         self.config = model.config
         self.tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
@@ -206,9 +239,9 @@ class _Worker:
             if mine < len(groups):  # an extra forward: under ZeRO 3, every worker must take part in each forward
                 totals.add(sums)
         means = loss_metrics(totals.means(self.engine.total(totals.parts)))
-        loss = means.get("ar_loss")
-        if loss is not None and "diffusion_loss" in means:
-            loss = (self.job.alpha * loss + means["diffusion_loss"]) / (1 + self.job.alpha)
+        alpha, ar_loss, loss = self.objective.recipe.alpha, means.get("ar_loss"), means.get("diffusion_loss")
+        if ar_loss is not None:
+            loss = ar_loss if loss is None else (alpha * ar_loss + loss) / (1 + alpha)
         logged = {f"validation_{name}": value for name, value in means.items()}
         self._log(logged if loss is None else logged | {"validation_loss": loss}, step)
         if loss is not None and not math.isfinite(loss):
@@ -229,7 +262,7 @@ class _Worker:
     def _save(self, step: int, validation_loss: float | None) -> None:
         cursor = Cursor(
             step=step, updates=self.engine.updates, run=self.job.run, shards=self.manifest.identity, start=self.start,
-            model=asdict(self.config), validation_loss=validation_loss, ends=asdict(self.ends),
+            model=asdict(self.config), validation_loss=validation_loss, ends=asdict(self.ends), base=self.base,
         )  # fmt: skip
         self.store.write(self.engine.share_of_state(), cursor, part=self.around.rank, parts=self.around.world_size)
 
@@ -239,10 +272,17 @@ class _Worker:
 
     def _write_bundle(self, model: TidarModel) -> None:
         parents: dict[str, Any] = {"shards": self.manifest.identity, "start": self.start}
+        made = made_by(self.job.model_dump(mode="json"), parents)
+        if self.base is not None:
+            save_frozen_bundle(
+                self.job.output, model, self.base["uri"], block_len=self.job.block_len, lineage=parents, made_by=made,
+                base_uri=self.job.base,
+            )  # fmt: skip
+            return
         mask_id = model.config.mask_id
         assert mask_id is not None
         save_bundle(
             self.job.output, model, self.tokenizer, block_len=self.job.block_len, mask_id=mask_id,
             objective=self.job.objective, lineage=parents,
-            made_by=made_by(self.job.model_dump(mode="json"), parents), ends=self.ends,
+            made_by=made, ends=self.ends,
         )  # fmt: skip

@@ -9,7 +9,8 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 from pydantic import ValidationError as FieldError
 
-from pipelines.jobs import EvaluateJob, PackJob, TrainJob, read_job
+from pipelines.evaluation.job import EvaluateJob
+from pipelines.jobs import PackJob, TrainJob, read_job
 from serve_apps import shared_cluster
 from serve_apps.deployment import read_settings
 

@@ -17,7 +17,8 @@ from ray.serve._private.constants import RAY_SERVE_TRACING_SAMPLING_RATIO
 from ray.serve.scripts import cli as serve_cli
 
 import tidar
-from pipelines.jobs import EvaluateJob, PackJob, PublishJob, TrainJob, read_job
+from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.jobs import PackJob, TrainJob, read_job
 from serve_apps.ingress import failover
 from serve_apps.replica import engine_pool
 from serve_apps.rollout.alias_watcher import STEPS

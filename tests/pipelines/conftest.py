@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from memorised_bundle import write_lines, write_task
 
-from pipelines.jobs import EvaluateJob, PackJob, TaskJob, TrainBpe, TrainJob
+from pipelines.evaluation.job import EvaluateJob, TaskJob
+from pipelines.jobs import PackJob, TrainBpe, TrainJob
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.artifacts.text.tokenizer import train_bpe
 from tidar_core.config import SamplingConfig

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.answers.job import AnswersJob
-from pipelines.jobs import EvaluateJob, PackJob, PublishJob, TrainJob, read_job
+from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.jobs import PackJob, TrainJob, read_job
 from tidar_core.errors import ConfigError
 
 JOBS = Path(__file__).parents[2] / "infra/jobs"

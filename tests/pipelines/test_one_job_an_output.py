@@ -8,7 +8,8 @@ from pack_jobs import job as pack_job
 from tiny import save_tiny_bundle, save_tiny_shards
 
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.jobs import EvaluateJob, TrainJob
+from pipelines.evaluation.job import EvaluateJob
+from pipelines.jobs import TrainJob
 from pipelines.packing.pack import pack
 from pipelines.training.train import train
 from tidar_core.artifacts.store.output_lock import output_lock

@@ -7,12 +7,12 @@ from memorised_bundle import PLACES, save_scholar, write_lines, write_task
 from paper_data import GSM8K, HUMANEVAL
 from serving import running_service
 
+from pipelines.evaluation.job import EvaluateJob, TaskJob
 from pipelines.evaluation.lm_eval_model import LmEvalModel
 from pipelines.evaluation.lm_eval_service import ServiceModel
 from pipelines.evaluation.lm_eval_tasks import run_task
 from pipelines.evaluation.sandbox.runner import isolation
 from pipelines.evaluation.task_scores import SERVICE, service_model, service_scores, task_entries
-from pipelines.jobs import EvaluateJob, TaskJob
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.errors import ConfigError, UserError
 

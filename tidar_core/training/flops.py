@@ -42,13 +42,21 @@ def layout_pairs(layout: TokenLayout) -> Tensor:
     return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
 
 
-def train_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
+def train_flops(config: ModelConfig, tokens: int, pairs: int, masks: int = 0) -> int:
     """Operations of forward and backward pass.
+
+    With a draft adapter the checkpoint is frozen: clean tokens go forward through the layers alone, and masks backward
+    without gradients of the checkpoint's weights. All pairs count as pairs of masks; the adapter counts as nothing.
 
     tokens  tokens that go through the model: both halves of the doubled row count
     pairs   from `visible_pairs`; each costs a product along the head width for its score and one for its value
+    masks   mask tokens among `tokens`; read for a frozen checkpoint alone
     """
-    return 6 * matmul_weights(config) * tokens + 12 * config.layers * config.heads * config.head_size * pairs
+    attention = 12 * config.layers * config.heads * config.head_size * pairs
+    if config.adapter is None:
+        return 6 * matmul_weights(config) * tokens + attention
+    layers = matmul_weights(config) - config.hidden_size * config.vocab_size
+    return 2 * layers * (tokens - masks) + 4 * matmul_weights(config) * masks + attention
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int = 8192, repeats: int = 10) -> float:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tidar_core.config import ModelConfig
+from tidar_core.config import AdapterConfig, ModelConfig
 from tidar_core.errors import ConfigError
+from tidar_core.transformer.draft_adapter import DraftAdapter, freeze
 from tidar_core.transformer.model import DraftLink, TidarModel
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "MASK_STARTS",
     "Draws",
     "Recipe",
+    "adapted_config",
     "linked_config",
     "mask_embedding",
+    "start_draft_adapter",
     "start_draft_link",
     "start_mask_token",
 ]
@@ -208,6 +211,33 @@ def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
     model.link = DraftLink(model.config.vocab_size, rank)
     model.link.start(torch.Generator().manual_seed(seed))
     model.link.to(table.device, table.dtype)
+
+
+def adapted_config(config: ModelConfig, adapter: AdapterConfig) -> ModelConfig:
+    """The config of a checkpoint with this adapter.
+
+    Raises ConfigError if its weights draft already, or if it has an adapter of another shape.
+    """
+    _require(
+        config.mask_id is None,
+        "the weights of the model have a mask token of their own; drafts: adapter needs an AR checkpoint",
+    )
+    held = config.adapter
+    _require(held in (None, adapter), f"the drafts have {held}; this job has {adapter}; give it the same fields")
+    return replace(config, adapter=adapter)
+
+
+def start_draft_adapter(model: TidarModel, adapter: AdapterConfig, *, seed: int) -> None:
+    """Give a checkpoint's model an adapter that changes nothing at first. All other weights are frozen.
+
+    An adapter of the same shape stays as it is. Raises ConfigError for an adapter of another shape.
+    """
+    table, model.config = model.embedding.weight, adapted_config(model.config, adapter)
+    if model.adapter is None:
+        model.adapter = DraftAdapter(model.config)
+        model.adapter.start(table, torch.Generator().manual_seed(seed))
+        model.adapter.to(table.device, table.dtype)
+    freeze(model)
 
 
 def mask_embedding(real_RE: Tensor, how: str, noise: Tensor) -> Tensor:

@@ -284,7 +284,9 @@ class _Window:
         clean_pairs, all_pairs = visible_pairs(sample), visible_pairs(sample, trainer.block_len)
         pairs = round((clean_pairs + share * (all_pairs - clean_pairs)) / len(sample))
         tokens = round(self.row_len * (1 + share))
-        self.flops_of_step = phase.rows_per_step * train_flops(trainer.model.config, tokens, pairs)
+        self.flops_of_step = phase.rows_per_step * train_flops(
+            trainer.model.config, tokens, pairs, tokens - self.row_len
+        )
         self.steps = 0
         self.skipped, self.in_a_row, self.longest = (torch.zeros((), device=self.device) for _ in range(3))
         self.loss = torch.zeros((), device=self.device)

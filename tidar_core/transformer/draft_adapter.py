@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from tidar_core.config import AdapterConfig, ModelConfig
 
-__all__ = ["ADAPTER_SCALE", "DraftAdapter", "LayerAdapter", "LowRank", "freeze"]
+__all__ = ["ADAPTER_SCALE", "DRAFT_WEIGHTS", "DraftAdapter", "LayerAdapter", "LowRank", "freeze"]
+
+DRAFT_WEIGHTS = ("adapter.", "link.")
+"""Beginnings of the names of a model's weights that draft; all others are the checkpoint's."""
 
 ADAPTER_SCALE = 2.0
 """Factor on each product of low rank; its `up` is zero at the start, so the factor acts as a learning rate."""
@@ -84,4 +87,4 @@ class LowRank(nn.Module):
 def freeze(model: nn.Module) -> None:
     """Let a model learn its adapter and its link alone; all other weights get no gradient."""
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name.startswith(("adapter.", "link.")))
+        weight.requires_grad_(name.startswith(DRAFT_WEIGHTS))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tidar_core.config import ModelConfig
 from tidar_core.transformer.attention import Attention, SplitAttention
-from tidar_core.transformer.draft_adapter import DraftAdapter, LayerAdapter, LowRank
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, LayerAdapter, LowRank
 
 __all__ = ["LOOKED_UP_TOKENS", "DraftLink", "TidarModel", "rotary_frequencies"]
 
@@ -90,7 +90,7 @@ class TidarModel(nn.Module):
         if self.link is not None:
             self.link.start(generator)
         for name, parameter in self.named_parameters():
-            if name.startswith(("link.", "adapter.")):
+            if name.startswith(DRAFT_WEIGHTS):
                 continue
             if name.endswith("bias"):
                 parameter.zero_()

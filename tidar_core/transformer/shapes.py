@@ -24,6 +24,10 @@ _QWEN3_125M = ModelConfig(
     architecture="qwen3", vocab_size=16384, hidden_size=768, intermediate_size=2304, layers=16, heads=12, kv_heads=4,
     head_size=64, context_len=2048, rope_theta=1e5, qk_norm=True, tied_head=True,
 )  # fmt: skip
+_SMOLLM2_135M = ModelConfig(
+    architecture="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, layers=30, heads=9, kv_heads=3,
+    head_size=64, context_len=8192, rope_theta=1e5, norm_eps=1e-5, tied_head=True,
+)  # fmt: skip
 _QUICKSTART = ModelConfig(
     architecture="qwen3", vocab_size=576, hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2,
     head_size=32, context_len=512, qk_norm=True, tied_head=True,
@@ -41,6 +45,7 @@ SHAPES = {
     "quickstart": _QUICKSTART,
     "quickstart-large": _QUICKSTART_LARGE,
     "qwen3-125m": _QWEN3_125M,
+    "smollm2-135m": _SMOLLM2_135M,
     "qwen2.5-1.5b": _QWEN2_5_1_5B,
     "qwen3-8b": _QWEN3_8B,
     "llama-3.1-8b": _LLAMA_3_1_8B,

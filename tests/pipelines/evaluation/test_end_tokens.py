@@ -10,8 +10,9 @@ from lm_eval.api.instance import Instance
 from tiny import save_tiny_bundle, save_tiny_shards, varied_model
 
 from pipelines.evaluation.evaluate import measured
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.lm_eval_model import LmEvalModel
-from pipelines.jobs import EvaluateJob, TrainJob
+from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import CheckpointStore, Cursor, find_checkpoint
 from pipelines.training.continuations import continued
 from pipelines.training.dry_run import dry_run

@@ -102,7 +102,7 @@ def test_the_report_is_kept_by_mlflow_below_the_training_run(report, evaluate_jo
 
 @pytest.fixture
 def publish_job(report, evaluate_job, tmp_path):
-    from pipelines.jobs import PublishJob
+    from pipelines.evaluation.job import PublishJob
 
     return PublishJob(
         bundle=evaluate_job.bundle, report=evaluate_job.output, name="m", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"

@@ -12,8 +12,8 @@ from memorised_bundle import write_lines, write_task
 from tiny import save_tiny_shards
 
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.job import EvaluateJob, PublishJob, TaskJob
 from pipelines.evaluation.publish import publish
-from pipelines.jobs import EvaluateJob, PublishJob, TaskJob
 from tidar_core.artifacts.model.bundle import model_info
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.artifacts.text.tokenizer import load_tokenizer

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from pipelines.evaluation.gates import bars
-from pipelines.jobs import PublishJob
+from pipelines.evaluation.job import PublishJob
 
 REPORT = {
     "ar_loss": 2.5,

@@ -9,11 +9,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from memorised_bundle import PLACES, save_scholar, write_lines, write_task
 from paper_data import GSM8K, HUMANEVAL, write_data_set, write_paper_data
 
+from pipelines.evaluation.job import TaskJob
 from pipelines.evaluation.lm_eval_model import LmEvalModel
 from pipelines.evaluation.lm_eval_tasks import TASK_FOLDER, run_task
 from pipelines.evaluation.paper_tasks import PAPER_TASKS, TABLE_2, TABLE_3, check_tasks
 from pipelines.evaluation.sandbox.runner import isolation
-from pipelines.jobs import TaskJob
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.errors import ConfigError, UserError
 

@@ -4,8 +4,8 @@ import pytest
 from proxies import answering, refusing_proxy
 from tiny import save_tiny_bundle
 
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.lm_eval_service import ServiceModel
-from pipelines.jobs import EvaluateJob
 from tidar_core.artifacts.model.bundle import read_bundle_info
 
 

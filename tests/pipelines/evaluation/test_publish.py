@@ -9,9 +9,9 @@ import torch
 from tiny import save_tiny_bundle, save_tiny_shards
 
 from pipelines.evaluation.evaluate import measured
+from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.evaluation.publish import publish
 from pipelines.evaluation.report import markdown, report_metrics, write_report
-from pipelines.jobs import EvaluateJob, PublishJob
 from tidar_core.artifacts.model import bundle as bundles
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
 from tidar_core.artifacts.registry import model_registry

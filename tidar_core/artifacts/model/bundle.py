@@ -12,11 +12,16 @@ A bundle is a Hugging Face model folder with a few files of ours:
     made_by.json                                          the job that made it and its parents
     tidar.json                                            block length, mask id, lineage, the hash of every other file
 
+A bundle of a frozen checkpoint holds the checkpoint's files as they are, or names their address, and its drafts:
+
+    drafts/drafts.safetensors                             adapter and link
+
 The bundle hash is the hash of tidar.json without its own entry. It covers every byte of the folder, because tidar.json
 holds the hashes of all other files.
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
+from tidar_core.artifacts.model.drafts_file import DraftsInfo, attach_drafts, save_drafts
 from tidar_core.artifacts.model.finite import require_finite
 from tidar_core.artifacts.model.hf_config import read_config
 from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
@@ -33,7 +39,7 @@ from tidar_core.artifacts.store.provenance import write_made_by
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
 from tidar_core.config import ModelConfig
-from tidar_core.errors import BundleError
+from tidar_core.errors import BundleError, ConfigError
 from tidar_core.transformer.model import TidarModel
 
 __all__ = [
@@ -41,12 +47,14 @@ __all__ = [
     "FORMAT_VERSION",
     "Bundle",
     "BundleInfo",
+    "base_location",
     "is_bundle",
     "load_bundle",
     "model_config",
     "model_info",
     "read_bundle_info",
     "save_bundle",
+    "save_frozen_bundle",
     "verify_bundle",
 ]
 
@@ -54,6 +62,8 @@ BUNDLE_JSON = "tidar.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that weights can be loaded in, by the names that users give."""
 FORMAT_VERSION = 1
+FROZEN_FORMAT_VERSION = 2
+"""Version of a bundle with a frozen checkpoint. Code that knows version 1 alone would read it without its drafts."""
 REFETCH = "fetch the bundle again or train it again"
 
 
@@ -74,6 +84,8 @@ class BundleInfo:
     bundle_hash: str
     """Content hash of the folder."""
     format_version: int = FORMAT_VERSION
+    drafts: DraftsInfo | None = None
+    """Drafts of a frozen checkpoint; None: the weights of the model draft, or nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +127,51 @@ def save_bundle(
         if ends.generation_config is not None:
             (folder / GENERATION_CONFIG).write_text(ends.generation_config, encoding="utf-8")
         tokenizer.save(folder)
-        write_made_by(str(folder), made_by)
-        info: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "block_len": block_len,
-            "mask_id": mask_id,
-            "objective": objective,
-            "lineage": dict(lineage),
-            "files": {entry.name: locations.sha256(entry.uri) for entry in locations.list_files(str(folder))},
-        }
-        info["bundle_hash"] = _bundle_hash(info)
-        locations.write_json(str(folder / BUNDLE_JSON), info)
-        if folder == temporary:
-            locations.upload_folder(folder, staged)
-    return BundleInfo(**info)
+        info = {"block_len": block_len, "mask_id": mask_id, "objective": objective, "lineage": dict(lineage)}
+        return _sealed(folder, {"format_version": FORMAT_VERSION, **info}, made_by, staged)
+
+
+def save_frozen_bundle(
+    uri: str,
+    model: TidarModel,
+    checkpoint: str,
+    *,
+    block_len: int,
+    lineage: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    base_uri: str | None = None,
+) -> BundleInfo:
+    """Write the drafts of a frozen checkpoint as a bundle at `uri`, in place of an older bundle.
+
+    Raises BundleError if a weight or logit is not finite, or if the files at `base_uri` differ from the checkpoint's.
+
+    checkpoint  folder of the checkpoint: its files are copied as they are
+    base_uri    address of the same files, which the bundle names instead of holding a copy
+    """
+    require_finite(model, uri)
+    assert model.config.adapter is not None, "the model has no draft adapter"
+    source = locations.local_copy(checkpoint)
+    files = checkpoint_files(source)
+    drafts = DraftsInfo(
+        adapter=model.config.adapter, link_rank=model.config.link_rank, base_hash=content_hash(files), base_uri=base_uri
+    )
+    if base_uri is not None:
+        _require_base(uri, drafts, checkpoint_files(locations.local_copy(base_uri)))
+    with output_folder.staged_folder(uri, BUNDLE_JSON) as staged, locations.local_folder() as temporary:
+        folder = locations.local_path(staged) or temporary
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files if base_uri is None else ():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+        save_drafts(model, folder)
+        info = {"block_len": block_len, "mask_id": None, "objective": "dual", "lineage": dict(lineage)}
+        info |= {"format_version": FROZEN_FORMAT_VERSION, "drafts": drafts.values()}
+        return _sealed(folder, info, made_by, staged)
+
+
+def base_location(uri: str | Path, info: BundleInfo) -> str:
+    """Location of the Hugging Face files of a bundle or checkpoint: its own folder, or the address that it names."""
+    return str(uri) if info.drafts is None or info.drafts.base_uri is None else info.drafts.base_uri
 
 
 def is_bundle(uri: str | Path) -> bool:
@@ -154,9 +197,12 @@ def model_info(uri: str | Path) -> BundleInfo:
 
 
 def model_config(uri: str | Path) -> ModelConfig:
-    """Config of the model at `uri`, with its mask token if it has one; no weights are read."""
-    config = read_config(uri)
-    return replace(config, mask_id=read_bundle_info(uri).mask_id) if is_bundle(uri) else config
+    """Config of the model at `uri`, with its mask token or its drafts; no weights are read."""
+    if not is_bundle(uri):
+        return read_config(uri)
+    info = read_bundle_info(uri)
+    config = replace(read_config(base_location(uri, info)), mask_id=info.mask_id)
+    return config if info.drafts is None else info.drafts.config(config)
 
 
 def read_bundle_info(uri: str | Path) -> BundleInfo:
@@ -170,12 +216,15 @@ def read_bundle_info(uri: str | Path) -> BundleInfo:
     try:
         values = locations.read_json(where)
         version, stated = values["format_version"], values["bundle_hash"]
-        if version != FORMAT_VERSION:
-            raise BundleError(f"{where} has format version {version}; this code reads {FORMAT_VERSION}; train it again")
+        if version not in (FORMAT_VERSION, FROZEN_FORMAT_VERSION):
+            raise BundleError(
+                f"{where} has format version {version}; this code reads {FORMAT_VERSION} and {FROZEN_FORMAT_VERSION}; "
+                "train it again"
+            )
         if _bundle_hash(values) != stated:
             raise BundleError(f"{where} differs from its own bundle_hash {str(stated)[:12]}; {REFETCH}")
-        return BundleInfo(**values)
-    except (ValueError, KeyError, TypeError) as error:
+        return _info(values)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise BundleError(f"{where} is damaged ({type(error).__name__}: {error}); {REFETCH}") from error
 
 
@@ -212,15 +261,45 @@ def load_bundle(
     """
     folder = locations.local_copy(str(uri))
     info = verify_bundle(folder) if verify and is_bundle(folder) else model_info(folder)
-    if tokenizer is None or TOKENIZER_JSON in info.files:
-        tokenizer = load_tokenizer(folder)
+    base = locations.local_copy(base_location(folder, info))
+    if info.drafts is not None and verify:
+        _require_base(str(uri), info.drafts, checkpoint_files(base))
+    if tokenizer is None or (base / TOKENIZER_JSON).is_file():
+        tokenizer = load_tokenizer(base)
     if info.mask_id is not None:
         _refuse_textual_mask(str(uri), info.mask_id, tokenizer)
-    require_embeddings(read_config(folder), tokenizer.vocab_len)
-    model = load_model(folder, dtype=dtype, device=device, mask_id=info.mask_id)
+    require_embeddings(read_config(base), tokenizer.vocab_len)
+    model = load_model(base, dtype=dtype, device=device, mask_id=info.mask_id)
+    if info.drafts is not None:
+        attach_drafts(model, folder, info.drafts)
     require_finite(model, str(uri))
-    ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
+    ends = read_end_tokens(base, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     return Bundle(model, tokenizer, info, ends.ids)
+
+
+def _sealed(folder: Path, info: dict[str, Any], made_by: Mapping[str, Any], staged: str) -> BundleInfo:
+    """Write tidar.json and made_by.json of a bundle whose other files are there."""
+    write_made_by(str(folder), made_by)
+    info["files"] = {entry.name: locations.sha256(entry.uri) for entry in locations.list_files(str(folder))}
+    info["bundle_hash"] = _bundle_hash(info)
+    locations.write_json(str(folder / BUNDLE_JSON), info)
+    if locations.local_path(staged) is None:
+        locations.upload_folder(folder, staged)
+    return _info(info)
+
+
+def _info(values: Mapping[str, Any]) -> BundleInfo:
+    drafts = values.get("drafts")
+    return BundleInfo(**{**values, "drafts": None if drafts is None else DraftsInfo.of(drafts)})
+
+
+def _require_base(uri: str, drafts: DraftsInfo, files: dict[str, str]) -> None:
+    """Raise BundleError if these are not the files of the checkpoint that the drafts were trained for."""
+    if (found := content_hash(files)) != drafts.base_hash:
+        raise BundleError(
+            f"the checkpoint at {drafts.base_uri or uri} has hash {found[:12]}; the drafts of {uri} were trained for "
+            f"{drafts.base_hash[:12]}; give that checkpoint, or train drafts for this one"
+        )
 
 
 def _bundle_hash(values: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         settings["attention_bias"] = config.qkv_bias
     if config.architecture == "llama":
         settings["mlp_bias"] = config.mlp_bias
-    if config.link_rank:
+    if config.link_rank and config.adapter is None:
         settings[LINK_RANK] = config.link_rank
     return settings
 

@@ -21,6 +21,7 @@ from tidar_core.artifacts.model.quantised import scaling_of
 from tidar_core.config import ModelConfig
 from tidar_core.errors import WeightsError
 from tidar_core.training.recipe import mask_embedding
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS
 from tidar_core.transformer.model import DraftLink, TidarModel
 
 __all__ = ["check_weights", "load_model", "require_embeddings", "save_model", "tensor_shapes", "with_mask_token"]
@@ -81,6 +82,8 @@ def check_weights(folder: str | Path) -> ModelConfig:
 def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] = ()) -> None:
     """Write config.json and model*.safetensors, in the model's dtype, into an existing folder.
 
+    The drafts of a frozen checkpoint are left out.
+
     end_ids  tokens that end a text
     """
     folder = Path(folder)
@@ -91,7 +94,7 @@ def save_model(model: TidarModel, folder: str | Path, *, end_ids: Sequence[int] 
         for name, part in zip(theirs, _parts(model, ours, parameters[ours]))
     }
     write_weights(folder, {name: part.numel() * part.element_size() for name, part in parts.items()}, parts.__getitem__)
-    if model.link is not None:
+    if model.link is not None and model.adapter is None:
         write_tensors(model.link.state_dict(), folder / LINK)
     ends = {"eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids)} if end_ids else {}
     write_config(folder, model.config, model.embedding.weight.dtype, ends)
@@ -154,9 +157,9 @@ def with_mask_token(model: TidarModel, vocab_len: int, *, seed: int = 0) -> Tida
 
 
 def _names(model: TidarModel) -> Iterator[tuple[str, list[str]]]:
-    """Pairs of our name of a parameter and its names in Hugging Face's format, without the draft link."""
+    """Pairs of our name of a parameter and its names in Hugging Face's format, without those that draft."""
     for name, _ in model.named_parameters():
-        if name.startswith("link."):
+        if name.startswith(DRAFT_WEIGHTS):
             continue
         if name.startswith("layers."):
             _, index, rest = name.split(".", 2)

@@ -1,0 +1,86 @@
+"""Drafts of a frozen checkpoint in a bundle: adapter and link, without the checkpoint.
+
+Which drafts belong to which checkpoint, and how do both become one model?
+
+The weights lie in a folder of their own: servers such as vLLM would take a file beside the checkpoint's for its
+weights. The file tidar.json has their shape, and the content hash of the checkpoint that they were trained for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
+from tidar_core.artifacts.model.hf_writer import write_tensors
+from tidar_core.config import AdapterConfig, ModelConfig
+from tidar_core.errors import WeightsError
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter
+from tidar_core.transformer.model import DraftLink, TidarModel
+
+__all__ = ["DRAFTS", "DraftsInfo", "attach_drafts", "save_drafts"]
+
+DRAFTS = "drafts/drafts.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftsInfo:
+    """Shape of the drafts of a bundle, and the checkpoint that they were trained for."""
+
+    adapter: AdapterConfig
+    link_rank: int
+    base_hash: str
+    """Content hash of the checkpoint."""
+    base_uri: str | None = None
+    """Address of the checkpoint; `None`: the bundle holds a copy of its files."""
+
+    def config(self, base: ModelConfig) -> ModelConfig:
+        """Config of the checkpoint with these drafts."""
+        return replace(base, adapter=self.adapter, link_rank=self.link_rank)
+
+    def values(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> "DraftsInfo":
+        """Inverse of `values`. Raises KeyError, TypeError or ConfigError for values of another form."""
+        adapter = dict(values["adapter"])
+        adapter["places"] = tuple(adapter["places"])
+        return DraftsInfo(**{**values, "adapter": AdapterConfig(**adapter)})
+
+
+def save_drafts(model: TidarModel, folder: Path) -> None:
+    """Write adapter and link of a model into an existing folder. Raises StorageError if there is no room."""
+    assert model.config.adapter is not None, "the model has no draft adapter"
+    (folder / DRAFTS).parent.mkdir(exist_ok=True)
+    weights = {name: value.detach() for name, value in model.named_parameters() if name.startswith(DRAFT_WEIGHTS)}
+    write_tensors(weights, folder / DRAFTS)
+
+
+def attach_drafts(model: TidarModel, folder: Path, drafts: DraftsInfo) -> None:
+    """Give a checkpoint's model the adapter and the link in a folder, in the model's dtype and on its device.
+
+    Raises WeightsError if a tensor is missing, not used or of another shape.
+    """
+    config, table, path = drafts.config(model.config), model.embedding.weight, folder / DRAFTS
+    with torch.device("meta"):
+        adapter = DraftAdapter(config)
+        link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
+    wanted = {f"adapter.{name}": tuple(value.shape) for name, value in adapter.named_parameters()}
+    if link is not None:
+        wanted |= {f"link.{name}": tuple(value.shape) for name, value in link.named_parameters()}
+    found = {name: tuple(stored.shape) for name, stored in stored_in(path).items()}
+    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise WeightsError(
+            f"{path} has {name} of shape {found.get(name)}; its checkpoint needs {wanted.get(name)}; use the drafts "
+            "that were trained for this checkpoint"
+        )
+    model.config, model.adapter, model.link = config, adapter, link
+    state = {name: read_tensor(name, path).to(table.device, table.dtype) for name in wanted}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.eval()
