@@ -9,8 +9,12 @@ from tidar.output import note, print_facts
 
 __all__ = ["import_"]
 
-Source = Annotated[str, typer.Argument(help="GGUF file, package:NAME that holds one, or a dual-mode model's folder.")]
-Folder = Annotated[str, typer.Argument(help="New folder or URI; an earlier import there is replaced.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="GGUF file, package:NAME that holds one, or a dual-mode model's folder.")
+]
+Folder = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="New folder or URI; an earlier import there is replaced.")
+]
 MaskToken = Annotated[str | None, typer.Option(metavar="ID|TEXT", help="Mask token of a dual-mode model.")]
 BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block that a dual-mode model was trained with.")]
 
