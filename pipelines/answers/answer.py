@@ -28,11 +28,13 @@ from pipelines.answers.manifest import (
     read_manifest,
     write_manifest,
 )
+from pipelines.cluster.connection import connect, require_room
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
 from pipelines.cluster.work_items import ActorPool, actor_outcomes, task_outcomes
 from pipelines.packing.corpus import JSON_LINES, PARQUET, list_corpus, work_units
 from pipelines.packing.skipped_entries import LeftOut
+from tidar_core.artifacts.model.bundle import model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.file_names import format_of
@@ -40,6 +42,7 @@ from tidar_core.artifacts.store.locations import FileEntry
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import made_by, write_made_by
 from tidar_core.artifacts.text.chat_template import load_chat_template
+from tidar_core.config import AUTOREGRESSIVE, mode_of
 from tidar_core.errors import CorpusError, ShardError, TokenizerError
 
 __all__ = ["answer"]
@@ -64,7 +67,8 @@ class _Read:
 def answer(job: AnswersJob) -> AnswersManifest:
     """Write the answers of `job` to `job.output`; if the same job completed them before, only return the manifest.
 
-    Raises CorpusError if there is no prompt that can be answered, and TokenizerError for a model without chat template.
+    Raises CorpusError if there is no prompt that can be answered, TokenizerError for a model without chat template, and
+    an error for a mode that needs drafts where the model does not draft.
     """
     files = _prompt_files(job)
     found = model_registry.find_bundle(model_registry.absolute_tracking_uri(job.tracking_uri), job.model)
@@ -73,6 +77,7 @@ def answer(job: AnswersJob) -> AnswersManifest:
         raise TokenizerError(
             f"{job.model} has no chat template, so it knows no conversations; put chat_template.jinja into its folder"
         )
+    mode_of(model_config(model.uri), job.mode, default=AUTOREGRESSIVE)
     identity = _identity(job, files, model)
     output = locations.absolute(job.output)
     work = output_folder.work_folder(output, identity[: output_folder.KEY_LEN])
@@ -98,6 +103,8 @@ def _answered(
     job: AnswersJob, files: Sequence[FileEntry], model: _Model, identity: str, folder: WorkFolder
 ) -> AnswersManifest:
     """Write all files of the output into the work folder."""
+    connect()
+    require_room(job.cpus_per_worker, job.gpus_per_worker)
     read = _read_units(job, files, folder)
     outcomes = _answer_units(job, read.units, model, folder)
     by_name = {outcome["unit"]: outcome for outcome in outcomes}

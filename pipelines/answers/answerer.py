@@ -19,7 +19,7 @@ from tidar_core.artifacts.text.chat_template import ChatTemplate
 from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.text.conversation import read_messages
 from tidar_core.artifacts.text.tokenizer import Tokenizer
-from tidar_core.config import DraftConfig
+from tidar_core.config import AUTOREGRESSIVE, DraftConfig, mode_of
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep, Request
 from tidar_core.decoding.scheduler import Scheduler
@@ -87,7 +87,8 @@ class Answerer:
         context_len = min(job.context_len, bundle.model.config.context_len)
         draft = DraftConfig(block_len=bundle.info.block_len)
         decoder = Decoder(bundle.model, draft, slots=job.batch, context_len=context_len)
-        planner = bundle_planner(job.mode, uri, decoder, context_len)
+        mode = mode_of(bundle.model.config, job.mode, default=AUTOREGRESSIVE)
+        planner = bundle_planner(mode, uri, decoder, context_len)
         self._scheduler = Scheduler(decoder, planner, max_waiting=MOST_WAITING)
         turn_end = turn_end_id(template, bundle.tokenizer)
         named = stop_tokens(job.stop, bundle.tokenizer.special_ids)

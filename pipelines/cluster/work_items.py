@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import ray.data
 
-from pipelines.cluster.connection import connect, known_tasks, require_room
+from pipelines.cluster.connection import connect, known_tasks
 from tidar_core.errors import StorageError, TidarError
 
 __all__ = ["ActorPool", "actor_outcomes", "task_outcomes"]
@@ -60,12 +60,9 @@ def task_outcomes(items: Sequence[Any], work: Callable[[Any], Any], workers: int
 def actor_outcomes(items: Sequence[Any], make_work: Callable[[], ItemWork], pool: ActorPool) -> Iterator[Any]:
     """Do the work of each item in one of the actors; returns the outcomes in any order.
 
-    Raises ConfigError if no machine can hold an actor.
-
     make_work  called once in each actor; what it returns does the work of an item, and may wait for other items
     """
     connect()
-    require_room(pool.cpus, pool.gpus)
     compute = ray.data.ActorPoolStrategy(
         size=min(pool.actors, len(items)),
         max_tasks_in_flight_per_actor=pool.in_flight,

@@ -156,6 +156,7 @@ def test_a_worker_that_no_machine_can_hold_is_refused_instead_of_waiting(whole, 
     ((key, value),) = needed.items()
     with pytest.raises(ConfigError, match=f"{key} is {value}; this machine has . .PUs for Ray; lower {key}"):
         answer(answers_job(prompts, tmp_path / "out", model, **needed))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
