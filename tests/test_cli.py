@@ -152,7 +152,7 @@ def test_bench_reads_the_public_prompt_sets(run, bundle, name):
     assert (code, json.loads(out)["prompts"]) == (0, 2)
 
 
-@pytest.mark.parametrize("stage", ["pack", "train", "evaluate", "publish"])
+@pytest.mark.parametrize("stage", ["answers", "pack", "train", "evaluate", "publish"])
 def test_an_unknown_key_in_a_job_is_named(run, tmp_path, stage):
     path = tmp_path / "job.yaml"
     path.write_text("outptu: x\n")
@@ -166,6 +166,13 @@ def test_a_missing_corpus_is_named_and_leaves_nothing(run, tmp_path):
     )
     assert "does not exist" in refused(run, "pack", path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.yaml"]
+
+
+def test_prompts_that_are_missing_are_named_and_leave_nothing(run, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"prompts: {tmp_path}/no.jsonl\noutput: {tmp_path}/out\nmodel: {tmp_path}\n")
+    assert f"prompts {tmp_path}/no.jsonl does not exist" in refused(run, "answers", path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["job.yaml"]
 
 
 def test_no_tokens_to_generate_is_refused(run, bundle):

@@ -141,7 +141,7 @@ def _answered(
 
 
 def _prompt_files(job: AnswersJob) -> list[FileEntry]:
-    files = list_corpus(job.prompts, job.include, job.exclude)
+    files = list_corpus(job.prompts, job.include, job.exclude, key="prompts")
     for file in files:
         if format_of(file.uri) not in (*JSON_LINES, PARQUET):
             raise CorpusError(

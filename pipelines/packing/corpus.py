@@ -78,10 +78,13 @@ class Document:
     """Returns the place of the document; found only when it is needed, because lines are not counted."""
 
 
-def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()) -> list[FileEntry]:
+def list_corpus(
+    corpus: str, include: Sequence[str], exclude: Sequence[str] = (), *, key: str = "corpus"
+) -> list[FileEntry]:
     """The files of a corpus in order. Raises CorpusError if there are no files.
 
     exclude  patterns of names of files and folders to leave out; everything below such a folder is left out too
+    key      key of the job that names the corpus
     """
     listed = locations.list_files(locations.absolute(corpus), include, exclude)
     for entry in listed:
@@ -91,8 +94,8 @@ def list_corpus(corpus: str, include: Sequence[str], exclude: Sequence[str] = ()
     if files:
         return files
     if not locations.exists(corpus) and not locations.is_glob(corpus):
-        raise CorpusError(f"corpus {corpus} does not exist; give a file, a folder or a glob")
-    raise CorpusError(f"corpus {corpus} holds no text in files named {', '.join(include)}; check corpus and include")
+        raise CorpusError(f"{key} {corpus} does not exist; give a file, a folder or a glob")
+    raise CorpusError(f"{key} {corpus} holds no text in files named {', '.join(include)}; check {key} and include")
 
 
 def work_units(files: Sequence[FileEntry], unit_bytes: int) -> list[list[Piece]]:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def kill_when(job, ready):
 def test_a_killed_job_keeps_its_finished_units_and_ends_with_the_bytes_of_one_worker_and_another_batch(
     whole, model, prompts, tmp_path
 ):
-    job = answers_job(prompts, tmp_path / "out", model, **MIXED, workers=2, batch=1, unit_prompts=1)
+    job = answers_job(prompts, tmp_path / "out", model, **MIXED, workers=3, batch=1, unit_prompts=1)
     kill_when(
         job.model_copy(update={"workers": 1}), lambda: len(list(tmp_path.glob(".out.*/units-*/answers-*-*.json"))) >= 3
     )
@@ -124,7 +125,7 @@ def test_a_killed_job_keeps_its_finished_units_and_ends_with_the_bytes_of_one_wo
     name = min(marks)
     (marked,) = tmp_path.glob(f".out.*/units-*/{name[: -len('.json')]}.jsonl")
     marked.write_text(marked.read_text().replace('"seed"', '"SEED"'))  # whoever answers it again repairs it
-    answer(job)
+    answer(job)  # one more worker than the cluster has CPUs
     written = (whole / "answers-00000.jsonl").read_text()
     again = (tmp_path / "out/answers-00000.jsonl").read_text()
     assert again != written
@@ -137,15 +138,21 @@ def test_the_same_job_once_more_answers_nothing_and_a_changed_one_begins_anew(wh
     before = (whole / "answers.json").stat().st_mtime_ns
     monkeypatch.setattr("pipelines.answers.answer._answered", None)
     job = answers_job(prompts, whole, model, **MIXED)
-    assert answer(job.model_copy(update={"batch": 7, "workers": 2})) == read_manifest(str(whole))
+    assert answer(job.model_copy(update={"batch": 7, "workers": 3})) == read_manifest(str(whole))
     assert (whole / "answers.json").stat().st_mtime_ns == before
     with pytest.raises(TypeError):
         answer(job.model_copy(update={"seed": 1}))
 
 
-def test_prompts_without_a_single_usable_entry_are_refused_and_leave_nothing(ray_cluster, model, tmp_path):
+def test_prompts_without_a_usable_entry_or_with_a_damaged_line_are_refused_and_leave_nothing(
+    ray_cluster, model, tmp_path
+):
     bad = write_prompts(tmp_path / "bad.jsonl", [{"no": 1}, {"no": 2}, {"no": 3}, {"no": 4}, {"no": 5}])
     with pytest.raises(CorpusError, match=r"can be answered: line 1 of .*; and 2 more; change them") as caught:
+        answer(answers_job(bad, tmp_path / "out", model))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(CorpusError, match=r"line 2 of .*bad.jsonl is not JSON") as caught:
         answer(answers_job(bad, tmp_path / "out", model))
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
@@ -167,6 +174,7 @@ def test_a_worker_that_no_machine_can_hold_is_refused_instead_of_waiting(whole, 
         ({"prompts": "empty"}, "holds no text in files named"),
         ({"model": "p.jsonl"}, "p.jsonl"),
         ({"model": "bare"}, "bare has no chat template, so it knows no conversations"),
+        ({"model": "checkpoint", "mode": "two-pass"}, "mode is two-pass and the model does not draft"),
         ({"output": "empty/.."}, "holds no answers.json, so it was not made by this command"),
     ],
 )
@@ -175,10 +183,8 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(model, tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "p.txt").write_text("text")
     write_prompts("p.jsonl", QUESTIONS)
-    locations.upload_folder(locations.local_copy(model), str(tmp_path / "bare"))
-    (tmp_path / "bare/chat_template.jinja").unlink()
-    info = json.loads((tmp_path / "bare/tidar.json").read_text())
-    assert info["bundle_hash"]
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    shutil.copytree(model, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("tidar.json"))
     before = sorted(tmp_path.rglob("*"))
     values = {"prompts": "p.jsonl", "output": "out", "model": model} | given
     with pytest.raises(TidarError, match=words) as caught:

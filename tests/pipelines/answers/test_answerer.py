@@ -1,5 +1,6 @@
 """Answers of a decoder whose slots are shared by prompts, turns and units equal the plain autoregressive loop's."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -75,6 +76,17 @@ def test_greedy_and_sampled_answers_to_all_turns_equal_the_plain_loop_s_for_ever
     )
     assert len(kinds) == 4  # greedy and sampled answers, cut and ended ones
     assert max(len(each.answers) for each in conversations) > 1
+
+
+def test_a_checkpoint_that_does_not_draft_answers_as_the_plain_loop(model, tmp_path):
+    folder = shutil.copytree(model[0], tmp_path / "checkpoint")
+    (folder / "tidar.json").unlink()
+    checkpoint = str(folder), load_bundle(folder), load_chat_template(folder)
+    assert not checkpoint[1].model.config.drafting
+    conversations = [Conversation(Prompt(user(question)), Variant(0.0, 0)) for question in QUESTIONS]
+    for each in answered(checkpoint, conversations, mode="auto"):
+        found = [(answer.text, answer.finish_reason, answer.tokens) for answer in each.answers]
+        assert found == by_the_plain_loop(checkpoint, each.prompt, each.variant)
 
 
 def test_every_answer_follows_its_question_and_is_part_of_the_next_prompt(model):
