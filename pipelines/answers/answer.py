@@ -67,8 +67,8 @@ class _Read:
 def answer(job: AnswersJob) -> AnswersManifest:
     """Write the answers of `job` to `job.output`; if the same job completed them before, only return the manifest.
 
-    Raises CorpusError if there is no prompt that can be answered, TokenizerError for a model without chat template, and
-    an error for a mode that needs drafts where the model does not draft.
+    Raises CorpusError if there is no prompt that can be answered, and TokenizerError for a model without chat template.
+    Raises ConfigError for a mode that needs drafts if the model does not draft.
     """
     files = _prompt_files(job)
     found = model_registry.find_bundle(model_registry.absolute_tracking_uri(job.tracking_uri), job.model)
