@@ -112,7 +112,10 @@ def _answered(
     left_out = _merged([read.left_out, *(LeftOut(**outcome["left_out"]) for outcome in ordered)])
     unfinished = _merged([LeftOut(**outcome["unfinished"]) for outcome in ordered])
     if not sum(outcome["conversations"] for outcome in ordered):
-        raise CorpusError(f"no entry of {job.prompts} can be answered: {left_out or 'all are empty'}; change them")
+        if not left_out.rows:
+            chosen = f"greedy {job.greedy} and sampled {job.sampled}"
+            raise CorpusError(f"{chosen} choose none of the prompts in {job.prompts}; raise them, or give more prompts")
+        raise CorpusError(f"no entry of {job.prompts} can be answered: {left_out}; change them")
     for line, count in (("left out", left_out), ("left questions unanswered in", unfinished)):
         if count.rows:
             stderr.print(f"{line} {count.rows} entries of {job.prompts}: {count}", soft_wrap=True, markup=False)

@@ -151,10 +151,14 @@ def test_prompts_without_a_usable_entry_or_with_a_damaged_line_are_refused_and_l
     with pytest.raises(CorpusError, match=r"can be answered: line 1 of .*; and 2 more; change them") as caught:
         answer(answers_job(bad, tmp_path / "out", model))
     assert "\n" not in str(caught.value)
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(CorpusError, match=r"line 2 of .*bad.jsonl is not JSON") as caught:
-        answer(answers_job(bad, tmp_path / "out", model))
-    assert "\n" not in str(caught.value)
+    for content, words in (
+        ('{"prompt": "a"}\n{"prompt": \n', r"line 2 of .*bad.jsonl is not JSON"),
+        ("\n \n", "can be answered: all lines are blank; change them"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(CorpusError, match=words) as caught:
+            answer(answers_job(bad, tmp_path / "out", model))
+        assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
