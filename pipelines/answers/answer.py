@@ -160,9 +160,8 @@ def _read_units(job: AnswersJob, files: Sequence[FileEntry], folder: WorkFolder)
     units = [PromptUnit(**unit) for outcome in done for unit in outcome["units"]]
     left_out = _merged([LeftOut(**outcome["left_out"]) for outcome in done])
     if not units:
-        raise CorpusError(
-            f"no entry of {job.prompts} can be answered: {left_out or 'all files are empty'}; change them"
-        )
+        cause = str(left_out) or "all lines are blank"
+        raise CorpusError(f"no entry of {job.prompts} can be answered: {cause}; change them")
     return _Read(units, left_out)
 
 
