@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from tidar_core.artifacts.store.yaml_file import read_mapping
 from tidar_core.config import ADAPTER_PLACES, AdapterConfig
 from tidar_core.errors import ConfigError
-from tidar_core.training.recipe import Recipe
+from tidar_core.training.recipe import ADAPTER_RECIPE, Recipe
 
 __all__ = ["Job", "PackJob", "Positive", "Source", "TrainBpe", "TrainJob", "read_job"]
 
@@ -161,15 +161,15 @@ class TrainJob(Job):
     position_weights: Literal["flat", "exponential", "dpace"] | None = None
     position_decay: float | None = None
     dpace_after: float = 0.1
-    first_weight: float = 1.0
-    distillation: float = 0.0
-    unlinked: float = 0.0
+    first_weight: float | None = None
+    distillation: float | None = None
+    unlinked: float | None = None
     consistency: float = 0.0
     block_share: float = 1.0
     mask_start: Literal["mean", "normal", "zero"] | None = None
     link_rank: Positive | None = None
     """The fields from `random_phase` on: see `tidar_core.training.recipe.Recipe`. The defaults are the paper's, but for
-    the phase."""
+    the phase; with `drafts: adapter`, they are those of `ADAPTER_RECIPE` there."""
     steps: Positive
     """Train steps (optimiser updates) in all."""
     rows_per_step: Positive
@@ -228,7 +228,9 @@ class TrainJob(Job):
     @property
     def run(self) -> dict[str, Any]:
         """Fields that determine the losses, except shards and start; a continued run must not change them."""
-        return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+        recipe = self.recipe
+        given = self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+        return {name: getattr(recipe, name, None) if value is None else value for name, value in given.items()}
 
     @property
     def recipe_fields(self) -> dict[str, Any]:
@@ -256,7 +258,9 @@ class TrainJob(Job):
     @property
     def recipe(self) -> Recipe:
         """Recipe of the doubled row and its losses."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+        of_kind = ADAPTER_RECIPE if self.drafts == "adapter" else {}
+        given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return Recipe(**of_kind | {name: value for name, value in given.items() if value is not None})
 
     @model_validator(mode="after")
     def one_recipe(self) -> Self:

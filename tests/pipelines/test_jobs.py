@@ -8,6 +8,7 @@ from pipelines.answers.job import AnswersJob
 from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.jobs import PackJob, TrainJob, read_job
 from tidar_core.errors import ConfigError
+from tidar_core.training.recipe import Recipe
 
 JOBS = Path(__file__).parents[2] / "infra/jobs"
 KINDS = {"answers": AnswersJob, "pack": PackJob, "train": TrainJob, "evaluate": EvaluateJob, "publish": PublishJob}
@@ -116,3 +117,18 @@ def test_a_wrong_mixture_is_refused_in_one_line(tmp_path, corpus, words):
 def test_a_job_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         read_job(TrainJob, tmp_path / "missing.yaml")
+
+
+def test_the_recipe_of_frozen_drafts_has_defaults_of_its_own_and_each_can_be_set(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(TRAIN)
+    whole = read_job(TrainJob, path)
+    assert whole.recipe == Recipe(random_phase=True)
+    path.write_text(TRAIN.replace("shape: tiny", "init_from: m") + "drafts: adapter\n")
+    frozen = read_job(TrainJob, path)
+    chosen = {"position_weights": "dpace", "first_weight": 0.1, "distillation": 0.5, "unlinked": 0.3}
+    assert frozen.recipe == Recipe(random_phase=True, **chosen)
+    assert {name: frozen.run[name] for name in chosen} == chosen  # so a checkpoint keeps what the run really did
+    assert (whole.run["distillation"], whole.run["position_weights"]) == (0.0, None)
+    off = {"position_weights": "flat", "first_weight": 1.0, "distillation": 0.0, "unlinked": 0.0}
+    assert frozen.model_copy(update=off).recipe == Recipe(random_phase=True, position_weights="flat")

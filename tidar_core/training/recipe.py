@@ -8,6 +8,7 @@ Shape letters: B rows, S tokens of a row, E embedding, R entries of a table.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from tidar_core.transformer.draft_adapter import DraftAdapter, freeze
 from tidar_core.transformer.model import DraftLink, TidarModel
 
 __all__ = [
+    "ADAPTER_RECIPE",
     "MASKINGS",
     "MASK_STARTS",
     "Draws",
@@ -33,6 +35,10 @@ __all__ = [
 MASKINGS = ("full", "random")
 POSITION_WEIGHTS = ("flat", "exponential", "dpace")
 MASK_STARTS = ("mean", "normal", "zero")
+ADAPTER_RECIPE: dict[str, Any] = {
+    "position_weights": "dpace", "first_weight": 0.1, "distillation": 0.5, "unlinked": 0.3
+}  # fmt: skip
+"""Choices for drafts of a frozen checkpoint that differ from the paper's, which trains all weights."""
 UNLINKED_SHARE = 1 / 3
 """Share of a run in which the weight of the loss without the link falls."""
 LEAST_HIDDEN = 1e-3
