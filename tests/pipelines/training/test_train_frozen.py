@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_exactly_from_drafts_alone(runs, stage):
 
 def test_a_stopped_run_goes_on_at_another_stage(runs):
     for resumed, unbroken in zip(runs.losses("moved"), runs.losses("zero-1")):
-        assert resumed == pytest.approx({step: unbroken[step] for step in unbroken if step > STOP}, rel=1e-5)
+        assert resumed == pytest.approx({step: unbroken[step] for step in unbroken if step > STOP}, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["zero-1", "zero-3", "recomputed", "more"])
