@@ -46,6 +46,7 @@ def own_environment():
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"  # Serve kills a proxy that needs longer to start: 5 s
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers have 15, so tests beside them would take all their time
     exempt_loopback()
 
 
