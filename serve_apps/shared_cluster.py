@@ -64,6 +64,8 @@ UNBOUNDED_HEADERS_ENV = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 
 longer."""
 KILL_HUNG_REPLICAS_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 """Environment in which Serve does not drain a hung replica, since its clients would wait in vain."""
+PATIENT_START_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
+"""Environment in which a proxy may take longer than 5 s to start, as on a busy machine; Serve would kill it."""
 
 
 @dataclass(slots=True)
@@ -183,7 +185,7 @@ def _connect() -> None:
 
 
 def _set_environment() -> None:
-    for name, value in (QUIET_ENV | RAY_FAST_PATH_ENV | KILL_HUNG_REPLICAS_ENV).items():
+    for name, value in (QUIET_ENV | RAY_FAST_PATH_ENV | KILL_HUNG_REPLICAS_ENV | PATIENT_START_ENV).items():
         os.environ.setdefault(name, value)
 
 

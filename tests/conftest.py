@@ -45,8 +45,10 @@ def own_environment():
     from tidar_core.artifacts.network.loopback import exempt_loopback
 
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"  # Serve kills a proxy that needs longer to start: 5 s
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers have 15, so tests beside them would take all their time
+    os.environ |= {
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Serve kills a proxy that needs longer to start: 5 s
+        "RAY_worker_niceness": "0",  # Ray's workers have 15, so tests beside them would take all their time
+    }
     exempt_loopback()
 
 

@@ -196,12 +196,14 @@ class DecodeLoop:
         try:
             while self._take_inbox():
                 try:
+                    self._flush()  # refusals of new requests do not wait for the forward
                     self._advance()
+                    self._flush()
                 except Exception as error:
-                    logger.exception("a forward of the decoder failed")
+                    logger.exception("a forward of the decoder failed, or its deltas could not be sent")
                     self._failures += 1
                     self._end_affected(error)
-                self._flush()
+                    self._flush()
         finally:
             self._end_all()
 
@@ -212,8 +214,6 @@ class DecodeLoop:
             commands, self._inbox = self._inbox, []
         for command in commands:
             command()
-        if commands:
-            self._flush()
         return not self._stopping
 
     def _admit(self, caller: _Caller) -> None:

@@ -46,6 +46,8 @@ from serve_apps.rollout.model_version import ModelVersion
 
 __all__ = ["EngineClient"]
 
+logger = logging.getLogger("ray.serve")
+
 STOP_SECONDS = 10.0
 """Time for a process to end after `StopEngine`."""
 
@@ -166,7 +168,11 @@ class EngineClient:
             while True:
                 self._receive(self._connection.recv())
         except (EOFError, OSError):
-            self._end(self._process.wait())
+            pass  # the process has ended
+        except Exception:
+            logger.exception("a message of the decoder's process could not be handled, so the process is killed")
+            self._process.kill()
+        self._end(self._process.wait())
 
     def _receive(self, message: Any) -> None:
         match message:

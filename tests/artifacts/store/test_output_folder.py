@@ -108,3 +108,14 @@ def test_a_swap_on_an_object_store_that_was_interrupted_is_completed(s3_bucket):
     finish_swap(f"{s3_bucket}/out", MARKER)
     assert sorted(locations.names_in(f"{s3_bucket}/out")) == ["done.json", "new-1.txt", "new-2.txt"]
     assert locations.names_in(s3_bucket) == ["out"]
+
+
+@pytest.mark.parametrize("root", ["local", "s3"])
+def test_half_written_folders_of_killed_writers_are_removed_and_no_other_folder(root, tmp_path, request):
+    root = str(tmp_path) if root == "local" else request.getfixturevalue("s3_bucket")
+    kept = [".out.0123456789abcdef", ".other.0123abcd", ".out.notes123"]
+    for folder in (".out.0123abcd", ".out.ffffffff", *kept):
+        fill(f"{root}/{folder}", "half.txt")
+    with staged_folder(f"{root}/out", MARKER) as staged:
+        fill(staged, MARKER)
+    assert sorted(locations.names_in(root)) == sorted([*kept, "out"])

@@ -354,3 +354,19 @@ def test_a_loop_that_hangs_or_has_ended_is_found_out(loop, scheduler, monkeypatc
     loop.stop()
     with pytest.raises(RuntimeError, match="ended"):
         asyncio.run(loop.probe(5, seconds=5))
+
+
+def test_a_delivery_that_cannot_be_sent_fails_its_requests_and_the_loop_goes_on(scheduler, model):
+    failures = ["the pipe is full"]
+
+    def flush():
+        if failures and loop.running:
+            raise OSError(failures.pop())
+
+    loop = DecodeLoop(scheduler, flush=flush)
+    with pytest.raises(TidarError, match="OSError"):
+        asyncio.run(tokens_of(loop, request("a", max_tokens=ENDLESS)))
+    loop.check_health()
+    again = request("b")
+    assert asyncio.run(tokens_of(loop, again)) == generate_autoregressive(model, again.prompt, again.sampling)
+    loop.stop()

@@ -18,6 +18,7 @@ from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
+from serve_apps.replica.engine_client import EngineClient
 from serve_apps.rollout.model_version import ServingTarget, resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.config import SamplingConfig
@@ -210,3 +211,11 @@ def test_the_process_ends_with_its_replica_even_if_it_can_do_nothing_itself(bund
     replica.kill()
     replica.communicate()
     assert ends(pid)
+
+
+def test_a_message_that_cannot_be_handled_ends_the_process_and_its_calls(served):
+    def report(line):
+        raise LookupError(line)
+
+    with pytest.raises(RuntimeError, match="the decoder's process has ended with signal 9"):
+        EngineClient(served, lambda problem: None, report)

@@ -36,6 +36,8 @@ REPLACING = ".replacing"
 OLD = ".old"
 KEY_LEN = 16
 """Characters of a job's identity in the name of its work folder."""
+STAGED_LEN = 8
+"""Random characters in the name of a staged folder; a later job cannot go on with it."""
 
 
 def work_folder(uri: str, key: str) -> str:
@@ -61,19 +63,19 @@ def remove_other_work(uri: str, own: str) -> None:
 
     own  work folder of the job that writes the output now, named by `KEY_LEN` characters of its identity
     """
-    parent, name = own.rpartition("/")[0], locations.name_of(locations.followed(uri))
-    pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{KEY_LEN}}}")
-    for found in locations.names_in(parent):
-        if pattern.fullmatch(found) and found != locations.name_of(own):
-            locations.remove(locations.join(parent, found))
+    _remove_beside(uri, KEY_LEN, but=locations.name_of(own))
 
 
 @contextmanager
 def staged_folder(uri: str, marker: str) -> Iterator[str]:
-    """A folder beside `uri` to write in; it becomes `uri` at the end, or is removed after an exception."""
+    """A folder beside `uri` to write in; it becomes `uri` at the end, or is removed after an exception.
+
+    Folders of writers that were killed are removed first. No other job may be writing at `uri`.
+    """
     finish_swap(uri, marker)
     refuse_stranger(uri, marker)
-    staged = work_folder(uri, secrets.token_hex(4))
+    _remove_beside(uri, STAGED_LEN)
+    staged = work_folder(uri, secrets.token_hex(STAGED_LEN // 2))
     try:
         with locations.in_one_line(uri):
             yield staged
@@ -126,6 +128,16 @@ def finish_swap(uri: str, marker: str) -> None:
     for old in sorted(filter(pattern.fullmatch, locations.names_in(parent or "/"))):
         with locations.in_one_line(uri):
             _finish_local(Path(parent or "/") / old, Path(uri), marker)
+
+
+def _remove_beside(uri: str, key_len: int, but: str = "") -> None:
+    """Removes the hidden folders beside `uri` whose names end with a key of `key_len` characters, except `but`."""
+    uri = locations.followed(uri)
+    parent, name = uri.rpartition("/")[0] or "/", locations.name_of(uri)
+    pattern = re.compile(re.escape(f".{name}.") + f"[0-9a-f]{{{key_len}}}")
+    for found in locations.names_in(parent):
+        if pattern.fullmatch(found) and found != but:
+            locations.remove(locations.join(parent, found))
 
 
 def _replace_local(staged: Path, target: Path) -> None:
