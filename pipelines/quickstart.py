@@ -24,7 +24,7 @@ from pipelines.evaluation.publish import publish
 from pipelines.jobs import J, PackJob, TrainJob, read_job
 from pipelines.packing.pack import pack
 from pipelines.training.train import train
-from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import Manifest, ShardReader
 from tidar_core.errors import ConfigError

@@ -42,7 +42,7 @@ from serve_apps.shared_cluster import (
 )
 from serve_apps.telemetry import start_stage
 from tidar_core import errors
-from tidar_core.artifacts.model.checkpoint import no_drafts_note
+from tidar_core.artifacts.model.bundle_info import no_drafts_note
 from tidar_core.artifacts.network.loopback import open_direct
 from tidar_core.errors import TidarError
 

@@ -206,7 +206,10 @@ def test_importing_the_rooms_starts_nothing():
 
 
 def test_a_process_that_computes_no_model_starts_without_torch():
-    modules = "tidar", "tidar.registry", "serve_apps.settings", "tidar_core.artifacts.store.locations"
+    modules = (
+        "tidar", "tidar_core.artifacts.registry.model_registry", "serve_apps.app", "serve_apps.ingress.http_app",
+        "serve_apps.replica.decoder_app", "serve_apps.rollout.watcher_app",
+    )  # fmt: skip
     code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -178,7 +178,7 @@ def _load(uri: str, threads: int, dtype: str = "fp32") -> Any:
 
 def _note_without_drafts(bundle: Any, uri: str) -> None:
     """Print how to convert a checkpoint."""
-    from tidar_core.artifacts.model.checkpoint import no_drafts_note
+    from tidar_core.artifacts.model.bundle_info import no_drafts_note
 
     if not bundle.model.config.drafting:
         note(no_drafts_note(uri))

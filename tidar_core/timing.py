@@ -4,9 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
-__all__ = ["LEAST_RUNS", "Clock", "copy_bandwidth", "median_seconds"]
+__all__ = ["LEAST_RUNS", "Clock", "median_seconds"]
 
 LEAST_RUNS = 2
 """Runs that are timed even if they exceed the budget."""
@@ -15,8 +13,6 @@ TIMED = 4
 LONG_SECONDS = 0.02
 """Runs of at least this many seconds are timed once, after one run that is not timed. Compared with them, the effect of
 what the run before left in the caches is small."""
-COPIES = 5
-"""Number of timings that a bandwidth is the median of."""
 Clock = Callable[[], float]
 """Seconds, ascending, from an arbitrary start."""
 
@@ -54,19 +50,6 @@ def median_seconds(
         statistics.median(median_turn * taken / sum(times) for taken, times in zip(of_run, turns))
         for of_run in zip(*turns)
     ]
-
-
-def copy_bandwidth(device: torch.device, nbytes: int = 2**30) -> float:
-    """Bytes per second of a large copy within the device's memory; read and written bytes both count."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return 2 * nbytes / median_seconds([copy], COPIES)[0]
 
 
 def _timed(run: Callable[[], None], clock: Clock) -> float:

@@ -34,7 +34,7 @@ from pipelines.cluster.progress import job_progress
 from pipelines.cluster.work_items import ActorPool, actor_outcomes, task_outcomes
 from pipelines.packing.corpus import JSON_LINES, PARQUET, list_corpus, work_units
 from pipelines.packing.skipped_entries import LeftOut
-from tidar_core.artifacts.model.bundle import model_config
+from tidar_core.artifacts.model.bundle_info import model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.file_names import format_of

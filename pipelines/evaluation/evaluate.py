@@ -28,8 +28,8 @@ from pipelines.evaluation.task_scores import (
     task_entries,
     tasks_in_mode,
 )
-from tidar_core.artifacts.model.bundle import Bundle, load_bundle, model_config, model_info
-from tidar_core.artifacts.model.checkpoint import no_drafts_note
+from tidar_core.artifacts.model.bundle import Bundle, load_bundle
+from tidar_core.artifacts.model.bundle_info import model_config, model_info, no_drafts_note
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader, verify_shards

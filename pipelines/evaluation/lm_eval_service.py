@@ -18,7 +18,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.lm_eval_model import GeneratedTexts
-from tidar_core.artifacts.model.bundle import model_info
+from tidar_core.artifacts.model.bundle_info import model_info
 from tidar_core.artifacts.network.loopback import exempt_loopback, open_url
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError

@@ -23,12 +23,12 @@ from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import RequestError
+from tidar_core.kernels.bandwidth import copy_bandwidth
 from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
 from tidar_core.planning.planner import AUTO
 from tidar_core.planning.step_timing import latency_shapes
-from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.evaluation.gates import bars
 from pipelines.evaluation.job import PublishJob
-from tidar_core.artifacts.model.bundle import verify_bundle
+from tidar_core.artifacts.model.bundle_info import verify_bundle
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.store import locations

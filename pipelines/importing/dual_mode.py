@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipelines.importing.sources import Origin
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, is_bundle, save_bundle
+from tidar_core.artifacts.model.bundle import save_bundle
+from tidar_core.artifacts.model.bundle_info import BUNDLE_JSON, is_bundle
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.hf_files import stored_tensors
 from tidar_core.artifacts.model.hf_weights import check_weights, load_model, require_embeddings

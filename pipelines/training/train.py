@@ -13,7 +13,7 @@ from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import run_folder
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle
 from pipelines.training.train_worker import Surroundings, train_worker
-from tidar_core.artifacts.model.bundle import BUNDLE_JSON, BundleInfo, read_bundle_info
+from tidar_core.artifacts.model.bundle_info import BUNDLE_JSON, BundleInfo, read_bundle_info
 from tidar_core.artifacts.registry import runs
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.artifacts.store import locations

@@ -5,8 +5,8 @@ from typing import Any
 
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import Checkpoint, Cursor, find_checkpoint, run_folder, whole_checkpoints
-from tidar_core.artifacts.model import bundle
-from tidar_core.artifacts.model.bundle import (
+from tidar_core.artifacts.model import bundle_info
+from tidar_core.artifacts.model.bundle_info import (
     BUNDLE_JSON,
     BundleInfo,
     base_location,
@@ -123,7 +123,7 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
         config = named_shape(job.shape, vocab_len=manifest.vocab_len)
     else:
         assert job.init_from is not None
-        config = bundle.model_config(job.init_from)
+        config = bundle_info.model_config(job.init_from)
     if job.adapter is not None:
         config = adapted_config(config, job.adapter)
     elif config.adapter is not None:

@@ -19,7 +19,8 @@ from pipelines.training.divergence import Health
 from pipelines.training.train_engine import TrainEngine, from_rank_0, learning_rate
 from pipelines.training.train_metrics import MetricsWindow, loss_metrics
 from pipelines.training.train_start import model_config, refuse_other_run
-from tidar_core.artifacts.model.bundle import base_location, model_info, save_bundle, save_frozen_bundle
+from tidar_core.artifacts.model.bundle import save_bundle, save_frozen_bundle
+from tidar_core.artifacts.model.bundle_info import base_location, model_info
 from tidar_core.artifacts.model.drafts_file import attach_drafts
 from tidar_core.artifacts.model.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader

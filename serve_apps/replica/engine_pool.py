@@ -16,17 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from serve_apps.api.errors import ParameterError
 from serve_apps.messages.version_routing import CHALLENGER, CHAMPION, Route, role_of
 from serve_apps.messages.version_stats import VersionReport, VersionStats
-from serve_apps.replica.engine import Engine
 from serve_apps.replica.engine_client import EngineClient
 from serve_apps.replica.text_generator import TextGenerator
 from serve_apps.rollout.model_version import ModelVersion, ServingTarget
 from serve_apps.telemetry import start_stage
 from tidar_core.errors import TidarError
 from tidar_core.timing import Clock
+
+if TYPE_CHECKING:
+    from serve_apps.replica.engine import Engine
 
 __all__ = ["EnginePool"]
 
@@ -232,17 +235,19 @@ class EnginePool:
 
     def _made(self, served: ModelVersion, totals: VersionStats) -> TextGenerator | Exception:
         try:
-            lost = partial(self._lost, served.bundle_hash)
-            if served.settings.own_process:
-                engine: EngineClient | Engine = EngineClient(served, lost, self._report_stage)
-            else:
-                engine = Engine(served, self._report_stage)
-            return TextGenerator(served, engine, totals)
+            return TextGenerator(served, self._engine(served), totals)
         except Exception as error:  # out of memory, a damaged file: the old weights go on
             traceback.clear_frames(error.__traceback__)  # what was made so far is given back
             return error
         finally:
             start_stage.clear(self._replica)
+
+    def _engine(self, served: ModelVersion) -> "Engine | EngineClient":
+        if served.settings.own_process:
+            return EngineClient(served, partial(self._lost, served.bundle_hash), self._report_stage)
+        from serve_apps.replica import engine  # it loads torch
+
+        return engine.Engine(served, self._report_stage)
 
     def _report_stage(self, line: str) -> None:
         logger.info("replica %s: %s", self._replica, line)

@@ -11,7 +11,8 @@ import torch
 
 from serve_apps.rollout.model_version import ModelVersion, resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import DTYPES, model_config
+from tidar_core.artifacts.model.bundle import DTYPES
+from tidar_core.artifacts.model.bundle_info import model_config
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.page_pool import PAGE_LEN

@@ -3,16 +3,19 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.messages.text_delta import TextDelta, UsageCounts
 from serve_apps.messages.version_stats import VersionStats
-from serve_apps.replica.engine import Engine
 from serve_apps.replica.engine_client import EngineClient
 from serve_apps.rollout.model_version import ModelVersion
 from serve_apps.streaming.logprobs import score_models
 from serve_apps.telemetry.tracing import note
 from tidar_core.errors import CapacityError, RequestError
+
+if TYPE_CHECKING:
+    from serve_apps.replica.engine import Engine
 
 __all__ = ["TextGenerator"]
 
@@ -20,7 +23,7 @@ __all__ = ["TextGenerator"]
 class TextGenerator:
     """An engine whose texts are counted for its version, in the replica's process."""
 
-    def __init__(self, served: ModelVersion, engine: Engine | EngineClient, totals: VersionStats) -> None:
+    def __init__(self, served: ModelVersion, engine: "Engine | EngineClient", totals: VersionStats) -> None:
         """totals  where this engine's texts are counted"""
         self.served, self.engine, self.totals = served, engine, totals
         self.texts = 0

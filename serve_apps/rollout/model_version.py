@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve_apps.api.completion_response import ModelCard
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import model_config
+from tidar_core.artifacts.model.bundle_info import model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.config import AUTOREGRESSIVE, mode_of
 from tidar_core.errors import ConfigError

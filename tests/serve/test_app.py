@@ -12,7 +12,8 @@ from serve_apps.app import build_app, check_place, start_error
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
 from serve_apps.tools import smoke_client
-from tidar_core.artifacts.model.bundle import model_info, read_bundle_info, save_bundle
+from tidar_core.artifacts.model.bundle import save_bundle
+from tidar_core.artifacts.model.bundle_info import model_info, read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.errors import BundleError, ConfigError, TidarError
 

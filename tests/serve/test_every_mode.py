@@ -13,7 +13,7 @@ from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.rollout.model_version import ModelVersion
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.decoding.autoregressive import score
 
 PROMPT = "def add(a, b):\n    return"

@@ -18,7 +18,7 @@ from serve_apps.ingress.api_keys import Access
 from serve_apps.ingress.http_app import HttpApp
 from serve_apps.ingress.request_limits import Limits
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import model_info
+from tidar_core.artifacts.model.bundle_info import model_info
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat
 from tidar_core.errors import ConfigError

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels import PLAIN, Kernels, triton_kernels
+from tidar_core.kernels.bandwidth import copy_bandwidth
 from tidar_core.kernels.timing import graph_time
 from tidar_core.kernels.workloads import DRAFT_PLANS, PAGE_LEN, Case, Workload, flex_calls, own_calls, sdpa_calls
-from tidar_core.timing import copy_bandwidth
 from tidar_core.transformer.shapes import named_shape
 
 DEVICE = "cuda"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info, save_bundle, verify_bundle
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info, verify_bundle
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.provenance import made_by
 from tidar_core.artifacts.text.tokenizer import train_bpe

@@ -9,7 +9,8 @@ import torch
 from chat_templates import chat_tokenizer
 from hf_folders import change_config, change_tensors, save_checkpoint
 
-from tidar_core.artifacts.model.bundle import load_bundle, model_config, model_info, verify_bundle
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import model_config, model_info, verify_bundle
 from tidar_core.artifacts.store import file_hashes, locations
 from tidar_core.artifacts.store.file_hashes import file_sha256
 from tidar_core.artifacts.text.tokenizer import train_bpe

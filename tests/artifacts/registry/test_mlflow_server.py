@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tidar_core.artifacts.model.bundle import BundleInfo
+from tidar_core.artifacts.model.bundle_info import BundleInfo
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.registry.mlflow_client import client_of
 from tidar_core.errors import RegistryError

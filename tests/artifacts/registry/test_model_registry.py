@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from tidar_core.artifacts.model.bundle import BundleInfo
+from tidar_core.artifacts.model.bundle_info import BundleInfo
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.registry.mlflow_client import client_of
 from tidar_core.errors import RegistryError

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tidar_core.artifacts.model.bundle import BundleInfo
+from tidar_core.artifacts.model.bundle_info import BundleInfo
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.registry.mlflow_client import client_of
 from tidar_core.errors import GateError, RegistryError

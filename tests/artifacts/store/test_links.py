@@ -8,7 +8,8 @@ from tiny import save_tiny_bundle, save_tiny_shards
 
 from pipelines.packing import corpus
 from tidar_core.artifacts import shards
-from tidar_core.artifacts.model.bundle import load_bundle, verify_bundle
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import verify_bundle
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 from chat_templates import FAMILIES, LLAMA3, QWEN2_5, QWEN3, chat_tokenizer
 from transformers import AutoTokenizer
 
-from tidar_core.artifacts.model.bundle import save_bundle, verify_bundle
+from tidar_core.artifacts.model.bundle import save_bundle
+from tidar_core.artifacts.model.bundle_info import verify_bundle
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import BundleError, RequestError, TokenizerError

@@ -7,7 +7,8 @@ import torch
 from tiny import varied_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info, save_bundle, verify_bundle
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info, verify_bundle
 from tidar_core.artifacts.text.end_tokens import EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import train_bpe
 from tidar_core.errors import WeightsError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.errors import ConfigError, GateError, RegistryError

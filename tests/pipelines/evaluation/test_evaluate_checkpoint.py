@@ -14,7 +14,7 @@ from tiny import save_tiny_shards
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.job import EvaluateJob, PublishJob, TaskJob
 from pipelines.evaluation.publish import publish
-from tidar_core.artifacts.model.bundle import model_info
+from tidar_core.artifacts.model.bundle_info import model_info
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import BundleError, ConfigError

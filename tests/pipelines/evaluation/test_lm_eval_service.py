@@ -6,7 +6,7 @@ from tiny import save_tiny_bundle
 
 from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.lm_eval_service import ServiceModel
-from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 
 
 @pytest.mark.parametrize("concurrent", [1, 2])

@@ -8,7 +8,8 @@ from hf_folders import IDS, save_folder, their_logits
 from vocabularies import EOS, write_folder
 
 from pipelines.importing.import_model import import_model
-from tidar_core.artifacts.model.bundle import load_bundle, model_info
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import model_info
 from tidar_core.artifacts.model.hf_weights import load_model
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.config import DraftConfig, SamplingConfig

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from pipelines.training.checkpoints import whole_checkpoints
-from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.shards import ShardReader, read_manifest
 from tidar_core.artifacts.store import locations
 from tidar_core.errors import BundleError, ConfigError, ShardError
@@ -149,13 +150,12 @@ def train_workers() -> list[psutil.Process]:
 
 def wait_until_some_steps_after_a_checkpoint(job, driver, logged=0) -> None:
     """Far from the next checkpoint, so what was trained since is lost; `logged` steps are of an earlier command."""
-    while True:
+    while not whole_checkpoints(job.checkpoints):
+        assert driver.poll() is None, "the command ended before it wrote a checkpoint"
+        time.sleep(0.5)  # each look at the object store costs processor time, which the workers need to start
+    while not (steps := curve(job, "ar_loss")[logged:]) or steps[-1][0] % job.checkpoint_every not in (1, 2, 3):
         assert driver.poll() is None, "the command ended before it could be disturbed"
-        if whole_checkpoints(job.checkpoints):
-            steps = curve(job, "ar_loss")[logged:]
-            if steps and steps[-1][0] % job.checkpoint_every in (1, 2, 3):
-                return
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def train_command(job, path, **options) -> subprocess.Popen:
@@ -202,7 +202,7 @@ def broken_run(train_job, ar_bundle, s3_endpoint, tmp_path_factory):
         wait_until_some_steps_after_a_checkpoint(job, driver)
         driver.kill()
     while train_workers():
-        time.sleep(0.01)
+        time.sleep(0.1)
     assert not locations.exists(job.output)
     half = leave_half_a_checkpoint(job)
     with train_command(job, path) as driver:

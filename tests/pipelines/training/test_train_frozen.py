@@ -14,7 +14,8 @@ from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import whole_checkpoints
 from pipelines.training.dry_run import dry_run
 from pipelines.training.train_start import check_start
-from tidar_core.artifacts.model.bundle import load_bundle, model_info, read_bundle_info
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import model_info, read_bundle_info
 from tidar_core.artifacts.model.drafts_file import DRAFTS
 from tidar_core.artifacts.shards import read_manifest
 from tidar_core.artifacts.text.tokenizer import load_tokenizer

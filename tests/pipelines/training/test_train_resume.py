@@ -9,7 +9,8 @@ from gloo import curve, exit_codes, logged, start_workers, train_on
 from tiny import save_tiny_shards
 
 from pipelines.jobs import TrainJob
-from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive

@@ -10,7 +10,7 @@ from serve_apps.rollout.alias_watcher import AliasWatcher
 from serve_apps.rollout.canary import CanarySettings
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import read_bundle_info
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.registry.mlflow_client import client_of
 from tidar_core.errors import BundleError, RegistryError

@@ -15,22 +15,31 @@ A bundle is a Hugging Face model folder with a few files of ours:
 A bundle of a frozen checkpoint holds the checkpoint's files as they are, or names their address, and its drafts:
 
     drafts/drafts.safetensors                             adapter and link
-
-The bundle hash is the hash of tidar.json without its own entry. It covers every byte of the folder, because tidar.json
-holds the hashes of all other files.
 """
 
-import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tidar_core.artifacts.model.bundle_info import (
+    BUNDLE_JSON,
+    FORMAT_VERSION,
+    FROZEN_FORMAT_VERSION,
+    BundleInfo,
+    DraftsInfo,
+    base_location,
+    bundle_hash,
+    info_of,
+    is_bundle,
+    model_info,
+    verify_bundle,
+)
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
-from tidar_core.artifacts.model.drafts_file import DraftsInfo, attach_drafts, save_drafts
+from tidar_core.artifacts.model.drafts_file import attach_drafts, save_drafts
 from tidar_core.artifacts.model.finite import require_finite
 from tidar_core.artifacts.model.hf_config import read_config
 from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
@@ -38,54 +47,13 @@ from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import write_made_by
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
-from tidar_core.config import ModelConfig
-from tidar_core.errors import BundleError, ConfigError
+from tidar_core.errors import BundleError
 from tidar_core.transformer.model import TidarModel
 
-__all__ = [
-    "BUNDLE_JSON",
-    "FORMAT_VERSION",
-    "Bundle",
-    "BundleInfo",
-    "base_location",
-    "is_bundle",
-    "load_bundle",
-    "model_config",
-    "model_info",
-    "read_bundle_info",
-    "save_bundle",
-    "save_frozen_bundle",
-    "verify_bundle",
-]
+__all__ = ["DTYPES", "Bundle", "load_bundle", "save_bundle", "save_frozen_bundle"]
 
-BUNDLE_JSON = "tidar.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that weights can be loaded in, by the names that users give."""
-FORMAT_VERSION = 1
-FROZEN_FORMAT_VERSION = 2
-"""Version of a bundle with a frozen checkpoint. Code that knows version 1 alone would read it without its drafts."""
-REFETCH = "fetch the bundle again or train it again"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BundleInfo:
-    """Contents of tidar.json; for a checkpoint, what a bundle of the same model would have."""
-
-    block_len: int
-    """K of the training; 1 for a checkpoint."""
-    mask_id: int | None
-    """Id of the mask token; None if no entry of the vocabulary is a mask token, as in a checkpoint."""
-    objective: str
-    """`ar` or `dual`: the objective of the last training. Only a `dual` model drafts well."""
-    lineage: Mapping[str, Any]
-    """Identities of the artifacts that the model was made from."""
-    files: Mapping[str, str]
-    """SHA-256 of every file but tidar.json, by name."""
-    bundle_hash: str
-    """Content hash of the folder."""
-    format_version: int = FORMAT_VERSION
-    drafts: DraftsInfo | None = None
-    """Drafts of a frozen checkpoint; None: the weights of the model draft, or nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,81 +137,6 @@ def save_frozen_bundle(
         return _sealed(folder, info, made_by, staged)
 
 
-def base_location(uri: str | Path, info: BundleInfo) -> str:
-    """Location of the Hugging Face files of a bundle or checkpoint: its own folder, or the address that it names."""
-    return str(uri) if info.drafts is None or info.drafts.base_uri is None else info.drafts.base_uri
-
-
-def is_bundle(uri: str | Path) -> bool:
-    """Whether the folder at `uri` is a bundle; otherwise it is a checkpoint or no model."""
-    return locations.exists(locations.join(str(uri), BUNDLE_JSON))
-
-
-def model_info(uri: str | Path) -> BundleInfo:
-    """Identity of the model at `uri`: tidar.json of a bundle, or the hashes of a checkpoint's files.
-
-    A checkpoint in an object store is downloaded first, once. Raises BundleError if the folder is neither.
-    """
-    if is_bundle(uri):
-        return read_bundle_info(uri)
-    if not locations.exists(locations.join(str(uri), "config.json")):
-        raise BundleError(
-            f"{uri} holds neither {BUNDLE_JSON} nor config.json; give the folder of a bundle or of a Hugging Face model"
-        )
-    files = checkpoint_files(locations.local_copy(str(uri)))
-    return BundleInfo(
-        block_len=1, mask_id=None, objective="ar", lineage={}, files=files, bundle_hash=content_hash(files)
-    )
-
-
-def model_config(uri: str | Path) -> ModelConfig:
-    """Config of the model at `uri`, with its mask token or its drafts; no weights are read."""
-    if not is_bundle(uri):
-        return read_config(uri)
-    info = read_bundle_info(uri)
-    config = replace(read_config(base_location(uri, info)), mask_id=info.mask_id)
-    return config if info.drafts is None else info.drafts.config(config)
-
-
-def read_bundle_info(uri: str | Path) -> BundleInfo:
-    """Read tidar.json of the bundle at `uri`; other files are not read.
-
-    Raises BundleError if the file is missing, damaged or of another format version.
-    """
-    where = locations.join(str(uri), BUNDLE_JSON)
-    if not locations.exists(where):
-        raise BundleError(f"{uri} holds no {BUNDLE_JSON}; give the folder of a bundle, as train writes it")
-    try:
-        values = locations.read_json(where)
-        version, stated = values["format_version"], values["bundle_hash"]
-        if version not in (FORMAT_VERSION, FROZEN_FORMAT_VERSION):
-            raise BundleError(
-                f"{where} has format version {version}; this code reads {FORMAT_VERSION} and {FROZEN_FORMAT_VERSION}; "
-                "train it again"
-            )
-        if _bundle_hash(values) != stated:
-            raise BundleError(f"{where} differs from its own bundle_hash {str(stated)[:12]}; {REFETCH}")
-        return _info(values)
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise BundleError(f"{where} is damaged ({type(error).__name__}: {error}); {REFETCH}") from error
-
-
-def verify_bundle(uri: str | Path) -> BundleInfo:
-    """Compare every file of the bundle at `uri` with its hash. Raises BundleError naming the file that differs."""
-    info = read_bundle_info(uri)
-    found = {entry.name: entry.uri for entry in locations.list_files(locations.absolute(str(uri)))}
-    for name in sorted(found.keys() - info.files.keys() - {BUNDLE_JSON}):
-        raise BundleError(f"{locations.join(str(uri), name)} is not listed in {BUNDLE_JSON}; remove it from the bundle")
-    for name, stated in info.files.items():
-        where = locations.join(str(uri), name)
-        if name not in found:
-            raise BundleError(f"{where} is missing; {REFETCH}")
-        digest = locations.sha256(found[name])
-        if digest != stated:
-            raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} has {stated[:12]}; {REFETCH}")
-    return info
-
-
 def load_bundle(
     uri: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -281,16 +174,11 @@ def _sealed(folder: Path, info: dict[str, Any], made_by: Mapping[str, Any], stag
     """Write tidar.json and made_by.json of a bundle whose other files are there."""
     write_made_by(str(folder), made_by)
     info["files"] = {entry.name: locations.sha256(entry.uri) for entry in locations.list_files(str(folder))}
-    info["bundle_hash"] = _bundle_hash(info)
+    info["bundle_hash"] = bundle_hash(info)
     locations.write_json(str(folder / BUNDLE_JSON), info)
     if locations.local_path(staged) is None:
         locations.upload_folder(folder, staged)
-    return _info(info)
-
-
-def _info(values: Mapping[str, Any]) -> BundleInfo:
-    drafts = values.get("drafts")
-    return BundleInfo(**{**values, "drafts": None if drafts is None else DraftsInfo.of(drafts)})
+    return info_of(info)
 
 
 def _require_base(uri: str, drafts: DraftsInfo, files: dict[str, str]) -> None:
@@ -300,11 +188,6 @@ def _require_base(uri: str, drafts: DraftsInfo, files: dict[str, str]) -> None:
             f"the checkpoint at {drafts.base_uri or uri} has hash {found[:12]}; the drafts of {uri} were trained for "
             f"{drafts.base_hash[:12]}; give that checkpoint, or train drafts for this one"
         )
-
-
-def _bundle_hash(values: Mapping[str, Any]) -> str:
-    stated = {name: value for name, value in values.items() if name != "bundle_hash"}
-    return hashlib.sha256(locations.canonical_json(stated).encode()).hexdigest()
 
 
 def _refuse_textual_mask(uri: str, mask_id: int, tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG
 from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON
 from tidar_core.errors import BundleError
 
-__all__ = ["checkpoint_files", "content_hash", "no_drafts_note"]
+__all__ = ["checkpoint_files", "content_hash"]
 
 READ = (
     "config.json",
@@ -50,11 +50,3 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
 def content_hash(files: dict[str, str]) -> str:
     """Identity of a checkpoint, which its files alone determine."""
     return hashlib.sha256(locations.canonical_json({"files": files}).encode()).hexdigest()
-
-
-def no_drafts_note(uri: str) -> str:
-    """One line for the user of a checkpoint: nothing drafts yet, and how to convert it."""
-    return (
-        f"{uri} does not draft yet, so it decodes in autoregressive mode; to convert it, give it as init_from to "
-        "tidar train (infra/jobs/train.small.yaml)"
-    )

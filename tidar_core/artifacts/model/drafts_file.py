@@ -6,50 +6,20 @@ The weights lie in a folder of their own: servers such as vLLM would take a file
 weights. The file tidar.json has their shape, and the content hash of the checkpoint that they were trained for.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tidar_core.artifacts.model.bundle_info import DraftsInfo
 from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
 from tidar_core.artifacts.model.hf_writer import write_tensors
-from tidar_core.config import AdapterConfig, ModelConfig
 from tidar_core.errors import WeightsError
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter
 from tidar_core.transformer.model import DraftLink, TidarModel
 
-__all__ = ["DRAFTS", "DraftsInfo", "attach_drafts", "save_drafts"]
+__all__ = ["DRAFTS", "attach_drafts", "save_drafts"]
 
 DRAFTS = "drafts/drafts.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftsInfo:
-    """Shape of the drafts of a bundle, and the checkpoint that they were trained for."""
-
-    adapter: AdapterConfig
-    link_rank: int
-    base_hash: str
-    """Content hash of the checkpoint."""
-    base_uri: str | None = None
-    """Address of the checkpoint; `None`: the bundle holds a copy of its files."""
-
-    def config(self, base: ModelConfig) -> ModelConfig:
-        """Config of the checkpoint with these drafts."""
-        return replace(base, adapter=self.adapter, link_rank=self.link_rank)
-
-    def values(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> "DraftsInfo":
-        """Inverse of `values`. Raises KeyError, TypeError or ConfigError for values of another form."""
-        adapter = dict(values["adapter"])
-        adapter["places"] = tuple(adapter["places"])
-        return DraftsInfo(**{**values, "adapter": AdapterConfig(**adapter)})
 
 
 def save_drafts(model: TidarModel, folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tidar_core.artifacts.model.bundle import BundleInfo, model_info, read_bundle_info
+from tidar_core.artifacts.model.bundle_info import BundleInfo, model_info, read_bundle_info
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry.alias_order import follow, highest, number, numbered
 from tidar_core.artifacts.registry.mlflow_client import (
