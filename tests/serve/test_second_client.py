@@ -15,9 +15,9 @@ from serving import own_service
 
 from serve_apps.api import bounds
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
-CLIENTS, SECONDS, ALONE_SECONDS, LATE = 8, 2.0, 2.0, 1.0
+CLIENTS, SECONDS, ALONE_SECONDS, LATE = 8, 1.0, 2.0, 1.0
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MEGABYTES = 7 * 2**20
 

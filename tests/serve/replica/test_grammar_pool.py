@@ -13,7 +13,7 @@ from serve_apps.messages.generation_request import Chat
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import LONG, PromptLanes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 """Grammars have a limit of time, so nothing may run beside these tests."""
 
 HOURS = {"type": "integer", "multipleOf": 99999991}
