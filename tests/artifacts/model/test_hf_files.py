@@ -113,7 +113,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     assert_refused(tmp_path, "model-00002-of-00002.safetensors cannot be read")
     for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
-        assert_refused(tmp_path, "is not JSON|has no weight_map")
+        assert_refused(tmp_path, "is not JSON|holds no JSON object|has no weight_map")
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import ray
 
 from pipelines.cluster.connection import connect, original_error
+from tidar_core.artifacts.network.cluster_address import given_cluster
 from tidar_core.errors import ConfigError, ShardError
 
 
@@ -46,6 +47,17 @@ def test_an_invalid_address_is_one_line(monkeypatch, address, reason):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=reason) as caught:
         connect()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ray.exceptions.AuthenticationError])
+def test_a_cluster_that_requires_a_token_is_refused_with_a_hint_at_the_token(monkeypatch, kind):
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        words = f"{'the head node refused the connection, ' * 9}{ray.exceptions.AuthenticationError('no token')}"
+        with pytest.raises(ConfigError, match="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or") as caught:  # noqa: SIM117
+            with given_cluster():
+                raise kind(words)
     assert "\n" not in str(caught.value)
 
 

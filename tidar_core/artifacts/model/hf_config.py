@@ -13,6 +13,7 @@ from typing import Any
 from tidar_core.artifacts.model.hf_rope import rope_of, rope_settings
 from tidar_core.artifacts.model.quantised import scaling_of
 from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.json_object import json_object
 from tidar_core.config import ModelConfig
 from tidar_core.errors import WeightsError
 
@@ -76,13 +77,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     where = locations.join(str(folder), "config.json")
     if not locations.exists(where):
         raise WeightsError(f"{where} cannot be read; give the folder of a Hugging Face model")
-    try:
-        settings = locations.read_json(where)
-    except ValueError as error:
-        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{where} holds no JSON object; fetch the folder again")
-    return settings
+    return json_object(where, locations.read_bytes(where))
 
 
 def config_from_hf(settings: dict[str, Any]) -> ModelConfig:

@@ -10,14 +10,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tidar_core.artifacts.model.quantised import FP8, SCALES, Scaling, dequantised
-from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.json_object import json_object
 from tidar_core.errors import WeightsError
 
 __all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors", "weight_files"]
@@ -187,11 +186,7 @@ def _index(folder: Path) -> dict[str, str]:
     where = folder / INDEX
     if not where.exists():
         raise WeightsError(f"{folder} has no {SINGLE}; give a folder with safetensors weights")
-    try:
-        index: Any = locations.read_json(str(where))
-    except ValueError as error:
-        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
+    places = json_object(where, where.read_bytes()).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise WeightsError(f"{where} has no weight_map from tensors to files; fetch the folder again")
     return places

@@ -18,6 +18,9 @@ VARIABLE = "RAY_ADDRESS"
 CLIENT_SCHEME = "ray://"
 SECONDS = 10.0
 """Timeout of a connection to the head node."""
+REASON_LEN = 200
+"""Characters of Ray's message that the user sees."""
+TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of this cluster"
 ADVICE = f"start the cluster, correct {VARIABLE}, or unset it for a cluster on this machine"
 
 
@@ -34,9 +37,10 @@ def given_cluster() -> Iterator[str | None]:
     _require_answer(address)
     try:
         yield address
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{VARIABLE} is {address}; Ray refused it ({reason}); {ADVICE}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        advice = TOKEN_ADVICE if "RAY_AUTH" in reason else ADVICE
+        raise ConfigError(f"{VARIABLE} is {address}; Ray refused it ({reason[:REASON_LEN]}); {advice}") from error
 
 
 def _require_answer(address: str) -> None:

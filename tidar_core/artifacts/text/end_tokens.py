@@ -4,11 +4,10 @@ The end tokens come from generation_config.json, else from config.json. The toke
 end token; it also separates documents in training. Any end token ends a sequence.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tidar_core.artifacts.store.json_object import json_object
 from tidar_core.errors import WeightsError
 
 __all__ = ["GENERATION_CONFIG", "EndTokens", "read_end_tokens"]
@@ -49,13 +48,7 @@ def read_end_tokens(folder: str | Path, *, eos_id: int, vocab_len: int) -> EndTo
 
 def _eos(where: Path, content: str, vocab_len: int) -> list[int] | None:
     """The end tokens in a file; None if the file names no end token."""
-    try:
-        settings = json.loads(content)
-    except ValueError as error:
-        raise WeightsError(f"{where} is not JSON ({error}); fetch the folder again") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{where} holds no JSON object; fetch the folder again")
-    given: Any = settings.get(EOS)
+    given = json_object(where, content).get(EOS)
     if given is None:
         return None
     ids = given if isinstance(given, list) else [given]
