@@ -45,7 +45,7 @@ test-service: install
 	$(BIN)/pytest -m "(ray or slow) and not alone" tests/serve
 
 test-alone: install
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone tests/serve
 
 test-fast-model: install
 	$(BIN)/pytest -m "not ray and not slow" tests/core tests/artifacts

@@ -213,3 +213,9 @@ def test_a_process_that_computes_no_model_starts_without_torch():
     code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_tests_that_run_alone_lie_in_the_folder_that_their_part_reads():
+    marked = [name(path) for path in (ROOT / "tests").rglob("*.py") if "pytest.mark." + "alone" in path.read_text()]
+    assert marked
+    assert all(path.startswith("tests/serve/") for path in marked)
