@@ -26,6 +26,7 @@ from tidar_core.errors import ConfigError
 __all__ = [
     "APP_NAME",
     "KILL_HUNG_REPLICAS_ENV",
+    "PATIENT_START_ENV",
     "RAY_FAST_PATH_ENV",
     "UNBOUNDED_HEADERS_ENV",
     "address_of",

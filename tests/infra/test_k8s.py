@@ -272,6 +272,7 @@ def test_nodes_of_the_service_have_the_environment_of_a_local_service():
                 shared_cluster.RAY_FAST_PATH_ENV
                 | shared_cluster.UNBOUNDED_HEADERS_ENV
                 | shared_cluster.KILL_HUNG_REPLICAS_ENV
+                | shared_cluster.PATIENT_START_ENV
             ).items()
         )
 

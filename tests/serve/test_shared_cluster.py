@@ -70,6 +70,14 @@ def test_every_route_of_the_service_counts_as_taken():
     assert served == {"/", *shared_cluster.PATHS}
 
 
+def test_a_proxy_may_take_longer_to_start_than_serve_allows_by_itself_unless_the_user_has_chosen(monkeypatch):
+    variable = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+    for given, expected in (({}, "30"), ({variable: "7"}, "7")):
+        monkeypatch.setattr("os.environ", environment := dict(given))
+        shared_cluster._set_environment()
+        assert environment[variable] == expected
+
+
 @pytest.fixture(scope="module")
 def cluster(free_port):
     """A Ray cluster whose Serve listens on `free_port` and runs an application of others."""
