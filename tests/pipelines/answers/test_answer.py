@@ -163,7 +163,7 @@ def test_prompts_without_a_usable_entry_or_with_a_damaged_line_are_refused_and_l
 
 
 @pytest.mark.parametrize("needed", [{"cpus_per_worker": 99}, {"gpus_per_worker": 1}])
-def test_a_worker_that_no_machine_can_hold_is_refused_instead_of_waiting(whole, model, prompts, tmp_path, needed):
+def test_a_worker_that_no_machine_can_hold_is_refused_instead_of_waiting(ray_cluster, model, prompts, tmp_path, needed):
     ((key, value),) = needed.items()
     with pytest.raises(ConfigError, match=f"{key} is {value}; this machine has . .PUs for Ray; lower {key}"):
         answer(answers_job(prompts, tmp_path / "out", model, **needed))
