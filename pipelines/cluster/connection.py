@@ -68,7 +68,7 @@ def require_room(cpus: int, gpus: float) -> None:
     for needed, kind, key in ((cpus, "CPU", "cpus_per_worker"), (gpus, "GPU", "gpus_per_worker")):
         has = int(found.get(kind, 0))
         if needed > has and not os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"{key} is {needed}; this machine has {has} {kind}s for Ray; lower {key}")
+            raise ConfigError(f"{key} is {needed:g}; this machine has {has} {kind}s for Ray; lower {key}")
 
 
 def original_error(error: BaseException) -> BaseException:
