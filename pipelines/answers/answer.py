@@ -34,7 +34,7 @@ from pipelines.cluster.progress import job_progress
 from pipelines.cluster.work_items import ActorPool, actor_outcomes, task_outcomes
 from pipelines.packing.corpus import JSON_LINES, PARQUET, list_corpus, work_units
 from pipelines.packing.skipped_entries import LeftOut
-from tidar_core.artifacts.model.bundle_info import model_config
+from tidar_core.artifacts.model.bundle_info import hf_location, model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.file_names import format_of
@@ -73,7 +73,7 @@ def answer(job: AnswersJob) -> AnswersManifest:
     files = _prompt_files(job)
     found = model_registry.find_bundle(model_registry.absolute_tracking_uri(job.tracking_uri), job.model)
     model = _Model(found.uri, found.info.bundle_hash)
-    if load_chat_template(model.uri) is None:
+    if load_chat_template(hf_location(model.uri)) is None:
         raise TokenizerError(
             f"{job.model} has no chat template, so it knows no conversations; put chat_template.jinja into its folder"
         )

@@ -29,6 +29,7 @@ from pipelines.answers.variants import variants_of
 from pipelines.packing.corpus import Piece, object_entries
 from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
+from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_folder import marked
 from tidar_core.artifacts.text.chat_template import load_chat_template
@@ -118,7 +119,7 @@ class UnitAnswers:
         bundle = load_bundle(uri, dtype=DTYPES[job.dtype], device="cuda" if job.gpus_per_worker else "cpu")
         if bundle.info.bundle_hash != model_hash:
             raise BundleError(f"{uri} has changed since the job began; start the job again")
-        template = load_chat_template(uri)
+        template = load_chat_template(base_location(uri, bundle.info))
         if template is None:
             raise TokenizerError(f"{uri} has no chat template; put chat_template.jinja into its folder")
         self._answerer = Answerer(bundle, template, job, uri=uri)

@@ -18,7 +18,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.lm_eval_model import GeneratedTexts
-from tidar_core.artifacts.model.bundle_info import model_info
+from tidar_core.artifacts.model.bundle_info import hf_location, model_info
 from tidar_core.artifacts.network.loopback import exempt_loopback, open_url
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError
@@ -58,7 +58,7 @@ class ServiceModel(LocalCompletionsAPI):
             max_length=min(job.task_context, int(self.card["max_model_len"])),
             timeout=ANSWER_SECONDS,
         )
-        self.tokenizer, self.tokenized_requests = load_tokenizer(job.bundle), True
+        self.tokenizer, self.tokenized_requests = load_tokenizer(hf_location(job.bundle)), True
 
     @property
     def eot_token_id(self) -> int:

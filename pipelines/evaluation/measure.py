@@ -15,6 +15,7 @@ import torch
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
@@ -76,7 +77,7 @@ def bench_prompts(
     context_len = bundle.model.config.context_len
     if max_tokens >= context_len:
         raise RequestError(f"max_tokens is {max_tokens}; the context of {context_len} must hold a prompt as well")
-    template = None if chat is False or path is None else load_chat_template(uri)
+    template = None if chat is False or path is None else load_chat_template(base_location(uri, bundle.info))
     if chat and template is None:
         needed = "--chat needs a prompts file" if path is None else f"--chat needs a chat template, and {uri} has none"
         raise RequestError(f"{needed}; drop --chat")

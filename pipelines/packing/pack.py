@@ -32,6 +32,7 @@ from pipelines.packing.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shar
 from pipelines.packing.skipped_entries import LeftOut
 from pipelines.packing.token_parts import Part
 from tidar_core.artifacts import shards
+from tidar_core.artifacts.model.bundle_info import hf_location
 from tidar_core.artifacts.shards import Manifest, ShardEntry, SourceCounts, Split
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.locations import FileEntry
@@ -76,7 +77,7 @@ def pack(job: PackJob) -> Manifest:
     The same corpus, tokenizer and job give the same bytes. `workers`, `unit_bytes` and restarts do not change them.
     """
     listing = [corpus.list_corpus(source.path, job.include, job.exclude) for source in job.sources]
-    tokenizer = load_tokenizer(job.tokenizer) if isinstance(job.tokenizer, str) else None
+    tokenizer = load_tokenizer(hf_location(job.tokenizer)) if isinstance(job.tokenizer, str) else None
     identity = _identity(job, listing, tokenizer)
     output = locations.absolute(job.output)
     folder = WorkFolder(output_folder.work_folder(output, identity[: output_folder.KEY_LEN]), job.unit_bytes)
@@ -240,7 +241,7 @@ def _identity(job: PackJob, listing: Listing, tokenizer: Tokenizer | None) -> st
     if tokenizer:
         decides["tokenizer"] = tokenizer.fingerprint
     if _has_conversations(job):
-        template = load_chat_template(job.tokenizer) if isinstance(job.tokenizer, str) else None
+        template = load_chat_template(hf_location(job.tokenizer)) if isinstance(job.tokenizer, str) else None
         if template is None:
             raise TokenizerError(
                 f"the tokenizer {job.tokenizer} has no chat template; conversations need one; "

@@ -22,6 +22,7 @@ __all__ = [
     "EngineStarted",
     "Generate",
     "GetLoad",
+    "LoadDrafts",
     "LogMessage",
     "StageReached",
     "StartFailed",
@@ -76,6 +77,15 @@ class CheckHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadDrafts:
+    """Exchanges the drafts for those of a version with the same base, which the engine serves from then on."""
+
+    call: int
+    version: Any
+    """The `ModelVersion` to serve."""
+
+
+@dataclass(frozen=True, slots=True)
 class CancelCall:
     """Ends a call whose answer nobody waits for any more; there is no further answer to it."""
 
@@ -87,7 +97,7 @@ class StopEngine:
     """Ends the process after the forward in flight."""
 
 
-EngineCall = Generate | Tokenize | Detokenize | GetLoad | CheckHealth | CancelCall | StopEngine
+EngineCall = Generate | Tokenize | Detokenize | GetLoad | CheckHealth | LoadDrafts | CancelCall | StopEngine
 """Every message to the engine's process but the first, which is the `ModelVersion` to load."""
 
 

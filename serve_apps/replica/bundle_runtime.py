@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.rollout.model_version import ModelVersion
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from serve_apps.streaming.tool_call_formats import form_of
-from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle, load_drafts
+from tidar_core.artifacts.model.bundle_info import BundleInfo, base_location, read_bundle_info
 from tidar_core.artifacts.model.latency_file import bundle_planner
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
 from tidar_core.config import DraftConfig
@@ -60,12 +63,8 @@ class BundleRuntime:
         """
         settings, uri = served.settings, served.bundle_uri
         bundle = load_bundle(uri, dtype=DTYPES[settings.dtype], device=settings.device)
-        if bundle.info.bundle_hash != served.bundle_hash:
-            raise BundleError(
-                f"{uri} has hash {bundle.info.bundle_hash}; the service was started with {served.bundle_hash}; "
-                "restart it to serve the new bundle"
-            )
-        template = load_chat_template(uri, instead=settings.chat_template)
+        _require_resolved(served, bundle.info)
+        template = load_chat_template(base_location(uri, bundle.info), instead=settings.chat_template)
         return BundleRuntime(
             bundle,
             uri,
@@ -76,6 +75,15 @@ class BundleRuntime:
             template=template,
             tool_form=None if template is None else form_of(template, settings.tool_form),
         )
+
+    def read_drafts(self, served: ModelVersion) -> dict[str, Tensor]:
+        """Weights of the drafts of a version with the same base, for `Decoder.load_drafts`.
+
+        Raises BundleError where the bundle is damaged, or is no longer the one that was resolved.
+        """
+        info = read_bundle_info(served.bundle_uri)
+        _require_resolved(served, info)
+        return load_drafts(served.bundle_uri, info, DTYPES[served.settings.dtype])
 
     def scheduler(
         self,
@@ -101,3 +109,12 @@ class BundleRuntime:
         prompt  the tokens of its prompt
         """
         return IncrementalDetokenizer(self.tokenizer, request, prompt, block_len=self.decoder.draft.block_len)
+
+
+def _require_resolved(served: ModelVersion, info: BundleInfo) -> None:
+    """Raise BundleError if this is not the bundle that was resolved."""
+    if info.bundle_hash != served.bundle_hash:
+        raise BundleError(
+            f"{served.bundle_uri} has hash {info.bundle_hash}; the service was started with {served.bundle_hash}; "
+            "restart it to serve the new bundle"
+        )

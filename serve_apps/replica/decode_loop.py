@@ -7,6 +7,7 @@ the whole batch.
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 import time
@@ -147,6 +148,21 @@ class DecodeLoop:
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return self._scheduler.waiting
+
+    async def between_forwards(self, work: Callable[[], None]) -> None:
+        """Run `work` in the decoder's thread before the next forward. Raises its error."""
+        done = concurrent.futures.Future[None]()
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._post(run)
+        await asyncio.wrap_future(done)
 
     def check_health(self) -> None:
         """Raise RuntimeError if the thread is dead or its forwards keep failing."""

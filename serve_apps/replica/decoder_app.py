@@ -139,11 +139,11 @@ class DecoderApp:
 
     async def _loads(self) -> list[Load]:
         """Loads of all engines, the champion's first. Another engine that is ending, or has died, is left out."""
-        first, *others = self.pool.generators
-        loads = [await first.engine.load(self._name)]
-        for generator in others:
+        first, *others = self.pool.engines
+        loads = [await first.load(self._name)]
+        for engine in others:
             with suppress(RuntimeError):
-                loads.append(await generator.engine.load(self._name))
+                loads.append(await engine.load(self._name))
         return loads
 
     async def _watched_target(self) -> ServingTarget:

@@ -1,7 +1,7 @@
 """Decodes with one set of weights: a bundle on one device, and a loop that batches all requests.
 
-The weights never change: other weights are another engine. A replica runs its engines in child processes
-(`engine_client`, `engine_server`), or in its own process.
+The weights never change, except drafts of a frozen checkpoint: other weights are another engine. A replica runs its
+engines in child processes (`engine_client`, `engine_server`), or in its own process.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import PromptLanes
 from serve_apps.replica.replica_memory import replica_memory
 from serve_apps.rollout.model_version import ModelVersion
+from tidar_core.artifacts.model.bundle_info import hf_location
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.chat_template import ChatTemplate
 from tidar_core.config import SamplingConfig
@@ -66,7 +67,7 @@ class Engine:
         report(replica_memory(served).line)
         report(f"weights are loaded from {served.bundle_uri}")
         self._runtime = BundleRuntime.load(served)
-        self.tokenizer_info = _tokenizer_info(served.bundle_uri, self._runtime.template)
+        self.tokenizer_info = _tokenizer_info(hf_location(served.bundle_uri), self._runtime.template)
         self.tool_form = self._runtime.tool_form
         self.scheduler = self._runtime.scheduler(
             served.mode, max_waiting=settings.max_waiting, budget=settings.timing_seconds, report=report
@@ -83,6 +84,16 @@ class Engine:
             max_waiting_tokens=settings.max_waiting_tokens,
             flush=flush,
         )
+
+    async def load_drafts(self, served: ModelVersion) -> None:
+        """Serve a version with the same base from now on: its drafts are exchanged between two forwards.
+
+        Texts in flight go on, and keep the fingerprint under which they began. Raises TidarError, and keeps the drafts,
+        if the new drafts cannot be loaded.
+        """
+        drafts = await asyncio.to_thread(self._runtime.read_drafts, served)
+        await self.loop.between_forwards(partial(self._runtime.decoder.load_drafts, drafts))
+        self.served = served
 
     async def check_health(self) -> None:
         """Raise RuntimeError unless a forward succeeds; an idle engine decodes two tokens of its own."""
@@ -156,8 +167,8 @@ class Engine:
         self._lanes.stop()
 
 
-def _tokenizer_info(bundle_uri: str, template: ChatTemplate | None) -> TokenizerInfo:
-    config = locations.read_json(locations.join(bundle_uri, "tokenizer_config.json"))
+def _tokenizer_info(folder: str, template: ChatTemplate | None) -> TokenizerInfo:
+    config = locations.read_json(locations.join(folder, "tokenizer_config.json"))
     sources = None if template is None else template.sources
     shown = sources["default"] if sources is not None and len(sources) == 1 else sources
     return TokenizerInfo.model_validate(config | {"chat_template": shown})

@@ -31,6 +31,7 @@ from serve_apps.messages.engine_calls import (
     EngineStarted,
     Generate,
     GetLoad,
+    LoadDrafts,
     LogMessage,
     StageReached,
     StartFailed,
@@ -56,11 +57,15 @@ class EngineClient:
     """An engine in a process of its own."""
 
     def __init__(
-        self, served: ModelVersion, lost: Callable[[str], None], report: Callable[[str], None] = lambda line: None
+        self,
+        served: ModelVersion,
+        lost: Callable[["EngineClient", str], None],
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Starts the process, and raises the error that the process meets while it loads.
 
-        lost    called with a message, in a thread of the client, when the process ends without having been stopped
+        lost    called with this client and a message, in a thread of the client, when the process ends without having
+                been stopped
         report  called with one line at the start of each stage, in a thread of the client
         """
         self.served, self._lost, self._report = served, lost, report
@@ -112,6 +117,11 @@ class EngineClient:
         load: Load = await self._answer(GetLoad(next(self._numbers), replica))
         return replace(load, pid=os.getpid())
 
+    async def load_drafts(self, served: ModelVersion) -> None:
+        """See `Engine.load_drafts`."""
+        await self._answer(LoadDrafts(next(self._numbers), served))
+        self.served = served
+
     async def check_health(self) -> None:
         """See `Engine.check_health`. A process that does not answer is unhealthy too."""
         seconds = self.served.settings.hang_seconds * 7 / 6  # a little more than the process gives itself
@@ -130,7 +140,7 @@ class EngineClient:
             self._process.kill()
             self._thread.join()
 
-    async def _answer(self, message: Tokenize | Detokenize | GetLoad | CheckHealth) -> Any:
+    async def _answer(self, message: Tokenize | Detokenize | GetLoad | CheckHealth | LoadDrafts) -> Any:
         """The result of a call. Raises what the process raised. Cancelled early, the call is cancelled there too."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
@@ -219,7 +229,7 @@ class EngineClient:
         if not self._begun.is_set():
             self._note_start(StartFailed(RuntimeError(problem)))
         elif not self._stopping and isinstance(self._first, EngineStarted):
-            self._lost(problem)
+            self._lost(self, problem)
         self._problem = problem
         self._put([(call, GenerationFailed(RuntimeError(problem))) for call in list(self._texts)])
         for call in list(self._answers):

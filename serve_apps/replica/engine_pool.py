@@ -4,6 +4,9 @@ A replica has the champion's engine, and may have a challenger's. New weights ar
 once. Then new texts go to them, and the old engine ends with its last text. So a replica needs memory for one engine
 more than it serves. It waits for an engine that is leaving before it loads another. A version that cannot be loaded
 changes only the report.
+
+Drafts of the same frozen checkpoint are exchanged in the champion's engine, in no new memory. Both versions then share
+this engine: texts in flight end under the version with which they began.
 """
 
 import asyncio
@@ -15,7 +18,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from serve_apps.api.errors import ParameterError
@@ -71,6 +73,11 @@ class EnginePool:
         return self._generators[self._roles[CHAMPION]]
 
     @property
+    def engines(self) -> "tuple[Engine | EngineClient, ...]":
+        """All engines, the champion's first; empty before the start."""
+        return tuple({id(generator.engine): generator.engine for generator in self.generators}.values())
+
+    @property
     def generators(self) -> tuple[TextGenerator, ...]:
         """All generators, the champion first; empty before the start."""
         champion = self._roles.get(CHAMPION)
@@ -123,6 +130,8 @@ class EnginePool:
         """Raise if the champion does not decode. Another engine that does not decode is given up."""
         for generator in self.generators:
             bundle_hash = generator.served.bundle_hash
+            if not self._holds(bundle_hash):
+                continue  # its engine is checked for the version that it serves now
             try:
                 await generator.engine.check_health()
             except Exception as error:
@@ -165,21 +174,43 @@ class EnginePool:
                 self._reached = target
 
     async def _loaded(self, served: ModelVersion | None, target: ServingTarget) -> bool:
-        """Load a version, as soon as no engine is leaving. Returns False if the target has changed by then."""
-        if served is None or served.bundle_hash in self._generators:
+        """Load a version, once no engine that leaves is in its way. Returns False if the target has changed by then."""
+        if served is None or self._holds(served.bundle_hash):
             return True
+        in_place = served is target.champion and served.shares_base(self.champion.served)
         self._end_unneeded()
-        while self._leaving():
+        while self._elsewhere(served) if in_place else self._leaving():
             self._left.clear()
             await self._left.wait()
             if self._target is not target:
                 return False
         if served.bundle_hash not in self._problems:
             self._loading = served
-            made = await asyncio.to_thread(self._made, served, self._totals(served))
+            totals = self._totals(served)
+            work = self._exchanged(served, totals) if in_place else asyncio.to_thread(self._made, served, totals)
+            made = await work
             self._loading = None
             self._keep(served, made)
         return self._target is target
+
+    async def _exchanged(self, served: ModelVersion, totals: VersionStats) -> TextGenerator | Exception:
+        """Give the champion's engine the drafts of `served`."""
+        engine = self.champion.engine
+        try:
+            await engine.load_drafts(served)
+        except Exception as error:  # a damaged file: the old drafts go on
+            return error
+        return self._generators.get(served.bundle_hash) or TextGenerator(served, engine, totals)
+
+    def _elsewhere(self, served: ModelVersion) -> bool:
+        """Whether texts of this version still run in another engine than the champion's."""
+        generator = self._generators.get(served.bundle_hash)
+        return generator is not None and generator.engine is not self.champion.engine
+
+    def _holds(self, bundle_hash: str) -> bool:
+        """Whether an engine has the weights of a bundle. An engine that has changed its drafts has them no more."""
+        generator = self._generators.get(bundle_hash)
+        return generator is not None and generator.engine.served.bundle_hash == bundle_hash
 
     def _keep(self, served: ModelVersion, made: TextGenerator | Exception) -> None:
         """Keep a generator, or the error of a bundle that could not be loaded."""
@@ -198,7 +229,7 @@ class EnginePool:
     def _take(self, role: str, served: ModelVersion | None) -> None:
         """Give the role to the engine of `served`. If that engine is missing, the champion stays."""
         before = self._roles.get(role)
-        if served is not None and served.bundle_hash in self._generators:
+        if served is not None and self._holds(served.bundle_hash):
             self._roles[role] = served.bundle_hash
         elif role == CHALLENGER:
             self._roles.pop(role, None)
@@ -213,7 +244,7 @@ class EnginePool:
         self._problems[bundle_hash] = problem = _Problem(_in_words(error), self._clock())
         logger.warning("version %s is given up: %s", self._known[bundle_hash][0].label, problem.message)
         self._roles = {role: held for role, held in self._roles.items() if held != bundle_hash}
-        asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash))
+        asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash).engine)
         self._left.set()
 
     def _wanted(self) -> set[str]:
@@ -224,13 +255,16 @@ class EnginePool:
         return roles | {served.bundle_hash for served in coming if served is not None}
 
     def _leaving(self) -> list[str]:
-        return [bundle_hash for bundle_hash in self._generators if bundle_hash not in self._wanted()]
+        wanted = self._wanted()
+        return [key for key in self._generators if key not in wanted or not self._holds(key)]
 
     def _end_unneeded(self) -> None:
         """End engines that have no role and no text in flight, which frees their memory."""
         for bundle_hash in self._leaving():
             if not self._generators[bundle_hash].texts:
-                asyncio.get_running_loop().run_in_executor(None, _end, self._generators.pop(bundle_hash))
+                engine = self._generators.pop(bundle_hash).engine
+                if engine not in self.engines:
+                    asyncio.get_running_loop().run_in_executor(None, _end, engine)
                 self._left.set()
 
     def _made(self, served: ModelVersion, totals: VersionStats) -> TextGenerator | Exception:
@@ -244,7 +278,7 @@ class EnginePool:
 
     def _engine(self, served: ModelVersion) -> "Engine | EngineClient":
         if served.settings.own_process:
-            return EngineClient(served, partial(self._lost, served.bundle_hash), self._report_stage)
+            return EngineClient(served, self._lost, self._report_stage)
         from serve_apps.replica import engine  # it loads torch
 
         return engine.Engine(served, self._report_stage)
@@ -253,10 +287,10 @@ class EnginePool:
         logger.info("replica %s: %s", self._replica, line)
         start_stage.publish(self._replica, line)
 
-    def _lost(self, bundle_hash: str, problem: str) -> None:
+    def _lost(self, engine: EngineClient, problem: str) -> None:
         """End the replica if the champion's process has died: Serve notices at once, and waiting texts go to other
         replicas. Any other engine is given up at its next health check."""
-        if bundle_hash == self._roles.get(CHAMPION):
+        if self._roles and self.champion.engine is engine:
             logger.critical("replica %s ends: %s", self._replica, problem)
             logging.shutdown()
             os._exit(1)
@@ -275,8 +309,8 @@ class EnginePool:
         )
 
 
-def _end(generator: TextGenerator) -> None:
-    generator.engine.stop()
+def _end(engine: "Engine | EngineClient") -> None:
+    engine.stop()
     gc.collect()  # frames in which torch made the weights refer to each other, and to the engine
 
 

@@ -28,6 +28,7 @@ from serve_apps.messages.engine_calls import (
     EngineStarted,
     Generate,
     GetLoad,
+    LoadDrafts,
     LogMessage,
     StageReached,
     StartFailed,
@@ -125,6 +126,8 @@ class _Calls:
                 self._begin(message.call, self._answer(message.call, engine.load(message.replica)))
             case CheckHealth():
                 self._begin(message.call, self._answer(message.call, engine.check_health()))
+            case LoadDrafts():
+                self._begin(message.call, self._answer(message.call, engine.load_drafts(message.version)))
             case CancelCall():
                 if (cancel := self._cancel.pop(message.call, None)) is not None:
                     cancel()

@@ -6,11 +6,11 @@ A model's name is looked up once, so that every replica loads the same weights e
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_apps.api.completion_response import ModelCard
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle_info import model_config
+from tidar_core.artifacts.model.bundle_info import DraftsInfo, model_config
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.config import AUTOREGRESSIVE, mode_of
 from tidar_core.errors import ConfigError
@@ -32,6 +32,8 @@ class ModelVersion:
     """K of the decoder: 1 in the autoregressive mode."""
     drafting: bool = True
     """Whether the model drafts; a checkpoint does not."""
+    drafts: DraftsInfo | None = None
+    """Drafts of a frozen checkpoint; None for any other model."""
     version: int | None = None
     """Number in the registry; None for a model that was given by its location."""
 
@@ -44,6 +46,14 @@ class ModelVersion:
     def fingerprint(self) -> str:
         """The same string for the same weights and the same method of decoding."""
         return f"{self.bundle_hash[:HASH_SHOWN]}-{self.mode}-{self.block_len}"
+
+    def shares_base(self, other: "ModelVersion") -> bool:
+        """Whether an engine of the other version serves this version once it has loaded its drafts."""
+        ours, theirs = self.drafts, other.drafts
+        if ours is None or theirs is None:
+            return False
+        decoding = (self.settings, self.block_len) == (other.settings, other.block_len)
+        return decoding and ours == replace(theirs, base_uri=ours.base_uri)
 
     @property
     def label(self) -> str:
@@ -83,6 +93,7 @@ def resolve_model(settings: ServeSettings, model: str | None = None) -> tuple[Mo
         bundle_hash=info.bundle_hash,
         block_len=block_len,
         drafting=shape.drafting,
+        drafts=info.drafts,
         version=found.version,
     )
     card = ModelCard(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_core.config import ModelConfig
+from tidar_core.config import ADAPTER_PLACES, ModelConfig
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.kernels import Kernels, kernels_for
 from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
@@ -31,7 +31,7 @@ __all__ = ["DecodeForward"]
 class DecodeForward:
     """A model ready to read tokens: the rotation of every position, and the weights in the order of use.
 
-    So a decode step looks up no module. The weights are final.
+    So a decode step looks up no module. Of the weights, only an adapter's may change, followed by `refresh_adapter`.
     """
 
     def __init__(
@@ -48,6 +48,16 @@ class DecodeForward:
         self._masks_KE = _mask_embeddings(model, block_len)
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
         self._layers = [_LayerWeights.of(*both, model.config) for both in zip(model.layers, adapters)]
+
+    @torch.no_grad()
+    def refresh_adapter(self) -> None:
+        """Compute anew, in the same memory, all that was computed of the adapter's weights."""
+        if self.model.adapter is None:
+            return
+        self._masks_KE.copy_(_mask_embeddings(self.model, len(self._masks_KE)))
+        for layer, adapter in zip(self._layers, self.model.adapter.layers):
+            for place in ADAPTER_PLACES:
+                getattr(layer, place).refresh(getattr(adapter, place))
 
     def __call__(
         self,
@@ -105,6 +115,10 @@ class _Product:
         if adapter is None:
             return _Product(linear.weight, linear.bias, None, None)
         return _Product(linear.weight, linear.bias, adapter.down, adapter.up * ADAPTER_SCALE)
+
+    def refresh(self, adapter: LowRank | None) -> None:
+        if adapter is not None and self.up is not None:
+            self.up.copy_(adapter.up * ADAPTER_SCALE)
 
     def __call__(self, x_BRN: Tensor, clean_len: int) -> Tensor:
         y_BRN = F.linear(x_BRN, self.weight, self.bias)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_core.config import DraftConfig
@@ -74,7 +75,9 @@ class DecodeStepRunner:
         self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         self._forward = DecodeForward(model, cache, positions=positions, block_len=draft.block_len, kernels=kernels)
-        self._link = None if model.link is None else model.link.final(tuning.looked_up_tokens)
+        self._link_VV: Tensor | None = None
+        if model.link is not None and model.config.vocab_size <= tuning.looked_up_tokens:
+            self._link_VV = model.link.table()
         device = cache.pages.device
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
         """1..K: distances of the tokens of a block from the token before it."""
@@ -84,6 +87,12 @@ class DecodeStepRunner:
         self.tensors_of = lru_cache(maxsize=PLANS_KEPT)(of)
         """Tensors of a decode step's plan. A captured step must keep its own: other plans evict them from here."""
         self._tensors_of_prefill = lru_cache(maxsize=PREFILLS_KEPT)(of_prefill)
+
+    def refresh_drafts(self) -> None:
+        """Compute anew, in the same memory, all that was computed of the weights of adapter and link."""
+        self._forward.refresh_adapter()
+        if self.model.link is not None and self._link_VV is not None:
+            self._link_VV.copy_(self.model.link.table())
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
         """Read a chunk of one sequence whose first token has position `start`.
@@ -197,9 +206,9 @@ class DecodeStepRunner:
         """
         drafts = logits_BRV.shape[1]
         position_BR = self.state.prefix_len[slots, None] + self._ahead_K[:drafts]
-        at_once = drafts if self._link is None else 1
+        at_once = drafts if self.model.link is None else 1
         for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
-            linked = logits if self._link is None else logits + self._link(before_B1)
+            linked = self._linked(logits, before_B1)
             if self.state.proposal is None:
                 before_B1 = linked.argmax(-1)
                 yield before_B1, linked
@@ -207,6 +216,12 @@ class DecodeStepRunner:
                 proposal = target_probs(linked, sampling)
                 before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
                 yield before_B1, proposal
+
+    def _linked(self, logits: Tensor, before: Tensor) -> Tensor:
+        """See `TidarModel.linked`; the link's logits are looked up if there is a table of them."""
+        if self._link_VV is None:
+            return self.model.linked(logits, before)
+        return logits + F.embedding(before, self._link_VV)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
         """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""

@@ -12,7 +12,7 @@ The decoder keeps no waiting line and owns no pages: `scheduler` decides which s
 `decode_step` computes a forward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,6 +33,7 @@ from tidar_core.decoding.sampling import SamplingTensors
 from tidar_core.decoding.sequence import Sequence
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, require_same_shapes
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -87,6 +88,22 @@ class Decoder:
     def check(self, request: Request) -> None:
         """Raise RequestError if this decoder could never serve `request`."""
         check_request(request, self.model.config, self.context_len)
+
+    @torch.inference_mode()
+    def load_drafts(self, weights: Mapping[str, Tensor]) -> None:
+        """Exchange the weights of adapter and link, between any two steps, in the middle of texts too.
+
+        Drafts are proposals, so texts with beta = 1 keep their distribution; with argmax drafts they stay the same,
+        token for token. Values go into the same tensors, so captured steps read them too. Raises WeightsError, and
+        changes nothing, if names or shapes differ.
+
+        weights  values by their names in the model: all of its adapter and its link
+        """
+        held = {name: weight for name, weight in self.model.named_parameters() if name.startswith(DRAFT_WEIGHTS)}
+        require_same_shapes("drafts", weights, held)
+        for name, weight in held.items():
+            weight.copy_(weights[name])
+        self._runner.refresh_drafts()
 
     @torch.inference_mode()
     def read(self, sequence: Sequence, plan: StepPlan) -> Tensor:

@@ -8,20 +8,40 @@ Shape letters: B sequences, M mask tokens, K block length, E embedding.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidar_core.config import AdapterConfig, ModelConfig
+from tidar_core.errors import WeightsError
 
-__all__ = ["ADAPTER_SCALE", "DRAFT_WEIGHTS", "DraftAdapter", "LayerAdapter", "LowRank", "freeze"]
+__all__ = [
+    "ADAPTER_SCALE",
+    "DRAFT_WEIGHTS",
+    "DraftAdapter",
+    "LayerAdapter",
+    "LowRank",
+    "freeze",
+    "require_same_shapes",
+]
 
 DRAFT_WEIGHTS = ("adapter.", "link.")
 """Beginnings of the names of a model's weights that draft; all others are the checkpoint's."""
 
 ADAPTER_SCALE = 2.0
 """Factor on each product of low rank; its `up` is zero at the start, so the factor acts as a learning rate."""
+
+
+class Shaped(Protocol):
+    """A tensor, or the description of a stored tensor."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Entries along each axis."""
+        ...
 
 
 class DraftAdapter(nn.Module):
@@ -82,6 +102,23 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., width_in] to its addition [.., width_out]."""
         return F.linear(F.linear(x, self.down), self.up) * ADAPTER_SCALE
+
+
+def require_same_shapes(where: object, given: Mapping[str, Shaped], wanted: Mapping[str, Shaped]) -> None:
+    """Raise WeightsError if drafts have other names or shapes than a model's adapter and link.
+
+    where   place of the drafts, for the error
+    given   weights that were found, by name
+    wanted  weights of the model, by name
+    """
+    found, needed = ({name: tuple(x.shape) for name, x in weights.items()} for weights in (given, wanted))
+    differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
+    if differing:
+        name = differing[0]
+        raise WeightsError(
+            f"{where} has {name} of shape {found.get(name)}; its checkpoint needs {needed.get(name)}; use the drafts "
+            "that were trained for this checkpoint"
+        )
 
 
 def freeze(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ Shape letters: B sequences, L tokens (the last M of them mask tokens), E embeddi
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -155,16 +154,9 @@ class DraftLink(nn.Module):
         return F.linear(F.embedding(before, self.before), self.after)
 
     @torch.no_grad()
-    def final(self, looked_up_tokens: int = LOOKED_UP_TOKENS) -> Callable[[Tensor], Tensor]:
-        """The same function, for weights that change no more.
-
-        looked_up_tokens  largest vocabulary for which the logits of every token are kept and looked up
-        """
-        vocab_size = len(self.before)
-        if vocab_size > looked_up_tokens:
-            return self
-        table_VV = self(torch.arange(vocab_size, device=self.before.device))
-        return lambda before: F.embedding(before, table_VV)
+    def table(self) -> Tensor:
+        """Logits [V, V] to add after every token."""
+        return self(torch.arange(len(self.before), device=self.before.device))
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:

@@ -13,11 +13,14 @@ from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.completion import complete
 from tidar_core.decoding.cuda_graphs import StepGraphs
 from tidar_core.decoding.decode_forward import DecodeForward
+from tidar_core.decoding.decode_step import DecodeTuning
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.decoding.scheduler import Scheduler
-from tidar_core.decoding.step_plan import MODES, FixedMode
+from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
+from tidar_core.errors import WeightsError
 from tidar_core.transformer.attention import DenseAttention
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.layout import decode_layout
 
@@ -90,3 +93,84 @@ def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted):
             link = adapted.link.after @ adapted.link.before[chain[-1]]
             chain.append(int((masks[j] + link).argmax()))
     assert drafts == chain
+
+
+def drafts_of(model):
+    return {name: value for name, value in model.state_dict().items() if name.startswith(DRAFT_WEIGHTS)}
+
+
+class Watched:
+    """A planner that notes the drafts to be verified next, and exchanges the decoder's weights before some forwards."""
+
+    drafts_at_prefill = True
+
+    def __init__(self, decoder, exchanges=None):
+        self.decoder, self.exchanges, self.drafts = decoder, exchanges or {}, []
+
+    def next_plan(self, pending, context):
+        if (weights := self.exchanges.get(len(self.drafts))) is not None:
+            self.decoder.load_drafts(weights)
+        self.drafts.append(self.decoder._state.draft[: len(self.decoder.running)].tolist())
+        return StepPlan(K, tuple(range(1, K + 1)))
+
+    def observe(self, steps):
+        pass
+
+
+def two_adapters():
+    """Models with the same checkpoint and other drafts."""
+    old, new = (adapted_model(link_rank=4, seed=7) for _ in range(2))
+    generator = torch.Generator().manual_seed(99)
+    for value in drafts_of(new).values():
+        value.copy_(torch.randn(value.shape, generator=generator) / value.shape[-1] ** 0.5)
+    return old, new
+
+
+def decoder_of(model, *, captured=False, looked_up_tokens=512):
+    tuning = DecodeTuning(looked_up_tokens=looked_up_tokens)
+    decoder = Decoder(model, DraftConfig(block_len=K), slots=3, context_len=64, page_len=4, tuning=tuning)
+    if captured:
+        decoder._graphs = StepGraphs(decoder._runner, StandInRecorder())
+    return decoder
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
+def test_drafts_exchanged_in_the_middle_of_texts_change_no_text(captured):
+    old, new = two_adapters()
+    texts = prompts(5, 12, 3)
+    expected = expected_texts(old, texts, SAMPLED)
+    addresses = [weight.data_ptr() for weight in old.parameters()]
+    decoder, back = decoder_of(old, captured=captured), {n: v.clone() for n, v in drafts_of(old).items()}
+    planner = Watched(decoder, {3: drafts_of(new), 7: back, 8: drafts_of(new)})
+    done = complete(Scheduler(decoder, planner), requests(texts, SAMPLED))
+    assert [tuple(completion.token_ids) for completion in done] == expected
+    assert len(planner.drafts) > 8
+    assert [weight.data_ptr() for weight in old.parameters()] == addresses
+
+
+@pytest.mark.parametrize("looked_up_tokens", [0, 512], ids=["multiplied", "looked up"])
+@pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
+def test_after_an_exchange_drafts_are_those_of_a_decoder_that_began_with_the_new_weights(captured, looked_up_tokens):
+    old, new = two_adapters()
+    planners = []
+    for model, exchange in ((old, False), (old, True), (new, False)):
+        decoder = decoder_of(model, captured=captured, looked_up_tokens=looked_up_tokens)
+        if exchange:  # after all shapes of steps were captured
+            complete(Scheduler(decoder, Watched(decoder)), requests(prompts(5, 9), GREEDY))
+            known = captured and decoder._graphs.captured
+            decoder.load_drafts(drafts_of(new))
+        planners.append(Watched(decoder))
+        complete(Scheduler(decoder, planners[-1]), requests(prompts(5, 9), GREEDY))
+        assert not (exchange and captured) or decoder._graphs.captured == known
+    assert planners[1].drafts == planners[2].drafts
+    assert planners[1].drafts != planners[0].drafts
+
+
+@pytest.mark.parametrize("other", [{"rank": 3}, {"link_rank": 5}, {"link_rank": 0}, {"block_len": 5}])
+def test_drafts_of_another_shape_are_refused_whole(other):
+    model, stranger = (adapted_model(**{"link_rank": 4, **changes}) for changes in ({}, other))
+    decoder = Decoder(model, DraftConfig(block_len=K), slots=1, context_len=64)
+    before = {name: value.clone() for name, value in drafts_of(model).items()}
+    with pytest.raises(WeightsError, match="use the drafts that were trained for this checkpoint"):
+        decoder.load_drafts(drafts_of(stranger))
+    assert all(torch.equal(value, before[name]) for name, value in drafts_of(model).items())

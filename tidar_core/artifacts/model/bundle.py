@@ -15,6 +15,8 @@ A bundle is a Hugging Face model folder with a few files of ours:
 A bundle of a frozen checkpoint holds the checkpoint's files as they are, or names their address, and its drafts:
 
     drafts/drafts.safetensors                             adapter and link
+
+Drafts can be exchanged alone (`load_drafts`) under a checkpoint that is loaded.
 """
 
 import shutil
@@ -29,6 +31,7 @@ from tidar_core.artifacts.model.bundle_info import (
     BUNDLE_JSON,
     FORMAT_VERSION,
     FROZEN_FORMAT_VERSION,
+    REFETCH,
     BundleInfo,
     DraftsInfo,
     base_location,
@@ -36,12 +39,14 @@ from tidar_core.artifacts.model.bundle_info import (
     info_of,
     is_bundle,
     model_info,
+    require_file,
     verify_bundle,
 )
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
-from tidar_core.artifacts.model.drafts_file import attach_drafts, save_drafts
-from tidar_core.artifacts.model.finite import require_finite
+from tidar_core.artifacts.model.drafts_file import DRAFTS, attach_drafts, save_drafts
+from tidar_core.artifacts.model.finite import require_finite, require_finite_weights
 from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
 from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import write_made_by
@@ -50,7 +55,7 @@ from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_
 from tidar_core.errors import BundleError
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["DTYPES", "Bundle", "load_bundle", "save_bundle", "save_frozen_bundle"]
+__all__ = ["DTYPES", "Bundle", "load_bundle", "load_drafts", "save_bundle", "save_frozen_bundle"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that weights can be loaded in, by the names that users give."""
@@ -118,6 +123,7 @@ def save_frozen_bundle(
     """
     require_finite(model, uri)
     assert model.config.adapter is not None, "the model has no draft adapter"
+    base_uri = None if base_uri is None else locations.absolute(base_uri)
     source = locations.local_copy(checkpoint)
     files = checkpoint_files(source)
     drafts = DraftsInfo(
@@ -168,6 +174,21 @@ def load_bundle(
     require_finite(model, str(uri))
     ends = read_end_tokens(base, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     return Bundle(model, tokenizer, info, ends.ids)
+
+
+def load_drafts(uri: str, info: BundleInfo, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Read the weights of adapter and link from the bundle at `uri`, by name; no other weights are downloaded.
+
+    Raises BundleError if the drafts are damaged or not finite.
+    """
+    folder, name = DRAFTS.split("/")
+    if not locations.exists(locations.join(uri, DRAFTS)):
+        raise BundleError(f"{uri} holds no {DRAFTS}; {REFETCH}")
+    path = locations.local_copy(locations.join(uri, folder)) / name
+    require_file(locations.join(uri, DRAFTS), str(path), info.files.get(DRAFTS, ""))
+    weights = {name: read_tensor(name, path).to(dtype) for name in stored_in(path)}
+    require_finite_weights(weights, uri)
+    return weights
 
 
 def _sealed(folder: Path, info: dict[str, Any], made_by: Mapping[str, Any], staged: str) -> BundleInfo:

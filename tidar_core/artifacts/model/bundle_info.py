@@ -19,16 +19,19 @@ __all__ = [
     "BUNDLE_JSON",
     "FORMAT_VERSION",
     "FROZEN_FORMAT_VERSION",
+    "REFETCH",
     "BundleInfo",
     "DraftsInfo",
     "base_location",
     "bundle_hash",
+    "hf_location",
     "info_of",
     "is_bundle",
     "model_config",
     "model_info",
     "no_drafts_note",
     "read_bundle_info",
+    "require_file",
     "verify_bundle",
 ]
 
@@ -90,6 +93,11 @@ class BundleInfo:
 def base_location(uri: str | Path, info: BundleInfo) -> str:
     """Location of the Hugging Face files of a bundle or checkpoint: its own folder, or the address that it names."""
     return str(uri) if info.drafts is None or info.drafts.base_uri is None else info.drafts.base_uri
+
+
+def hf_location(uri: str | Path) -> str:
+    """Location of the Hugging Face files of the folder at `uri`: a bundle, a checkpoint, or a tokenizer's folder."""
+    return base_location(uri, read_bundle_info(uri)) if is_bundle(uri) else str(uri)
 
 
 def is_bundle(uri: str | Path) -> bool:
@@ -158,10 +166,14 @@ def verify_bundle(uri: str | Path) -> BundleInfo:
         where = locations.join(str(uri), name)
         if name not in found:
             raise BundleError(f"{where} is missing; {REFETCH}")
-        digest = locations.sha256(found[name])
-        if digest != stated:
-            raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} has {stated[:12]}; {REFETCH}")
+        require_file(where, found[name], stated)
     return info
+
+
+def require_file(where: str, uri: str, stated: str) -> None:
+    """Raise BundleError if the file at `uri`, a copy of the file at `where`, has another hash than stated."""
+    if (digest := locations.sha256(uri)) != stated:
+        raise BundleError(f"{where} has hash {digest[:12]}; {BUNDLE_JSON} has {stated[:12]}; {REFETCH}")
 
 
 def no_drafts_note(uri: str) -> str:

@@ -13,8 +13,7 @@ import torch
 from tidar_core.artifacts.model.bundle_info import DraftsInfo
 from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
 from tidar_core.artifacts.model.hf_writer import write_tensors
-from tidar_core.errors import WeightsError
-from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter
+from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, require_same_shapes
 from tidar_core.transformer.model import DraftLink, TidarModel
 
 __all__ = ["DRAFTS", "attach_drafts", "save_drafts"]
@@ -39,18 +38,12 @@ def attach_drafts(model: TidarModel, folder: Path, drafts: DraftsInfo) -> None:
     with torch.device("meta"):
         adapter = DraftAdapter(config)
         link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
-    wanted = {f"adapter.{name}": tuple(value.shape) for name, value in adapter.named_parameters()}
+    wanted = {f"adapter.{name}": value for name, value in adapter.named_parameters()}
     if link is not None:
-        wanted |= {f"link.{name}": tuple(value.shape) for name, value in link.named_parameters()}
-    found = {name: tuple(stored.shape) for name, stored in stored_in(path).items()}
-    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    if differing:
-        name = differing[0]
-        raise WeightsError(
-            f"{path} has {name} of shape {found.get(name)}; its checkpoint needs {wanted.get(name)}; use the drafts "
-            "that were trained for this checkpoint"
-        )
+        wanted |= {f"link.{name}": value for name, value in link.named_parameters()}
+    found = stored_in(path)
+    require_same_shapes(path, found, wanted)
     model.config, model.adapter, model.link = config, adapter, link
-    state = {name: read_tensor(name, path).to(table.device, table.dtype) for name in wanted}
+    state = {name: read_tensor(name, path).to(table.device, table.dtype) for name in found}
     model.load_state_dict(state, strict=False, assign=True)
     model.eval()
