@@ -9,6 +9,7 @@ import tidar
 from tidar_core.artifacts.registry import model_registry
 
 HASH = "0123456789abcdef" * 4
+BASE = "fedcba9876543210" * 4
 
 
 def printed(*words):
@@ -26,13 +27,13 @@ def test_a_promotion_and_a_rollback_print_the_version_that_is_champion_now(monke
 
 def test_models_are_listed_with_their_status_hash_and_gates(monkeypatch):
     version = model_registry.ListedVersion(
-        name="m", version=7, status="champion", bundle="/bundles/7", bundle_hash=HASH, gates={"ar_loss": 1.5},
-        run_id=None,
+        name="m", version=7, status="champion", bundle="/bundles/7", bundle_hash=HASH, base_hash=BASE,
+        gates={"ar_loss": 1.5}, run_id=None,
     )  # fmt: skip
     monkeypatch.setattr(model_registry, "list_versions", lambda *_: [version])
     (listed,) = json.loads(printed("models", "--json"))["models"]
-    facts = (listed["version"], listed["status"], listed["bundle_hash"], listed["gates"])
-    assert facts == (7, "champion", HASH, {"ar_loss": 1.5})
+    facts = (listed["version"], listed["status"], listed["bundle_hash"], listed["base_hash"], listed["gates"])
+    assert facts == (7, "champion", HASH, BASE, {"ar_loss": 1.5})
     monkeypatch.setenv("COLUMNS", "200")
     table = printed("models")
-    assert all(word in table for word in ("champion", HASH[:12], "ar_loss 1.5", "/bundles/7"))
+    assert all(word in table for word in ("champion", HASH[:12], BASE[:12], "ar_loss 1.5", "/bundles/7"))

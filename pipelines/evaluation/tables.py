@@ -34,12 +34,12 @@ def print_memory(facts: Mapping[str, Any]) -> None:
 
 def print_models(facts: dict[str, Any]) -> None:
     """Print registered versions, an entry each, with the figures that their gates measured."""
-    table = Table("model", "version", "status", "hash", "gates", "bundle")
+    table = Table("model", "version", "status", "hash", "base", "gates", "bundle")
     for version in facts["models"]:
         gates = ", ".join(f"{name} {_text(value)}" for name, value in version["gates"].items())
         table.add_row(
-            version["name"], str(version["version"]), version["status"], version["bundle_hash"][:12], gates,
-            version["bundle"],
+            version["name"], str(version["version"]), version["status"], version["bundle_hash"][:12],
+            version["base_hash"][:12], gates, version["bundle"],
         )  # fmt: skip
     stdout.print(table)
 

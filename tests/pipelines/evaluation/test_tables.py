@@ -65,8 +65,8 @@ def test_memory_of_a_replica_is_in_gib_or_mib(printed):
 
 def test_tables_in_a_log_keep_every_address_and_column_whole(printed):
     version = {
-        "name": "n" * 40, "version": 1, "status": "champion", "bundle_hash": "0" * 64, "bundle": LONG,
-        "gates": {"tokens_per_forward": 3.14159, "greedy_equal": True},
+        "name": "n" * 40, "version": 1, "status": "champion", "bundle_hash": "0" * 64, "base_hash": "",
+        "bundle": LONG, "gates": {"tokens_per_forward": 3.14159, "greedy_equal": True},
     }  # fmt: skip
     lines = printed(print_models, {"models": [version]})
     assert any(LONG in line and "n" * 40 in line for line in lines)

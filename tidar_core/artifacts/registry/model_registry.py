@@ -87,6 +87,8 @@ class ListedVersion:
     """`champion`, `challenger`, both, `earlier champion` (a rollback may come back to it), or nothing."""
     bundle: str
     bundle_hash: str
+    base_hash: str
+    """Content hash of the checkpoint that the version drafts for; empty if all weights were trained."""
     gates: Mapping[str, Any]
     run_id: str | None
     """The training run."""
@@ -120,6 +122,7 @@ def publish_version(
     all_tags = {
         "bundle_hash": info.bundle_hash,
         "block_len": str(info.block_len),
+        "base_hash": "" if info.drafts is None else info.drafts.base_hash,
         "objective": info.objective,
         "lineage": json.dumps(dict(info.lineage)),
         "gates": json.dumps(dict(report_summary)),
@@ -282,6 +285,7 @@ def _listed(client: "MlflowClient", name: str, version: "ModelVersion") -> Liste
         status=", ".join(status),
         bundle=str(version.source).removeprefix(ON_DISK),
         bundle_hash=tags.get("bundle_hash", ""),
+        base_hash=tags.get("base_hash", ""),
         gates=_gates(version),
         run_id=version.run_id or None,
     )
