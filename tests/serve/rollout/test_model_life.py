@@ -257,13 +257,10 @@ def test_drafts_of_the_served_checkpoint_are_promoted_alone_under_traffic_and_ch
             requesting.join()
         chunks += list(stream)
     greedy = load_bundle(checkpoint).model
+    whole, short = (oracle_text(PROMPT, model=greedy, ignore_eos=True, **asked)[0] for asked in (long, DRAFTED))
     assert {chunk.system_fingerprint for chunk in chunks} == {old}
-    assert (
-        "".join(chunk.choices[0].text for chunk in chunks)
-        == oracle_text(PROMPT, model=greedy, ignore_eos=True, **long)[0]
-    )
-    expected = oracle_text(PROMPT, model=greedy, ignore_eos=True, **DRAFTED)[0]
-    assert {answer.choices[0].text for answer in answers} == {expected}
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert {answer.choices[0].text for answer in answers} == {short}
     assert {answer.system_fingerprint for answer in answers} <= {old, new}
     assert decoder_pids() == decoders  # no engine was started
     until(lambda: [states(service)[str(number)] for number in versions] == ["gone", "champion"])
