@@ -5,9 +5,11 @@ import sys
 
 import pytest
 from chat_templates import chat_tokenizer
+from frozen import save_drafts_bundle
 from hf_folders import save_checkpoint, their_text
 
 import tidar
+from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
@@ -129,6 +131,28 @@ def test_a_prompt_of_a_file_is_a_users_message_if_there_is_a_template(checkpoint
     assert found.end_ids == (tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"])
     continued = bench_prompts(str(folder), bundle, prompts, 1, 4, chat=False)
     assert (continued.tokens, continued.end_ids) == ([tuple(tokenizer.encode(PROMPT))], bundle.end_ids)
+
+
+def test_commands_take_a_bundle_that_names_its_checkpoint(run, checkpoint, tmp_path, tokenizer):
+    folder = checkpoint("llama")
+    bundle = save_drafts_bundle(tmp_path / "drafts", folder, seed=1, base_uri=str(folder))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT}))
+    options = ("--prompts", prompts, "--max-tokens", 4, "--repeats", 1)
+    printed = [
+        run(*arguments, "--json")
+        for arguments in (
+            ("generate", bundle, PROMPT, "--max-tokens", 24),
+            ("bench", bundle, *options, "--transformers"),
+            ("serve", bundle, "--dry-run"),
+        )
+    ]
+    assert [code for code, _, _ in printed] == [0, 0, 0], printed
+    text, timed, memory = (json.loads(out) for _, out, _ in printed)
+    assert (text["token_ids"], text["mode"]) == (their_text(folder, tokenizer.encode(PROMPT), 24), "single-pass")
+    assert timed["chat"]
+    assert timed["transformers"]["equal_to_ar"]
+    assert memory["weights"] == sum(4 * weight.numel() for weight in load_bundle(bundle).model.parameters())
 
 
 def test_chat_without_a_prompts_file_or_a_template_is_refused_in_one_line(run, checkpoint, tmp_path, tokenizer):

@@ -111,6 +111,15 @@ def test_new_drafts_load_alone_under_a_text_in_flight(old, new, text):
     asyncio.run(swap())
 
 
+def test_a_new_replica_begins_with_a_bundle_that_names_its_checkpoint(new, text):
+    async def start():
+        app = DecoderApp(new)
+        assert (await app.tokenizer_info()).model_dump()["chat_template"]
+        assert await answer(app) == (new.fingerprint, text)
+
+    asyncio.run(start())
+
+
 def test_drafts_that_come_back_belong_to_the_same_texts_again(old, new, text):
     async def there_and_back():
         app = DecoderApp(old)
