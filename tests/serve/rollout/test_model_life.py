@@ -8,6 +8,8 @@ import time
 import httpx
 import openai
 import pytest
+from frozen import save_drafts_bundle
+from hf_folders import save_checkpoint
 from openai.types import Completion
 from ray import serve
 
@@ -17,8 +19,8 @@ from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.rollout.canary import CanarySettings
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-from tidar_core.artifacts.model.bundle import save_bundle
-from tidar_core.artifacts.model.bundle_info import read_bundle_info
+from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.model.bundle_info import model_info, read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.registry.mlflow_client import client_of
 
@@ -28,6 +30,7 @@ NAME = "tidar-tiny"
 PROMPT = "def add(a, b):\n    return"
 SAMPLING = {"temperature": 3.0, "seed": 5, "max_tokens": 24}
 LONG = SAMPLING | {"max_tokens": 1500}
+DRAFTED, NO_END = {"temperature": 0, "max_tokens": 24}, {"ignore_eos": True}
 LIMITS = CanarySettings(weight=0.5, texts=30, tokens_per_forward=3.9)
 """Limits with more tokens per forward than random weights reach."""
 
@@ -207,3 +210,63 @@ def test_a_version_that_cannot_be_loaded_is_reported_and_the_old_weights_stay(
     model_registry.rollback(tracking_uri, NAME)
     until(lambda: life(service)["champion_changed"] == 3)
     assert complete() == fingerprints[2]
+
+
+@pytest.fixture(scope="module")
+def drafts(tracking_uri, settings, tmp_path_factory, tokenizer):
+    """Two versions of one frozen checkpoint: the first holds a copy of it, the second its address alone."""
+    folder = tmp_path_factory.mktemp("frozen")
+    checkpoint = save_checkpoint(folder / "checkpoint", tokenizer)
+    versions = []
+    for seed, base_uri in enumerate((None, str(checkpoint))):
+        uri = save_drafts_bundle(folder / f"drafts-{seed}", checkpoint, seed=seed, base_uri=base_uri)
+        versions.append(model_registry.publish_version(tracking_uri, NAME, uri, read_bundle_info(uri), {}))
+    return checkpoint, versions
+
+
+def test_drafts_of_the_served_checkpoint_are_promoted_alone_under_traffic_and_change_no_text(
+    service, settings, oracle_text, tracking_uri, drafts
+):
+    checkpoint, versions = drafts
+    old, new = (resolve_model(settings, f"models:/{NAME}/{number}")[0].fingerprint for number in versions)
+    model_registry.promote(tracking_uri, NAME, versions[0])
+    until(lambda: states(service).get(str(versions[0])) == "champion")
+    until(lambda: "leaving" not in states(service).values())
+    (listed, *_) = [v for v in model_registry.list_versions(tracking_uri, NAME) if v.version == versions[1]]
+    assert listed.base_hash == model_info(checkpoint).bundle_hash
+    decoder, answers, swapped = decoder_pid(), [], threading.Event()
+
+    def trickle():
+        with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
+            while not swapped.is_set():
+                answers.append(client.completions.create(model=NAME, prompt=PROMPT, **DRAFTED, extra_body=NO_END))
+
+    requesting = threading.Thread(target=trickle)
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
+        long = DRAFTED | {"max_tokens": 900}
+        stream = client.completions.create(model=NAME, prompt=PROMPT, stream=True, extra_body=NO_END, **long)
+        chunks = [next(iter(stream))]
+        requesting.start()
+        model_registry.promote(tracking_uri, NAME, versions[1])
+        try:
+            until(lambda: answers and answers[-1].system_fingerprint == new)
+        finally:
+            swapped.set()
+            requesting.join()
+        chunks += list(stream)
+    greedy = load_bundle(checkpoint).model
+    whole, short = (oracle_text(PROMPT, model=greedy, ignore_eos=True, **asked)[0] for asked in (long, DRAFTED))
+    assert {chunk.system_fingerprint for chunk in chunks} == {old}
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert {answer.choices[0].text for answer in answers} == {short}
+    assert {answer.system_fingerprint for answer in answers} <= {old, new}
+    assert decoder_pid() == decoder  # no engine was started
+    until(lambda: [states(service)[str(number)] for number in versions] == ["gone", "champion"])
+    (card,) = httpx.get(f"{service}/v1/models").json()["data"]
+    assert card["bundle_hash"] == listed.bundle_hash
+
+
+def decoder_pid():
+    """Process of the champion's engine."""
+    decoder = serve.get_deployment_handle("decoder", app_name=app.APP_NAME)
+    return decoder.load.remote().result(timeout_s=30).decoder_pid
