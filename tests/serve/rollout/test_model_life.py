@@ -255,7 +255,7 @@ def test_drafts_of_the_served_checkpoint_are_promoted_alone_under_traffic_and_ch
             requesting.join()
         chunks += list(stream)
     greedy = load_bundle(checkpoint).model
-    whole, short = (oracle_text(PROMPT, model=greedy, ignore_eos=True, **asked)[0] for asked in (long, DRAFTED))
+    whole, short = (oracle_text(PROMPT, model=greedy, ignore_eos=True, **fields)[0] for fields in (long, DRAFTED))
     assert {chunk.system_fingerprint for chunk in chunks} == {old}
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole
     assert {answer.choices[0].text for answer in answers} == {short}
