@@ -17,6 +17,7 @@ from pipelines.cluster.connection import connect, original_error
 from pipelines.cluster.console import stderr
 from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.evaluation.job import EvaluateJob
+from pipelines.evaluation.measure import BenchPrompts, bench_prompts
 from pipelines.evaluation.paper_tasks import check_tasks
 from pipelines.evaluation.report import REPORT, report_metrics, write_report
 from pipelines.evaluation.task_scores import (
@@ -36,7 +37,7 @@ from tidar_core.artifacts.shards import ShardReader, verify_shards
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.config import AUTOREGRESSIVE, ModelConfig, SamplingConfig, mode_of
-from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.autoregressive import generate_autoregressive, score
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import BundleError, ConfigError, ShardError
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
@@ -177,7 +178,7 @@ def _absolute(job: EvaluateJob) -> EvaluateJob:
     """The same job with absolute locations, because it runs in another folder."""
     changed: dict[str, Any] = {
         name: locations.absolute(given)
-        for name in ("bundle", "shards", "output", "parent")
+        for name in ("bundle", "shards", "output", "parent", "prompts_file")
         if (given := getattr(job, name)) is not None
     }
     if job.tracking_uri is not None:
@@ -200,8 +201,8 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         raise ConfigError(f"{job.shards} were packed with another tokenizer than {job.bundle} has; pack with its own")
     block_len = bundle.info.block_len
     losses = _finite_losses(job.bundle, bundle, reader, job.loss_rows, advance, dual=bundle.model.config.drafting)
-    prompts = _prompts(reader, job.prompts, job.prompt_len)
-    sampling = SamplingConfig(max_tokens=job.max_tokens, eos_ids=bundle.end_ids)
+    requests = _requests(job, bundle, reader)
+    prompts, sampling = requests.tokens, SamplingConfig(max_tokens=job.max_tokens, eos_ids=requests.end_ids)
     plain = []
     for prompt in prompts:
         plain.append(generate_autoregressive(bundle.model, prompt, sampling))
@@ -213,7 +214,7 @@ def measured(job: EvaluateJob, bundle: Bundle, reader: ShardReader, advance: Adv
         block_len=block_len,
         batch=job.batch,
         repeats=job.repeats,
-        context_len=job.prompt_len + job.max_tokens,
+        context_len=max(map(len, prompts)) + job.max_tokens,
         modes=_modes(bundle.model.config),
         on_prompt=advance,
     )
@@ -273,14 +274,15 @@ def _measured_parent(
     texts  continuations of the prompts by the bundle
     """
     losses = _finite_losses(str(job.parent), parent, reader, job.loss_rows, advance, dual=False)
+    requests = _requests(job, bundle, reader)
     own = compare_modes(
         parent.model,
-        _prompts(reader, job.prompts, job.prompt_len),
-        SamplingConfig(max_tokens=job.max_tokens, eos_ids=bundle.end_ids),
+        requests.tokens,
+        SamplingConfig(max_tokens=job.max_tokens, eos_ids=requests.end_ids),
         block_len=1,
         batch=job.batch,
         repeats=job.repeats,
-        context_len=job.prompt_len + job.max_tokens,
+        context_len=max(map(len, requests.tokens)) + job.max_tokens,
         modes=("autoregressive",),
         on_prompt=advance,
     )["autoregressive"]
@@ -290,6 +292,10 @@ def _measured_parent(
         "is_start": bool({parent.info.bundle_hash, job.parent} & {*bundle.info.lineage.values()}),
         "ar_loss": losses["ar_loss"],
         "prompts_equal": sum(own_text == text for own_text, text in zip(own.texts, texts)),
+        "logits_equal": sum(
+            torch.equal(*(score(model, prompt + text).logprob_L for model in (parent.model, bundle.model)))
+            for prompt, text in zip(requests.tokens, texts)
+        ),
         "tokens_per_second": own.tokens_per_second,
         "tokens_per_second_spread": own.tokens_per_second_spread,
     }
@@ -315,7 +321,9 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
     A mean over no labels was not measured and is `None`.
     """
     block_len = bundle.info.block_len
-    objective = Objective(bundle.model, dual=dual, block_len=block_len)
+    objectives = [Objective(bundle.model, dual=dual, block_len=block_len)]
+    if dual and bundle.model.adapter is not None:  # the objective of drafts leaves the frozen checkpoint's loss out
+        objectives.append(Objective(bundle.model, dual=False, block_len=block_len))
     device = bundle.model.embedding.weight.device
     rows = min(rows, len(reader))
     if not rows:
@@ -324,12 +332,13 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
     for first in range(0, rows, ROWS_AT_ONCE):
         packed = reader.rows(range(first, min(first + ROWS_AT_ONCE, rows)))
         trained_BS = packed.trained_BS
-        batch = objective.batch(
-            packed.input_ids_BS.to(device),
-            packed.document_ids_BS.to(device),
-            None if trained_BS is None else trained_BS.to(device),
-        )
-        totals.add(objective(batch))
+        for objective in objectives:
+            batch = objective.batch(
+                packed.input_ids_BS.to(device),
+                packed.document_ids_BS.to(device),
+                None if trained_BS is None else trained_BS.to(device),
+            )
+            totals.add(objective(batch))
         advance()
     means = totals.means()
     return {
@@ -338,6 +347,18 @@ def _losses(bundle: Bundle, reader: ShardReader, rows: int, advance: Advance, *,
         "diffusion_loss": means.diffusion_loss,
         "draft_accuracy": means.draft_accuracy_K,
     }
+
+
+def _requests(job: EvaluateJob, bundle: Bundle, reader: ShardReader) -> BenchPrompts:
+    """Prompts of the job's file, or beginnings of held-out documents."""
+    if job.prompts_file is None:
+        return BenchPrompts(_prompts(reader, job.prompts, job.prompt_len), bundle.end_ids, chat=False)
+    with locations.local_folder() as folder:
+        path = locations.local_path(job.prompts_file)
+        if path is None:
+            path = folder / locations.name_of(job.prompts_file)
+            path.write_bytes(locations.read_bytes(job.prompts_file))
+        return bench_prompts(job.bundle, bundle, path, job.prompts, job.max_tokens)
 
 
 def _prompts(reader: ShardReader, count: int, prompt_len: int) -> list[tuple[int, ...]]:

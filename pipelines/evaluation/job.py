@@ -35,7 +35,11 @@ class EvaluateJob(Job):
     """AR checkpoint that the bundle was converted from, a bundle or a Hugging Face folder; it is measured as well."""
     prompts: Positive = 16
     """Held-out documents whose beginnings are continued, greedily, by TiDAR and by the AR mode."""
+    prompts_file: str | None = None
+    """JSON lines of prompts to continue instead: users' messages, if the model has a chat template. By default the
+    prompts are beginnings of held-out documents."""
     prompt_len: Positive = 64
+    """Tokens of such a beginning."""
     max_tokens: Positive = 128
     batch: Positive = 4
     """Prompts decoded together."""

@@ -101,14 +101,16 @@ def compared_modes(
     repeats: int,
     uri: str,
     transformers: bool = False,
+    modes: Sequence[str] = (*MODES, AUTO),
 ) -> dict[str, Any]:
-    """Every mode of the model on the same prompts in one run: the autoregressive mode alone if it does not draft.
+    """Modes of the model on the same prompts in one run: the autoregressive mode alone if it does not draft.
 
     uri           location of the bundle, which may have a latency table beside it
     transformers  whether transformers' `generate` is timed on the prompts too
+    modes         modes of a model that drafts, the autoregressive mode among them
     """
     prompts, sampling = requests.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
-    modes = (*MODES, AUTO) if model.config.drafting else (AUTOREGRESSIVE,)
+    modes = modes if model.config.drafting else (AUTOREGRESSIVE,)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
         done = iter(range(1, total + 1))

@@ -105,7 +105,7 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield entry(
         "greedy texts equal to the plain AR loop",
         f"{report['prompts_equal']} of {report['prompts']} prompts",
-        f"equal on {parent['prompts_equal']}" if parent else "",
+        f"equal on {parent['prompts_equal']}, logits on {parent['logits_equal']}" if parent else "",
     )
     mode = "single-pass" if "single-pass" in report["modes"] else AUTOREGRESSIVE
     yield entry(f"tokens per forward (greedy, {mode})", _number(report["tokens_per_forward"], 2), "1.00")

@@ -11,7 +11,7 @@ from setuptools import find_namespace_packages
 from pipelines.answers.prompts import prompt_of
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "pipelines/quickstart_data"
+FOLDER = ROOT / "pipelines/quickstart/prompts"
 KINDS = {"arithmetic", "python", "rewriting", "extraction", "list"}
 
 
@@ -40,5 +40,5 @@ def test_no_prompt_is_in_two_files_or_twice_in_one():
 def test_the_prompts_are_installed_with_the_project():
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = find_namespace_packages(str(ROOT), include=tools["packages"]["find"]["include"])
-    assert "pipelines.quickstart_data" in packages
-    assert tools["package-data"]["pipelines.quickstart_data"] == ["*.jsonl"]
+    assert "pipelines.quickstart" in packages
+    assert tools["package-data"]["pipelines.quickstart"] == ["prompts/*.jsonl"]

@@ -1,7 +1,7 @@
 """Training forward of either objective, from packed rows to loss sums.
 
-A model with a draft adapter is trained in the dual objective alone. Its checkpoint is frozen, so its autoregressive
-loss has no weight and is not computed.
+The checkpoint under a draft adapter is frozen, so in the dual objective its autoregressive loss has no weight and is
+not computed.
 
 The objective is a torch module, so that an engine that shards parameters sees every use of them inside one forward.
 """
@@ -49,7 +49,6 @@ class Objective(nn.Module):
         """
         super().__init__()
         assert not dual or model.config.drafting, "the dual objective needs a model with a mask token"
-        assert dual or model.adapter is None, "a frozen checkpoint learns drafts alone: train the dual objective"
         recipe = (recipe or Recipe()).checked(block_len)
         self.recipe = recipe if model.adapter is None else recipe.frozen()
         self.model, self.dual, self.block_len = model, dual, block_len

@@ -35,7 +35,7 @@ REPORT = {
     "speed_over_ar": 2.0, "batch": 1, "threads": 1, "tasks": TASKS,
     "modes": {"autoregressive": MODE | {"tokens_per_second": 5.0, "tokens_per_forward": 1.0}, "single-pass": MODE},
     "parent": {"location": "/models/p", "hash": "p" * 64, "is_start": True, "ar_loss": 1.2, "prompts_equal": 3,
-               "tokens_per_second": 5.0},
+               "logits_equal": 2,               "tokens_per_second": 5.0},
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_texts_stand_as_in_table_2_and_choices_as_in_table_3():
     ):
         assert line in lines
     assert "| AR loss (nats per token, 8 rows) | 1.2500 | 1.2000 |" in lines
-    assert "| greedy texts equal to the plain AR loop | 4 of 4 prompts | equal on 3 |" in lines
+    assert "| greedy texts equal to the plain AR loop | 4 of 4 prompts | equal on 3, logits on 2 |" in lines
 
 
 def test_a_report_without_parent_and_tasks_has_no_empty_places_for_them():

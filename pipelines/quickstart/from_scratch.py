@@ -6,7 +6,6 @@ stays in the working folder. A second run reuses finished jobs and resumes the o
 """
 
 import json
-import os
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pipelines.cluster.connection import disconnect
 from pipelines.cluster.console import stderr
 from pipelines.evaluation.evaluate import REPORT, evaluate, held_out_losses
 from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.evaluation.publish import publish
-from pipelines.jobs import J, PackJob, TrainJob, read_job
+from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
+from pipelines.quickstart.site import MODEL_NAME, Site
 from pipelines.training.train import train
 from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
@@ -34,9 +33,8 @@ from tidar_core.training.recipe import linked_config
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
-__all__ = ["MODEL_NAME", "PROMPTS", "Quickstart", "flow"]
+__all__ = ["PROMPTS", "Quickstart", "flow"]
 
-MODEL_NAME = "quickstart"
 PROMPTS = ("def main():\n    ", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
 VOCAB_SIZE = 512
 BLOCK_LEN = 8
@@ -93,8 +91,7 @@ def flow(workdir: Path, budget_seconds: int) -> Quickstart:
     """Run every job from corpus to champion in `workdir`; training takes about `budget_seconds`."""
     if budget_seconds < 10:
         raise ConfigError(f"budget-seconds is {budget_seconds}; training needs at least 10")
-    site = _Site(workdir.resolve(), os.cpu_count() or 1)
-    (site.workdir / "jobs").mkdir(parents=True, exist_ok=True)
+    site = Site.of(workdir)
     stderr.print("[bold]1 pack[/] the standard library's sources")
     manifest = pack(_pack_job(site))
     stderr.print("[bold]2 train[/] a small autoregressive model from scratch")
@@ -121,31 +118,7 @@ def flow(workdir: Path, budget_seconds: int) -> Quickstart:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """The folder of one quickstart, and this machine."""
-
-    workdir: Path
-    threads: int
-
-    @property
-    def tracking_uri(self) -> str:
-        return f"sqlite:///{self.workdir}/mlflow.db"
-
-    def path(self, name: str) -> str:
-        return str(self.workdir / name)
-
-    def job(self, name: str, kind: type[J], /, **values: Any) -> J:
-        """The job of an earlier run's file, or of a new file of these values; functions among them are called."""
-        path = self.workdir / "jobs" / f"{name}.yaml"
-        if not path.exists():
-            made = {key: value() if callable(value) else value for key, value in values.items()}
-            content = kind.model_validate(made).model_dump(mode="json")
-            path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return read_job(kind, path)
-
-
-def _pack_job(site: _Site) -> PackJob:
+def _pack_job(site: Site) -> PackJob:
     return site.job(
         "pack",
         PackJob,
@@ -161,7 +134,7 @@ def _pack_job(site: _Site) -> PackJob:
     )
 
 
-def _train_job(site: _Site, name: str, seconds: float, **start: Any) -> TrainJob:
+def _train_job(site: Site, name: str, seconds: float, **start: Any) -> TrainJob:
     return site.job(
         f"train-{name}",
         TrainJob,
@@ -184,7 +157,7 @@ def _train_job(site: _Site, name: str, seconds: float, **start: Any) -> TrainJob
     )
 
 
-def _evaluate_job(site: _Site) -> EvaluateJob:
+def _evaluate_job(site: Site) -> EvaluateJob:
     return site.job(
         "evaluate",
         EvaluateJob,
@@ -202,7 +175,7 @@ def _evaluate_job(site: _Site) -> EvaluateJob:
     )
 
 
-def _publish_job(site: _Site) -> PublishJob:
+def _publish_job(site: Site) -> PublishJob:
     return site.job(
         "publish",
         PublishJob,

@@ -1,0 +1,1 @@
+"""The whole pipeline by one command, on one machine and without input."""

