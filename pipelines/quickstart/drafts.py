@@ -229,7 +229,7 @@ def _steps_within(site: Site, base: str, seconds: float) -> int:
                    adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, steps=1, rows_per_step=1)  # fmt: skip
     model, _ = starting_model(job, reader.manifest)
     start_draft_link(model, LINK_RANK, seed=0)
-    objective = Objective(model.train(), dual=True, block_len=BLOCK_LEN, recipe=job.recipe)
+    objective = Objective(model.train(), dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
     fastest = float("inf")
     for step in range(PROBE_STEPS):
