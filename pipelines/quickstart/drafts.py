@@ -226,7 +226,7 @@ def _steps_within(site: Site, base: str, seconds: float) -> int:
     torch.set_num_threads(site.threads)
     reader = ShardReader(site.path("shards"))
     job = TrainJob(shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
-                   adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, steps=1, rows_per_step=1)  # fmt: skip
+                   adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, steps=1, rows_per_step=1, rows_per_forward=1)  # fmt: skip
     model, _ = starting_model(job, reader.manifest)
     start_draft_link(model, LINK_RANK, seed=0)
     objective = Objective(model.train(), dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
