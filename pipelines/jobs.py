@@ -156,6 +156,7 @@ class TrainJob(Job):
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the AR loss against the diffusion loss (TiDAR, equation 3)."""
     random_phase: bool = True
+    visits: Positive = 1
     masking: Literal["full", "random"] = "full"
     block_lens: tuple[Positive, ...] = ()
     position_weights: Literal["flat", "exponential", "dpace"] | None = None

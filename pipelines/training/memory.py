@@ -67,7 +67,7 @@ def estimated_memory(job: TrainJob, model: ModelConfig, row_len: int) -> MemoryE
 
 def activation_bytes(job: TrainJob, model: ModelConfig, row_len: int) -> int:
     """Bytes that one forward keeps for its backward pass, and logits of one chunk of tokens with their gradient."""
-    halves = 2 if job.objective == "dual" and model.adapter is None else 1
+    halves = (job.visits if job.objective == "dual" else 0) + (model.adapter is None)
     tokens = job.rows_per_forward * row_len * halves // job.sequence_parallel
     heads = (model.heads + 2 * model.kv_heads) * model.head_size
     layer = 4 * model.hidden_size + 2 * heads + 2 * model.heads * model.head_size + 4 * model.intermediate_size

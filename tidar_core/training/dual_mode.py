@@ -81,7 +81,7 @@ def dual_mode_batch(
     ragged: bool = False,
     multiple: int = 1,
 ) -> TrainBatch:
-    """Packed rows, doubled: clean tokens, then mask tokens at the same positions.
+    """Packed rows, doubled: clean tokens, then mask tokens at the same positions, once for each visit of the recipe.
 
     document_BS  document of each token; PADDING for none
     trained_BS   whether a token is a label, in both halves; `None`: all are
@@ -97,25 +97,30 @@ def dual_mode_batch(
     assert not recipe.draws or seed_B is not None, "this recipe draws: each row needs a seed"
     draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
     drawn_len = _block_len(recipe, block_len, draws)
-    phase = (draws.phase_B1 * drawn_len).long() if draws is not None and recipe.random_phase else 0
-    layout = training_layout(document_BS, drawn_len, phase)
     label_BS = _labels(input_ids_BS, trained_BS)
-    masks = _MaskHalf.of(layout[..., S:], label_BS, mask_id)
     weights, weighs = recipe.weights_at(share), recipe.weighs(share)
-    if weighs:
-        decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
-        masks = masks.weighted(decay, recipe.first_weight)
-    total = (masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64) if weighs else None
-    if draws is not None and recipe.masking == "random":
-        masks = masks.partly_shown(input_ids_BS, draws)
-    if draws is not None and recipe.block_share < 1:
-        masks = masks.some_blocks(recipe.mask_len(S, block_len), draws)
-    elif ragged:
-        masks = masks.labelled_blocks(multiple)
+    halves, totals = [], []
+    for visit in range(recipe.visits):
+        phase: int | Tensor = 0
+        if draws is not None and recipe.random_phase:
+            phase = ((draws.phase_B1 + visit / recipe.visits) % 1 * drawn_len).long()
+        masks = _MaskHalf.of(training_layout(document_BS, drawn_len, phase)[..., S:], label_BS, mask_id)
+        if weighs:
+            decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
+            masks = masks.weighted(decay, recipe.first_weight)
+        totals.append((masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64))
+        if draws is not None and recipe.masking == "random":
+            masks = masks.partly_shown(input_ids_BS, draws)
+        if draws is not None and recipe.block_share < 1:
+            masks = masks.some_blocks(recipe.mask_len(S, block_len) // recipe.visits, draws)
+        elif ragged:
+            masks = masks.labelled_blocks(multiple)
+        halves.append(masks.numbered_from(visit * (S + 1)))
+    masks, total = _MaskHalf.joined(halves), torch.stack(totals).sum() if weighs else None
     before_BM = (masks.place - 1).clamp(min=0)
     return TrainBatch(
         torch.cat([input_ids_BS, masks.token], 1),
-        layout[..., :S].then(masks.layout),
+        causal_layout(document_BS).then(masks.layout),
         _next_token(label_BS, document_BS),
         masks.target,
         diffusion_weight_BM=masks.weight if weighs else None,
@@ -169,6 +174,21 @@ class _MaskHalf:
             torch.arange(label_BS.shape[1], device=label_BS.device).expand_as(label_BS),
             torch.ones((), device=label_BS.device),
         )
+
+    @staticmethod
+    def joined(halves: Sequence["_MaskHalf"]) -> "_MaskHalf":
+        """These halves, one after the other."""
+        first, *others = halves
+        for other in others:
+            both = ([getattr(half, name) for half in (first, other)] for name in ("token", "target", "place"))
+            weights = [half.weight.expand_as(half.place) for half in (first, other)]
+            parts = (torch.cat(pair, 1) for pair in (*both, weights))
+            first = _MaskHalf(first.layout.then(other.layout), *parts)
+        return first
+
+    def numbered_from(self, number: int) -> "_MaskHalf":
+        """This half with higher numbers of its blocks, so that they are not those of another half."""
+        return replace(self, layout=replace(self.layout, block=self.layout.block + number))
 
     def block_start(self) -> Tensor:
         """Index in the row of the first token of each token's block."""

@@ -60,6 +60,9 @@ class Recipe:
     """Whether each row draws, at each visit, the phase of its blocks: how many tokens the first block of each document
     lacks. Otherwise blocks begin at the same tokens at every visit. DFlash accepts 13 to 19 % more drafts with random
     starts (arXiv 2602.06036)."""
+    visits: int = 1
+    """Mask halves of a row in one train step, whose phases are spread evenly over a block from a drawn one. They share
+    the clean half, which is most of the cost of a frozen checkpoint."""
     position_weights: str | None = None
     """Weights of labels by their offset i in the block. `flat`: 1. `exponential`: exp(-i / position_decay) (DFlash,
     arXiv 2602.06036). `dpace`: by how far the drafts before are likely to be accepted (arXiv 2605.18810;
@@ -95,6 +98,10 @@ class Recipe:
         _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")
         _require(self.masking in MASKINGS, f"masking is {self.masking!r}; it must be one of {MASKINGS}")
         _require(all(n >= 1 for n in self.block_lens), f"block_lens is {self.block_lens}; each must be at least 1")
+        _require(
+            self.visits == 1 or (self.visits > 1 and self.random_phase),
+            f"visits is {self.visits}; it must be 1, or more with random_phase: true, which sets the visits apart",
+        )
         weights, decay = self.position_weights, self.position_decay
         _require(
             weights is None or weights in POSITION_WEIGHTS,
@@ -138,13 +145,13 @@ class Recipe:
         return replace(self, alpha=0.0)
 
     def mask_len(self, row_len: int, block_len: int) -> int:
-        """Tokens of the mask half of a row.
+        """Tokens of the mask halves of a row, over all visits.
 
         block_len  block length, if the recipe has no block lengths of its own
         """
         if self.block_share == 1:
-            return row_len
-        return max(max(self.block_lens, default=block_len), int(self.block_share * row_len))
+            return self.visits * row_len
+        return self.visits * max(max(self.block_lens, default=block_len), int(self.block_share * row_len))
 
     @property
     def draws(self) -> bool:

@@ -280,7 +280,7 @@ class _Window:
         self.phase, self.block_len, self.device = phase, trainer.block_len, trainer.device
         self.row_len = rows.input_ids_BS.shape[1]
         sample = rows.document_ids_BS[:PAIRS_SAMPLE].long()
-        share = phase.recipe.block_share if phase.dual else 0.0
+        share = phase.recipe.block_share * phase.recipe.visits if phase.dual else 0.0
         clean_pairs, all_pairs = visible_pairs(sample), visible_pairs(sample, trainer.block_len)
         pairs = round((clean_pairs + share * (all_pairs - clean_pairs)) / len(sample))
         tokens = round(self.row_len * (1 + share))

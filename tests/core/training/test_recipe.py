@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,47 @@ def test_a_phase_is_below_the_length_that_the_row_draws():
         offset = masks.position - masks.horizon - 1
         assert offset.max() in (0, 6, 7)  # 13 tokens always hold a block of 8, or of 7 between two cuts
         assert masks.horizon[12] >= 4
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("recipe", [Recipe(random_phase=True, visits=3, first_weight=0.5),
+                                    Recipe(random_phase=True, visits=2, position_weights="dpace", distillation=0.5,
+                                           dpace_after=0.0)], ids=["3 visits", "2 visits, dpace"])  # fmt: skip
+def test_mask_halves_of_several_visits_add_up_and_see_nothing_of_each_other(model, recipe, ragged):
+    objective = Objective(model, dual=True, block_len=4, recipe=recipe, attention=PiecewiseAttention, ragged=ragged)
+    made = objective.batch(IDS, DOCUMENTS, seed_B=[5], share=0.5)
+    starts = [offset for offset in range(4) if offset_starts(made, offset)]
+    assert len(starts) >= recipe.visits  # the phases differ
+    blocks = made.layout.block[0, 24:].tolist()
+    assert {block // 25 for block in blocks} == {*range(recipe.visits)}
+    visit = torch.tensor([block // 25 for block in blocks])
+    sums, total = objective(made), made.diffusion_total
+    parts = []
+    for number in range(recipe.visits):
+        chosen = (visit == number).nonzero()[:, 0]
+        both = torch.cat([torch.arange(24), 24 + chosen])
+        some = {name: getattr(made, name)[:, chosen] for name in ("diffusion_target_BM", "before_BM")}
+        weight, teacher = made.diffusion_weight_BM, made.teacher_BM
+        parts.append(objective(replace(
+            made, token_BL=made.token_BL[:, both], layout=made.layout[:, both], **some,
+            diffusion_weight_BM=None if weight is None else weight[:, chosen],
+            teacher_BM=None if teacher is None else teacher[:, chosen], diffusion_total=total,
+        )))  # fmt: skip
+    together = sum(part.diffusion_sum for part in parts).item()
+    assert together == pytest.approx(sums.diffusion_sum.item(), rel=1e-5)
+    assert torch.equal(sum(part.draft_count_K for part in parts), sums.draft_count_K)
+
+
+def offset_starts(made, offset):
+    """Whether a block of the first document begins at a position that is `offset` modulo 4."""
+    mask = made.layout[:, 24:]
+    first = (mask.offset == 0) & (mask.block % 25 > 0) & (mask.document == 0)
+    return bool((mask.position[first] % 4 == offset).any())
+
+
+def test_visits_need_phases_that_set_them_apart():
+    with pytest.raises(ConfigError, match="random_phase: true"):
+        Recipe(visits=2)
 
 
 def test_earlier_draws_of_a_seed_stay_when_a_new_one_is_added():
