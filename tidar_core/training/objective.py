@@ -107,7 +107,7 @@ class Objective(nn.Module):
     def _hidden(self, batch: TrainBatch, attention: SplitAttention) -> Tensor:
         """Hidden states [B, L, E] of this worker's tokens."""
         position_BL = batch.layout.position
-        if self.model.adapter is None:
+        if self.model.adapter is None or batch.diffusion_target_BM is None:
             return self.model(batch.token_BL, position_BL, attention)
         masks = batch.layout[:, batch.ar_target_BS.shape[1] :]
         return self.model.adapted(batch.token_BL, position_BL, attention, masks.offset)

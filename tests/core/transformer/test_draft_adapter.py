@@ -140,6 +140,15 @@ def test_the_adapter_alone_gets_gradients_and_the_clean_half_keeps_keys_and_valu
     assert kept[True][0] < share * kept[False][0]
 
 
+def test_the_next_token_loss_is_that_of_the_checkpoint():
+    model = adapted_model()
+    losses = []
+    for either in (model, plain(model)):
+        objective = Objective(either, dual=False, block_len=4)
+        losses.append(objective(objective.batch(IDS, DOCUMENTS)).ar_sum.item())
+    assert losses[0] == losses[1] > 0
+
+
 def test_a_frozen_checkpoint_is_trained_on_masks_alone():
     model = adapted_model()
     with pytest.raises(ConfigError, match="give full"):
