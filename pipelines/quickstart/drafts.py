@@ -215,14 +215,22 @@ def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
 
 
 def _compared(site: Site, job: EvaluateJob, name: str, *, transformers: bool) -> dict[str, Any]:
-    """Figures of the modes on as many prompts of one of the project's files as the evaluation has."""
+    """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
+
+    An earlier run's figures of the same bundle are reused.
+    """
+    kept, bundle_hash = Path(site.path(f"compared-{name}.json")), read_bundle_info(job.bundle).bundle_hash
+    if kept.exists() and (found := json.loads(kept.read_text()))["bundle_hash"] == bundle_hash:
+        return dict(found)
     torch.set_num_threads(site.threads)
     bundle = load_bundle(job.bundle)
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
-    return compared_modes(
+    facts = compared_modes(
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
         transformers=transformers, modes=(AUTOREGRESSIVE, "single-pass", AUTO),
     )  # fmt: skip
+    kept.write_text(json.dumps(facts | {"bundle_hash": bundle_hash}))
+    return facts
 
 
 def _steps_within(site: Site, base: str, seconds: float) -> int:

@@ -7,7 +7,7 @@ weights, or compute only some of the blocks.
 Shape letters: B rows, S tokens of a row, M tokens of its mask half (S, or fewer), L tokens of a layout (S or S + M).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,15 +96,11 @@ def dual_mode_batch(
     S, device = input_ids_BS.shape[1], input_ids_BS.device
     assert not recipe.draws or seed_B is not None, "this recipe draws: each row needs a seed"
     draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
-    drawn_len = _block_len(recipe, block_len, draws)
     label_BS = _labels(input_ids_BS, trained_BS)
     weights, weighs = recipe.weights_at(share), recipe.weighs(share)
     halves, totals = [], []
-    for visit in range(recipe.visits):
-        phase: int | Tensor = 0
-        if draws is not None and recipe.random_phase:
-            phase = ((draws.phase_B1 + visit / recipe.visits) % 1 * drawn_len).long()
-        masks = _MaskHalf.of(training_layout(document_BS, drawn_len, phase)[..., S:], label_BS, mask_id)
+    for visit, layout in enumerate(_mask_layouts(document_BS, block_len, recipe, draws)):
+        masks = _MaskHalf.of(layout, label_BS, mask_id)
         if weighs:
             decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
             masks = masks.weighted(decay, recipe.first_weight)
@@ -132,6 +128,16 @@ def dual_mode_batch(
         consistency=recipe.consistency,
         unlinked=torch.full((), recipe.unlinked_at(share), device=device) if recipe.unlinked else None,
     )
+
+
+def _mask_layouts(document_BS: Tensor, block_len: int, recipe: Recipe, draws: Draws | None) -> Iterator[TokenLayout]:
+    """Layout of the mask half of each visit [B, S]."""
+    drawn_len = _block_len(recipe, block_len, draws)
+    for visit in range(recipe.visits):
+        phase: int | Tensor = 0
+        if draws is not None and recipe.random_phase:
+            phase = ((draws.phase_B1 + visit / recipe.visits) % 1 * drawn_len).long()
+        yield training_layout(document_BS, drawn_len, phase)[..., document_BS.shape[1] :]
 
 
 def _block_len(recipe: Recipe, block_len: int, draws: Draws | None) -> int | Tensor:
