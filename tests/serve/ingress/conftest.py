@@ -1,10 +1,13 @@
-"""A browser, and the page of the service in it."""
+"""A browser, and the page of the service in it.
+
+The browser's driver runs an event loop in this thread, so it ends with the tests of the page.
+"""
 
 import pytest
 from browsing import CHROMIUM, FETCHED, FLAGS, WAIT
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -15,7 +18,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def tab(browser):
     tab = browser.new_page()
     tab.set_default_timeout(WAIT)
