@@ -12,7 +12,7 @@ import pytest
 import yaml
 from fast_ray_env import FAST_RAY_ENV
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = ("shards", "ar", "ar.run", "bundle", "bundle.run", "report")
