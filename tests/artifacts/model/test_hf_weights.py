@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from tiny import wide_model
 
 from tidar_core.artifacts.model import hf_writer
 from tidar_core.artifacts.model.hf_config import config_from_hf
@@ -13,6 +14,7 @@ from tidar_core.errors import WeightsError
 from tidar_core.training.recipe import start_draft_link
 from tidar_core.transformer.attention import DenseAttention
 from tidar_core.transformer.layout import causal_layout
+from tidar_core.transformer.shapes import named_shape
 
 SMALL = {
     "vocab_size": 96,
@@ -77,6 +79,11 @@ def test_a_saved_folder_opens_in_transformers_with_equal_logits(theirs, tmp_path
     ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_weights_have_the_rights_of_any_new_file(tmp_path):
+    save_model(wide_model(named_shape("tiny")), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_draft_link_lies_beside_weights_that_transformers_opens_as_before(theirs, tmp_path):

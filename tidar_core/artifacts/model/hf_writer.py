@@ -50,9 +50,12 @@ def write_weights(folder: Path, sizes: Mapping[str, int], read: Callable[[str], 
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file. Raises StorageError if the disk refuses it."""
+    """Write one safetensors file, with the rights of any new file. Raises StorageError if the disk refuses it."""
+    path.touch()
+    rights = path.stat().st_mode
     try:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+        path.chmod(rights)  # safetensors lets the owner alone read its files
     except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise StorageError(f"{path} cannot be written: {reason}; make room there, or give another place") from error
