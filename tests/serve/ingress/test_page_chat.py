@@ -93,7 +93,7 @@ def test_stop_keeps_what_was_answered_and_frees_its_slot(chat, service):
     tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5", state="attached")
     assert running(service) == 1
     tab.fill("#message", "typed meanwhile")
-    tab.get_by_role("button", name="Stop").dispatch_event("click")  # growing text moves the button
+    tab.get_by_role("button", name="Stop").press("Enter")  # growing text moves the button
     finished(tab)
     assert tab.inner_text(VERDICT) == "Stopped."
     assert_nothing_runs(service)
