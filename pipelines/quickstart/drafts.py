@@ -18,14 +18,14 @@ from pipelines.answers.answer import answer
 from pipelines.answers.job import AnswersJob
 from pipelines.cluster.connection import disconnect
 from pipelines.cluster.console import stderr
-from pipelines.evaluation.evaluate import REPORT, evaluate
-from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.measure import bench_prompts, compared_modes
 from pipelines.evaluation.publish import publish
 from pipelines.importing.import_model import import_model
 from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
-from pipelines.quickstart.site import MODEL_NAME, Site
+from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
 from pipelines.training.train import train
 from pipelines.training.train_worker import starting_model
 from tidar_core.artifacts.model.bundle import load_bundle
@@ -56,8 +56,6 @@ VISITS = 3
 ADAPTER_RANK, LINK_RANK = 32, 64
 ANSWER_TOKENS = 64
 PROBE_STEPS = 3
-ENGINE_OVERHEAD = 1.15
-"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
 COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
 """Prompts of each file, two of each kind, and the tokens that are generated for each."""
 
@@ -88,9 +86,9 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
     train(_train_job(site, base, budget_seconds))
     stderr.print("[bold]5 evaluate[/] on prompts that were not trained on")
     evaluation = _evaluate_job(site, base)
-    report = _finished_report(evaluation) or evaluate(evaluation)
+    report = site.finished_report(evaluation) or evaluate(evaluation)
     stderr.print("[bold]6 publish[/] and promote")
-    version = publish(_publish_job(site))
+    version = publish(site.publish_job())
     model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     disconnect()
     stderr.print("[bold]7 compare[/] with the autoregressive mode and with transformers")
@@ -196,24 +194,6 @@ def _evaluate_job(site: Site, base: str) -> EvaluateJob:
     )
 
 
-def _publish_job(site: Site) -> PublishJob:
-    return site.job(
-        "publish",
-        PublishJob,
-        bundle=site.path("bundle"),
-        report=site.path("report"),
-        name=MODEL_NAME,
-        tracking_uri=site.tracking_uri,
-    )
-
-
-def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
-    """The report of an earlier run, if it describes the present bundle."""
-    path = Path(job.output) / REPORT
-    report = json.loads(path.read_text()) if path.exists() else None
-    return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
-
-
 def _compared(site: Site, job: EvaluateJob, name: str, *, transformers: bool) -> dict[str, Any]:
     """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
 
@@ -254,4 +234,4 @@ def _steps_within(site: Site, base: str, seconds: float) -> int:
         optimizer.step()
         optimizer.zero_grad()
         fastest = min(fastest, time.perf_counter() - began)
-    return max(10, int(seconds / (fastest * ENGINE_OVERHEAD)))
+    return steps_within(seconds, fastest)

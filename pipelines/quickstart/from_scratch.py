@@ -5,7 +5,6 @@ scratch, converted by dual-mode training, evaluated, published and promoted. A c
 stays in the working folder. A second run reuses finished jobs and resumes the others.
 """
 
-import json
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ import torch
 
 from pipelines.cluster.connection import disconnect
 from pipelines.cluster.console import stderr
-from pipelines.evaluation.evaluate import REPORT, evaluate, held_out_losses
-from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.evaluation.evaluate import evaluate, held_out_losses
+from pipelines.evaluation.job import EvaluateJob
 from pipelines.evaluation.publish import publish
 from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
-from pipelines.quickstart.site import MODEL_NAME, Site
+from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
 from pipelines.training.train import train
-from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import Manifest, ShardReader
 from tidar_core.errors import ConfigError
@@ -51,8 +49,6 @@ LINK_RANK = 256
 (docs/experiments.md), and this rank a tenth more. Its cost is negligible with so small a vocabulary.
 A rank of 512 adds nothing."""
 PROBE_STEPS = 4
-ENGINE_OVERHEAD = 1.15
-"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +97,9 @@ def flow(workdir: Path, budget_seconds: int) -> Quickstart:
     train(_train_job(site, "bundle", (1 - AR_SHARE) * budget_seconds, **dual))
     stderr.print("[bold]4 evaluate[/] on held-out files")
     evaluation = _evaluate_job(site)
-    report = _finished_report(evaluation) or evaluate(evaluation)
+    report = site.finished_report(evaluation) or evaluate(evaluation)
     stderr.print("[bold]5 publish[/] and promote")
-    version = publish(_publish_job(site))
+    version = publish(site.publish_job())
     model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     ar_phase = held_out_losses(site.path("ar"), site.path("shards"), rows=evaluation.loss_rows, threads=site.threads)
     disconnect()
@@ -175,24 +171,6 @@ def _evaluate_job(site: Site) -> EvaluateJob:
     )
 
 
-def _publish_job(site: Site) -> PublishJob:
-    return site.job(
-        "publish",
-        PublishJob,
-        bundle=site.path("bundle"),
-        report=site.path("report"),
-        name=MODEL_NAME,
-        tracking_uri=site.tracking_uri,
-    )
-
-
-def _finished_report(job: EvaluateJob) -> dict[str, Any] | None:
-    """The report of an earlier run, if it describes the present bundle."""
-    path = Path(job.output) / REPORT
-    report = json.loads(path.read_text()) if path.exists() else None
-    return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
-
-
 def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> int:
     """Train steps that fit a budget on this machine, estimated from a few timed steps."""
     torch.set_num_threads(threads)
@@ -211,4 +189,4 @@ def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> i
         optimizer.step()
         optimizer.zero_grad()
         fastest = min(fastest, time.perf_counter() - began)
-    return max(10, int(seconds / (fastest * ENGINE_OVERHEAD)))
+    return steps_within(seconds, fastest)

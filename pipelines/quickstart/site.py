@@ -1,5 +1,6 @@
 """Folder of a quickstart: its job files, and the machine that it runs on."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,17 @@ from typing import Any
 
 import yaml
 
+from pipelines.evaluation.job import EvaluateJob, PublishJob
+from pipelines.evaluation.report import REPORT
 from pipelines.jobs import J, read_job
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
 
-__all__ = ["MODEL_NAME", "Site"]
+__all__ = ["MODEL_NAME", "Site", "steps_within"]
 
 MODEL_NAME = "quickstart"
 """Name in the registry."""
+ENGINE_OVERHEAD = 1.15
+"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +51,28 @@ class Site:
             content = kind.model_validate(made).model_dump(mode="json")
             path.write_text(yaml.safe_dump(content, sort_keys=False))
         return read_job(kind, path)
+
+    def publish_job(self) -> PublishJob:
+        """The job that registers the bundle."""
+        return self.job(
+            "publish",
+            PublishJob,
+            bundle=self.path("bundle"),
+            report=self.path("report"),
+            name=MODEL_NAME,
+            tracking_uri=self.tracking_uri,
+        )
+
+    def finished_report(self, job: EvaluateJob) -> dict[str, Any] | None:
+        """The report of an earlier run, if it describes the present bundle."""
+        path = Path(job.output) / REPORT
+        report = json.loads(path.read_text()) if path.exists() else None
+        return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
+
+
+def steps_within(seconds: float, step_seconds: float) -> int:
+    """Train steps that fit a budget; at least 10.
+
+    step_seconds  fastest bare step, without the engine
+    """
+    return max(10, int(seconds / (step_seconds * ENGINE_OVERHEAD)))

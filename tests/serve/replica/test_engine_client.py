@@ -135,10 +135,14 @@ def test_a_text_that_nobody_waits_for_gives_its_row_back(app):
             await anext(pieces)
             while not (await app.load()).running:
                 await asyncio.sleep(0.001)
-        while (load := await app.load()).running or load.pages_held:  # the decoder runs on between the two readings
-            await asyncio.sleep(0.001)
+        deadline = asyncio.get_running_loop().time() + 30
+        load = await app.load()
+        while (load.running or load.pages_held) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.001)  # slots and pages are read one after the other, while the decoder runs
+            load = await app.load()
+        return load.running, load.pages_held
 
-    asyncio.run(asyncio.wait_for(leave(), 30))
+    assert asyncio.run(asyncio.wait_for(leave(), 60)) == (0, 0)
 
 
 def test_log_records_of_the_process_arrive_here_even_while_it_loads(served, tmp_path, monkeypatch, caplog):
