@@ -3,16 +3,12 @@
 import asyncio
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
 from answering import QUESTIONS, answers_job, conversations_of, save_chat_bundle, write_prompts
+from killed_jobs import kill_when
 
 from pipelines.answers.answer import answer
 from pipelines.answers.answer_tasks import FilePlan, PromptUnit, UnitAnswers, WorkFolder, plan_files, write_file
@@ -34,12 +30,6 @@ from tidar_core.errors import ConfigError, CorpusError, TidarError
 
 ENTRIES = [*QUESTIONS, {"id": "several", "turns": ["Name it.", "And then?", "Why?"]}, {"no": "prompt"}, "x" * 600]
 MIXED = {"greedy": 0.5, "sampled": 0.75}
-RUN = """
-import sys
-from pipelines.answers.answer import answer
-from pipelines.answers.job import AnswersJob
-answer(AnswersJob.model_validate_json(sys.argv[1]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +88,14 @@ def test_an_output_holds_the_answers_to_all_prompts_in_their_order_and_counts_th
     assert made_by["parents"]["model"] == manifest.model
 
 
-def kill_when(job, ready):
-    """Run `job` in a process of its own on the same cluster; SIGKILL as soon as something is ready."""
-    import ray
-
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen([sys.executable, "-c", RUN, job.model_dump_json()], env=os.environ | address)
-    try:
-        while not ready():
-            assert process.poll() is None, "the job ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 def test_a_killed_job_keeps_its_finished_units_and_ends_with_the_bytes_of_one_worker_and_another_batch(
     whole, model, prompts, tmp_path
 ):
     job = answers_job(prompts, tmp_path / "out", model, **MIXED, workers=3, batch=1, unit_prompts=1)
     kill_when(
-        job.model_copy(update={"workers": 1}), lambda: len(list(tmp_path.glob(".out.*/units-*/answers-*-*.json"))) >= 3
+        lambda: len(list(tmp_path.glob(".out.*/units-*/answers-*-*.json"))) >= 3,
+        answer,
+        job.model_copy(update={"workers": 1}),
     )
     marks = {path.name: path.stat() for path in tmp_path.glob(".out.*/units-*/answers-*-*.json")}
     assert 3 <= len(marks) < 14

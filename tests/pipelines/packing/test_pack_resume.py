@@ -2,12 +2,9 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from killed_jobs import kill_when
 from pack_jobs import job, shard_bytes
 
 from pipelines.packing.pack import pack
@@ -15,13 +12,6 @@ from tidar_core.artifacts import shards
 from tidar_core.artifacts.store import locations
 
 DOCUMENTS = [f"document {n}: " + "lorem ipsum dolor " * (n % 5 + 1) for n in range(160)]
-RUN = """
-import sys
-from pipelines.cluster.connection import connect
-from pipelines.jobs import PackJob
-from pipelines.packing.pack import pack
-pack(PackJob.model_validate_json(sys.argv[1]))
-"""
 
 
 @pytest.fixture
@@ -33,21 +23,6 @@ def corpus(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(lines))
     return tmp_path / "corpus"
-
-
-def kill_when(job, ready):
-    """Run `job` in a process of its own on the same cluster; SIGKILL as soon as something is ready."""
-    import ray
-
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen([sys.executable, "-c", RUN, job.model_dump_json()], env=os.environ | address)
-    try:
-        while not ready():
-            assert process.poll() is None, "the job ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
 
 
 def spoil(path):
@@ -68,14 +43,14 @@ def test_a_killed_job_started_again_keeps_its_parts_and_shards_and_ends_with_the
     def left(pattern):
         return sorted(tmp_path.glob(f".broken.*/{pattern}"))
 
-    kill_when(broken, lambda: len(left("units-600/tokens-*.json")) >= 3)
+    kill_when(lambda: len(left("units-600/tokens-*.json")) >= 3, pack, broken)
     marks = left("units-600/tokens-*.json")
     files = sorted(corpus.iterdir())
     assert 3 <= len(marks) < len(files)
     spoil(files[0])
     for torn in ("whole", "held_out"):  # what a writer that knows no other name would have left of the last unit
         (marks[0].parent / f"{torn}-{len(files) - 1:07d}-00000.parquet").write_bytes(b"PAR1 torn")
-    kill_when(broken, lambda: len(left("marks/train-*.json")) >= 3)
+    kill_when(lambda: len(left("marks/train-*.json")) >= 3, pack, broken)
     kept = {path.name[: -len(".json")] for path in left("marks/train-*.json")}
     assert 3 <= len(kept) < len(whole.splits["train"].shards)
     written = {name: left(f"shards/{name}")[0].stat() for name in kept}
@@ -100,7 +75,7 @@ def test_a_killed_job_goes_on_on_an_object_store(ray_cluster, s3_bucket, corpus,
         names = [name for folder in folders for name in locations.names_in(f"{s3_bucket}/{folder}/units-600")]
         return [name for name in names if name.startswith("tokens-")]
 
-    kill_when(broken, lambda: len(marks()) >= 2)
+    kill_when(lambda: len(marks()) >= 2, pack, broken)
     spoil(min(corpus.iterdir()))
     assert pack(broken) == whole
     assert shards.verify_shards(f"{s3_bucket}/broken") == whole
