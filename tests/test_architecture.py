@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "pipelines/research": "tidar_core/ pipelines pipelines/cluster pipelines/evaluation",
     "serve_apps": "tidar_core/ serve_apps/",
     "serve_apps/api": "tidar_core tidar_core/decoding tidar_core/artifacts/text serve_apps/messages",
-    "serve_apps/messages": "tidar_core serve_apps/api",
+    "serve_apps/messages": "tidar_core",
     "serve_apps/streaming": "tidar_core tidar_core/decoding tidar_core/artifacts/ serve_apps/api serve_apps/messages",
     "serve_apps/rollout": "tidar_core tidar_core/artifacts/ serve_apps/settings.py serve_apps/api serve_apps/messages",
     "serve_apps/telemetry": "tidar_core serve_apps/settings.py serve_apps/messages serve_apps/rollout",

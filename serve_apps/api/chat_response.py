@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from serve_apps.api.completion_response import Answer, PromptScores
-from serve_apps.api.token_origins import Decoding
+from serve_apps.api.completion_response import Answer
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import ChatTokenLogprob, PromptScores
 
 __all__ = [
     "ChatChoice",
@@ -16,31 +17,14 @@ __all__ = [
     "ChatChunkChoice",
     "ChatCompletion",
     "ChatFinishReason",
-    "ChatLogprob",
     "ChatLogprobs",
     "ChatMessage",
-    "ChatTokenLogprob",
     "Delta",
     "ToolCall",
     "ToolCallDelta",
 ]
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class ChatLogprob(BaseModel):
-    """Log probability of a token."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    """UTF-8 bytes that the token adds to the text."""
-
-
-class ChatTokenLogprob(ChatLogprob):
-    """A token of the text, with the most likely tokens at its position."""
-
-    top_logprobs: list[ChatLogprob]
 
 
 class ChatLogprobs(BaseModel):

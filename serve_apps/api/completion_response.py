@@ -4,26 +4,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from serve_apps.api.token_origins import Decoding
+from serve_apps.messages.text_delta import FinishReason, UsageCounts
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import Logprobs, PromptScores
 
 __all__ = [
     "Answer",
     "Choice",
     "Completion",
-    "FinishReason",
-    "Logprobs",
     "Metrics",
     "ModelCard",
     "ModelList",
-    "PromptScores",
     "PromptTokensDetails",
     "SpeculativeDecoding",
-    "TokenScore",
     "Usage",
+    "metrics_of",
+    "usage_of",
 ]
-
-FinishReason = Literal["stop", "length"]
-"""Reason why a text ended."""
 
 
 class PromptTokensDetails(BaseModel):
@@ -65,32 +62,6 @@ class Metrics(BaseModel):
     """Metrics of a response beyond OpenAI's fields."""
 
     speculative_decoding: SpeculativeDecoding
-
-
-class Logprobs(BaseModel):
-    """Log probabilities of tokens; each list has an entry for each token."""
-
-    text_offset: list[int] = []
-    """Character of the text where the token begins. Tokens of a removed stop string have the offset without removal."""
-    token_logprobs: list[float | None] = []
-    """`None` for the first token of an echoed prompt, which has no prefix."""
-    tokens: list[str] = []
-    top_logprobs: list[dict[str, float] | None] = []
-    """The most likely tokens, and the token itself if it is not among them."""
-
-
-class TokenScore(BaseModel):
-    """Log probability and rank of a token, in vLLM's shape."""
-
-    logprob: float
-    rank: int | None
-    """1 for the most likely token; None for a token that is not among the requested most likely tokens."""
-    decoded_token: str
-
-
-PromptScores = list[dict[int, TokenScore] | None]
-"""Scores of the tokens of a prompt: the token and the most likely tokens at its position, by id; `None` for the first
-token."""
 
 
 class Choice(BaseModel):
@@ -149,3 +120,31 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+def usage_of(counts: UsageCounts) -> Usage:
+    """Tokens of prompts and texts."""
+    return Usage(
+        prompt_tokens=counts.prompt_tokens,
+        completion_tokens=counts.completion_tokens,
+        total_tokens=counts.prompt_tokens + counts.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=counts.cached_tokens),
+    )
+
+
+def metrics_of(counts: UsageCounts) -> Metrics | None:
+    """Statistics of the drafts; None in the autoregressive mode, which has no drafts."""
+    if not counts.drafts_per_step:
+        return None
+    steps, drafted, accepted = counts.decode_steps, counts.drafted_tokens, counts.accepted_tokens
+    return Metrics(
+        speculative_decoding=SpeculativeDecoding(
+            mean_acceptance_length=1 + accepted / steps if steps else 1.0,
+            draft_acceptance_rate=accepted / drafted if drafted else 0.0,
+            acceptance_histogram=list(counts.histogram),
+            num_spec_steps=steps,
+            num_accepted_draft_tokens=accepted,
+            num_draft_tokens=drafted,
+            num_spec_tokens=counts.drafts_per_step,
+        )
+    )

@@ -12,15 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serve_apps.api import bounds
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import (
-    Choices,
-    RequestedGrammar,
-    ResponseFormat,
-    Schema,
-    StructuredOutputs,
-    requested_grammar,
-)
+from serve_apps.api.grammar_fields import Choices, ResponseFormat, Schema, StructuredOutputs, requested_grammar
 from serve_apps.api.parsing import Body, allow_null
+from serve_apps.messages.generation_request import RequestedGrammar
 from tidar_core.config import COLDEST, MOST_LOGPROBS, SamplingConfig
 from tidar_core.errors import RequestError
 

@@ -5,15 +5,15 @@ grammar. `tidar_core.artifacts.text.grammar` compiles it, in the process that ha
 """
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_apps.api.bounds import GRAMMAR_CHARS, GRAMMAR_CHOICES
 from serve_apps.api.errors import ParameterError
+from serve_apps.messages.generation_request import RequestedGrammar
 
-__all__ = ["FIELDS", "RequestedGrammar", "ResponseFormat", "StructuredOutputs", "check_size", "requested_grammar"]
+__all__ = ["FIELDS", "ResponseFormat", "StructuredOutputs", "check_size", "requested_grammar"]
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 GUIDED = {
@@ -26,17 +26,6 @@ GUIDED = {
 
 Schema = str | dict[str, Any]
 Choices = Annotated[list[str], Field(min_length=1, max_length=GRAMMAR_CHOICES)]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestedGrammar:
-    """Grammar as a client wrote it."""
-
-    param: str
-    """Field that requests it."""
-    kind: str
-    """One of `tidar_core.artifacts.text.grammar.KINDS`."""
-    content: Any
 
 
 class JsonSchema(BaseModel):

@@ -6,7 +6,7 @@ A prompt is encoded exactly as the completion routes encode it.
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from serve_apps.api.bounds import check_text_len
 from serve_apps.api.chat_request import ChatFields, Messages
@@ -15,7 +15,7 @@ from serve_apps.api.generation_fields import Name
 from serve_apps.api.parsing import Body
 from serve_apps.messages.generation_request import Chat
 
-__all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized", "TokenizerInfo"]
+__all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized"]
 
 CHAT_FIELDS = set(ChatFields.model_fields) - {"messages"}
 
@@ -79,12 +79,3 @@ class Detokenized(BaseModel):
     """Text of tokens; special tokens appear by their names."""
 
     prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    """Configuration of the tokenizer."""
-
-    model_config = ConfigDict(extra="allow")
-
-    tokenizer_class: str | None = None
-    chat_template: str | dict[str, str] | None = None

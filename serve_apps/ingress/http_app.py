@@ -26,7 +26,7 @@ from serve_apps.api.completion_request import CompletionRequest
 from serve_apps.api.completion_response import Completion, ModelCard, ModelList
 from serve_apps.api.errors import CLIENT_GONE, QUOTED_CHARS, HttpError, ModelNotFoundError, ReplicaLostError, problem_of
 from serve_apps.api.openapi import DOCS_PAGE, described, errors
-from serve_apps.api.tokenize_api import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from serve_apps.api.tokenize_api import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from serve_apps.ingress import failover, translate
 from serve_apps.ingress.api_keys import Access
 from serve_apps.ingress.body_forwarding import ReplayBody
@@ -38,6 +38,7 @@ from serve_apps.ingress.request_log import RequestLog
 from serve_apps.ingress.translate import GenerationBody
 from serve_apps.messages.replica_load import Load
 from serve_apps.messages.text_delta import GenerationFailed
+from serve_apps.messages.tokenizer_info import TokenizerInfo
 from serve_apps.telemetry import start_stage
 from serve_apps.telemetry.metrics import Counters, gauges
 from serve_apps.telemetry.version_metrics import version_metrics

@@ -7,8 +7,9 @@ from typing import Any
 from serve_apps.api.chat_request import ChatRequest
 from serve_apps.api.completion_request import CompletionRequest
 from serve_apps.api.completion_response import ModelCard
+from serve_apps.ingress.request_route import route_of
 from serve_apps.messages.generation_request import GenerationRequest
-from serve_apps.messages.version_routing import Route, route_of
+from serve_apps.messages.version_routing import Route
 from serve_apps.streaming.chat_stream import ChatReply
 from serve_apps.streaming.completion_stream import CompletionReply, Reply
 

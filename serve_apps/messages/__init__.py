@@ -1,1 +1,1 @@
-"""Messages that cross the border of a process: plain dataclasses and tuples."""
+"""Messages that cross the border of a process: dataclasses, tuples, and parts of responses that a replica makes."""

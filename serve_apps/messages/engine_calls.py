@@ -8,9 +8,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from serve_apps.api.tokenize_api import TokenizerInfo
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.messages.tokenizer_info import TokenizerInfo
 
 __all__ = [
     "CallFailed",

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_apps.api.grammar_fields import RequestedGrammar
 from serve_apps.messages.version_routing import Route
 from tidar_core.config import SamplingConfig
 
-__all__ = ["Chat", "GenerationRequest", "ToolUse"]
+__all__ = ["Chat", "GenerationRequest", "RequestedGrammar", "ToolUse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +46,17 @@ class Chat:
     """Further variables of the template."""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestedGrammar:
+    """Grammar as a client wrote it."""
+
+    param: str
+    """Field that requests it."""
+    kind: str
+    """One of `tidar_core.artifacts.text.grammar.KINDS`."""
+    content: Any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """The request for one text."""
@@ -82,7 +92,7 @@ class GenerationRequest:
     token_ids: bool = False
     """The response has the ids of all tokens."""
     decoding: bool = False
-    """The response has the origin of each token (`api/token_origins.py`)."""
+    """The response has the origin of each token (`token_origins.py`)."""
     speculative: bool = True
     """False: one token per forward, without drafts."""
     route: Route = field(default_factory=Route)

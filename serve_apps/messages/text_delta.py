@@ -6,26 +6,16 @@ the decoder and the event loops pay for every delta.
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from serve_apps.api.chat_response import ChatTokenLogprob
-from serve_apps.api.completion_response import (
-    FinishReason,
-    Logprobs,
-    Metrics,
-    PromptScores,
-    PromptTokensDetails,
-    SpeculativeDecoding,
-    Usage,
-)
-from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.request_timing import RequestTiming
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import ChatTokenLogprob, Logprobs, PlainScores, PromptScores
 
-__all__ = ["GenerationFailed", "PlainScores", "TextDelta", "UsageCounts"]
+__all__ = ["FinishReason", "GenerationFailed", "TextDelta", "UsageCounts"]
 
-PlainScores = list[dict[int, tuple[float, int | None, str]] | None]
-"""`PromptScores` before they are models: log probability, rank and text of tokens, by id. A prompt can have 10**5 of
-them, and models take 20 times as long to build and to send as tuples do."""
+FinishReason = Literal["stop", "length"]
+"""Reason why a text ended."""
 
 
 class UsageCounts(NamedTuple):
@@ -46,32 +36,25 @@ class UsageCounts(NamedTuple):
             self.cached_tokens + other.cached_tokens,
         )
 
-    def for_response(self) -> Usage:
-        """Tokens of prompts and texts, for a response."""
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            total_tokens=self.prompt_tokens + self.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.cached_tokens),
-        )
+    @property
+    def drafts_per_step(self) -> int:
+        """Speculative tokens of a draft block: K - 1; 0 in the autoregressive mode."""
+        return max(0, len(self.histogram) - 1)
 
-    def metrics(self) -> Metrics | None:
-        """Statistics of the drafts; None in the autoregressive mode, which has no drafts."""
-        spec_tokens, steps = len(self.histogram) - 1, sum(self.histogram)
-        if spec_tokens < 1:
-            return None
-        accepted = sum(j * count for j, count in enumerate(self.histogram))
-        return Metrics(
-            speculative_decoding=SpeculativeDecoding(
-                mean_acceptance_length=1 + accepted / steps if steps else 1.0,
-                draft_acceptance_rate=accepted / (steps * spec_tokens) if steps else 0.0,
-                acceptance_histogram=list(self.histogram),
-                num_spec_steps=steps,
-                num_accepted_draft_tokens=accepted,
-                num_draft_tokens=steps * spec_tokens,
-                num_spec_tokens=spec_tokens,
-            )
-        )
+    @property
+    def decode_steps(self) -> int:
+        """Number of decode steps."""
+        return sum(self.histogram)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Speculative tokens of all decode steps."""
+        return self.decode_steps * self.drafts_per_step
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Speculative tokens that were accepted."""
+        return sum(j * count for j, count in enumerate(self.histogram))
 
 
 class TextDelta(NamedTuple):

@@ -5,15 +5,11 @@ A client keeps its version for as long as the challenger is a canary; another ch
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serve_apps.api.errors import ParameterError
-
-__all__ = ["CHALLENGER", "CHAMPION", "Route", "role_of", "route_of"]
+__all__ = ["CHALLENGER", "CHAMPION", "Route", "role_of"]
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-VERSION_HEADER, SESSION_HEADER = "x-tidar-version", "x-session-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +20,6 @@ class Route:
     """The same for all requests of a client."""
     role: str | None = None
     """Role that a header names; None without the header."""
-
-
-def route_of(headers: Mapping[str, str], user: str | None, otherwise: str) -> Route:
-    """The route of a request: sticky by its session, its `user` or its API key, whichever is there first.
-
-    otherwise  key of a request that has none of them: its own id
-    """
-    role = headers.get(VERSION_HEADER)
-    if role not in (None, CHAMPION, CHALLENGER):
-        raise ParameterError(f"the header {VERSION_HEADER} is {role!r}; it must be {CHAMPION} or {CHALLENGER}; drop it")
-    known = (("session", headers.get(SESSION_HEADER)), ("user", user), ("key", headers.get("authorization")))
-    return Route(next((f"{kind} {value}" for kind, value in known if value), otherwise), role)
 
 
 def role_of(route: Route, challenger: str, weight: float) -> str:

@@ -55,11 +55,10 @@ class VersionStats:
         setattr(self, outcome, getattr(self, outcome) + 1)
         self.seconds += seconds if outcome == "texts" else 0.0
         self.tokens += usage.completion_tokens
-        if (metrics := usage.metrics()) is not None:
-            drafts = metrics.speculative_decoding
-            self.drafts += drafts.num_spec_steps
-            self.draft_tokens += drafts.num_draft_tokens
-            self.accepted_tokens += drafts.num_accepted_draft_tokens
+        if usage.drafts_per_step:
+            self.drafts += usage.decode_steps
+            self.draft_tokens += usage.drafted_tokens
+            self.accepted_tokens += usage.accepted_tokens
 
     @property
     def tokens_per_forward(self) -> float:

@@ -13,10 +13,11 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
+from serve_apps.api.tokenize_api import Tokenized
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load, together
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.messages.tokenizer_info import TokenizerInfo
 from serve_apps.messages.version_stats import VersionReport
 from serve_apps.replica.autoscaling import stats
 from serve_apps.replica.engine_pool import EnginePool

@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 
-from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
+from serve_apps.api.tokenize_api import Tokenized
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load
 from serve_apps.messages.request_timing import TimingRecorder
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.messages.tokenizer_info import TokenizerInfo
 from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.replica.decode_loop import DecodeLoop
 from serve_apps.replica.delta_queue import DeltaQueue

@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from serve_apps.api.tokenize_api import Tokenized, TokenizerInfo
+from serve_apps.api.tokenize_api import Tokenized
 from serve_apps.messages.engine_calls import (
     CallFailed,
     CallResult,
@@ -42,6 +42,7 @@ from serve_apps.messages.engine_calls import (
 from serve_apps.messages.generation_request import Chat, GenerationRequest
 from serve_apps.messages.replica_load import Load
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
+from serve_apps.messages.tokenizer_info import TokenizerInfo
 from serve_apps.replica.delta_queue import DeltaQueue, put_all
 from serve_apps.rollout.model_version import ModelVersion
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from serve_apps.api.bounds import GRAMMAR_SECONDS
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import RequestedGrammar
+from serve_apps.messages.generation_request import RequestedGrammar
 from tidar_core.artifacts.text import grammar_probe
 from tidar_core.artifacts.text.grammar import written
 from tidar_core.artifacts.text.tokenizer import Tokenizer

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.generation_fields import as_parameter_error
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import Chat, GenerationRequest
+from serve_apps.messages.generation_request import Chat, GenerationRequest, RequestedGrammar
 from serve_apps.replica.bad_words import token_sequences
 from serve_apps.streaming.tool_call_formats import FORMS, call_grammar
 from tidar_core.artifacts.text.chat_template import ChatTemplate

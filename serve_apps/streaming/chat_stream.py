@@ -17,15 +17,14 @@ from serve_apps.api.chat_response import (
     ChatFinishReason,
     ChatLogprobs,
     ChatMessage,
-    ChatTokenLogprob,
     FunctionDelta,
     ToolCall,
     ToolCallDelta,
 )
-from serve_apps.api.completion_response import PromptScores
-from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.generation_request import ToolUse
 from serve_apps.messages.text_delta import TextDelta
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import ChatTokenLogprob, PromptScores
 from serve_apps.streaming.completion_stream import Reply
 from serve_apps.streaming.tool_call_formats import FORMS
 from serve_apps.streaming.tool_call_parser import CallDelta, ParsedText, ToolCallParser

@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from serve_apps.api.completion_response import Answer, Choice, Completion, Logprobs, ModelCard
+from serve_apps.api.completion_response import Answer, Choice, Completion, ModelCard, metrics_of, usage_of
 from serve_apps.api.errors import Problem
 from serve_apps.api.generation_fields import StreamOptions
-from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta, UsageCounts
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import Logprobs
 
 __all__ = ["DONE", "CompletionReply", "Reply", "error_event", "event", "interleave"]
 
@@ -49,7 +50,7 @@ class Reply(ABC):
         self._record(index, delta)
         for chunk in self._chunks(index, delta):
             if self.options.continuous_usage_stats:
-                chunk["usage"] = self.usage.for_response().model_dump()
+                chunk["usage"] = usage_of(self.usage).model_dump()
             elif not self.options.include_usage:
                 chunk.pop("usage")
             chunk.pop("metrics")
@@ -116,7 +117,7 @@ class Reply(ABC):
         return {**self._heading(choice["index"]), "usage": None, "metrics": None, "object": kind, "choices": [choice]}
 
     def _cost(self) -> dict[str, Any]:
-        return {"usage": self.usage.for_response(), "metrics": self.usage.metrics()}
+        return {"usage": usage_of(self.usage), "metrics": metrics_of(self.usage)}
 
 
 class CompletionReply(Reply):

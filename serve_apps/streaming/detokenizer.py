@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, Self
 
-from serve_apps.api.completion_response import FinishReason
-from serve_apps.api.token_origins import Decoding, Origin, origins
 from serve_apps.messages.generation_request import Chat, GenerationRequest
-from serve_apps.messages.text_delta import PlainScores, TextDelta, UsageCounts
+from serve_apps.messages.text_delta import FinishReason, TextDelta, UsageCounts
+from serve_apps.messages.token_origins import Decoding, Origin
+from serve_apps.messages.token_scores import PlainScores
 from serve_apps.streaming.logprobs import ChatScoreSheet, ScoreSheet, prompt_scores
+from serve_apps.streaming.token_origins import origins
 from tidar_core.decoding.stop_strings import StopStrings, stop_tokens
 
 if TYPE_CHECKING:

@@ -7,9 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from serve_apps.api.chat_response import ChatLogprob, ChatTokenLogprob
-from serve_apps.api.completion_response import Logprobs, PromptScores, TokenScore
-from serve_apps.messages.text_delta import PlainScores
+from serve_apps.messages.token_scores import (
+    ChatLogprob,
+    ChatTokenLogprob,
+    Logprobs,
+    PlainScores,
+    PromptScores,
+    TokenScore,
+)
 
 if TYPE_CHECKING:
     from tidar_core.decoding.request import TokenLogprob

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import ToolUse
+from serve_apps.messages.generation_request import RequestedGrammar, ToolUse
 
 if TYPE_CHECKING:
     from tidar_core.artifacts.text.chat_template import ChatTemplate

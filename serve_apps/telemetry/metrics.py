@@ -122,13 +122,12 @@ class Counters:
         """Count the tokens of a request."""
         self._count("prompt_tokens", usage.prompt_tokens)
         self._count("generation_tokens", usage.completion_tokens)
-        if (metrics := usage.metrics()) is not None:
-            drafts = metrics.speculative_decoding
-            self._count("spec_decode_num_drafts", drafts.num_spec_steps)
-            self._count("spec_decode_num_draft_tokens", drafts.num_draft_tokens)
-            self._count("spec_decode_num_accepted_tokens", drafts.num_accepted_draft_tokens)
-            for position in range(drafts.num_spec_tokens):
-                accepted = sum(drafts.acceptance_histogram[position + 1 :])
+        if usage.drafts_per_step:
+            self._count("spec_decode_num_drafts", usage.decode_steps)
+            self._count("spec_decode_num_draft_tokens", usage.drafted_tokens)
+            self._count("spec_decode_num_accepted_tokens", usage.accepted_tokens)
+            for position in range(usage.drafts_per_step):
+                accepted = sum(usage.histogram[position + 1 :])
                 self._count("spec_decode_num_accepted_tokens_per_pos", accepted, str(position))
 
     async def timed(

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from serve_apps.api.completion_request import CompletionRequest
-from serve_apps.api.completion_response import Logprobs, PromptScores
 from serve_apps.api.errors import ParameterError
 from serve_apps.api.parsing import parse_request
-from serve_apps.api.token_origins import Decoding
 from serve_apps.ingress.translate import generation_requests
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import Logprobs, PromptScores
 from serve_apps.replica.bundle_runtime import BundleRuntime
 from serve_apps.streaming.logprobs import score_models
 from tidar_core.artifacts.model.bundle import Bundle

@@ -6,8 +6,7 @@ from contextlib import aclosing
 import pytest
 from tiny import varied_model
 
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import GenerationRequest
+from serve_apps.messages.generation_request import GenerationRequest, RequestedGrammar
 from serve_apps.replica.engine import Engine
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings

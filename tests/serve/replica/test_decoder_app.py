@@ -8,8 +8,8 @@ from contextlib import aclosing
 import pytest
 from llguidance import LLParserLimits, grammar_from
 
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import GenerationRequest
+from serve_apps.api.completion_response import metrics_of
+from serve_apps.messages.generation_request import GenerationRequest, RequestedGrammar
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.rollout.model_version import ModelVersion
@@ -57,7 +57,7 @@ def test_in_every_mode_the_pieces_join_to_the_autoregressive_text(served, oracle
     text, tokens, reason = oracle_text(PROMPT, 20, **sampling)
     assert "".join(piece.text for piece in pieces) == text
     assert (pieces[-1].finish_reason, pieces[-1].usage.completion_tokens) == (reason, tokens)
-    assert (pieces[-1].usage.metrics() is None) == (block_len == 1)
+    assert (metrics_of(pieces[-1].usage) is None) == (block_len == 1)
 
 
 def test_sampled_drafts_are_greedy_too_if_requested(served, oracle_text):

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import GenerationRequest
+from serve_apps.messages.generation_request import GenerationRequest, RequestedGrammar
 from serve_apps.messages.text_delta import GenerationFailed
 from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.replica.engine_client import EngineClient

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve_apps.api.errors import ParameterError, problem_of
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import Chat
+from serve_apps.messages.generation_request import Chat, RequestedGrammar
 from serve_apps.replica.grammar_pool import GrammarPool
 from serve_apps.replica.prompt_lanes import LONG, PromptLanes
 

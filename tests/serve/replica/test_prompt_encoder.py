@@ -4,8 +4,7 @@ import pytest
 from chat_templates import chat_tokenizer
 
 from serve_apps.api.errors import ParameterError
-from serve_apps.api.grammar_fields import RequestedGrammar
-from serve_apps.messages.generation_request import Chat, GenerationRequest, ToolUse
+from serve_apps.messages.generation_request import Chat, GenerationRequest, RequestedGrammar, ToolUse
 from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.streaming.tool_call_formats import form_of
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template

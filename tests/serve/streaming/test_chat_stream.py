@@ -5,12 +5,12 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from serve_apps.api.chat_response import ChatTokenLogprob
 from serve_apps.api.completion_response import ModelCard
 from serve_apps.api.generation_fields import StreamOptions
-from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.generation_request import ToolUse
 from serve_apps.messages.text_delta import TextDelta, UsageCounts
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import ChatTokenLogprob
 from serve_apps.streaming.chat_stream import ChatReply
 
 CARD = ModelCard(id="m", created=5, max_model_len=64, block_len=4, bundle_hash="0123456789abcdef", mode="single-pass")

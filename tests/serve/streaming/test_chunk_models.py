@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from serve_apps.api.chat_response import ChatChunk, ChatLogprob, ChatTokenLogprob
-from serve_apps.api.completion_response import Completion, Logprobs, ModelCard, TokenScore
+from serve_apps.api.chat_response import ChatChunk
+from serve_apps.api.completion_response import Completion, ModelCard
 from serve_apps.api.generation_fields import StreamOptions
-from serve_apps.api.token_origins import Decoding
 from serve_apps.messages.generation_request import ToolUse
 from serve_apps.messages.text_delta import TextDelta, UsageCounts
+from serve_apps.messages.token_origins import Decoding
+from serve_apps.messages.token_scores import ChatLogprob, ChatTokenLogprob, Logprobs, TokenScore
 from serve_apps.streaming.chat_stream import ChatReply
 from serve_apps.streaming.completion_stream import CompletionReply
 

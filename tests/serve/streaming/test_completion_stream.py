@@ -6,10 +6,11 @@ import json
 import pytest
 from openai.types import Completion
 
-from serve_apps.api.completion_response import Logprobs, ModelCard, TokenScore
+from serve_apps.api.completion_response import ModelCard, metrics_of, usage_of
 from serve_apps.api.errors import problem_of
 from serve_apps.api.generation_fields import StreamOptions
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta, UsageCounts
+from serve_apps.messages.token_scores import Logprobs, TokenScore
 from serve_apps.streaming.completion_stream import DONE, CompletionReply, error_event, interleave
 from tidar_core.errors import CapacityError
 
@@ -39,8 +40,8 @@ def test_tallies_of_several_prompts_add_up():
 
 
 def test_without_drafts_there_are_no_statistics_of_them():
-    assert UsageCounts(1, 5, (4,)).metrics() is None
-    no_decode_step = UsageCounts(1, 1, (0, 0)).metrics().speculative_decoding
+    assert metrics_of(UsageCounts(1, 5, (4,))) is None
+    no_decode_step = metrics_of(UsageCounts(1, 1, (0, 0))).speculative_decoding
     assert (no_decode_step.mean_acceptance_length, no_decode_step.draft_acceptance_rate) == (1.0, 0.0)
 
 
@@ -76,7 +77,7 @@ def test_a_prompt_is_paid_for_once_whatever_the_number_of_its_choices():
         event_data(reply, index, TextDelta("a", "stop", UsageCounts(10, 1, cached_tokens=index + 1)))
     cached = {"prompt_tokens_details": {"cached_tokens": 1 + 3}}
     usage = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
-    assert reply.usage.for_response().model_dump() == usage | cached
+    assert usage_of(reply.usage).model_dump() == usage | cached
 
 
 def test_log_probabilities_of_all_pieces_join_and_keep_openais_shape(reply):

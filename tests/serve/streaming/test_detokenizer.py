@@ -4,6 +4,7 @@ from itertools import accumulate, pairwise, product
 
 import pytest
 
+from serve_apps.api.completion_response import metrics_of, usage_of
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from serve_apps.streaming.logprobs import score_models
@@ -88,7 +89,7 @@ def test_nothing_is_pending_until_a_character_is_whole(tokenizer, transcript):
 def test_the_speculative_metrics_are_vllms(transcript):
     # decode steps accepted 4, 1, 1 and 2 drafts, the final first one included: 3, 0, 0 and 1 speculative tokens
     usage = transcript.add(steps_of([9] * 9, [4, 1, 1, 2], "length")).take().usage
-    assert usage.metrics().speculative_decoding.model_dump() == {
+    assert metrics_of(usage).speculative_decoding.model_dump() == {
         "mean_acceptance_length": 2.0,  # 8 tokens in 4 steps
         "draft_acceptance_rate": 4 / 12,
         "acceptance_histogram": [2, 1, 0, 1],
@@ -97,7 +98,7 @@ def test_the_speculative_metrics_are_vllms(transcript):
         "num_draft_tokens": 12,
         "num_spec_tokens": 3,
     }
-    assert usage.for_response().completion_tokens == 9
+    assert usage_of(usage).completion_tokens == 9
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "words"), (True, "words$")])

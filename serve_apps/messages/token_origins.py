@@ -1,14 +1,11 @@
 """Origin of each token of a text: an accepted draft, or a token of the model's autoregressive side."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-if TYPE_CHECKING:
-    from tidar_core.decoding.request import DecodeStep
-
-__all__ = ["Decoding", "Origin", "origins"]
+__all__ = ["Decoding", "Origin"]
 
 Origin = Literal["draft", "correction", "bonus", "plain"]
 """Origin of a token; `Decoding.origin` defines the values."""
@@ -34,11 +31,3 @@ class Decoding(BaseModel):
         if not parts:
             return None
         return cls(**{name: [entry for part in parts for entry in getattr(part, name)] for name in cls.model_fields})
-
-
-def origins(step: "DecodeStep") -> list[Origin]:
-    """Origin of each new token of a decode step."""
-    accepted, verified = max(0, step.accepted - 1), min(step.pending, step.verified) - 1
-    drafts: list[Origin] = ["draft"] * accepted
-    last: Origin = "correction" if accepted < verified else "bonus" if accepted else "plain"
-    return [*drafts, last][: len(step.token_ids)]

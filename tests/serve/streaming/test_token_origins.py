@@ -2,9 +2,9 @@
 
 import pytest
 
-from serve_apps.api.token_origins import origins
 from serve_apps.messages.generation_request import GenerationRequest
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
+from serve_apps.streaming.token_origins import origins
 from tidar_core.artifacts.text.tokenizer import train_bpe
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.request import DecodeStep
