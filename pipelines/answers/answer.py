@@ -13,17 +13,24 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines.answers.answer_tasks import PromptUnit, UnitAnswers, WorkFolder, plan_files, read_prompts, write_file
+from pipelines.answers.answer_tasks import (
+    AnsweredUnit,
+    PromptUnit,
+    UnitAnswers,
+    WorkFolder,
+    plan_files,
+    read_prompts,
+    write_file,
+)
 from pipelines.answers.job import OUTPUT_NEUTRAL, AnswersJob
 from pipelines.answers.manifest import (
     ANSWERS_JSON,
     FORMAT_VERSION,
-    AnswerFile,
     AnswersManifest,
     read_manifest,
     write_manifest,
@@ -46,6 +53,9 @@ from tidar_core.config import AUTOREGRESSIVE, mode_of
 from tidar_core.errors import CorpusError, ShardError, TokenizerError
 
 __all__ = ["answer"]
+
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +117,11 @@ def _answered(
     require_room(job.cpus_per_worker, job.gpus_per_worker)
     read = _read_units(job, files, folder)
     outcomes = _answer_units(job, read.units, model, folder)
-    by_name = {outcome["unit"]: outcome for outcome in outcomes}
+    by_name = {outcome.unit: outcome for outcome in outcomes}
     ordered = [by_name[unit.name] for unit in read.units]
-    left_out = _merged([read.left_out, *(LeftOut(**outcome["left_out"]) for outcome in ordered)])
-    unfinished = _merged([LeftOut(**outcome["unfinished"]) for outcome in ordered])
-    if not sum(outcome["conversations"] for outcome in ordered):
+    left_out = _merged([read.left_out, *(outcome.left_out for outcome in ordered)])
+    unfinished = _merged([outcome.unfinished for outcome in ordered])
+    if not sum(outcome.conversations for outcome in ordered):
         if not left_out.rows:
             chosen = f"greedy {job.greedy} and sampled {job.sampled}"
             raise CorpusError(f"{chosen} choose none of the prompts in {job.prompts}; raise them, or give more prompts")
@@ -119,20 +129,18 @@ def _answered(
     for line, count in (("left out", left_out), ("left questions unanswered in", unfinished)):
         if count.rows:
             stderr.print(f"{line} {count.rows} entries of {job.prompts}: {count}", soft_wrap=True, markup=False)
-    plans = plan_files([(outcome["unit"], outcome["conversations"]) for outcome in ordered], job)
+    plans = plan_files([(outcome.unit, outcome.conversations) for outcome in ordered], job)
     written = _stage("write answers", "files", plans, partial(write_file, folder=folder), job.workers)
     manifest = AnswersManifest(
         identity=identity,
         model=model.hash,
-        finish_reasons=dict(
-            sorted(sum((Counter(outcome["finish_reasons"]) for outcome in ordered), Counter()).items())
-        ),
+        finish_reasons=dict(sorted(sum((Counter(outcome.finish_reasons) for outcome in ordered), Counter()).items())),
         left_out=left_out.rows,
         unfinished=unfinished.rows,
         named=tuple(left_out.named + unfinished.named),
-        files=tuple(AnswerFile(**entry) for entry in sorted(written, key=lambda entry: entry["file"])),
+        files=tuple(sorted(written, key=lambda entry: entry.file)),
         **{
-            name: sum(outcome[name] for outcome in ordered)
+            name: sum(getattr(outcome, name) for outcome in ordered)
             for name in ("prompts", "conversations", "greedy", "answers", "tokens")
         },
     )
@@ -156,9 +164,9 @@ def _prompt_files(job: AnswersJob) -> list[FileEntry]:
 def _read_units(job: AnswersJob, files: Sequence[FileEntry], folder: WorkFolder) -> _Read:
     pieces = list(enumerate(work_units(files, job.unit_bytes)))
     done = _stage("read prompts", "units", pieces, partial(read_prompts, job=job, folder=folder), job.workers)
-    done.sort(key=lambda outcome: outcome["ordinal"])
-    units = [PromptUnit(**unit) for outcome in done for unit in outcome["units"]]
-    left_out = _merged([LeftOut(**outcome["left_out"]) for outcome in done])
+    done.sort(key=lambda outcome: outcome.ordinal)
+    units = [unit for outcome in done for unit in outcome.units]
+    left_out = _merged([outcome.left_out for outcome in done])
     if not units:
         cause = str(left_out) or "all lines are blank"
         raise CorpusError(f"no entry of {job.prompts} can be answered: {cause}; change them")
@@ -167,7 +175,7 @@ def _read_units(job: AnswersJob, files: Sequence[FileEntry], folder: WorkFolder)
 
 def _answer_units(
     job: AnswersJob, units: Sequence[PromptUnit], model: _Model, folder: WorkFolder
-) -> list[dict[str, Any]]:
+) -> list[AnsweredUnit]:
     pool = ActorPool(
         actors=job.workers,
         cpus=job.cpus_per_worker,
@@ -196,24 +204,22 @@ class _Pace:
     """Latest tokens a second of each actor."""
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, outcome: Mapping[str, Any]) -> dict[str, float]:
+    def add(self, outcome: AnsweredUnit) -> dict[str, float]:
         """Count a unit; returns figures for the progress."""
-        self.prompts += outcome["prompts"]
-        speed = outcome.get("speed")
-        if speed is not None and speed["seconds"]:
-            self.fresh += outcome["prompts"]
-            self.speeds[speed["actor"]] = speed["tokens"] / speed["seconds"]
+        self.prompts += outcome.prompts
+        speed = outcome.speed
+        if speed is not None and speed.seconds:
+            self.fresh += outcome.prompts
+            self.speeds[speed.actor] = speed.tokens / speed.seconds
         if not self.fresh:
             return {}
         left = (time.monotonic() - self.began) * (self.total - self.prompts) / self.fresh
         return {"tokens/s": sum(self.speeds.values()), "eta_seconds": left}
 
 
-def _stage(
-    title: str, unit: str, items: Sequence[Any], work: Callable[[Any], dict[str, Any]], workers: int
-) -> list[dict[str, Any]]:
+def _stage(title: str, unit: str, items: Sequence[Any], work: Callable[[Any], Outcome], workers: int) -> list[Outcome]:
     """Do the work of each item in tasks, and show the progress; returns the outcomes in any order."""
-    done: list[dict[str, Any]] = []
+    done: list[Outcome] = []
     with job_progress(title, total=len(items), unit=unit) as show:
         for outcome in task_outcomes(items, work, workers):
             done.append(outcome)

@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -31,12 +31,22 @@ from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.store import locations
-from tidar_core.artifacts.store.output_folder import marked
+from tidar_core.artifacts.store.output_folder import marked, read_mark, write_mark
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.errors import BundleError, TokenizerError
 from tidar_core.training.packing import overlapping_spans
 
-__all__ = ["FilePlan", "PromptUnit", "UnitAnswers", "WorkFolder", "plan_files", "read_prompts", "write_file"]
+__all__ = [
+    "AnsweredUnit",
+    "FilePlan",
+    "PromptUnit",
+    "ReadPrompts",
+    "UnitAnswers",
+    "WorkFolder",
+    "plan_files",
+    "read_prompts",
+    "write_file",
+]
 
 A_PROMPT = "a prompt; it needs messages, prompt, question, turns or text, or the column that prompt_field names"
 SHOWN_CHARACTERS = 40
@@ -71,6 +81,47 @@ class PromptUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadPrompts:
+    """Outcome of pieces of the corpus whose prompts were written as units."""
+
+    ordinal: int
+    units: list[PromptUnit]
+    left_out: LeftOut
+
+
+@dataclass(slots=True)
+class Speed:
+    """Speed of one actor's decoder."""
+
+    actor: str = field(default_factory=lambda: uuid4().hex)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Add a forward."""
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredUnit:
+    """Outcome of a unit whose answers were written."""
+
+    unit: str
+    prompts: int
+    conversations: int
+    """Conversations with an answer."""
+    greedy: int
+    answers: int
+    tokens: int
+    finish_reasons: dict[str, int]
+    left_out: LeftOut
+    unfinished: LeftOut
+    speed: Speed | None = None
+    """Speed of the actor by now; None if an earlier run of the job answered the unit."""
+
+
+@dataclass(frozen=True, slots=True)
 class FilePlan:
     """The conversations that a file of the output holds."""
 
@@ -79,7 +130,7 @@ class FilePlan:
     """Names of units; the first conversation of each, and the end."""
 
 
-def read_prompts(item: tuple[int, Sequence[Piece]], job: AnswersJob, folder: WorkFolder) -> dict[str, Any]:
+def read_prompts(item: tuple[int, Sequence[Piece]], job: AnswersJob, folder: WorkFolder) -> ReadPrompts:
     """Write the prompts in some pieces of the corpus, given with their ordinal, as units."""
     ordinal, pieces = item
     left_out = LeftOut()
@@ -95,16 +146,16 @@ def read_prompts(item: tuple[int, Sequence[Piece]], job: AnswersJob, folder: Wor
             except ValueError as fault:
                 left_out.add(entry.place, fault)
 
-    def work() -> dict[str, Any]:
+    def work() -> ReadPrompts:
         units = []
         for number, batch in enumerate(_in_batches(prompts(), job.unit_prompts)):
             name = f"{ordinal:07d}-{number:05d}"
             content = "".join(prompt.json + "\n" for prompt in batch).encode()
             locations.write_bytes(locations.join(folder.units, f"prompts-{name}.jsonl"), content)
-            units.append(asdict(PromptUnit(name, len(batch))))
-        return {"units": units, "left_out": asdict(left_out)}
+            units.append(PromptUnit(name, len(batch)))
+        return ReadPrompts(ordinal, units, left_out)
 
-    return {"ordinal": ordinal} | marked(locations.join(folder.units, f"prompts-{ordinal:07d}.json"), work)
+    return marked(locations.join(folder.units, f"prompts-{ordinal:07d}.json"), ReadPrompts, work)
 
 
 class UnitAnswers:
@@ -126,18 +177,18 @@ class UnitAnswers:
         self._job, self._folder = job, folder
         self._waiting: list[asyncio.Future[None]] = []
         self._decoding: asyncio.Task[None] | None = None
-        self._speed = _Speed()
+        self._speed = Speed()
 
-    async def __call__(self, unit: PromptUnit) -> dict[str, Any]:
+    async def __call__(self, unit: PromptUnit) -> AnsweredUnit:
         """Counts of the unit's answers, which are written into the work folder."""
         mark = locations.join(self._folder.units, f"answers-{unit.name}.json")
         if await asyncio.to_thread(locations.exists, mark):
-            return {"unit": unit.name} | await asyncio.to_thread(locations.read_json, mark)
+            return await asyncio.to_thread(read_mark, mark, AnsweredUnit)
         where = locations.join(self._folder.units, f"prompts-{unit.name}.jsonl")
         lines = (await asyncio.to_thread(locations.read_bytes, where)).splitlines()
         conversations = await self._answered([Prompt.from_json(line) for line in lines])
         outcome = await asyncio.to_thread(self._write, unit, conversations, mark)
-        return {"unit": unit.name, "speed": asdict(self._speed)} | outcome
+        return replace(outcome, speed=replace(self._speed))
 
     async def _answered(self, prompts: Sequence[Prompt]) -> list[Conversation]:
         """The conversations of some prompts in order, each answered to its end."""
@@ -179,27 +230,13 @@ class UnitAnswers:
                 if not future.done():
                     future.set_exception(error)
 
-    def _write(self, unit: PromptUnit, conversations: Sequence[Conversation], mark: str) -> dict[str, Any]:
+    def _write(self, unit: PromptUnit, conversations: Sequence[Conversation], mark: str) -> AnsweredUnit:
         kept = [conversation for conversation in conversations if _is_answered(conversation)]
         content = "".join(json.dumps(_entry(each), ensure_ascii=False) + "\n" for each in kept).encode()
         locations.write_bytes(locations.join(self._folder.units, f"answers-{unit.name}.jsonl"), content)
-        outcome = {"prompts": unit.prompts} | _counts(conversations, kept)
-        locations.write_json(mark, outcome)
+        outcome = _outcome(unit, conversations, kept)
+        write_mark(mark, outcome)
         return outcome
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Speed of one actor's decoder."""
-
-    actor: str = field(default_factory=lambda: uuid4().hex)
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """Add a forward."""
-        self.tokens += tokens
-        self.seconds += seconds
 
 
 def plan_files(units: Sequence[tuple[str, int]], job: AnswersJob) -> list[FilePlan]:
@@ -219,19 +256,19 @@ def plan_files(units: Sequence[tuple[str, int]], job: AnswersJob) -> list[FilePl
     return plans
 
 
-def write_file(plan: FilePlan, folder: WorkFolder) -> dict[str, Any]:
+def write_file(plan: FilePlan, folder: WorkFolder) -> AnswerFile:
     """Write one file of the output; returns its entry in the manifest."""
 
-    def work() -> dict[str, Any]:
+    def work() -> AnswerFile:
         lines: list[bytes] = []
         for unit, start, stop in plan.spans:
             content = locations.read_bytes(locations.join(folder.units, f"answers-{unit}.jsonl"))
             lines += content.splitlines(keepends=True)[start:stop]
         content = b"".join(lines) if plan.file.endswith(".jsonl") else _parquet(lines)
         locations.write_bytes(locations.join(folder.output, plan.file), content)
-        return asdict(AnswerFile(plan.file, len(lines), len(content), hashlib.sha256(content).hexdigest()))
+        return AnswerFile(plan.file, len(lines), len(content), hashlib.sha256(content).hexdigest())
 
-    return marked(locations.join(folder.units, f"{plan.file}.json"), work)
+    return marked(locations.join(folder.units, f"{plan.file}.json"), AnswerFile, work)
 
 
 def _is_answered(conversation: Conversation) -> bool:
@@ -247,7 +284,7 @@ def _entry(conversation: Conversation) -> dict[str, Any]:
     return named | {"prompt_hash": prompt.key, "messages": conversation.messages} | tools | drawn
 
 
-def _counts(conversations: Sequence[Conversation], kept: Sequence[Conversation]) -> dict[str, Any]:
+def _outcome(unit: PromptUnit, conversations: Sequence[Conversation], kept: Sequence[Conversation]) -> AnsweredUnit:
     left_out, unfinished = LeftOut(), LeftOut()
     for conversation in conversations:
         if conversation.fault is not None:
@@ -255,15 +292,17 @@ def _counts(conversations: Sequence[Conversation], kept: Sequence[Conversation])
             counted.add(_namer(conversation.prompt), conversation.fault)
     answers = [answer for conversation in conversations for answer in conversation.answers]
     reasons = Counter("stop_string" if answer.stop_reason else answer.finish_reason for answer in answers)
-    return {
-        "conversations": len(kept),
-        "greedy": sum(conversation.variant.temperature == 0 for conversation in kept),
-        "answers": sum("finish_reason" in message for each in kept for message in each.messages),
-        "tokens": sum(answer.tokens for answer in answers),
-        "finish_reasons": dict(sorted(reasons.items())),
-        "left_out": asdict(left_out),
-        "unfinished": asdict(unfinished),
-    }
+    return AnsweredUnit(
+        unit=unit.name,
+        prompts=unit.prompts,
+        conversations=len(kept),
+        greedy=sum(conversation.variant.temperature == 0 for conversation in kept),
+        answers=sum("finish_reason" in message for each in kept for message in each.messages),
+        tokens=sum(answer.tokens for answer in answers),
+        finish_reasons=dict(sorted(reasons.items())),
+        left_out=left_out,
+        unfinished=unfinished,
+    )
 
 
 def _namer(prompt: Prompt) -> Callable[[], str]:

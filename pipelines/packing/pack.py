@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -28,7 +28,15 @@ from pipelines.jobs import PackJob, Source, TrainBpe
 from pipelines.packing import corpus, duplicates, pack_tasks
 from pipelines.packing.conversations import READER_VERSION
 from pipelines.packing.mixture import arranged
-from pipelines.packing.pack_tasks import Tokenizing, Unit, WorkFolder, plan_shards, tokenize_unit
+from pipelines.packing.pack_tasks import (
+    Tokenizing,
+    Unit,
+    UnitDigests,
+    UnitParts,
+    WorkFolder,
+    plan_shards,
+    tokenize_unit,
+)
 from pipelines.packing.skipped_entries import LeftOut
 from pipelines.packing.token_parts import Part
 from tidar_core.artifacts import shards
@@ -48,27 +56,28 @@ __all__ = ["pack"]
 Listing = list[list[FileEntry]]
 """The files of each source."""
 Splits = Mapping[str, list[tuple[int, Part]]]
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokenized:
     """Outcomes of all units, in the order of the corpus."""
 
-    units: list[dict[str, Any]]
+    units: list[UnitParts]
 
     @property
     def parts(self) -> list[Part]:
-        return [Part(**part) for unit in self.units for part in unit["parts"]]
+        return [part for unit in self.units for part in unit.parts]
 
     def passed_over(self, source: int) -> list[str]:
-        return [uri for unit in self.units if unit["source"] == source for uri in unit["passed_over"]]
+        return [uri for unit in self.units if unit.source == source for uri in unit.passed_over]
 
     def left_out(self, source: int) -> LeftOut:
-        units = [LeftOut(**unit["left_out"]) for unit in self.units if unit["source"] == source]
+        units = [unit.left_out for unit in self.units if unit.source == source]
         return LeftOut(sum(unit.rows for unit in units), [name for unit in units for name in unit.named])
 
     def duplicates(self, source: int) -> int:
-        return sum(unit["duplicates"] for unit in self.units if unit["source"] == source)
+        return sum(unit.duplicates for unit in self.units if unit.source == source)
 
 
 def pack(job: PackJob) -> Manifest:
@@ -154,7 +163,7 @@ def _find_repeats(job: PackJob, units: list[Unit], folder: WorkFolder) -> int:
     """Write which documents repeat earlier documents; returns the number of buckets."""
     write = partial(pack_tasks.write_unit_digests, sources=job.sources, held_out=job.held_out, folder=folder)
     written = _stage("compare documents", "units", units, write, job.workers)
-    buckets = duplicates.make_buckets(sum(unit["documents"] for unit in written))
+    buckets = duplicates.make_buckets(sum(unit.documents for unit in written))
     find = partial(pack_tasks.find_bucket_repeats, units=len(units), folder=folder)
     _stage("find duplicates", "buckets", list(enumerate(buckets)), find, job.workers)
     return len(buckets)
@@ -163,7 +172,7 @@ def _find_repeats(job: PackJob, units: list[Unit], folder: WorkFolder) -> int:
 def _tokenize(job: PackJob, units: list[Unit], buckets: int, folder: WorkFolder) -> _Tokenized:
     how = Tokenizing(folder, job.sources, job.held_out, buckets, flags=_has_conversations(job))
     done = _stage("tokenize", "units", units, partial(tokenize_unit, how=how), job.workers)
-    tokenized = _Tokenized(sorted(done, key=lambda unit: unit["ordinal"]))
+    tokenized = _Tokenized(sorted(done, key=lambda unit: unit.ordinal))
     passed_over = [uri for source in range(len(job.sources)) for uri in tokenized.passed_over(source)]
     if passed_over:
         line = f"passed over {len(passed_over)} files that are not UTF-8 text; the first is {passed_over[0]}"
@@ -184,7 +193,7 @@ def _write_shards(job: PackJob, splits: Splits, eos_id: int, folder: WorkFolder)
     ]
     write = partial(pack_tasks.write_planned_shard, folder=folder)
     written = _stage("write shards", "shards", plans, write, job.workers)
-    entries = {entry["file"]: ShardEntry(**entry) for entry in written}
+    entries = {entry.file: entry for entry in written}
     return {name: _split(name, [part for _, part in parts], entries, job) for name, parts in splits.items()}
 
 
@@ -210,16 +219,14 @@ def _counts(place: int, source: Source, tokenized: _Tokenized, splits: Splits) -
     )
 
 
-def _stage(
-    title: str, unit: str, items: Sequence[Any], work: Callable[[Any], dict[str, Any]], workers: int
-) -> list[dict[str, Any]]:
+def _stage(title: str, unit: str, items: Sequence[Any], work: Callable[[Any], Outcome], workers: int) -> list[Outcome]:
     """Do the work of each item somewhere on the cluster, and show the progress; returns the outcomes in any order."""
-    done: list[dict[str, Any]] = []
+    done: list[Outcome] = []
     began, read = time.monotonic(), 0
     with job_progress(title, total=len(items), unit=unit) as show:
         for outcome in task_outcomes(items, work, workers):
             done.append(outcome)
-            read += outcome.get("bytes", 0) if unit == "units" else 0
+            read += outcome.bytes if isinstance(outcome, UnitDigests | UnitParts) else 0
             seconds = time.monotonic() - began
             show(len(done), {"MB": read / 1e6, "MB/s": read / 1e6 / seconds} if read else {})
     return done

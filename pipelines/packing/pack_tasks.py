@@ -7,10 +7,9 @@ all, so every file that a mark names exists.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,8 @@ __all__ = [
     "ShardPlan",
     "Tokenizing",
     "Unit",
+    "UnitDigests",
+    "UnitParts",
     "WorkFolder",
     "find_bucket_repeats",
     "keep_tokenizer",
@@ -100,6 +101,43 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizerKept:
+    """Outcome of a tokenizer that was written."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitDigests:
+    """Outcome of a unit whose digests were written."""
+
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketRepeats:
+    """Outcome of a bucket whose repeated documents were written."""
+
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitParts:
+    """Outcome of a unit that was tokenized."""
+
+    ordinal: int
+    source: int
+    bytes: int
+    duplicates: int
+    """Documents that repeat earlier ones."""
+    passed_over: list[str]
+    """Files that are not UTF-8 text."""
+    left_out: LeftOut
+    parts: list[Part]
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
     """Range of its split's tokens that a shard holds, and the parts that hold them."""
 
@@ -144,7 +182,7 @@ def plan_shards(
 
 def train_tokenizer(
     files: list[tuple[FileEntry, Source]], how: TrainBpe, held_out: float, folder: WorkFolder
-) -> dict[str, Any]:
+) -> TokenizerKept:
     """Write a tokenizer trained on the beginnings of all files, without the texts that are held out."""
 
     def trained() -> Tokenizer:
@@ -154,42 +192,42 @@ def train_tokenizer(
     return keep_tokenizer(trained, folder)
 
 
-def keep_tokenizer(made: Callable[[], Tokenizer], folder: WorkFolder) -> dict[str, Any]:
+def keep_tokenizer(made: Callable[[], Tokenizer], folder: WorkFolder) -> TokenizerKept:
     """Write the tokenizer that the shards are made with."""
 
-    def work() -> dict[str, Any]:
+    def work() -> TokenizerKept:
         tokenizer = made()
         with locations.local_folder() as local:
             tokenizer.save(local)
             locations.upload_folder(local, folder.tokenizer)
-        return {"fingerprint": tokenizer.fingerprint}
+        return TokenizerKept(tokenizer.fingerprint)
 
-    return marked(locations.join(folder.marks, "tokenizer.json"), work)
+    return marked(locations.join(folder.marks, "tokenizer.json"), TokenizerKept, work)
 
 
-def write_unit_digests(unit: Unit, sources: tuple[Source, ...], held_out: float, folder: WorkFolder) -> dict[str, Any]:
+def write_unit_digests(unit: Unit, sources: tuple[Source, ...], held_out: float, folder: WorkFolder) -> UnitDigests:
     """Read a unit and write only the digests of its documents."""
 
-    def work() -> dict[str, Any]:
+    def work() -> UnitDigests:
         source = sources[unit.source]
         texts = (text for piece in unit.pieces for text in corpus.documents(piece, source, lambda uri: None))
         digests = [digest_of(text) for text in texts]
         taken = [bool(streams_of(digest, held_out, source.weight)) for digest in digests]
         duplicates.write_digests(folder.digests(unit.ordinal), digests, taken)
-        return {"documents": len(digests), "bytes": unit.bytes}
+        return UnitDigests(len(digests), unit.bytes)
 
-    return marked(folder.digests(unit.ordinal) + ".json", work)
+    return marked(folder.digests(unit.ordinal) + ".json", UnitDigests, work)
 
 
-def find_bucket_repeats(item: tuple[int, duplicates.Bucket], units: int, folder: WorkFolder) -> dict[str, Any]:
+def find_bucket_repeats(item: tuple[int, duplicates.Bucket], units: int, folder: WorkFolder) -> BucketRepeats:
     """Compare the digests of one bucket, given with its ordinal, over all units."""
     ordinal, bucket = item
 
-    def work() -> dict[str, Any]:
+    def work() -> BucketRepeats:
         digests = map(folder.digests, range(units))
-        return {"repeats": duplicates.find_repeats(digests, bucket, folder.repeats(ordinal))}
+        return BucketRepeats(duplicates.find_repeats(digests, bucket, folder.repeats(ordinal)))
 
-    return marked(folder.repeats(ordinal) + ".json", work)
+    return marked(folder.repeats(ordinal) + ".json", BucketRepeats, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +243,10 @@ class Tokenizing:
     """Whether parts mark the tokens that are trained."""
 
 
-def tokenize_unit(unit: Unit, how: Tokenizing) -> dict[str, Any]:
+def tokenize_unit(unit: Unit, how: Tokenizing) -> UnitParts:
     """Write the token parts of a unit; returns their counts and names."""
     mark = locations.join(how.folder.units, f"tokens-{unit.ordinal:07d}.json")
-    return {"ordinal": unit.ordinal} | marked(mark, lambda: _unit_tokenizer(how).parts(unit))
+    return marked(mark, UnitParts, lambda: _unit_tokenizer(how).parts(unit))
 
 
 @lru_cache(maxsize=1)
@@ -227,7 +265,7 @@ class _UnitTokenizer:
         self._tokenizer = load_tokenizer(how.folder.tokenizer)
         self._template = load_chat_template(how.folder.tokenizer) if how.flags else None
 
-    def parts(self, unit: Unit) -> dict[str, Any]:
+    def parts(self, unit: Unit) -> UnitParts:
         """Tokenize a unit."""
         source = self._how.sources[unit.source]
         writers = {name: PartWriter(self._how.folder.units, unit.source, name, unit.ordinal) for name in STREAMS}
@@ -246,14 +284,15 @@ class _UnitTokenizer:
             for tokenized, (_, streams) in zip(encoded, batch):
                 for tokens, stream in product(tokenized, streams):
                     writers[stream].add(tokens.ids, tokens.trained)
-        return {
-            "source": unit.source,
-            "bytes": unit.bytes,
-            "duplicates": len(repeats),
-            "passed_over": passed_over,
-            "left_out": asdict(left_out),
-            "parts": [asdict(part) for writer in writers.values() for part in writer.close()],
-        }
+        return UnitParts(
+            ordinal=unit.ordinal,
+            source=unit.source,
+            bytes=unit.bytes,
+            duplicates=len(repeats),
+            passed_over=passed_over,
+            left_out=left_out,
+            parts=[part for writer in writers.values() for part in writer.close()],
+        )
 
     def _taken(
         self, found: Iterable[corpus.Document], repeats: set[int], weight: float
@@ -303,10 +342,10 @@ class _UnitTokenizer:
         return _Tokens(np.asarray([*ids, self._tokenizer.eos_id], dtype=np.int32), np.asarray([*trained, closing]))
 
 
-def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
+def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> shards.ShardEntry:
     """Cut one shard out of the parts that hold its tokens; returns its entry in the manifest."""
 
-    def work() -> dict[str, Any]:
+    def work() -> shards.ShardEntry:
         pieces = [read_part(locations.join(folder.units, part)) for part in plan.parts]
         flags = [piece.trained_T for piece in pieces if piece.trained_T is not None]
         rows = cut_rows(
@@ -319,9 +358,9 @@ def write_planned_shard(plan: ShardPlan, folder: WorkFolder) -> dict[str, Any]:
             row_len=plan.row_len,
             eos_id=plan.eos_id,
         )
-        return asdict(shards.write_shard(locations.join(folder.shards, plan.file), rows))
+        return shards.write_shard(locations.join(folder.shards, plan.file), rows)
 
-    return marked(locations.join(folder.marks, f"{plan.file}.json"), work)
+    return marked(locations.join(folder.marks, f"{plan.file}.json"), shards.ShardEntry, work)
 
 
 def _in_batches(

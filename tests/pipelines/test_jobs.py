@@ -17,7 +17,7 @@ TRAIN = "shards: s\noutput: o\nshape: tiny\nsteps: 4\nrows_per_step: 8\nrows_per
 
 @pytest.mark.parametrize("size", ["smoke", "small", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_station_has_a_valid_job_of_each_size(kind, size):
+def test_each_stage_has_a_valid_job_of_each_size(kind, size):
     job = read_job(KINDS[kind], JOBS / f"{kind}.{size}.yaml")
     assert type(job).model_validate(job.model_dump(mode="json")) == job
 

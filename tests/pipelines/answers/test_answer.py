@@ -190,7 +190,7 @@ def answered_unit(tmp_path, model, **changes):
 
 def test_pack_trains_the_tokens_of_the_answers_and_the_ends_that_the_model_chose(tmp_path, model):
     job, folder, outcome = answered_unit(tmp_path, model)
-    (plan,) = plan_files([("a", outcome["conversations"])], job)
+    (plan,) = plan_files([("a", outcome.conversations)], job)
     write_file(plan, folder)
     tokenizer, template = load_tokenizer(model), load_chat_template(model)
     pack_folder = PackFolder(str(tmp_path / "pack"), 100)
@@ -200,9 +200,9 @@ def test_pack_trains_the_tokens_of_the_answers_and_the_ends_that_the_model_chose
         p for unit in corpus.work_units(corpus.list_corpus(folder.output, ("*.jsonl",)), 2**20) for p in unit
     )
     tokenized = tokenize_unit(Unit(0, 0, pieces), Tokenizing(pack_folder, (source,), 0.0, 0, flags=True))
-    assert tokenized["left_out"]["rows"] == 0
-    (part,) = tokenized["parts"]
-    tokens = read_part(locations.join(pack_folder.units, part["file"]))
+    assert tokenized.left_out.rows == 0
+    (part,) = tokenized.parts
+    tokens = read_part(locations.join(pack_folder.units, part.file))
     documents = tokens.tokens_T.split(tokens.document_len_N.tolist())
     flags = tokens.trained_T.split(tokens.document_len_N.tolist())
     entries = conversations_of(folder.output)
@@ -228,7 +228,7 @@ def test_pack_trains_the_tokens_of_the_answers_and_the_ends_that_the_model_chose
 
 def test_parquet_holds_the_conversations_of_json_lines(tmp_path, model):
     job, folder, outcome = answered_unit(tmp_path, model, format="parquet")
-    (plan,) = plan_files([("a", outcome["conversations"])], job)
+    (plan,) = plan_files([("a", outcome.conversations)], job)
     write_file(plan, folder)
     write_file(FilePlan("answers-00000.jsonl", plan.spans), folder)
     source = Source(path="", documents="conversations", text_field="text")
@@ -241,7 +241,7 @@ def test_parquet_holds_the_conversations_of_json_lines(tmp_path, model):
         for suffix in ("jsonl", "parquet")
     }
     assert read["parquet"] == read["jsonl"]
-    assert len(read["jsonl"]) == outcome["conversations"]
+    assert len(read["jsonl"]) == outcome.conversations
     drawn = pq.read_table(f"{folder.output}/answers-00000.parquet", columns=["temperature", "seed"]).to_pylist()
     assert drawn == [
         {name: entry[name] for name in ("temperature", "seed")} for entry in conversations_of(folder.output)
@@ -276,7 +276,7 @@ def test_units_in_one_actor_share_its_decoder_and_a_failed_forward_ends_all_of_t
 
     monkeypatch.setattr(Answerer, "advance", watched)
     outcomes = asyncio.run(all_units())
-    assert [outcome["unit"] for outcome in outcomes] == [unit.name for unit in units]
+    assert [outcome.unit for outcome in outcomes] == [unit.name for unit in units]
     assert most > 1
     for path in (tmp_path / "work").rglob("answers-*"):
         path.unlink()

@@ -132,11 +132,11 @@ def test_entries_of_json_lines_and_parquet_become_units_of_equal_size_and_the_re
     folder = WorkFolder(str(tmp_path / "work"), 100, 4)
     (pieces,) = work_units(list_corpus(str(tmp_path), job.include), 2**20)
     outcome = read_prompts((0, pieces), job, folder)
-    assert [(unit["name"], unit["prompts"]) for unit in outcome["units"]] == [
+    assert [(unit.name, unit.prompts) for unit in outcome.units] == [
         ("0000000-00000", 4), ("0000000-00001", 4), ("0000000-00002", 2),
     ]  # fmt: skip
-    assert outcome["left_out"]["rows"] == 2
-    assert outcome["left_out"]["named"][0].startswith(f"line 6 of {tmp_path}/a.jsonl has no prompt under")
-    assert outcome["left_out"]["named"][1].startswith(f"row 6 of {tmp_path}/b.parquet has no prompt under")
+    assert outcome.left_out.rows == 2
+    assert outcome.left_out.named[0].startswith(f"line 6 of {tmp_path}/a.jsonl has no prompt under")
+    assert outcome.left_out.named[1].startswith(f"row 6 of {tmp_path}/b.parquet has no prompt under")
     lines = [line for path in sorted((tmp_path / "work").rglob("*.jsonl")) for line in path.read_text().splitlines()]
     assert [Prompt.from_json(line).name for line in lines] == ["0", "1", "2", "3", "4"] * 2

@@ -100,7 +100,7 @@ def mixed(tmp_path, sources, held_out, unit_lines):
     for bucket in enumerate(duplicates.make_buckets(10**7)):
         pack_tasks.find_bucket_repeats(bucket, len(units), folder)
     how = pack_tasks.Tokenizing(folder, tuple(given), held_out, len(duplicates.make_buckets(10**7)), flags=False)
-    parts = [Part(**part) for unit in units for part in pack_tasks.tokenize_unit(unit, how)["parts"]]
+    parts = [part for unit in units for part in pack_tasks.tokenize_unit(unit, how).parts]
     return {
         split: [text for _, part in found for text in texts_in(part, folder, tokenizer)]
         for split, found in arranged(parts, given).items()

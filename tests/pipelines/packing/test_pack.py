@@ -239,6 +239,6 @@ def test_a_document_too_long_for_one_call_has_the_ids_of_the_whole(tmp_path, for
     source = Source(path=str(tmp_path / "long.txt"), documents="text")
     unit = Unit(0, 0, (corpus.Piece(source.path, 0, len(text), whole=True),))
     outcome = tokenize_unit(unit, Tokenizing(work, (source,), 0.0, 0, flags=False))
-    ids = [read_part(locations.join(work.units, part["file"])).tokens_T.tolist() for part in outcome["parts"]]
+    ids = [read_part(locations.join(work.units, part.file)).tokens_T.tolist() for part in outcome.parts]
     whole = FastTokenizer.from_str(tokenizer_json(form)).encode(text, add_special_tokens=False).ids
     assert [token for part in ids for token in part] == [*whole, tokenizer.eos_id]

@@ -28,7 +28,7 @@ __all__ = [
 PARENT_RUN = "mlflow.parentRunId"
 """Tag: the run below which MLflow's pages show this run."""
 STAGE_TAG = "station"
-"""Tag: the stage that made the run. Runs of earlier releases carry this name of the tag."""
+"""Tag: the stage that made the run. Databases of users hold it by this name, and a search for runs needs one name."""
 PARAMS_AT_ONCE = 100
 """Most parameters that MLflow accepts in one request."""
 DIGEST_LEN = 36

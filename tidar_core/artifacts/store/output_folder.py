@@ -14,7 +14,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from tidar_core.artifacts.store import locations
 from tidar_core.errors import UserError
@@ -25,11 +28,15 @@ __all__ = [
     "finish_swap",
     "marked",
     "put_in_place",
+    "read_mark",
     "refuse_stranger",
     "remove_other_work",
     "staged_folder",
     "work_folder",
+    "write_mark",
 ]
+
+T = TypeVar("T")
 
 REPLACING = ".replacing"
 """File in a folder on an object store while its files are replaced; it names the folder of the new files."""
@@ -46,16 +53,31 @@ def work_folder(uri: str, key: str) -> str:
     return locations.join(uri.rpartition("/")[0], f".{locations.name_of(uri)}.{key}")
 
 
-def marked(uri: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def marked(uri: str, kind: type[T], work: Callable[[], T]) -> T:
     """The outcome in the mark at `uri`; if there is no mark, the outcome of the work, written there as the mark.
 
     Every file that a mark names exists, because files appear whole or not at all and the mark comes last.
+
+    kind  dataclass of the outcome
     """
     if locations.exists(uri):
-        return dict(locations.read_json(uri))
+        return read_mark(uri, kind)
     outcome = work()
-    locations.write_json(uri, outcome)
+    write_mark(uri, outcome)
     return outcome
+
+
+def read_mark(uri: str, kind: type[T]) -> T:
+    """The outcome in a mark.
+
+    kind  dataclass of the outcome
+    """
+    return TypeAdapter(kind).validate_python(locations.read_json(uri))
+
+
+def write_mark(uri: str, outcome: Any) -> None:
+    """Write a dataclass as a mark."""
+    locations.write_json(uri, to_jsonable_python(outcome))
 
 
 def remove_other_work(uri: str, own: str) -> None:
