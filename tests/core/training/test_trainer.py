@@ -94,7 +94,7 @@ def test_a_phase_of_seconds_ends_with_its_time_and_follows_the_share_of_it(model
     done = Trainer(fresh(model), block_len=4).train(
         phase(seconds=1.0, schedule=schedule, report_every=1), ROWS, reports.append
     )
-    assert 1.0 <= done.seconds < 6
+    assert 0.5 < done.seconds < 6  # the last report comes up to a step before the limit that ends the phase
     assert done.steps == len(reports)
     assert done.tokens == done.steps * 4 * 64
     assert done.eta_seconds == 0
