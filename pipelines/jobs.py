@@ -184,7 +184,8 @@ class TrainJob(Job):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on GPUs; on a CPU the faster of both, timed before the start. A continued run keeps its own."""
     seed: int = 0
     workers: Positive = 1
     sequence_parallel: Positive = 1

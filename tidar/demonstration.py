@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quickstart"]
 
-DRAFTS_SECONDS, SCRATCH_SECONDS = 210, 480
+DRAFTS_SECONDS, SCRATCH_SECONDS = 270, 480
 """Training time by default."""
 
 

@@ -9,6 +9,7 @@ second run reuses finished jobs and resumes the others.
 import json
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from pipelines.importing.import_model import import_model
 from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
 from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
+from pipelines.training.precision import precise_job
 from pipelines.training.train import train
 from pipelines.training.train_worker import starting_model
-from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import ShardReader
@@ -55,9 +57,10 @@ VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
 ADAPTER_RANK, LINK_RANK = 32, 64
 ANSWER_TOKENS = 64
-PROBE_STEPS = 3
+PROBE_STEPS = 4
+"""Timed train steps, after one that warms up."""
 COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
-"""Prompts of each file, two of each kind, and the tokens that are generated for each."""
+"""Prompts of each file, two of each kind, and the most tokens that are generated for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +95,8 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
     model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     disconnect()
     stderr.print("[bold]7 compare[/] with the autoregressive mode and with transformers")
-    same = _compared(site, evaluation, "held_out", transformers=True)
-    foreign = _compared(site, evaluation, "foreign", transformers=False)
+    same = _compared(site, evaluation, "held_out", (AUTOREGRESSIVE, AUTO), transformers=True)
+    foreign = _compared(site, evaluation, "foreign", (AUTOREGRESSIVE, "single-pass", AUTO), transformers=False)
     info, parent = read_bundle_info(site.path("bundle")), report["parent"]
     assert info.drafts is not None, "the job trains drafts of a frozen checkpoint"
     return DraftsQuickstart(
@@ -149,6 +152,7 @@ def _pack_job(site: Site, base: str) -> PackJob:
 
 
 def _train_job(site: Site, base: str, seconds: float) -> TrainJob:
+    chosen = cache(lambda: _precision_and_steps(site, base, seconds))
     return site.job(
         "train",
         TrainJob,
@@ -160,14 +164,14 @@ def _train_job(site: Site, base: str, seconds: float) -> TrainJob:
         link_rank=LINK_RANK,
         block_len=BLOCK_LEN,
         visits=VISITS,
-        steps=lambda: _steps_within(site, base, seconds),
+        precision=lambda: chosen()[0],
+        steps=lambda: chosen()[1],
         rows_per_step=1,
         rows_per_forward=1,
         learning_rate=1e-3,
         min_learning_rate=1e-4,
         warmup=0.05,
         weight_decay=0.0,
-        precision="fp32",
         checkpoint_every=50,
         log_every=5,
         cpus_per_worker=site.threads,
@@ -194,7 +198,7 @@ def _evaluate_job(site: Site, base: str) -> EvaluateJob:
     )
 
 
-def _compared(site: Site, job: EvaluateJob, name: str, *, transformers: bool) -> dict[str, Any]:
+def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *, transformers: bool) -> dict[str, Any]:
     """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
 
     An earlier run's figures of the same bundle are reused.
@@ -207,31 +211,34 @@ def _compared(site: Site, job: EvaluateJob, name: str, *, transformers: bool) ->
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
     facts = compared_modes(
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
-        transformers=transformers, modes=(AUTOREGRESSIVE, "single-pass", AUTO),
+        transformers=transformers, modes=modes,
     )  # fmt: skip
     kept.write_text(json.dumps(facts | {"bundle_hash": bundle_hash}))
     return facts
 
 
-def _steps_within(site: Site, base: str, seconds: float) -> int:
-    """Train steps that fit a budget on this machine, estimated from a few timed steps."""
+def _precision_and_steps(site: Site, base: str, seconds: float) -> tuple[str, int]:
+    """The faster precision of this machine, and the train steps that fit a budget, from a few timed steps."""
     torch.set_num_threads(site.threads)
     reader = ShardReader(site.path("shards"))
     job = TrainJob(
         shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
         adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, visits=VISITS, steps=1, rows_per_step=1, rows_per_forward=1,
+        cpus_per_worker=site.threads,
     )  # fmt: skip
+    job = precise_job(job, reader.manifest, None)
     model, _ = starting_model(job, reader.manifest)
     start_draft_link(model, LINK_RANK, seed=0)
-    objective = Objective(model.train(), dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
+    model = model.to(DTYPES[job.precision]).train()
+    objective = Objective(model, dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    fastest = float("inf")
-    for step in range(PROBE_STEPS):
+    times = []
+    for step in range(1 + PROBE_STEPS):
         rows = reader.rows([step % len(reader)])
         began = time.perf_counter()
         batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS, seed_B=[step])
         dual_mode_loss(objective(batch), objective.recipe.alpha, *label_counts(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        fastest = min(fastest, time.perf_counter() - began)
-    return steps_within(seconds, fastest)
+        times.append(time.perf_counter() - began)
+    return job.precision, steps_within(seconds, sum(times[1:]) / PROBE_STEPS)

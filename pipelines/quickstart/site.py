@@ -73,6 +73,6 @@ class Site:
 def steps_within(seconds: float, step_seconds: float) -> int:
     """Train steps that fit a budget; at least 10.
 
-    step_seconds  fastest bare step, without the engine
+    step_seconds  a bare step, without the engine
     """
     return max(10, int(seconds / (step_seconds * ENGINE_OVERHEAD)))

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipelines.evaluation.plots import experiment_plot
 from pipelines.jobs import Job, TrainJob, read_job
 from pipelines.research.token_slots import TokenSlotsJob, token_slots
-from tidar_core.artifacts.model.bundle import load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.yaml_file import read_mapping
@@ -82,11 +82,14 @@ class ExperimentJob(Job):
                 found = error.errors()[0]
                 key = ".".join(map(str, found["loc"]))
                 raise ValueError(f"variant {name!r}: {key + ': ' if key else ''}{found['msg']}") from error
+        if auto := [name for name in self.variants if self.job(name, 0).precision == "auto"]:
+            raise ValueError(f"variant {auto[0]!r}: precision is auto; variants are compared in one: give fp32 or bf16")
         return self
 
     def job(self, variant: str, seed: int) -> TrainJob:
         """The train job of a variant."""
-        own = {"shards": self.shards, "output": self.output, "seed": seed} | self.train | self.variants[variant]
+        own = {"shards": self.shards, "output": self.output, "seed": seed, "precision": "bf16"}
+        own |= self.train | self.variants[variant]
         return TrainJob.model_validate(own if "shape" in own else own | {"init_from": self.init_from})
 
     def on(self, shape: str) -> Self:
@@ -180,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(job: ExperimentJob, train: TrainJob, variant: str, rows: PackedRows, unseen: PackedRows) -> dict[str, Any]:
     """Train one variant and measure it."""
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = DTYPES[train.precision]
     schedule = Schedule(peak=train.learning_rate, minimum=train.min_learning_rate, warmup=train.warmup)
 
     def trainer_of(model: TidarModel) -> Trainer:

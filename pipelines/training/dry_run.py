@@ -5,6 +5,7 @@ from typing import Any
 from pipelines.jobs import TrainJob
 from pipelines.training.continuations import check_prompts
 from pipelines.training.memory import estimated_memory, learned_count, parameter_count
+from pipelines.training.precision import precise_job
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from pipelines.training.train_step_time import estimated_step
 from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
@@ -27,6 +28,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     if job.sample_every:
         tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
         check_prompts(tokenizer, model, job.sample_prompts, job.sample_tokens)
+    job = precise_job(job, manifest, newest)
     memory = estimated_memory(job, model, manifest.row_len)
     count, learned = parameter_count(model), learned_count(model)
     tokens = job.rows_per_step * manifest.row_len
@@ -44,6 +46,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         "warmup_steps": max(1, round(job.warmup * job.steps)),
         "forwards_per_step": job.rows_per_step // (job.row_groups * job.rows_per_forward),
         "workers": job.workers,
+        "precision": job.precision,
         "train_step": estimated_step(job, model, manifest.row_len),
         "memory_per_worker_gib": {
             "weights": _gib(memory.weights),

@@ -11,6 +11,7 @@ from pipelines.cluster.connection import connect, original_error
 from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import run_folder
+from pipelines.training.precision import precise_job
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle
 from pipelines.training.train_worker import Surroundings, train_worker
 from tidar_core.artifacts.model.bundle_info import BUNDLE_JSON, BundleInfo, read_bundle_info
@@ -36,10 +37,11 @@ def train(job: TrainJob) -> BundleInfo:
 
 
 def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
-    check_start(job, manifest)
+    newest = check_start(job, manifest)
     connect()
     run_id = None
     try:
+        job = precise_job(job, manifest, newest, on_cluster=True)
         ray.get(ray.remote(verify_shards).remote(job.shards))
         run_id = _mlflow_run(job, manifest)
         with remote_progress(f"train {job.objective}", total=job.steps, unit="steps") as reports:

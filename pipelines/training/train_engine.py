@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.jobs import TrainJob
+from tidar_core.artifacts.model.bundle import DTYPES
 from tidar_core.training.dual_mode import TrainBatch
 from tidar_core.training.losses import LossSums
 from tidar_core.training.objective import Objective
@@ -153,7 +154,7 @@ class TrainEngine:
         """The model in its precision, on rank 0's CPU; None on other ranks. Every worker must call."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        dtype = torch.bfloat16 if self.job.precision == "bf16" else torch.float32
+        dtype = DTYPES[self.job.precision]
         model = TidarModel(self._config).to(dtype).eval() if self.rank == 0 else None
         own = dict(model.named_parameters()) if model is not None else {}
         for name, parameter in self._parameters():

@@ -9,6 +9,7 @@ import torch
 
 from pipelines.jobs import TrainJob
 from pipelines.training.train_engine import TrainEngine
+from tidar_core.artifacts.model.bundle import DTYPES
 from tidar_core.config import ModelConfig
 from tidar_core.training.dual_mode import TrainBatch
 from tidar_core.training.flops import layout_pairs, matmul_peak, train_flops
@@ -82,7 +83,7 @@ def peak_flops(job: TrainJob, device: torch.device) -> float | None:
     """Peak operations per second for MFU: given by the job, or measured here; None if the job gives nothing."""
     if job.peak_flops != "measure":
         return job.peak_flops
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    dtype = DTYPES[job.precision]
     return matmul_peak(device, dtype, size=MEASURED_SIZE[device.type])
 
 

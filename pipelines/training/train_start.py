@@ -1,5 +1,6 @@
 """Checks of a train job before any worker runs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -52,7 +53,10 @@ def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
         return None
     made_by = locations.read_json(locations.join(job.output, MADE_BY))
     info = read_bundle_info(job.output)
-    if made_by["job"] != job.model_dump(mode="json") or info.lineage["shards"] != manifest.identity:
+    if (
+        _as_recorded(job.model_dump(mode="json"), made_by["job"]) != made_by["job"]
+        or info.lineage["shards"] != manifest.identity
+    ):
         raise ConfigError(
             f"{job.output} holds the bundle of another job or of other shards; give this one another output, or remove "
             f"{job.output} and {run_folder(job.output)}"
@@ -97,7 +101,7 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
             "or the shards it began with"
         )
     before = {**NOT_RECORDED, **cursor.run}
-    for name, value in job.run.items():
+    for name, value in _as_recorded(job.run, before).items():
         if _plain(before.get(name)) != value:
             raise ConfigError(
                 f"{name} is {value} and was {before.get(name)} in the run of {checkpoint.uri}; a run goes on as it "
@@ -132,6 +136,12 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
             "adapter, or its checkpoint"
         )
     return config if job.link_rank is None else linked_config(config, job.link_rank)
+
+
+def _as_recorded(fields: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields of a job with the recorded precision, if they leave it to the machine."""
+    chosen = {"precision": recorded["precision"]} if fields["precision"] == "auto" else {}
+    return {**fields, **chosen}
 
 
 def _plain(value: Any) -> Any:

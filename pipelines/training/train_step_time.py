@@ -8,6 +8,8 @@ GPU: there a usual share of the job's `peak_flops` gives the estimate.
 """
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from pipelines.jobs import TrainJob
 from pipelines.training.memory import learned_count, parameter_count
+from tidar_core.artifacts.model.bundle import DTYPES
 from tidar_core.config import ModelConfig
 from tidar_core.training.flops import train_flops, visible_pairs
 from tidar_core.training.losses import dual_mode_loss, label_counts
@@ -22,7 +25,7 @@ from tidar_core.training.objective import Objective
 from tidar_core.transformer.draft_adapter import freeze
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["estimated_step"]
+__all__ = ["estimated_step", "sample_seconds"]
 
 SAMPLE_TOKENS = 256
 SAMPLE_PARAMETERS = 250_000_000
@@ -48,18 +51,13 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
         if not isinstance(job.peak_flops, float):
             return None, "nothing: the workers' GPUs are not timed here; give peak_flops as a number"
         return flops / (USUAL_MFU * job.peak_flops), f"{USUAL_MFU:.0%} of peak_flops, {job.peak_flops:.3g}"
-    mask_id = model.mask_id if model.drafting else model.vocab_size - 1  # a start without a mask token gets one
-    sample = replace(model, layers=min(2, model.layers), mask_id=mask_id)
-    if parameter_count(sample) > SAMPLE_PARAMETERS:
+    sample = _sample(model)
+    if sample is None:
         return None, "nothing: the model is too large to be timed here in seconds"
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.cpus_per_worker)
-    try:
-        length = min(row_len, SAMPLE_TOKENS)
+    length = min(row_len, SAMPLE_TOKENS)
+    with _threads(job.cpus_per_worker):
         forward_backward = _forward_backward(job, sample, length)
         update, one_pass = _update()
-    finally:
-        torch.set_num_threads(before)
     rate = _flops(job, sample, length, 1) / forward_backward
     forwards = job.rows_per_step // (job.row_groups * job.rows_per_forward)
     count = learned_count(model)
@@ -67,6 +65,36 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
     threads = f"{job.cpus_per_worker} thread{'s' * (job.cpus_per_worker > 1)}"
     source = f"two layers, {length} tokens and an update, timed on this machine with {threads} in {job.precision}"
     return flops / rate + passes + update * count / job.workers, source
+
+
+def sample_seconds(jobs: Sequence[TrainJob], model: ModelConfig, row_len: int) -> list[float] | None:
+    """Seconds that each of these jobs, whose precision may differ, needs for forward and backward of a small sample.
+
+    The jobs take turns. `None` for a model that is too large to be timed in seconds.
+    """
+    sample, length = _sample(model), min(row_len, SAMPLE_TOKENS)
+    if sample is None:
+        return None
+    with _threads(jobs[0].cpus_per_worker):
+        turns = [[_forward_backward(job, sample, length) for job in jobs] for _ in range(2)]
+    return [min(times) for times in zip(*turns)]
+
+
+def _sample(model: ModelConfig) -> ModelConfig | None:
+    """The model with two layers, and with a mask token; `None` if it is still too large."""
+    mask_id = model.mask_id if model.drafting else model.vocab_size - 1  # a start without a mask token gets one
+    sample = replace(model, layers=min(2, model.layers), mask_id=mask_id)
+    return sample if parameter_count(sample) <= SAMPLE_PARAMETERS else None
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _flops(job: TrainJob, model: ModelConfig, row_len: int, rows: int) -> float:
@@ -84,7 +112,7 @@ def _forward_backward(job: TrainJob, model: ModelConfig, length: int) -> float:
     if model.adapter is not None:
         freeze(own)
     objective = Objective(
-        own.to(torch.bfloat16 if job.precision == "bf16" else torch.float32), dual=job.objective == "dual",
+        own.to(DTYPES[job.precision]), dual=job.objective == "dual",
         block_len=min(job.block_len, length - 1), recipe=job.recipe,
     ).train()  # fmt: skip
     ids = torch.randint(0, model.vocab_size - 1, (1, length), generator=torch.Generator().manual_seed(0))

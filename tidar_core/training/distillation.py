@@ -6,10 +6,12 @@ the bin is compared as a whole. So a teacher takes 200 numbers a token instead o
 Shape letters: N labelled tokens, V vocabulary, T tokens of the teacher.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["WHOLE_VOCABULARY", "soft_cross_entropy", "teacher"]
+__all__ = ["WHOLE_VOCABULARY", "Blend", "blended"]
 
 WHOLE_VOCABULARY = 2**16
 """Largest vocabulary whose distribution is kept whole."""
@@ -18,29 +20,43 @@ LIKELIEST = 200
 trained (arXiv 2507.11851)."""
 
 
+class Blend(NamedTuple):
+    """The distribution that drafts are compared with: a share of a teacher's, and the label for the rest."""
+
+    prob_NT: Tensor
+    """Probabilities of tokens; they and `rest_N` add up to 1."""
+    token_NT: Tensor | None
+    """The tokens: the label, then the teacher's likeliest. `None` stands for all tokens in their order."""
+    rest_N: Tensor | None
+    """Probability of all tokens but the teacher's likeliest, together."""
+
+    def cross_entropy(self, logprob_NV: Tensor) -> Tensor:
+        """Cross-entropy [N] of a model's distribution against this one, in nats.
+
+        The teacher's part exceeds the KL divergence by the teacher's entropy, which has no gradient.
+
+        logprob_NV  the model's log-probabilities; minus infinity only where this distribution has none
+        """
+        if self.token_NT is None or self.rest_N is None:
+            return -torch.linalg.vecdot(self.prob_NT, logprob_NV.clamp(min=torch.finfo(logprob_NV.dtype).min))
+        others_N = logprob_NV.scatter(-1, self.token_NT[:, 1:], float("-inf")).logsumexp(-1)
+        return -(self.prob_NT * logprob_NV.gather(-1, self.token_NT)).sum(-1) - self.rest_N * others_N
+
+
 @torch.no_grad()
-def teacher(
-    logits_NV: Tensor, whole_vocabulary: int = WHOLE_VOCABULARY, likeliest: int = LIKELIEST
-) -> tuple[Tensor, Tensor | None]:
-    """Probabilities [N, T] of the teacher's tokens, and these tokens [N, T]; `None` for all tokens in their order."""
+def blended(
+    logits_NV: Tensor,
+    label_N1: Tensor,
+    share: float,
+    whole_vocabulary: int = WHOLE_VOCABULARY,
+    likeliest: int = LIKELIEST,
+) -> Blend:
+    """The share `share` of the teacher's distribution, and 1 - share of the label."""
     if logits_NV.shape[-1] <= whole_vocabulary:
-        return logits_NV.softmax(-1), None
+        whole_NV = logits_NV.softmax(-1).mul_(share)
+        return Blend(whole_NV.scatter_add_(1, label_N1, torch.full_like(whole_NV[:, :1], 1 - share)), None, None)
     top = logits_NV.topk(likeliest, dim=-1)
-    return (top.values - logits_NV.logsumexp(-1, keepdim=True)).exp(), top.indices
-
-
-def soft_cross_entropy(logits_NV: Tensor, prob_NT: Tensor, token_NT: Tensor | None) -> Tensor:
-    """Cross-entropy [N] of the logits' distribution against a teacher's, in nats.
-
-    It exceeds the KL divergence by the teacher's entropy, which has no gradient.
-
-    prob_NT, token_NT  from `teacher`
-    """
-    whole_N = logits_NV.logsumexp(-1)
-    if token_NT is None:
-        # the mask token has probability 0 and logit minus infinity
-        likely_NV = torch.where(prob_NT > 0, logits_NV, 0.0)
-        return whole_N - (prob_NT * likely_NV).sum(-1)
-    rest_N = (1 - prob_NT.sum(-1)).clamp(min=0)
-    others_N = logits_NV.scatter(-1, token_NT, float("-inf")).logsumexp(-1)
-    return whole_N - (prob_NT * logits_NV.gather(-1, token_NT)).sum(-1) - rest_N * others_N
+    prob_NT = share * (top.values - logits_NV.logsumexp(-1, keepdim=True)).exp()
+    of_label_N1 = torch.full_like(prob_NT[:, :1], 1 - share)
+    rest_N = (share - prob_NT.sum(-1)).clamp(min=0)
+    return Blend(torch.cat([of_label_N1, prob_NT], 1), torch.cat([label_N1, top.indices], 1), rest_N)

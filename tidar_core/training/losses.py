@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tidar_core.training.distillation import soft_cross_entropy, teacher
+from tidar_core.training.distillation import blended
 from tidar_core.training.dpace import dpace_weights
 from tidar_core.training.dual_mode import IGNORED, TrainBatch
 
@@ -109,21 +108,22 @@ def chunk_loss(
     unlinked      weight of the loss without the link beside the loss with it, a scalar; `None`: 0
     """
     logits_NV = head(hidden_NE).float()
-    prob_NT, token_NT = (None, None) if teacher_NE is None else teacher(head(teacher_NE.detach()).float())
+    labelled_N = target_N != IGNORED
+    label_N1 = torch.where(labelled_N, target_N, 0)[:, None]
+    blend = None if teacher_NE is None else blended(head(teacher_NE.detach()).float(), label_N1, distillation)
 
     def compared(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each label, and its cross-entropy alone."""
-        label_N = F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="none")
-        if prob_NT is None:
-            return label_N, label_N
-        soft_N = soft_cross_entropy(logits_NV, prob_NT, token_NT)
-        return torch.where(target_N != IGNORED, torch.lerp(label_N, soft_N, distillation), 0.0), label_N
+        """Loss of each token, and its cross-entropy alone."""
+        logprob_NV = logits_NV.log_softmax(-1)
+        label_N = -logprob_NV.gather(-1, label_N1)[:, 0]
+        return label_N if blend is None else blend.cross_entropy(logprob_NV), label_N.detach()
 
     linked_NV = logits_NV if link is None or before_N is None else logits_NV + link(before_N)
-    loss_N, label_N = compared(linked_NV)
+    hit_N = linked_NV.argmax(-1) == target_N
+    loss_N, cross_entropy_N = compared(linked_NV)
     if link is not None and unlinked is not None:
         loss_N = (loss_N + unlinked * compared(logits_NV)[0]) / (1 + unlinked)
-    return loss_N, label_N.detach(), linked_NV.argmax(-1) == target_N
+    return torch.where(labelled_N, loss_N, 0.0), torch.where(labelled_N, cross_entropy_N, 0.0), hit_N
 
 
 def loss_sums(

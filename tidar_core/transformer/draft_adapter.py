@@ -99,9 +99,10 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, width_in))
         self.up = nn.Parameter(torch.empty(width_out, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., width_in] to its addition [.., width_out]."""
-        return F.linear(F.linear(x, self.down), self.up) * ADAPTER_SCALE
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [.., width_out] plus the product with x [.., width_in]."""
+        thin = F.linear(x, self.down) * ADAPTER_SCALE
+        return torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), self.up.T).view_as(y)
 
 
 def require_same_shapes(where: object, given: Mapping[str, Shaped], wanted: Mapping[str, Shaped]) -> None:

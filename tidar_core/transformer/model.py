@@ -285,7 +285,7 @@ def _yarn_dimension(config: ModelConfig, context_len: int, rotations: float) -> 
 
 def _added(y: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
     """y, the product of a linear map with x, plus the adapter's product."""
-    return y if adapter is None else y + adapter(x)
+    return y if adapter is None else adapter(x, y)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from oracles import documents_row
 from tiny import wide_model
 from torch._dynamo.testing import CompileCounter
 
-from tidar_core.training.distillation import soft_cross_entropy, teacher
+from tidar_core.training.distillation import blended
 from tidar_core.training.dpace import dpace_weights
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
 from tidar_core.training.losses import chunk_loss, dual_mode_loss, label_counts
@@ -264,23 +264,28 @@ def test_a_large_vocabularys_teacher_is_its_likeliest_tokens_and_a_bin_for_the_r
     generator = torch.Generator().manual_seed(0)
     teacher_NV, student_NV = (3 * torch.randn(4, 12, generator=generator) for _ in range(2))
     student_NV.requires_grad_()
-    prob_NT, token_NT = teacher(teacher_NV, whole_vocabulary=11, likeliest=3)
-    found = soft_cross_entropy(student_NV, prob_NT, token_NT)
-    expected = []
-    for n in range(4):
-        p, q = teacher_NV[n].double().softmax(-1), student_NV[n].double().softmax(-1)
-        kept = sorted(range(12), key=lambda v: -p[v])[:3]
-        rest = [v for v in range(12) if v not in kept]
-        expected.append(-sum(p[v] * q[v].log() for v in kept) - p[rest].sum() * q[rest].sum().log())
-    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0)
-    (gradient,) = torch.autograd.grad(found.sum(), student_NV)
-    (other,) = torch.autograd.grad(torch.stack(expected).sum(), student_NV)
-    torch.testing.assert_close(gradient, other, rtol=0, atol=1e-5)
-    assert not prob_NT.requires_grad
+    label = [int(teacher_NV[0].argmax()), int(teacher_NV[1].argmin()), 3, 7]
+    for share in (1.0, 0.3):
+        blend = blended(teacher_NV, torch.tensor(label)[:, None], share, whole_vocabulary=11, likeliest=3)
+        found = blend.cross_entropy(student_NV.log_softmax(-1))
+        expected = []
+        for n in range(4):
+            p, q = teacher_NV[n].double().softmax(-1), student_NV[n].double().softmax(-1)
+            kept = sorted(range(12), key=lambda v: -p[v])[:3]
+            rest = [v for v in range(12) if v not in kept]
+            soft = -sum(p[v] * q[v].log() for v in kept) - p[rest].sum() * q[rest].sum().log()
+            expected.append(share * soft - (1 - share) * q[label[n]].log())
+        torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0)
+        (gradient,) = torch.autograd.grad(found.sum(), student_NV)
+        (other,) = torch.autograd.grad(torch.stack(expected).sum(), student_NV)
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-5)
+        assert not blend.prob_NT.requires_grad
 
 
 def test_bins_of_all_tokens_but_one_are_the_whole_distribution():
     generator = torch.Generator().manual_seed(1)
     teacher_NV, student_NV = (torch.randn(5, 9, generator=generator) for _ in range(2))
-    whole = soft_cross_entropy(student_NV, *teacher(teacher_NV))
-    torch.testing.assert_close(soft_cross_entropy(student_NV, *teacher(teacher_NV, 8, 8)), whole)
+    label_N1 = torch.tensor([[0], [8], [4], [4], [2]])
+    logprob_NV = student_NV.log_softmax(-1)
+    whole = blended(teacher_NV, label_N1, 0.6).cross_entropy(logprob_NV)
+    torch.testing.assert_close(blended(teacher_NV, label_N1, 0.6, 8, 8).cross_entropy(logprob_NV), whole)

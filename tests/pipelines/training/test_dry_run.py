@@ -13,7 +13,7 @@ from pipelines.jobs import TrainJob, read_job
 from pipelines.training.checkpoints import CheckpointStore, Cursor
 from pipelines.training.dry_run import dry_run
 from pipelines.training.memory import activation_bytes, estimated_memory, parameter_count
-from pipelines.training.train_step_time import estimated_step
+from pipelines.training.train_step_time import estimated_step, sample_seconds
 from tidar_core.errors import BundleError, ConfigError, ShardError, UserError, WeightsError
 from tidar_core.training.objective import Objective
 from tidar_core.transformer.model import TidarModel
@@ -132,6 +132,43 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(shards, stopped_run, changes, w
         with pytest.raises(ConfigError, match=words) as caught:
             dry_run(job(shards, **(begins | changes)))
         assert "\n" not in str(caught.value)
+
+
+def no_timing(*_):
+    raise AssertionError("nothing is timed here")
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [([2.0, 0.5], "bf16"), ([0.5, 2.0], "fp32"), (None, "bf16")])
+def test_a_cpu_trains_in_the_precision_that_is_faster_on_it_and_the_reason_is_written(
+    shards, monkeypatch, capsys, seconds, chosen
+):
+    monkeypatch.setattr("pipelines.training.precision.sample_seconds", lambda *_: seconds)
+    record = dry_run(job(shards, precision="auto"))
+    assert (record["precision"], record["train_step"]["estimated_from"][-4:]) == (chosen, chosen)
+    times = "2000 ms in fp32 and 500 ms in bf16" if chosen == "bf16" else "500 ms in fp32 and 2000 ms in bf16"
+    assert (times if seconds else "too large for a sample") in capsys.readouterr().err
+
+
+def test_a_gpu_trains_in_bf16_and_a_continued_run_in_its_own_precision(shards, stopped_run, monkeypatch):
+    monkeypatch.setattr("pipelines.training.precision.sample_seconds", no_timing)
+    assert dry_run(job(shards, precision="auto", gpus_per_worker=1))["precision"] == "bf16"
+    assert dry_run(job(shards, precision="fp32"))["precision"] == "fp32"
+    continued = stopped_run.model_copy(update={"precision": "auto"})
+    assert (dry_run(continued)["precision"], dry_run(continued)["begins_at_step"]) == ("fp32", 5)
+
+
+def test_both_precisions_are_timed_on_the_sample_in_turns(shards, monkeypatch):
+    timed = []
+
+    def seconds(job, model, length):
+        timed.append((job.precision, model.layers, length))
+        return {"fp32": 3.0, "bf16": 1.0}[job.precision] + len(timed)
+
+    monkeypatch.setattr("pipelines.training.train_step_time._forward_backward", seconds)
+    jobs, model = [job(shards, precision=name) for name in ("fp32", "bf16")], named_shape("quickstart")
+    assert sample_seconds(jobs, model, 1024) == [4.0, 3.0]
+    assert timed == [("fp32", 2, 256), ("bf16", 2, 256)] * 2
+    assert sample_seconds(jobs, named_shape("qwen3-8b"), 1024) is None
 
 
 def test_a_run_that_began_before_a_choice_existed_goes_on_without_it(shards, stopped_run):
