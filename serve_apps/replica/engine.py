@@ -93,7 +93,7 @@ class Engine:
         if the new drafts cannot be loaded.
         """
         drafts = await asyncio.to_thread(self._runtime.read_drafts, served)
-        await self.loop.between_forwards(partial(self._runtime.decoder.load_drafts, drafts))
+        await self.loop.between_forwards(partial(self.scheduler.load_drafts, drafts))
         self.served = served
 
     async def check_health(self) -> None:

@@ -18,9 +18,11 @@ class RandomPlanner:
     def __init__(self, seed, block_len):
         self.random, self.block_len = random.Random(seed), block_len
 
-    @property
-    def drafts_at_prefill(self):
+    def begin_prefill(self):
         return self.random.random() < 0.5
+
+    def end_prefill(self):
+        pass
 
     def next_plan(self, pending, context):
         clean_len = self.random.randint(1, self.block_len)

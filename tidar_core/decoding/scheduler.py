@@ -8,6 +8,9 @@ No threads and no clock: the owner calls `advance` for as long as `busy`.
 """
 
 from collections import deque
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.logit_rules import LogitRules
@@ -147,7 +150,15 @@ class Scheduler:
         if self.decoder.running:
             steps = self.decode_step(self._plan())
             self.planner.observe(steps)
-        return steps + self.prefill(drafts=self.planner.drafts_at_prefill)
+        if self._line and self._free:
+            steps += self.prefill(drafts=self.planner.begin_prefill())
+            self.planner.end_prefill()
+        return steps
+
+    def load_drafts(self, weights: Mapping[str, Tensor]) -> None:
+        """Exchange the drafts of the decoder between two steps; see `Decoder.load_drafts`."""
+        self.decoder.load_drafts(weights)
+        self.planner.forget_drafts()
 
     def decode_step(self, plan: StepPlan) -> list[DecodeStep]:
         """Run one forward for all running requests; finished requests have left when it returns.

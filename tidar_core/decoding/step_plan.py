@@ -48,9 +48,12 @@ class StepPlan:
 class Planner(Protocol):
     """Chooses the plan of each decode step."""
 
-    @property
-    def drafts_at_prefill(self) -> bool:
-        """Whether a prefill drafts the first block."""
+    def begin_prefill(self) -> bool:
+        """Called before a prefill; returns whether it drafts the first block."""
+        ...
+
+    def end_prefill(self) -> None:
+        """Called after the prefill."""
         ...
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
@@ -63,6 +66,10 @@ class Planner(Protocol):
 
     def observe(self, steps: "Sequence[DecodeStep]") -> None:
         """Learn from the steps of the plan; a sequence that was preempted brought no step."""
+        ...
+
+    def forget_drafts(self) -> None:
+        """Called when the weights that make drafts were exchanged."""
         ...
 
     def facts(self) -> dict[str, Any] | None:
@@ -85,10 +92,12 @@ class FixedMode:
         if self.groups != tuple(sorted(set(self.groups) & set(range(1, self.block_len + 1)))):
             raise ConfigError(f"groups are {self.groups}; they must ascend within 1..{self.block_len}")
 
-    @property
-    def drafts_at_prefill(self) -> bool:
-        """In single-pass mode; in two-pass mode the first step drafts, so that all sequences stay in step."""
+    def begin_prefill(self) -> bool:
+        """Drafts in single-pass mode; in two-pass mode the first step drafts, so that all sequences stay in step."""
         return self.mode == "single-pass" and self.block_len > 1
+
+    def end_prefill(self) -> None:
+        """A fixed mode does not time its prefills."""
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The plan of the mode."""
@@ -100,6 +109,9 @@ class FixedMode:
 
     def observe(self, steps: "Sequence[DecodeStep]") -> None:
         """A fixed mode has nothing to learn."""
+
+    def forget_drafts(self) -> None:
+        """A fixed mode has nothing to forget."""
 
     def facts(self) -> None:
         """A fixed mode has no choice to report."""

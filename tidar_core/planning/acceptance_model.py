@@ -40,6 +40,8 @@ DECAY = 0.998
 FIRST_RATE, PRIOR_VERIFICATIONS = 0.5, 16.0
 """Prior acceptance rate of the first draft, and how many verifications each prior counts for. The prior of each later
 draft is the rate of the draft before it."""
+OWN_PRIOR = 48.0
+"""Verifications that the rates of all requests count for in the rates of one request."""
 LATE_RATES = (0.5, 0.7)
 """Prior rates of the drafts behind a correction: the first of them, and each later draft."""
 REGIME_ODDS = (1.0, 1.5, 4.0)
@@ -107,17 +109,18 @@ class Acceptance:
     def with_prior(self, everyone: "Acceptance") -> list[AcceptanceRates]:
         """Acceptance rates of one request in each regime.
 
-        everyone   counts of all requests; their rates are a prior worth PRIOR_VERIFICATIONS of the request's own
+        everyone   counts of all requests; their rates are a prior worth OWN_PRIOR verifications of the request's own
         """
         of_all = everyone.pooled()
-        own = self._given(None, of_all)
+        own = self._given(None, of_all, weight=OWN_PRIOR)
         whole = _odds(own.whole[1]) / _odds(of_all.whole[1]) if self.block_len > 1 else 1.0
         late = _odds(own.late[0]) / _odds(of_all.late[0])
-        return [self._given(regime, prior, whole, late) for regime, prior in enumerate(everyone.rates())]
+        return [self._given(regime, prior, whole, late, OWN_PRIOR) for regime, prior in enumerate(everyone.rates())]
 
     def _given(
-        self, regime: int | None, prior: AcceptanceRates, factor: float = 1.0, late_factor: float | None = None
-    ) -> AcceptanceRates:
+        self, regime: int | None, prior: AcceptanceRates, factor: float = 1.0, late_factor: float | None = None,
+        weight: float = PRIOR_VERIFICATIONS,
+    ) -> AcceptanceRates:  # fmt: skip
         """Rates from the counts and a prior.
 
         If drafts were accepted more often than the prior predicts, the prior odds of the next draft rise by the same
@@ -125,18 +128,18 @@ class Acceptance:
         """
         K, whole = self.block_len, [prior.whole[0]]
         for draft, rate in enumerate(prior.whole[1:], 1):
-            whole.append(self._share(regime, draft, _at_odds(rate, factor)))
+            whole.append(self._share(regime, draft, _at_odds(rate, factor), weight))
             factor = _odds(whole[-1]) / _odds(rate)
             if draft == 1 and late_factor is None:
                 late_factor = factor
-        first = self._share(regime, K, _at_odds(prior.late[0], late_factor or 1.0))
-        later = self._share(regime, K + 1, _at_odds(prior.late[1], _odds(first) / _odds(prior.late[0])))
+        first = self._share(regime, K, _at_odds(prior.late[0], late_factor or 1.0), weight)
+        later = self._share(regime, K + 1, _at_odds(prior.late[1], _odds(first) / _odds(prior.late[0])), weight)
         return AcceptanceRates(tuple(whole), (first, later))
 
-    def _share(self, regime: int | None, entry: int, prior: float) -> float:
+    def _share(self, regime: int | None, entry: int, prior: float, weight: float = PRIOR_VERIFICATIONS) -> float:
         regimes = range(3) if regime is None else (regime,)
         kept, tried = (sum(counts[m][entry] for m in regimes) / self._weight for counts in (self.kept, self.tried))
-        return (kept + PRIOR_VERIFICATIONS * prior) / (tried + PRIOR_VERIFICATIONS)
+        return (kept + weight * prior) / (tried + weight)
 
     def _renew(self) -> None:
         self.kept, self.tried = (

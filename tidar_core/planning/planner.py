@@ -2,8 +2,9 @@
 
 Which mode, with which query tokens, is fastest right now?
 
-The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The gain comes
-from how often drafts were accepted so far (`acceptance_model`). Autoregression is always among the candidates.
+The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The time of the
+loop around the steps is added (`loop_time`). The gain comes from how often drafts were accepted so far
+(`acceptance_model`). Autoregression is always among the candidates.
 """
 
 import time
@@ -25,6 +26,7 @@ from tidar_core.planning.acceptance_model import (
 )
 from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
 from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.loop_time import LoopTime
 from tidar_core.planning.served_latency import ServedLatency
 from tidar_core.timing import Clock
 
@@ -40,24 +42,30 @@ __all__ = [
 AUTO = "auto"
 """The mode that switches between all others."""
 
-HYSTERESIS = 1.03
+HYSTERESIS = 1.02
 """A new choice must promise this many times the tokens per second of the present one."""
-MIN_SPEEDUP_TO_DRAFT = 1.1
+MIN_SPEEDUP_TO_DRAFT = 1.02
 """To draft at all, a choice must promise this many times the tokens per second of the autoregressive mode, because a
-table is never exact."""
-FIRST_REVIEW, LONGEST_REVIEW = 24, 256
+forecast is never exact."""
+FIRST_REVIEW, LONGEST_REVIEW = 4, 256
 """Decode steps before a new choice is reviewed, and the most between later reviews. The gap doubles as long as the
 choice stays the same."""
+REVIEW_SHARE, REVIEW_CREDIT = 0.004, 0.03
+"""Share of the time that reviews may take, and the seconds beyond it that the first reviews may take."""
 MAX_INDIVIDUAL_BATCH = 1
 """Largest batch in which each request counts with its own acceptance rates, because texts differ much. A larger batch
 uses the rates of all requests, since the time of a review grows with the requests."""
 MIN_VERIFICATIONS = 32
 """Verifications after which such a request has a review of its own; until then it shares the review of others."""
-PROBE_COST = 0.005
-"""Share of its time that the autoregressive choice spends on probes: a block is drafted and verified, to learn whether
-drafting would pay by now."""
-SHORTEST_PROBE, LONGEST_PROBE = 32, 1024
+PROBE_SHARE = 0.005
+"""Share of its time that the autoregressive choice spends on probes. A short block is drafted and verified, to learn
+whether drafting would pay by now."""
+PROBE_PART = 4
+"""Block length over the length of a probe's block: the first drafts decide whether drafting pays."""
+SHORTEST_PROBE, LONGEST_PROBE = 8, 8192
 """Fewest and most autoregressive steps from one probe to the next."""
+EARLY_PROBES = 3
+"""Probes that come early: each gap is twice the gap before it, up to what PROBE_SHARE allows."""
 FIRST_COMPARISON, COMPARED_EVERY = 32, 256
 """While drafts are made, one step in so many is autoregressive: drafting must beat its time. The gap doubles from the
 first to the second number."""
@@ -71,7 +79,7 @@ class Choice:
     cycle: tuple[StepPlan, ...]
     """Plans taken in turns; a two-pass round has two."""
     tokens_per_second: float
-    """Expected speed, over all sequences of the batch."""
+    """Expected speed of the loop without prefills, over all sequences of the batch."""
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:
@@ -105,28 +113,43 @@ class AutoPlanner:
         clock       seconds, ascending; read before and after each step
         """
         self.block_len, self._clock = block_len, clock
-        self.latency = ServedLatency(table)
+        self.latency, self.loop = ServedLatency(table), LoopTime()
         self.candidates = candidates or all_candidates(block_len)
-        self.acceptance = Acceptance(block_len)
-        """Counts of all requests so far."""
         self.choice = Choice("autoregressive", (StepPlan(1),), 0.0)
         if block_len > 1:
             self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
+        self._seconds = self._review_seconds = 0.0
+        """Seconds of all decode steps, and of all reviews."""
+        self._launched: _Launched | None = None
+        self._served: frozenset[str] = frozenset()
+        """Requests of the last decode step, if only the loop's own work came after it."""
+        self._free_since = 0.0
+        """Time at which the last decode step ended, or the last prefill began."""
+        self.forget_drafts()
+
+    def forget_drafts(self) -> None:
+        """Forget how often drafts were accepted: they are made by other weights from now on."""
+        self.acceptance = Acceptance(self.block_len)
+        """Counts of all requests so far."""
         self._own: dict[str, _Own] = {}
         """Counts of each running request."""
-        self._steps = self._since_drafts = 0
         self._reviews: dict[frozenset[str] | int, _Review] = {}
-        self._launched: _Launched | None = None
+        self._steps = self._since_drafts = self._probes = 0
         self._next_comparison = FIRST_COMPARISON
 
-    @property
-    def drafts_at_prefill(self) -> bool:
-        """Whether a prefill drafts the first block: in single-pass mode only.
+    def begin_prefill(self) -> bool:
+        """Whether the prefill drafts the first block: in single-pass mode only.
 
         Two-pass rounds keep one rhythm for the whole batch.
         """
+        self._free_since = self._clock()
         return self.choice.mode == "single-pass"
+
+    def end_prefill(self) -> None:
+        """Count the time since `begin_prefill`."""
+        self.loop.add_prefill(self._clock() - self._free_since)
+        self._served = frozenset()
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The plan of the choice; if no draft is pending, drafts are made first.
@@ -134,33 +157,22 @@ class AutoPlanner:
         pending   tokens pending (d_1 and its drafts) of each running request
         context   tokens of the longest sequence in the cache
         """
+        if self._served & pending.keys():
+            self.loop.add_gap(self._clock() - self._free_since)
         plan = self._planned(pending, context)
-        self._launched = _Launched(plan, len(pending), context, self._clock())
+        self._launched = _Launched(plan, frozenset(pending), context, self._clock())
         return plan
-
-    def _planned(self, pending: Mapping[str, int], context: int) -> StepPlan:
-        self._steps += 1
-        if len(self._own) > 2 * len(pending):  # aborted requests never report a finish
-            self._own = {request: own for request, own in self._own.items() if request in pending}
-        review = self._review(pending.keys(), context)
-        self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
-        most = max(pending.values())
-        if self.choice.mode == "autoregressive":
-            return self._probe(most, review.probe_every)
-        if self._steps >= self._next_comparison:
-            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
-            return StepPlan(1)
-        if most > 1:
-            return self.choice.cycle[-1]
-        return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
 
     def observe(self, steps: Sequence[DecodeStep]) -> None:
         """Learn the time of the step that `next_plan` planned, and which drafts were accepted."""
+        self._free_since = self._clock()
         if (launched := self._launched) is not None:
-            plan, seconds = launched.plan, self._clock() - launched.began
-            rows, drafts = plan.query_tokens(self.block_len), bool(plan.groups)
-            self.latency.observe(rows, launched.batch, launched.context, drafts, seconds)
-            self._launched = None
+            plan, seconds = launched.plan, self._free_since - launched.began
+            rows, batch = plan.query_tokens(self.block_len), len(launched.requests)
+            self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
+            self._seconds += seconds
+            self._launched, self._served = None, launched.requests
+        self.loop.add_step(sum(len(step.token_ids) for step in steps))
         for step in steps:
             if step.verified > 1:
                 own = self._own.setdefault(step.request_id, _Own(Acceptance(self.block_len)))
@@ -171,23 +183,35 @@ class AutoPlanner:
                 self._own.pop(step.request_id, None)
 
     def facts(self) -> dict[str, Any]:
-        """The current choice, its expected speed over autoregression, and the acceptance rates so far; for reports."""
+        """The current choice, its expected speed and speedup, and the acceptance rates so far; for reports."""
         return {
             "mode": self.choice.mode,
             "plans": [
                 {"verified": plan.clean_len, "groups": list(plan.groups), "masks": plan.masks(self.block_len)}
                 for plan in self.choice.cycle
             ],
+            "expected_tokens_per_second": self.expected_tokens_per_second(self.choice.tokens_per_second),
             "expected_over_ar": self.expected_over_ar,
             "chances": asdict(self.acceptance.pooled()),
         }
+
+    def expected_tokens_per_second(self, decoding: float) -> float:
+        """Speed of the loop at the machine's present speed, prefills included.
+
+        decoding  tokens per second without prefills, at the machine's speed when the table was measured
+        """
+        if not decoding:
+            return 0.0
+        return 1.0 / (self.latency.slowdown / decoding + self.loop.token_seconds)
 
     @property
     def expected_over_ar(self) -> float:
         """Tokens per second that the choice promises over those of the autoregressive mode; 1 before any review."""
         if not self.autoregressive_tokens_per_second:
             return 1.0
-        return self.choice.tokens_per_second / self.autoregressive_tokens_per_second
+        speeds = (self.choice.tokens_per_second, self.autoregressive_tokens_per_second)
+        drafted, autoregressive = (self.expected_tokens_per_second(speed) for speed in speeds)
+        return drafted / autoregressive
 
     def weigh(self, requests: Collection[str], context: int) -> list[Choice]:
         """All candidates with their expected speed for a batch of these requests.
@@ -196,15 +220,19 @@ class AutoPlanner:
         """
         drafting = {x.cycle: self._chain(x) for x in self.candidates if x.mode != "autoregressive"}
         accepted = dict(zip(drafting, self._tokens(list(drafting.values()), requests)))
-        curves = {drafts: self.latency.curve(len(requests), context, drafts=drafts) for drafts in (False, True)}
         choices = []
         for candidate in self.candidates:
             mode, cycle = candidate.mode, candidate.cycle
             # an autoregressive step and the drafting pass of two passes commit a token too
             tokens = accepted.get(cycle, 0.0) + (mode != "single-pass")
-            seconds = sum(curves[bool(plan.groups)].seconds(plan.query_tokens(self.block_len)) for plan in cycle)
+            seconds = sum(self._step_seconds(plan, len(requests), context) for plan in cycle)
             choices.append(Choice(mode, cycle, len(requests) * tokens / seconds))
         return choices
+
+    def _step_seconds(self, plan: StepPlan, batch: int, context: int) -> float:
+        """Expected seconds from one plan to the next."""
+        rows, drafts = plan.query_tokens(self.block_len), bool(plan.groups)
+        return self.latency.seconds(rows, batch, context, drafts=drafts) + self.loop.step_seconds
 
     def _chain(self, candidate: Candidate) -> PlanChain:
         if candidate.mode == "single-pass":
@@ -220,16 +248,42 @@ class AutoPlanner:
         everyone = self.acceptance
         return [everyone.rates() if known is None else known.acceptance.with_prior(everyone) for known in own]
 
+    def _planned(self, pending: Mapping[str, int], context: int) -> StepPlan:
+        self._steps += 1
+        if len(self._own) > 2 * len(pending):  # aborted requests never report a finish
+            self._own = {request: own for request, own in self._own.items() if request in pending}
+        review = self._review(pending.keys(), context)
+        self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
+        most = max(pending.values())
+        if self.choice.mode == "autoregressive":
+            return self._probe(most, review.probe_every)
+        self._probes = 0
+        if self._steps >= self._next_comparison:
+            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
+            return StepPlan(1)
+        if most > 1:
+            return self.choice.cycle[-1]
+        return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
+
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
-        """The review that holds for a batch: the last one, or a new one if that is due."""
+        """The review that holds for a batch: the last one, or a new one if that is due and there is time for it."""
         own = [self._own.get(request) for request in requests] if len(requests) <= MAX_INDIVIDUAL_BATCH else []
         known = any(x is not None and x.verifications >= MIN_VERIFICATIONS for x in own)
         key = frozenset(requests) if known else len(requests)
         last = self._reviews.get(key)
         if last is not None and self._steps < last.due:
             return last
+        if self._reviews and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds:
+            return last or self._nearest(len(requests))
+        began = self._clock()
         if last is None:  # drop reviews of single requests that are gone
             self._reviews = {known: review for known, review in self._reviews.items() if isinstance(known, int)}
+        self._reviews[key] = self._reviewed(requests, context, last)
+        self._review_seconds += self._clock() - began
+        return self._reviews[key]
+
+    def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None") -> "_Review":
+        self.latency.refit()
         ar, *others = self.weigh(requests, context)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
@@ -241,31 +295,41 @@ class AutoPlanner:
         holds = last is not None and last.choice.cycle == best.cycle
         gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
         probe_every = self._probe_every(requests, context) if best is ar else 0
-        self._reviews[key] = _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
-        return self._reviews[key]
+        return _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
+
+    def _nearest(self, batch: int) -> "_Review":
+        """The review of the batch that is nearest in size."""
+        sizes = [known for known in self._reviews if isinstance(known, int)]
+        nearest = min(sizes, key=lambda size: max(size, batch) / min(size, batch), default=None)
+        return next(iter(self._reviews.values())) if nearest is None else self._reviews[nearest]
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
-        """Autoregressive steps from one probe to the next, so that probes cost PROBE_COST of the time.
+        """Autoregressive steps from one probe to the next, so that probes take PROBE_SHARE of the time.
 
         0 if a block is one token: there is nothing to probe.
         """
-        K, batch = self.block_len, len(requests)
-        if K == 1:
+        if self.block_len == 1:
             return 0
-        drafting = self.latency.seconds(StepPlan(1, (1,), K).query_tokens(K), batch, context, drafts=True)
-        ar, verifying = (self.latency.seconds(rows, batch, context) for rows in (1, K))
-        lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(K, K)], requests)[0]
-        return int(min(max(lost / PROBE_COST, SHORTEST_PROBE), LONGEST_PROBE))
+        P, batch = self._probe_len, len(requests)
+        plans = (StepPlan(1, (1,), P), StepPlan(P), StepPlan(1))
+        drafting, verifying, ar = (self._step_seconds(plan, batch, context) for plan in plans)
+        lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(P, P)], requests)[0]
+        return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
 
     def _probe(self, pending: int, every: int) -> StepPlan:
         """Plan of an autoregressive step, or of a probe if it is due: a block is drafted, then verified."""
         if pending > 1:
-            self._since_drafts = 0
-            return StepPlan(self.block_len)
+            self._since_drafts, self._probes = 0, self._probes + 1
+            return StepPlan(self._probe_len)
         self._since_drafts += 1
-        if not every or self._since_drafts < every:
+        early = max(SHORTEST_PROBE, every >> max(0, EARLY_PROBES - self._probes))
+        if not every or self._since_drafts < early:
             return StepPlan(1)
-        return StepPlan(1, (1,), self.block_len)
+        return StepPlan(1, (1,), self._probe_len)
+
+    @property
+    def _probe_len(self) -> int:
+        return min(self.block_len, max(2, self.block_len // PROBE_PART))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +337,7 @@ class _Launched:
     """The step that was planned last."""
 
     plan: StepPlan
-    batch: int
+    requests: frozenset[str]
     context: int
     began: float
 

@@ -1,35 +1,65 @@
-"""Correction of a latency table by the decode steps that are served.
+"""Formula of the time of decode steps, corrected by the steps that are served.
 
 How long do decode steps take in service, compared with the table?
 
-A table that was measured within seconds is coarse, and the machine changes. Every served step corrects the table. The
-deviation that all steps share is the drift of the machine; the rest is an error of the table at that many query tokens.
+A table that was measured within seconds is coarse, and the machine changes. Served steps of one shape share a mean. The
+costs of the formula are fitted to these means, with the table's costs as prior. So a shape that was never served is
+corrected too. A deviation that all steps share is the drift of the machine.
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tidar_core.planning.latency_table import Curve, LatencyTable
+from tidar_core.planning.latency_formula import LatencyFormula, LatencyPoint, Weighted
+from tidar_core.planning.latency_table import LatencyTable
 
 __all__ = ["ServedLatency"]
 
-DRIFT_GAIN, LEAST_GAIN = 0.2, 0.1
-"""Share of a deviation that goes to the drift, and the least share that goes to the correction of its query tokens."""
-LARGEST_DEVIATION = math.log(4.0)
-"""Largest log ratio that counts: a pause of the machine is no property of a plan."""
-CONTEXT_STEP = 256
-"""Tokens of context that share one expectation."""
-MOST_EXPECTATIONS = 512
-"""Expectations that are kept; all are dropped when more would be."""
+DRIFT_GAIN, LEAST_GAIN = 0.2, 0.02
+"""Share of a deviation that goes to the drift, and the least share that goes to the mean of its shape."""
+FIRST_STEPS = 3
+"""Steps of a shape that count as its first; the deviations of later steps count as drift."""
+FIRST_DEVIATION, LARGEST_DEVIATION = math.log(4.0), math.log(1.25)
+"""Largest log ratios that count, of the first steps of a shape and of later steps: a pause is no property of a plan."""
+TABLE_SPREAD = 0.5
+"""Standard deviation of the logarithm of a cost in service from the cost in the table."""
+STEP_NOISE, MOST_STEPS = 0.1, 50
+"""Relative noise of one step, and the most steps that a mean counts for."""
+MEAN_GAIN, LARGEST_RATIO = 0.02, 4.0
+"""Share of a step in the mean ratio of measured and typical times, and the largest ratio that counts."""
+HALF_LIFE = 2000
+"""Steps of any shape after which a mean that was not renewed counts half."""
+MOST_SHAPES = 64
+"""Shapes whose means are kept; the longest unused goes first."""
+OWN_STEPS = 4
+"""Steps of a shape after which its own mean counts as much as the formula."""
 
 
 @dataclass(slots=True)
-class _Correction:
-    log_ratio: float = 0.0
-    """Logarithm of served seconds over the seconds of the table, without the drift of the machine."""
+class _Shape:
+    """Mean of the steps of one shape."""
+
+    rows: int
+    batch: int
+    drafts: bool
+    context: float
+    """Mean context."""
+    log_seconds: float
+    """Mean logarithm of the seconds, without the drift."""
     steps: int = 0
+    last: int = 0
+    """Ordinal of its last step."""
+
+    def weighted(self, now: int) -> Weighted:
+        """The mean as a measurement, weaker with age."""
+        noise = STEP_NOISE / math.sqrt(min(self.steps, MOST_STEPS)) * 2 ** ((now - self.last) / HALF_LIFE / 2)
+        return Weighted(
+            LatencyPoint(
+                rows=self.rows, batch=self.batch, context=round(self.context), drafts=self.drafts,
+                seconds=math.exp(self.log_seconds),
+            ),
+            noise,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -37,62 +67,67 @@ class ServedLatency:
     """A latency table, corrected by the steps of one decoder."""
 
     table: LatencyTable
-    _corrections: dict[int, dict[int, _Correction]] = field(default_factory=dict)
-    """Corrections by batch, then by query tokens of one sequence."""
-    _drift: float | None = None
-    """Logarithm of the machine's slowdown since the table was measured; None before the first step."""
-    _expected: dict[tuple[int, int, int, bool], float] = field(default_factory=dict)
+    drift: float = 0.0
+    """Logarithm of the machine's slowdown since the table was measured."""
+    _mean_ratio: float = 1.0
+    """Mean time of a step over its typical time, which is less: times are spread to one side."""
+    _formula: LatencyFormula = field(init=False)
+    _own: dict[tuple[int, int, bool], float] = field(default_factory=dict)
+    """Logarithm of the served time over the formula's, by query tokens of one sequence, batch and drafts."""
+    _shapes: dict[tuple[int, int, int, bool], _Shape] = field(default_factory=dict)
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._formula = self.table.formula
+
+    @property
+    def slowdown(self) -> float:
+        """Mean time of a step now over its time in `seconds`, the same for all steps."""
+        return math.exp(self.drift) * self._mean_ratio
 
     def seconds(self, rows: int, batch: int, context: int, *, drafts: bool = False) -> float:
-        """Expected seconds of a forward at the machine's speed when the table was measured: drift is left out.
+        """Expected seconds of a step at the machine's speed when the table was measured: drift is left out.
 
         rows    query tokens of one sequence
         drafts  masks are among them
         """
-        return self.curve(batch, context, drafts=drafts).seconds(rows)
-
-    def curve(self, batch: int, context: int, *, drafts: bool = False) -> Curve:
-        """Curve over query tokens at one batch and context; `seconds` reads it.
-
-        The correction is linear between corrected numbers of query tokens, and constant beyond them.
-        """
-        curve, corrections = self.table.curve(batch, context, drafts=drafts), self._corrections.get(batch)
-        if not corrections:
-            return curve
-        rows = tuple(sorted({*curve.rows, *corrections}))
-        ratios = {count: correction.log_ratio for count, correction in sorted(corrections.items())}
-        return Curve(rows, tuple(curve.seconds(count) * math.exp(_between(ratios, count)) for count in rows))
+        own = self._own.get((rows, batch, drafts), 0.0)
+        return self._formula.seconds(rows, batch, context, drafts=drafts) * math.exp(own)
 
     def observe(self, rows: int, batch: int, context: int, drafts: bool, seconds: float) -> None:
         """Learn from one served step; a time of 0 or less is ignored, since its clock did not advance."""
         if seconds <= 0:
             return
-        corrections = self._corrections.setdefault(batch, {})
-        correction = corrections.setdefault(rows, _Correction())
-        expected = self._expectation(rows, batch, context, drafts)
-        ratio = math.log(seconds / expected)
-        self._drift = ratio if self._drift is None else self._drift
-        deviation = ratio - self._drift - correction.log_ratio
-        deviation = min(max(deviation, -LARGEST_DEVIATION), LARGEST_DEVIATION)
-        correction.steps += 1
-        correction.log_ratio += max(LEAST_GAIN, 1 / (correction.steps + 1)) * deviation
-        self._drift += DRIFT_GAIN * deviation
+        self._steps += 1
+        key = (rows, batch, round(2 * math.log2(context + 1)), drafts)
+        shape = self._shapes.get(key)
+        if shape is None:
+            expected = math.log(self.seconds(rows, batch, context, drafts=drafts))
+            shape = self._shapes[key] = _Shape(rows, batch, drafts, context, expected)
+        deviation = math.log(seconds) - self.drift - shape.log_seconds
+        self._mean_ratio += MEAN_GAIN * (min(math.exp(deviation), LARGEST_RATIO) - self._mean_ratio)
+        shape.steps, shape.last = shape.steps + 1, self._steps
+        most = FIRST_DEVIATION if shape.steps <= FIRST_STEPS else LARGEST_DEVIATION
+        deviation = min(max(deviation, -most), most)
+        gain = max(LEAST_GAIN, 1 / shape.steps)
+        shape.log_seconds += gain * deviation
+        shape.context += gain * (context - shape.context)
+        if shape.steps > FIRST_STEPS:
+            self.drift += DRIFT_GAIN * deviation
+        if len(self._shapes) > MOST_SHAPES:
+            del self._shapes[min(self._shapes, key=lambda known: self._shapes[known].last)]
 
-    def _expectation(self, rows: int, batch: int, context: int, drafts: bool) -> float:
-        key = (rows, batch, context // CONTEXT_STEP, drafts)
-        if key not in self._expected:
-            if len(self._expected) >= MOST_EXPECTATIONS:
-                self._expected.clear()
-            middle = (context // CONTEXT_STEP) * CONTEXT_STEP + CONTEXT_STEP // 2
-            self._expected[key] = self.table.seconds(rows, batch, middle, drafts=drafts)
-        return self._expected[key]
-
-
-def _between(known: Mapping[int, float], rows: int) -> float:
-    """Linear between the known numbers of query tokens, which ascend; constant beyond them."""
-    counts, values = tuple(known), tuple(known.values())
-    index = bisect_left(counts, rows)
-    if index in (0, len(counts)):
-        return values[min(index, len(counts) - 1)]
-    share = (rows - counts[index - 1]) / (counts[index] - counts[index - 1])
-    return values[index - 1] + share * (values[index] - values[index - 1])
+    def refit(self) -> None:
+        """Fit the costs of the formula to all that was served."""
+        if not self._shapes:
+            return
+        measured = [shape.weighted(self._steps) for shape in self._shapes.values()]
+        self._formula = self.table.formula.fitted(measured, spread=TABLE_SPREAD, start=self._formula)
+        sums: dict[tuple[int, int, bool], tuple[float, float]] = {}
+        for shape in self._shapes.values():
+            key = (shape.rows, shape.batch, shape.drafts)
+            found = self._formula.seconds(shape.rows, shape.batch, round(shape.context), drafts=shape.drafts)
+            steps, ratios = sums.get(key, (0, 0.0))
+            ratio = shape.log_seconds - math.log(found)
+            sums[key] = (steps + shape.steps, ratios + shape.steps * ratio)
+        self._own = {key: ratios / (steps + OWN_STEPS) for key, (steps, ratios) in sums.items()}

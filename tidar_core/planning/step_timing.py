@@ -2,24 +2,31 @@
 
 How long do decode steps take, when there is little time to measure them?
 
-Whole decode steps are timed, verification included, at a few batches and contexts. The most informative shapes come
-first, and within a shape the fewest query tokens. Shapes that the budget does not reach are predicted from timed
-shapes. The cost of a forward follows its query tokens in total; the cost of its context is proportional to the batch.
+Whole decode steps are timed, verification included, at a few batches and contexts, the smallest first. A step is left
+out if it may take a large part of the time that is left. The formula of the table gives its time (`latency_formula`).
 """
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
-from tidar_core.planning.latency_table import LatencyPoint, LatencyTable
-from tidar_core.timing import LEAST_RUNS, Clock, median_seconds
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.timing import Clock, seconds_of
 
 __all__ = ["BUDGET_SECONDS", "decoding_latency", "latency_shapes"]
 
 BUDGET_SECONDS = 20.0
 """Time for all shapes together, unless the caller gives another budget."""
+LARGEST_SHARE = 0.25
+"""Part of the time left that one step may take, its warm-up included."""
+FEW_PLANS = 5
+"""Plans that are timed at every batch and context but the first, if no plan must be captured."""
 
 
 def decoding_latency(
@@ -31,86 +38,65 @@ def decoding_latency(
     on_point: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
-    """Latency table for the planner of a decoder: every shape of `latency_shapes`, timed or predicted.
+    """Latency table for the planner of a decoder. Each time is a median over turns.
 
-    budget       seconds; the first two plans are timed even if they take longer
+    budget       seconds; the first step is timed even if it takes longer
     context_len  longest context, in tokens; the decoder's own by default
-    repeats      turns over the plans of a shape, as long as the budget allows
-    on_point     called after each shape
+    repeats      turns over all steps, as long as the budget allows
+    on_point     called after each batch and context of the first turn
     clock        seconds, ascending
     """
-    K, end = decoder.draft.block_len, clock() + budget
-    points: list[LatencyPoint] = []
+    end, K = clock() + budget, decoder.draft.block_len
     plans = sorted(timed_plans(few_candidates(K)), key=lambda plan: (plan.query_tokens(K), bool(plan.groups)))
     shapes = latency_shapes(decoder, context_len)
-    for index, (batch, context) in enumerate(shapes):
-        left = end - clock()
-        if points and left <= _least_seconds(points, batch):
-            on_point()
-            continue
-        with decoder.rehearsal(batch, context) as step:
-            runs = [partial(step, plan) for plan in plans]
-            times = median_seconds(runs, repeats, clock, budget=_share(left, len(shapes) - index))
-        for (rows, drafts), seconds in {(p.query_tokens(K), bool(p.groups)): t for p, t in zip(plans, times)}.items():
-            points.append(LatencyPoint(rows=rows, batch=batch, context=context, seconds=seconds, drafts=drafts))
-        on_point()
-    return LatencyTable((*points, *_predicted(LatencyTable(tuple(points)), shapes)))
+    times: dict[_Step, list[float]] = {}
+    for turn in range(repeats):
+        for index, (batch, context) in enumerate(shapes):
+            every = index == 0 or decoder.captures
+            with decoder.rehearsal(batch, context) as rehearse:
+                for plan in plans if every else _spread(plans, FEW_PLANS):
+                    step = _Step(plan.query_tokens(K), batch, context, bool(plan.groups))
+                    if not times or 2 * _bound(step, times) <= LARGEST_SHARE * (end - clock()):
+                        times.setdefault(step, []).append(seconds_of(partial(rehearse, plan), clock))
+            if turn == 0:
+                on_point()
+    return LatencyTable(
+        tuple(
+            LatencyPoint(rows=step.rows, batch=step.batch, context=step.context, drafts=step.drafts,
+                         seconds=statistics.median(of_step))
+            for step, of_step in times.items()
+        )
+    )  # fmt: skip
 
 
 def latency_shapes(decoder: Decoder, context_len: int | None = None) -> list[tuple[int, int]]:
-    """Batches and contexts that `decoding_latency` covers, the most informative first: smallest and largest of both."""
+    """Batches and contexts that `decoding_latency` covers, those with the fewest keys first."""
     longest = min(context_len or decoder.context_len, decoder.context_len)
     batches = [count for count in (1, 4, 16, 64) if count < decoder.slots] + [decoder.slots]
     contexts = [count for count in (128, 1024, 8192) if count < longest] + [longest]
-    corners = [(batch, context) for context in _ends(contexts) for batch in _ends(batches)]
-    return list(dict.fromkeys(corners + [(batch, context) for batch in batches for context in contexts]))
+    return sorted(((batch, context) for batch in batches for context in contexts), key=lambda s: (s[0] * s[1], s[0]))
 
 
-def _share(left: float, shapes: int) -> float:
-    """Seconds for the next of so many shapes: twice its even share, since the first shapes are the most informative."""
-    return left * min(1.0, 2 / shapes)
+@dataclass(frozen=True, slots=True)
+class _Step:
+    rows: int
+    batch: int
+    context: int
+    drafts: bool
 
 
-def _least_seconds(points: Sequence[LatencyPoint], batch: int) -> float:
-    """Estimated seconds of the first two plans of a shape, from earlier points with as many query tokens."""
-    longest = max(point.seconds for point in points if point.rows * point.batch <= 2 * batch)
-    return 2 * LEAST_RUNS * longest
+def _bound(step: _Step, times: Mapping[_Step, Sequence[float]]) -> float:
+    """Seconds that a step takes at most: its cost grows no faster than its query tokens and its keys together."""
+    return min(
+        max(of_other)
+        * max(1.0, step.rows * step.batch / (other.rows * other.batch))
+        * max(1.0, step.batch * step.context / (other.batch * other.context))
+        for other, of_other in times.items()
+    )
 
 
-def _predicted(table: LatencyTable, shapes: Sequence[tuple[int, int]]) -> list[LatencyPoint]:
-    """Points of the plans and shapes that were not timed."""
-    first, known = shapes[0], {(p.batch, p.context, p.rows, p.drafts) for p in table.points}
-    plans = [(p.rows, p.drafts) for p in table.points if (p.batch, p.context) == first]
-    return [
-        LatencyPoint(
-            rows=rows, batch=batch, context=context, drafts=drafts, timed=False,
-            seconds=_predict(table, (batch, context), first, rows, drafts),
-        )
-        for batch, context in shapes for rows, drafts in plans if (batch, context, rows, drafts) not in known
-    ]  # fmt: skip
-
-
-def _predict(table: LatencyTable, shape: tuple[int, int], first: tuple[int, int], rows: int, drafts: bool) -> float:
-    """Seconds of a plan at a shape other than the first.
-
-    Times of the same shape with fewer query tokens correct the prediction.
-    """
-    (batch, context), (first_batch, first_context) = shape, first
-    at_first = table.curve(first_batch, first_context, drafts=drafts)
-    near = table.timed_curve(batch, first_context, drafts)
-    far = table.timed_curve(first_batch, context, drafts)
-
-    def from_others(count: int) -> float:
-        """Seconds of as many query tokens in total, plus the cost of the context once for each sequence."""
-        here = at_first.seconds(count * batch // first_batch) if near is None else near.seconds(count)
-        further = 0.0 if far is None else max(0.0, far.seconds(count) - at_first.seconds(count))
-        return here + further * batch / first_batch
-
-    own = table.timed_curve(batch, context, drafts)
-    if own is None:
-        return from_others(rows)
-    return from_others(rows) * own.times[-1] / from_others(own.rows[-1])
-
-
-def _ends(ascending: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys((ascending[0], ascending[-1])))
+def _spread(plans: Sequence[StepPlan], count: int) -> Sequence[StepPlan]:
+    """Up to `count` plans, evenly spread, the first and the last among them."""
+    if len(plans) <= count:
+        return plans
+    return [plans[round(i * (len(plans) - 1) / (count - 1))] for i in range(count)]

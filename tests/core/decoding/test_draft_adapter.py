@@ -102,10 +102,14 @@ def drafts_of(model):
 class Watched:
     """A planner that notes the drafts to be verified next, and exchanges the decoder's weights before some forwards."""
 
-    drafts_at_prefill = True
-
     def __init__(self, decoder, exchanges=None):
         self.decoder, self.exchanges, self.drafts = decoder, exchanges or {}, []
+
+    def begin_prefill(self):
+        return True
+
+    def end_prefill(self):
+        pass
 
     def next_plan(self, pending, context):
         if (weights := self.exchanges.get(len(self.drafts))) is not None:

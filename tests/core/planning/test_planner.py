@@ -4,6 +4,7 @@ import random
 
 import pytest
 from decoding import GREEDY, expected_texts, prompts, requests
+from simulated_machine import Clock
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.completion import complete
@@ -25,8 +26,15 @@ from tidar_core.planning.acceptance_model import (
 )
 from tidar_core.planning.candidate_plans import all_candidates, few_candidates, timed_plans
 from tidar_core.planning.decode_step_benchmark import step_plans
-from tidar_core.planning.latency_table import LatencyPoint, LatencyTable
-from tidar_core.planning.planner import MIN_SPEEDUP_TO_DRAFT, MIN_VERIFICATIONS, AutoPlanner, planner_of
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.planner import (
+    COMPARED_EVERY,
+    MIN_SPEEDUP_TO_DRAFT,
+    MIN_VERIFICATIONS,
+    AutoPlanner,
+    planner_of,
+)
 from tidar_core.planning.step_timing import decoding_latency
 
 K = 4
@@ -158,7 +166,7 @@ def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     planner = planner_with(table_of(lambda rows: 1.0 + 0.01 * rows), K)
-    planner.acceptance.tried = [[60.0] * (K + 2) for _ in range(3)]
+    planner.acceptance.tried = [[600.0] * (K + 2) for _ in range(3)]
     plans = []
     pending = 1
     for _ in range(3000):
@@ -252,7 +260,7 @@ def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
     monkeypatch.setattr(
         planner, "weigh", lambda requests, context: weighed.append(len(requests)) or weigh(requests, context)
     )
-    for batch in (5, 6, 5, 6, 5, 6):
+    for batch in (5, 6, 5, 6):
         planner.next_plan({str(i): 1 for i in range(batch)}, 10)
     assert weighed == [5, 6]
 
@@ -285,11 +293,11 @@ def test_lone_requests_that_are_new_share_a_review(monkeypatch):
         for _ in range(10):
             planner.next_plan({request: 4}, 10)
             planner.observe([DecodeStep(request, (1, 1), None, 4, 2, 4)])
-    assert weighed == [{"first"}]
+    assert weighed == [{"first"}, {"first"}, {"second"}], "reviews are due after 0, 4 and 12 steps, for both alike"
     for _ in range(MIN_VERIFICATIONS):
         planner.observe([DecodeStep("second", (1, 1), None, 4, 2, 4)])
     planner.next_plan({"second": 4}, 10)
-    assert weighed == [{"first"}, {"second"}]
+    assert weighed[3:] == [{"second"}]
 
 
 def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
@@ -307,6 +315,23 @@ def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
     assert len(planner._reviews) <= 2
 
 
+@pytest.mark.parametrize(("drafting", "expected"), [(1.0, "drafts"), (30.0, "autoregressive")])
+def test_a_table_that_flatters_drafts_is_found_out_by_the_steps_that_are_served(drafting, expected):
+    """The table gives all steps the same time; in truth steps with more query tokens take `drafting` times as long."""
+    clock = Clock()
+    planner = AutoPlanner(table_of(lambda rows: 1.0), K, clock=clock)
+    pending, modes = 1, []
+    for _ in range(8 * COMPARED_EVERY):
+        plan = planner.next_plan({"r": pending}, 10)
+        clock.run(1.0 if plan == StepPlan(1) else drafting)
+        n = min(plan.clean_len, pending)
+        planner.observe([DecodeStep("r", (1,) * n, None, pending, n, n)])  # every draft is accepted
+        pending = plan.masks(K) if plan.groups else 1
+        modes.append(planner.choice.mode)
+    assert modes[0] != "autoregressive"
+    assert (modes[-1] == "autoregressive") == (expected == "autoregressive")
+
+
 @pytest.mark.parametrize("row_cost", [0.0, 0.05, 1.0])
 def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost):
     texts = prompts(5, 12, 3, 8)
@@ -320,7 +345,7 @@ def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost)
 def test_auto_with_a_block_of_one_token_has_nothing_to_draft_or_probe(model, rows):
     texts, decoder = prompts(5, 12, 3, 8), Decoder(model, DraftConfig(block_len=1), slots=rows)
     planner = planner_of("auto", decoder, decoding_latency(decoder, context_len=16, repeats=1))
-    assert not planner.drafts_at_prefill
+    assert not planner.begin_prefill()
     found = [tuple(c.token_ids) for c in complete(Scheduler(decoder, planner), requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
     assert planner.facts()["plans"] == [{"verified": 1, "groups": [], "masks": 1}]

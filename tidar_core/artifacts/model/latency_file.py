@@ -10,6 +10,7 @@ steps within its budget, and writes the table to this machine's cache. The bundl
 import hashlib
 import platform
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,14 +24,17 @@ from tidar_core.artifacts.store.cache import cache_folder
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import Planner
 from tidar_core.errors import BundleError, TidarError
-from tidar_core.planning.latency_table import LatencyPoint, LatencyTable
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.planner import AUTO, planner_of
 from tidar_core.planning.step_timing import BUDGET_SECONDS, decoding_latency
 
 __all__ = ["bundle_planner", "bundle_table", "stored_table", "time_and_store"]
 
-PROFILE_SECONDS = 600.0
+PROFILE_SECONDS = 120.0
 """Most seconds that `tidar profile` times decode steps."""
+TABLE_FORM = 2
+"""Form of the stored tables; tables of another form are timed again."""
 Report = Callable[[str], None]
 """Function that receives a line about the current work, for a log or a terminal."""
 
@@ -42,19 +46,17 @@ def stored_table(bundle: str, decoder: Decoder, context_len: int | None = None) 
 
     context_len  longest context that is planned for; the decoder's own by default
     """
-    beside, cached = _read(_uri(bundle, decoder), decoder), None
+    beside, cached = _read(_uri(bundle, decoder), decoder, context_len), None
     with suppress(TidarError):  # a damaged cache counts as missing
-        cached = _read(_cached(decoder), decoder)
-    longest = min(context_len or decoder.context_len, decoder.context_len)
-    found = (table for table in (beside, cached) if table is not None and _covers(table, decoder.slots, longest))
-    return next(found, None)
+        cached = _read(_cached(decoder), decoder, context_len)
+    return beside or cached
 
 
 def time_and_store(bundle: str, decoder: Decoder, on_point: Callable[[], None] = lambda: None) -> str:
     """Time the decode steps of a decoder, write the table beside the bundle and return its address."""
     table = decoding_latency(decoder, budget=PROFILE_SECONDS, on_point=on_point)
     uri = _uri(bundle, decoder)
-    _write(uri, decoder, table)
+    _write(uri, decoder, None, table)
     return uri
 
 
@@ -90,38 +92,43 @@ def bundle_table(
     table = stored_table(bundle, decoder, context_len)
     if table is not None:
         return table
-    report(f"decode steps are timed, for about {budget:g} s at most: no latency table of this device is stored")
+    report(f"decode steps are timed, for {budget:g} s at most: no latency table of this device is stored")
+    began = time.monotonic()
     table = decoding_latency(decoder, budget=budget, context_len=context_len)
-    timed = sum(point.timed for point in table.points)
-    report(f"{timed} points of the latency table were timed, {len(table.points) - timed} predicted")
+    report(f"{len(table.points)} shapes of decode steps were timed in {time.monotonic() - began:.1f} s")
     try:
-        _write(_cached(decoder), decoder, table)
+        _write(_cached(decoder), decoder, context_len, table)
     except (OSError, TidarError) as error:
         report(f"the latency table could not be stored, so the next start times again: {error}")
     return table
 
 
-def _covers(table: LatencyTable, batch: int, context: int) -> bool:
-    return (
-        max(point.batch for point in table.points) >= batch and max(point.context for point in table.points) >= context
-    )
-
-
-def _read(uri: str, decoder: Decoder) -> LatencyTable | None:
+def _read(uri: str, decoder: Decoder, context_len: int | None) -> LatencyTable | None:
+    """The table at an address; None if there is none, or if it was made for less than this decoder needs."""
     if not locations.exists(uri):
         return None
     try:
         stored = locations.read_json(uri)
-        points = tuple(LatencyPoint(**point) for point in stored["points"])
-        made_with = stored["made_with"]
-        _covers(LatencyTable(points), 1, 1)
-    except (ValueError, KeyError, TypeError) as error:
+        if stored["made_with"] != _made_with(decoder):
+            return None
+        table, covered = LatencyTable(tuple(LatencyPoint(**point) for point in stored["points"])), stored["covers"]
+        needed = _covers(decoder, context_len)
+        enough = all(covered[size] >= least for size, least in needed.items())
+        table.formula.seconds(1, 1, 1)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise BundleError(f"{uri} holds no latency table; remove it or run tidar profile again") from error
-    return LatencyTable(points) if made_with == _made_with(decoder) else None
+    return table if enough else None
 
 
-def _write(uri: str, decoder: Decoder, table: LatencyTable) -> None:
-    locations.write_json(uri, {"made_with": _made_with(decoder), "points": [asdict(p) for p in table.points]})
+def _write(uri: str, decoder: Decoder, context_len: int | None, table: LatencyTable) -> None:
+    points = [asdict(point) for point in table.points]
+    stored = {"made_with": _made_with(decoder), "covers": _covers(decoder, context_len), "points": points}
+    locations.write_json(uri, stored)
+
+
+def _covers(decoder: Decoder, context_len: int | None) -> dict[str, int]:
+    """Largest batch and context of the table of a decoder."""
+    return {"batch": decoder.slots, "context": min(context_len or decoder.context_len, decoder.context_len)}
 
 
 def _cached(decoder: Decoder) -> str:
@@ -143,11 +150,12 @@ def _made_with(decoder: Decoder) -> dict[str, Any]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "block_len": decoder.draft.block_len,
         "torch": torch.__version__,
+        "form": TABLE_FORM,
     }
 
 
 def _uri(bundle: str, decoder: Decoder) -> str:
     facts = _made_with(decoder)
-    del facts["torch"]
+    del facts["torch"], facts["form"]
     words = (re.sub(r"[^A-Za-z0-9]+", "-", str(value)).strip("-").lower() for value in facts.values())
     return f"{bundle.rstrip('/')}.latency/{'_'.join(words)}.json"

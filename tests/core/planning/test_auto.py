@@ -1,0 +1,103 @@
+"""The goals of `auto` on simulated machines: nearly the best fixed plan, and never much slower than autoregression."""
+
+import pytest
+from simulated_machine import Clock, Drafts, SimulatedDecoder, best_fixed, cpu_seconds, gpu_seconds, served
+
+from tidar_core.config import DraftConfig
+from tidar_core.planning.candidate_plans import few_candidates
+from tidar_core.planning.planner import REVIEW_CREDIT, REVIEW_SHARE, AutoPlanner
+from tidar_core.planning.step_timing import decoding_latency
+
+DRAFTS = {
+    "good": Drafts(easy=0.92, hard=0.92),
+    "middling": Drafts(easy=0.6, hard=0.6),
+    "in runs": Drafts(easy=0.93, hard=0.3),
+    "poor": Drafts(easy=0.3, hard=0.3),
+}
+NOISE = Drafts(easy=0.005, hard=0.005)
+MACHINES = {
+    "gpu": (gpu_seconds, 16, few_candidates(16)),
+    "cpu": (cpu_seconds, 8, few_candidates(8)),
+}
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """A simulated decoder and a planner with the table of its start, by machine; the table is timed once."""
+    tables = {}
+
+    def of(name, loop=0.0):
+        seconds, block_len, candidates = MACHINES[name]
+        draft = DraftConfig(block_len=block_len)
+        decoder = SimulatedDecoder(Clock(), seconds, slots=64, captures=name == "gpu", draft=draft)
+        if name not in tables:
+            tables[name] = decoding_latency(decoder, clock=decoder.clock)
+        return decoder, AutoPlanner(tables[name], block_len, candidates, clock=decoder.clock)
+
+    return of
+
+
+def traffic(batch, tokens=1600):
+    """Fewer tokens for each sequence of a larger batch, which learns sooner."""
+    return {"batch": batch, "tokens": max(tokens, 250 * batch)}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS.values(), ids=DRAFTS)
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("name", MACHINES)
+def test_auto_is_nearly_as_fast_as_the_best_fixed_plan_by_brute_force(machine, name, batch, drafts):
+    decoder, planner = machine(name)
+    served(planner, decoder, drafts, **traffic(batch), seed=1)
+    best, _ = best_fixed(planner.candidates, decoder, drafts, **traffic(batch))
+    assert served(planner, decoder, drafts, **traffic(batch)) >= 0.97 * best
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("name", MACHINES)
+def test_drafts_that_are_noise_cost_a_fiftieth_of_autoregression_at_most(machine, name, batch):
+    """The speed counts from the first step on, with every probe and review."""
+    decoder, planner = machine(name)
+    began = decoder.clock()
+    speed = served(planner, decoder, NOISE, batch=batch, tokens=2000 * batch, length=1000)
+    assert decoder.clock() > began
+    assert speed >= 0.98 * batch / decoder.seconds(1, batch, 500)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_reviews_take_no_more_than_their_share_however_slow_they_are(machine, batch, monkeypatch):
+    decoder, planner = machine("gpu")
+    clock, weigh, reviews = decoder.clock, planner.weigh, []
+
+    def slow(requests, context):
+        clock.run(0.02)
+        reviews.append(len(requests))
+        return weigh(requests, context)
+
+    monkeypatch.setattr(planner, "weigh", slow)
+    began = clock()
+    served(planner, decoder, DRAFTS["in runs"], batch=batch, tokens=4000 if batch == 1 else 30_000)
+    assert len(reviews) >= 3
+    assert 0.02 * len(reviews) <= REVIEW_CREDIT + REVIEW_SHARE * (clock() - began) + 0.02
+
+
+def test_the_loop_s_own_time_counts_as_part_of_every_step(machine):
+    """Drafts that do not pay for a bare step pay when the loop takes as long as the step again."""
+    drafts, chosen = Drafts(easy=0.4, hard=0.4), {}
+    for loop in (0.0, 0.06):
+        decoder, planner = machine("cpu")
+        speed = served(planner, decoder, drafts, batch=4, tokens=4000, loop=loop)
+        best, _ = best_fixed(planner.candidates, decoder, drafts, batch=4, tokens=4000, loop=loop)
+        assert speed >= 0.96 * best
+        assert planner.facts()["expected_tokens_per_second"] == pytest.approx(speed, rel=0.1)
+        chosen[loop] = planner.choice.mode
+    assert chosen[0.0] == "autoregressive" != chosen[0.06]
+
+
+def test_exchanged_drafts_are_judged_by_themselves(machine):
+    decoder, planner = machine("gpu")
+    served(planner, decoder, NOISE, batch=8, tokens=8000)
+    assert planner.choice.mode == "autoregressive"
+    planner.forget_drafts()
+    served(planner, decoder, DRAFTS["good"], batch=8, tokens=800)
+    assert planner.choice.mode != "autoregressive"
+    assert planner.acceptance.pooled().whole[1] > 0.8

@@ -1,0 +1,124 @@
+"""Served steps correct the formula: where they were served, near it, and on a machine that changes or pauses."""
+
+import random
+
+import pytest
+
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.served_latency import ServedLatency
+
+ROWS, BATCHES, CONTEXTS = (1, 4, 8, 16, 24, 40, 72), (1, 4, 16), (128, 1024, 8192)
+
+
+def table_of(seconds):
+    points = [
+        LatencyPoint(rows=r, batch=b, context=c, seconds=seconds(r, b, c), drafts=r > 8)
+        for r in ROWS for b in BATCHES for c in CONTEXTS
+    ]  # fmt: skip
+    return LatencyTable(tuple(points))
+
+
+def measured(rows, batch, context):
+    """Seconds when the table was measured."""
+    return 0.03 + 0.002 * rows * batch + 2e-7 * batch * context
+
+
+def in_service(rows, batch, context):
+    """Seconds in service: another intercept, other slopes."""
+    return 0.018 + 0.0035 * rows * batch + 4e-7 * batch * context
+
+
+def minute_of_traffic(latency, seconds, shapes, noise=0.1, seed=0):
+    """Serve a minute of steps of these rows and batches, at contexts that grow; noise is relative, pauses are rare."""
+    luck, spent = random.Random(seed), 0.0
+    while spent < 60:
+        rows, batch = luck.choice(shapes)
+        context = luck.randint(100, 1500)
+        taken = seconds(rows, batch, context) * luck.gauss(1.0, noise) * (20.0 if luck.random() < 0.002 else 1.0)
+        latency.observe(rows, batch, context, rows > 8, taken)
+        spent += taken
+    latency.refit()
+
+
+def forecast(latency, rows, batch, context):
+    return latency.seconds(rows, batch, context, drafts=rows > 8) * latency.slowdown
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_minute_of_traffic_forecasts_are_within_a_tenth_of_the_steps(seed):
+    latency, served = ServedLatency(table_of(measured)), [(1, 1), (16, 1), (1, 3), (16, 3), (8, 3)]
+    assert max(abs(forecast(latency, r, b, 500) / in_service(r, b, 500) - 1) for r, b in served) > 0.2
+    minute_of_traffic(latency, in_service, served, seed=seed)
+    for rows, batch in served:
+        for context in (200, 500, 1400):
+            assert forecast(latency, rows, batch, context) == pytest.approx(in_service(rows, batch, context), rel=0.1)
+
+
+def test_what_was_not_served_is_corrected_too():
+    latency = ServedLatency(table_of(measured))
+    minute_of_traffic(latency, in_service, [(1, 1), (16, 1), (1, 4), (16, 4)])
+    for rows, batch, context in ((4, 1, 300), (40, 1, 300), (8, 4, 1000), (4, 2, 1000), (24, 8, 1000)):
+        before = abs(measured(rows, batch, context) / in_service(rows, batch, context) - 1)
+        after = abs(forecast(latency, rows, batch, context) / in_service(rows, batch, context) - 1)
+        assert after < max(0.15, 0.5 * before)
+
+
+def flat_table():
+    points = [
+        LatencyPoint(rows=rows, batch=1, context=64, seconds=1.0, drafts=drafts)
+        for rows in (1, 4, 8, 20) for drafts in (False, True)
+    ]  # fmt: skip
+    return LatencyTable(tuple(points))
+
+
+def ratio(latency):
+    return latency.seconds(8, 1, 10, drafts=True) / latency.seconds(1, 1, 10)
+
+
+def test_a_machine_that_slows_down_changes_no_comparison():
+    latency = ServedLatency(flat_table())
+    for _ in range(50):
+        latency.observe(1, 1, 10, False, 1.0)
+        latency.observe(8, 1, 10, True, 1.2)
+    latency.refit()
+    assert ratio(latency) == pytest.approx(1.2, rel=0.03)
+    for _ in range(500):  # three times slower, and only one shape is served
+        latency.observe(8, 1, 10, True, 3.6)
+    latency.refit()
+    assert ratio(latency) < 1.2 * 1.3
+    assert latency.slowdown == pytest.approx(3.0, rel=0.3)
+    for _ in range(20):  # the other shape is seen again
+        latency.observe(1, 1, 10, False, 3.0)
+        latency.observe(8, 1, 10, True, 3.6)
+    latency.refit()
+    assert ratio(latency) == pytest.approx(1.2, rel=0.1)
+
+
+def test_a_pause_of_the_machine_is_no_property_of_a_plan():
+    latency = ServedLatency(flat_table())
+    for _ in range(50):
+        latency.observe(1, 1, 10, False, 1.0)
+        latency.observe(8, 1, 10, True, 1.2)
+    latency.observe(1, 1, 10, False, 1000.0)
+    for _ in range(10):
+        latency.observe(1, 1, 10, False, 1.0)
+    latency.refit()
+    assert ratio(latency) == pytest.approx(1.2, rel=0.05)
+    assert latency.slowdown == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_clock_that_stands_still_teaches_nothing():
+    latency = ServedLatency(flat_table())
+    latency.observe(8, 1, 10, True, 0.0)
+    latency.refit()
+    assert latency.seconds(8, 1, 10, drafts=True) == flat_table().formula.seconds(8, 1, 10, drafts=True)
+
+
+def test_only_the_shapes_that_were_served_lately_are_kept():
+    latency = ServedLatency(table_of(measured))
+    for turn in range(300):
+        latency.observe(1 + turn % 100, 1 + turn % 7, 100, False, 0.05)
+    assert len(latency._shapes) == 64
+    latency.refit()
+    assert latency.seconds(1, 1, 100) > 0
