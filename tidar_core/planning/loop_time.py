@@ -3,7 +3,7 @@
 How many seconds does the loop add to a step, and how many does a token cost at prefill?
 
 Between two decode steps the loop settles requests, sends tokens and reads prompts. A gap is long when a prompt is
-read or the process pauses, so the lower quartile of recent gaps stands for the loop's own time.
+read or the process pauses. So the lower quartile of recent gaps stands for the loop's own time.
 """
 
 from collections import deque

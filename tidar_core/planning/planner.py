@@ -2,9 +2,9 @@
 
 Which mode, with which query tokens, is fastest right now?
 
-The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The time of the
-loop around the steps is added (`loop_time`). The gain comes from how often drafts were accepted so far
-(`acceptance_model`). Autoregression is always among the candidates.
+The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The loop's
+own time is added (`loop_time`). The gain comes from how often drafts were accepted so far (`acceptance_model`).
+Autoregression is always among the candidates.
 """
 
 import time
