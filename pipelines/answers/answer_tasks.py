@@ -28,7 +28,7 @@ from pipelines.answers.prompts import Prompt, prompt_columns, prompt_of
 from pipelines.answers.variants import variants_of
 from pipelines.packing.corpus import Piece, object_entries
 from pipelines.packing.skipped_entries import LeftOut
-from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_folder import marked, read_mark, write_mark
@@ -167,7 +167,7 @@ class UnitAnswers:
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(job.cpus_per_worker)
-        bundle = load_bundle(uri, dtype=DTYPES[job.dtype], device="cuda" if job.gpus_per_worker else "cpu")
+        bundle = load_for_decoding(uri, dtype=DTYPES[job.dtype], device="cuda" if job.gpus_per_worker else "cpu")
         if bundle.info.bundle_hash != model_hash:
             raise BundleError(f"{uri} has changed since the job began; start the job again")
         template = load_chat_template(base_location(uri, bundle.info))

@@ -29,7 +29,7 @@ from pipelines.evaluation.task_scores import (
     task_entries,
     tasks_in_mode,
 )
-from tidar_core.artifacts.model.bundle import Bundle, load_bundle
+from tidar_core.artifacts.model.bundle import Bundle, load_bundle, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import model_config, model_info, no_drafts_note
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs
@@ -118,7 +118,7 @@ def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
     verify_shards(job.shards)
     device = "cuda" if job.gpus else "cpu"
     reader = ShardReader(job.shards, "held_out")
-    bundle = load_bundle(job.bundle, device=device)
+    bundle = load_for_decoding(job.bundle, device=device)
     report = measured(job, bundle, reader, advance)
     found: dict[str, list[TaskScore]] = {
         mode: scores(job, bundle, mode, tasks_in_mode(job, mode), advance) for mode in job.task_modes
@@ -253,7 +253,7 @@ def held_out_losses(bundle: str, shards: str, *, rows: int, threads: int) -> dic
 
 def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
     """The AR checkpoint: a bundle, or a Hugging Face folder, which may lack a tokenizer; with the same tokenizer."""
-    parent = load_bundle(uri, device=device, tokenizer=bundle.tokenizer)
+    parent = load_for_decoding(uri, device=device, tokenizer=bundle.tokenizer)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ConfigError(
             f"parent {uri} has another tokenizer than the bundle; give the checkpoint it was converted from"

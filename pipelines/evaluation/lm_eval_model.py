@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_for_decoding
 from tidar_core.artifacts.text.detokenizer import TextStream
 from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig, mode_of
 from tidar_core.decoding.autoregressive import score
@@ -58,7 +58,7 @@ class LmEvalModel(TemplateLM):
         """
         super().__init__()
         if isinstance(bundle, str):
-            bundle = load_bundle(bundle, dtype=DTYPES[dtype], device=device or "cpu")
+            bundle = load_for_decoding(bundle, dtype=DTYPES[dtype], device=device or "cpu")
         self.bundle, self.on_answer = bundle, on_answer
         self.max_length = min(context_len or bundle.model.config.context_len, bundle.model.config.context_len)
         mode = mode_of(bundle.model.config, mode, default="single-pass")

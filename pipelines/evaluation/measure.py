@@ -14,7 +14,7 @@ import torch
 
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
-from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
 from tidar_core.artifacts.text.chat_template import load_chat_template
@@ -25,6 +25,7 @@ from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
 from tidar_core.errors import RequestError
 from tidar_core.kernels.bandwidth import copy_bandwidth
+from tidar_core.kernels.linear import prepare_for_decoding
 from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
@@ -51,7 +52,7 @@ def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
     dtype    a key of DTYPES
     """
     torch.set_num_threads(threads)
-    return load_bundle(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_for_decoding(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,8 @@ def compared_modes(
     if transformers:
         from pipelines.evaluation.transformers_baseline import against_transformers
 
-        ours = results[AUTOREGRESSIVE]
-        facts["transformers"] = against_transformers(model, prompts, sampling, ours, repeats=repeats)
+        ours, like = results[AUTOREGRESSIVE], model.embedding.weight
+        facts["transformers"] = against_transformers(uri, like, prompts, sampling, ours, repeats=repeats)
     return facts
 
 
@@ -169,6 +170,7 @@ def shape_costs(
     config = named_shape(shape)  # an unknown shape is refused before anything is timed
     bandwidth = copy_bandwidth(device)
     model = random_model(config, DTYPES[dtype], device)
+    prepare_for_decoding(model)
     total = len(batches) * len(contexts) * len(step_plans(block_len))
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))

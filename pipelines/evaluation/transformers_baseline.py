@@ -8,35 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.artifacts.model.hf_weights import save_model
 from tidar_core.config import SamplingConfig
 from tidar_core.planning.mode_benchmark import ModeResult
-from tidar_core.transformer.model import TidarModel
 
 __all__ = ["against_transformers"]
 
 
 def against_transformers(
-    model: TidarModel, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig, ours: ModeResult, *, repeats: int
+    uri: str,
+    like: Tensor,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingConfig,
+    ours: ModeResult,
+    *,
+    repeats: int,
 ) -> dict[str, Any]:
     """Figures of greedy `generate` with its cache, one prompt at a time, with the same end tokens.
 
     Speeds are tokens per second over all prompts, prefills included: median and spread over `repeats`, after a warm-up.
 
+    uri   location of the model
+    like  a tensor with the dtype and the device to use
     ours  the autoregressive mode on the same prompts
     """
-    weight = model.embedding.weight
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder), end_ids=sampling.eos_ids)
-        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype)
-    theirs = theirs.to(weight.device).eval()
+        save_model(load_bundle(uri, dtype=like.dtype).model, Path(folder), end_ids=sampling.eos_ids)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+    theirs = theirs.to(like.device).eval()
 
     def run(tokens: tuple[int, ...]) -> tuple[int, ...]:
-        ids = torch.tensor([tokens], device=weight.device)
+        ids = torch.tensor([tokens], device=like.device)
         text = theirs.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=sampling.max_tokens,
             eos_token_id=list(sampling.eos_ids) or None, pad_token_id=0,

@@ -30,7 +30,7 @@ from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
 from pipelines.training.precision import precise_job
 from pipelines.training.train import train
 from pipelines.training.train_worker import starting_model
-from tidar_core.artifacts.model.bundle import DTYPES, load_bundle
+from tidar_core.artifacts.model.bundle import DTYPES, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import ShardReader
@@ -207,7 +207,7 @@ def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *
     if kept.exists() and (found := json.loads(kept.read_text()))["bundle_hash"] == bundle_hash:
         return dict(found)
     torch.set_num_threads(site.threads)
-    bundle = load_bundle(job.bundle)
+    bundle = load_for_decoding(job.bundle)
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
     facts = compared_modes(
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,

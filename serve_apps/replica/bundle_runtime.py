@@ -9,7 +9,7 @@ from serve_apps.replica.prompt_encoder import PromptEncoder
 from serve_apps.rollout.model_version import ModelVersion
 from serve_apps.streaming.detokenizer import IncrementalDetokenizer
 from serve_apps.streaming.tool_call_formats import form_of
-from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_bundle, load_drafts
+from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_drafts, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import BundleInfo, base_location, read_bundle_info
 from tidar_core.artifacts.model.latency_file import bundle_planner
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
@@ -62,7 +62,7 @@ class BundleRuntime:
         Raises BundleError where the bundle is damaged, or is no longer the one that was resolved.
         """
         settings, uri = served.settings, served.bundle_uri
-        bundle = load_bundle(uri, dtype=DTYPES[settings.dtype], device=settings.device)
+        bundle = load_for_decoding(uri, dtype=DTYPES[settings.dtype], device=settings.device)
         _require_resolved(served, bundle.info)
         template = load_chat_template(base_location(uri, bundle.info), instead=settings.chat_template)
         return BundleRuntime(

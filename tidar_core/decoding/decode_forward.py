@@ -11,6 +11,7 @@ Shape letters: B sequences, C clean tokens, R query tokens, K block length, N pa
 D head width, E embedding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,7 @@ class DecodeForward:
 class _Product:
     """A linear map, and what a draft adapter adds to it for masks."""
 
-    weight: Tensor
-    bias: Tensor | None
+    linear: Callable[[Tensor], Tensor]
     down: Tensor | None
     up: Tensor | None
     """Holds the adapter's scale."""
@@ -113,15 +113,15 @@ class _Product:
     @staticmethod
     def of(linear: Any, adapter: LowRank | None) -> "_Product":
         if adapter is None:
-            return _Product(linear.weight, linear.bias, None, None)
-        return _Product(linear.weight, linear.bias, adapter.down, adapter.up * ADAPTER_SCALE)
+            return _Product(linear.forward, None, None)
+        return _Product(linear.forward, adapter.down, adapter.up * ADAPTER_SCALE)
 
     def refresh(self, adapter: LowRank | None) -> None:
         if adapter is not None and self.up is not None:
             self.up.copy_(adapter.up * ADAPTER_SCALE)
 
     def __call__(self, x_BRN: Tensor, clean_len: int) -> Tensor:
-        y_BRN = F.linear(x_BRN, self.weight, self.bias)
+        y_BRN = self.linear(x_BRN)
         if self.down is not None and self.up is not None and x_BRN.shape[1] > clean_len:
             y_BRN[:, clean_len:] += F.linear(F.linear(x_BRN[:, clean_len:], self.down), self.up)
         return y_BRN

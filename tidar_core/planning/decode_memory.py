@@ -26,6 +26,7 @@ from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.scheduler import PREFILL_TOKENS
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.kernels import PLAIN, reference
+from tidar_core.kernels.linear import packs
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.planning.decode_step_benchmark import random_model
 from tidar_core.planning.planner import AUTO
@@ -73,6 +74,9 @@ def memory_bound(
     """Bound of a decoder that runs in `mode` on a device of the kind `device`, such as cuda or cpu."""
     cuda = device == "cuda"
     weights = sum(p.numel() * p.element_size() for p in random_model(config, dtype, META).parameters())
+    table = config.vocab_size * config.hidden_size
+    if config.tied_head and packs(table, dtype, device):  # the head is a copy of the table
+        weights += table * dtype.itemsize
     cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META).bytes
     one_layer = replace(config, layers=1)  # the memory of a forward does not depend on the number of layers
     model = random_model(one_layer, dtype, META)

@@ -127,12 +127,13 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., E] to logits [.., V]."""
-        return F.linear(hidden, self.weight, self._mask_bias(hidden))
+        return F.linear(hidden, self.weight, self.mask_bias(hidden))
 
-    def _mask_bias(self, hidden: Tensor) -> Tensor | None:
+    def mask_bias(self, like: Tensor) -> Tensor | None:
+        """Bias [V] in the dtype and on the device of `like`; None for a model without a mask token."""
         if self.mask_id is None:
             return None
-        bias = hidden.new_zeros(self.weight.shape[0])
+        bias = like.new_zeros(self.weight.shape[0])
         bias[self.mask_id].fill_(float("-inf"))  # an assigned number would be copied from the host
         return bias
 

@@ -11,7 +11,9 @@ from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.kernels.linear import prepare_for_decoding, weight_bytes
 from tidar_core.planning.decode_memory import LiveBytes, memory_bound
+from tidar_core.planning.decode_step_benchmark import random_model
 from tidar_core.transformer.shapes import named_shape
 
 K = 4
@@ -76,3 +78,10 @@ def test_a_qwen_with_64_slots_captures_all_shapes_of_auto_within_a_few_gibibytes
 def test_every_mode_and_block_length_has_a_bound(model, mode, block_len):
     found = bound(model.config, rows=1, block_len=block_len, mode=mode, device="cuda")
     assert min(found.weights, found.cache, found.captured_steps, found.forwards) > 0
+
+
+def test_a_packed_head_counts_beside_the_table_that_it_is_tied_to():
+    config = replace(named_shape("tiny"), tied_head=True)
+    model = random_model(config, torch.bfloat16, torch.device("cpu"))
+    prepare_for_decoding(model)
+    assert bound(config, rows=3, dtype=torch.bfloat16).weights == weight_bytes(model)

@@ -53,9 +53,10 @@ from tidar_core.artifacts.store.provenance import write_made_by
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
 from tidar_core.errors import BundleError
+from tidar_core.kernels.linear import prepare_for_decoding
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["DTYPES", "Bundle", "load_bundle", "load_drafts", "save_bundle", "save_frozen_bundle"]
+__all__ = ["DTYPES", "Bundle", "load_bundle", "load_drafts", "load_for_decoding", "save_bundle", "save_frozen_bundle"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that weights can be loaded in, by the names that users give."""
@@ -174,6 +175,19 @@ def load_bundle(
     require_finite(model, str(uri))
     ends = read_end_tokens(base, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     return Bundle(model, tokenizer, info, ends.ids)
+
+
+def load_for_decoding(
+    uri: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Bundle:
+    """Load like `load_bundle`, with the weights laid out for decoding; the model can neither be trained nor saved."""
+    bundle = load_bundle(uri, dtype, device, tokenizer=tokenizer)
+    prepare_for_decoding(bundle.model)
+    return bundle
 
 
 def load_drafts(uri: str, info: BundleInfo, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
