@@ -146,6 +146,7 @@ def _train_job(site: Site, name: str, seconds: float, **start: Any) -> TrainJob:
         learning_rate=4e-3,
         min_learning_rate=2e-4,
         warmup=WARMUP,
+        precision="bf16",
         checkpoint_every=200,
         cpus_per_worker=site.threads,
         tracking_uri=site.tracking_uri,
