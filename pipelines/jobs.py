@@ -149,6 +149,9 @@ class TrainJob(Job):
     """Rank of the adapter's maps: about a sixteenth of the model's width."""
     adapter_places: tuple[str, ...] = ADAPTER_PLACES
     """Linear maps of each layer that have an adapter."""
+    adapter_shifted: bool = False
+    """Whether masks have the rotary phase of the position before theirs, and so predict the next token as the
+    checkpoint's own tokens do."""
     base: str | None = None
     """Address of the checkpoint's files, which the bundle of an adapter names instead of holding a copy of them."""
     block_len: Positive = 16
@@ -255,7 +258,9 @@ class TrainJob(Job):
         """Shape of the adapter, if the job trains one."""
         if self.drafts == "whole":
             return None
-        return AdapterConfig(rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places)
+        return AdapterConfig(
+            rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places, shifted=self.adapter_shifted
+        )
 
     @property
     def recipe(self) -> Recipe:
@@ -280,9 +285,9 @@ class TrainJob(Job):
     def one_kind_of_drafts(self) -> Self:
         """Check that the fields fit the kind of drafts that the model learns."""
         kind = type(self).model_fields
-        given = [name for name in ("adapter_rank", "adapter_places", "base", "alpha", "mask_start", "shape")
+        of_adapters = ("adapter_rank", "adapter_places", "adapter_shifted", "base")
+        given = [name for name in (*of_adapters, "alpha", "mask_start", "shape")
                  if getattr(self, name) != kind[name].default]  # fmt: skip
-        of_adapters = {"adapter_rank", "adapter_places", "base"}
         try:
             if self.adapter is not None:
                 self.recipe.frozen()

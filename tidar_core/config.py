@@ -73,6 +73,9 @@ class AdapterConfig:
     block_len: int
     """K: mask tokens of a block with a vector of their own. Later masks use the last vector."""
     places: tuple[str, ...] = ADAPTER_PLACES
+    shifted: bool = False
+    """Whether a mask has the rotary phase of the position before its own. It then predicts the next token, as each
+    token of the frozen checkpoint does."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"adapter rank is {self.rank}; it must be at least 1")

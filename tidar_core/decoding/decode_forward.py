@@ -88,7 +88,8 @@ class DecodeForward:
         if pattern.masks:
             masks_ME = F.embedding(pattern.offset_M, self._masks_KE)
             x = torch.cat([x, masks_ME.expand(len(x), -1, -1)], 1)
-        cos, sin = F.embedding(position_BR, self._cos_LD), F.embedding(position_BR, self._sin_LD)
+        turned_BR = position_BR if self.model.adapter is None else self.model.adapter.turned(position_BR, clean_len)
+        cos, sin = F.embedding(turned_BR, self._cos_LD), F.embedding(turned_BR, self._sin_LD)
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):
             x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)

@@ -50,9 +50,16 @@ class DraftAdapter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.adapter is not None, "the config names no adapter"
+        self.shifted = config.adapter.shifted
         self.mask = nn.Parameter(torch.empty(config.hidden_size))
         self.offset = nn.Parameter(torch.empty(config.adapter.block_len, config.hidden_size))
         self.layers = nn.ModuleList(LayerAdapter(config, config.adapter) for _ in range(config.layers))
+
+    def turned(self, position_BL: Tensor, clean_len: int) -> Tensor:
+        """Rotary positions [B, L] of tokens at these positions, of which the first `clean_len` are clean."""
+        if not self.shifted:
+            return position_BL
+        return torch.cat([position_BL[:, :clean_len], (position_BL[:, clean_len:] - 1).clamp(min=0)], 1)
 
     def forward(self, offset_BM: Tensor) -> Tensor:
         """Embeddings [B, M, E] of mask tokens with these offsets in their blocks.

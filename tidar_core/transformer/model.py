@@ -60,7 +60,7 @@ class TidarModel(nn.Module):
         assert self.adapter is not None, "the model has no adapter"
         clean_len = token_BL.shape[1] - offset_BM.shape[1]
         clean, masks = self.embedding(token_BL[:, :clean_len]), self.adapter(offset_BM)
-        rotation = self.rotation(position_BL, clean.dtype)
+        rotation = self.rotation(self.adapter.turned(position_BL, clean_len), clean.dtype)
         of_clean, of_masks = zip(*((half[:, :clean_len], half[:, clean_len:]) for half in rotation))
         for layer, adapter in zip(self.layers, self.adapter.layers):
             clean = self._run(layer, clean, of_clean, attention.clean)

@@ -28,9 +28,9 @@ K = 4
 SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, top_k=50, seed=6)
 
 
-@pytest.fixture(scope="module")
-def adapted():
-    return adapted_model(link_rank=4)
+@pytest.fixture(scope="module", params=[False, True], ids=["own", "shifted"])
+def adapted(request):
+    return adapted_model(link_rank=4, shifted=request.param)
 
 
 @torch.no_grad()
@@ -49,6 +49,19 @@ def test_a_forward_over_the_cache_equals_a_fresh_forward_of_text_and_one_block(a
         # fp32, keys summed in another order
         torch.testing.assert_close(hidden[g * K :][:K], expected[len(text) :], rtol=0, atol=2e-5)
         torch.testing.assert_close(hidden[g - 1], expected[len(text) - 1], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_shifted_mask_has_the_rotary_phase_of_the_position_before_its_own_and_all_else_stays():
+    plain, shifted = (adapted_model(link_rank=4, shifted=shifted) for shifted in (False, True))
+    text, layout = prompts(9)[0], decode_layout(torch.tensor([0]), 9, (9,), K)
+    rows, attention = torch.tensor([[*text, *[0] * K]]), DenseAttention(layout)
+    by_hand = torch.tensor([[*range(9), *range(8, 8 + K)]])
+    expected = plain.adapted(rows, by_hand, attention, torch.arange(K)[None])
+    assert torch.equal(shifted.adapted(rows, layout.position, attention, torch.arange(K)[None]), expected)
+    unmoved = plain.adapted(rows, layout.position, attention, torch.arange(K)[None])
+    assert torch.equal(unmoved[:, :9], expected[:, :9])
+    assert (unmoved[:, 9:] - expected[:, 9:]).abs().max() > 1e-3
 
 
 PLANNERS = {mode: FixedMode(mode, K) for mode in MODES} | {"any plan": RandomPlanner(1, K)}
