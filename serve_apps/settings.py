@@ -76,6 +76,8 @@ class ServeSettings(BaseModel):
     block_len: Positive | None = None
     """K of a draft; by default the length that the bundle was trained with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["int8", "int4"] | None = None
+    """Bits of the weights of linear maps, rounded at load; on a CPU alone. By default weights have the dtype."""
     context_len: Annotated[int, Field(ge=4)] | None = None
     """Most tokens of prompt and completion together; by default the model's own context."""
     rows: Positive = 8
@@ -126,6 +128,14 @@ class ServeSettings(BaseModel):
             raise ValueError(
                 f"max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}; max must be at least min"
             )
+        return self
+
+    @model_validator(mode="after")
+    def fewer_bits_on_a_cpu(self) -> Self:
+        """Raise ValueError for quantised weights on a GPU."""
+        if self.weights is not None and self.num_gpus:
+            raise ValueError(f"weights is {self.weights} and num_gpus {self.num_gpus:g}; {self.weights} needs a CPU; "
+                             "leave one of them out")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -119,6 +119,22 @@ def test_bench_times_the_autoregressive_mode_and_transformers_on_chat_prompts(fa
     assert facts("bench", folder, "--count", 1, "--max-tokens", 2, "--repeats", 1)["chat"] is False
 
 
+def test_weights_are_rounded_at_load_for_commands_that_decode(facts, run, checkpoint):
+    folder = checkpoint("llama")
+    answer = facts("generate", folder, PROMPT, "--max-tokens", 24, "--weights", "int8")
+    assert answer["forwards"] == 24
+    found = facts("bench", folder, "--count", 1, "--max-tokens", 4, "--repeats", 1, "--weights", "int8")
+    assert found["weights"] == "int8"
+    of_plain, of_int8 = (
+        json.loads(run("serve", folder, *options, "--dry-run", "--json")[1])["weights"]
+        for options in ((), ("--weights", "int8"))
+    )
+    assert of_plain != of_int8
+    code, out, err = run("generate", folder, PROMPT, "--weights", "int4")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "from 48 to 80 features; int4 needs multiples of 32 and 16; give int8" in err
+
+
 def test_a_prompt_of_a_file_is_a_users_message_if_there_is_a_template(checkpoint, tmp_path):
     from pipelines.evaluation.measure import bench_prompts, loaded_bundle
 

@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from tidar.options import MODEL, THREADS, TRACKING, BlockLen, DType, Dtype, Json, Mode, Model, Threads, Tracking
+from tidar.options import (
+    MODEL,
+    THREADS,
+    TRACKING,
+    BlockLen,
+    DType,
+    Dtype,
+    Json,
+    Mode,
+    Model,
+    Threads,
+    Tracking,
+    Weights,
+)
 from tidar.output import note, print_facts
 from tidar_core.errors import RequestError
 
@@ -28,6 +41,7 @@ def generate(
     stop: Annotated[list[str], typer.Option(help="End before this text; may be given several times.")] = [],  # noqa: B006
     fields: Annotated[str, typer.Option(help="JSON object of any other field of POST /v1/completions.")] = "{}",
     block_len: BlockLen = None,
+    weights: Weights = None,
     threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
     as_json: Json = False,
@@ -38,7 +52,7 @@ def generate(
     request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
                "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
     uri = _bundle_uri(model, tracking_uri)
-    bundle = _load(uri, threads)
+    bundle = _load(uri, threads, weights=weights)
     output = OfflineGeneration(bundle, uri, request, mode=mode and mode.value, block_len=block_len, report=note)
     for text in output.deltas():
         if not as_json:
@@ -66,6 +80,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     block_len: BlockLen = None,
     dtype: Dtype = DType.fp32,
+    weights: Weights = None,
     plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
     transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
     shape: Annotated[str | None, typer.Option(help="Time decode steps of a published shape, no model.")] = None,
@@ -82,14 +97,19 @@ def bench(
         raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
     if shape is not None:
         facts = measure.shape_costs(
-            shape, block_len=block_len or 16, batches=batch, contexts=context or [512], dtype=dtype.value
+            shape,
+            block_len=block_len or 16,
+            batches=batch,
+            contexts=context or [512],
+            dtype=dtype.value,
+            weights=weights and weights.value,
         )
         print_facts(facts, as_json, tables.print_steps)
         return
     if len(batch) > 1 or context:
         raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
     uri = _bundle_uri(str(model), tracking_uri)
-    bundle = _load(uri, threads, dtype.value)
+    bundle = _load(uri, threads, dtype.value, weights)
     requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
     facts = measure.compared_modes(
         bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
@@ -107,6 +127,7 @@ def profile(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
     dtype: Dtype = DType.fp32,
+    weights: Weights = None,
     plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,
     threads: Threads = THREADS,
     tracking_uri: Tracking = TRACKING,
@@ -116,7 +137,7 @@ def profile(
     from pipelines.evaluation import measure, tables
 
     uri = _bundle_uri(model, tracking_uri)
-    bundle = _load(uri, threads, dtype.value)
+    bundle = _load(uri, threads, dtype.value, weights)
     facts = measure.latency_curve(bundle.model, batch=batch)
     facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
@@ -135,6 +156,7 @@ def serve(
     rows: Annotated[int | None, typer.Option(min=1, help="Sequences that a replica decodes together; 8.")] = None,
     context_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and completion together.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="auto by default.")] = None,
+    weights: Weights = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores but one.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help=TRACKING)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a replica's memory; start nothing.")] = False,
@@ -149,7 +171,8 @@ def serve(
         settings,
         defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
         given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
-               "mode": None if mode is None else mode.value, "threads": threads, "tracking_uri": tracking_uri},
+               "mode": None if mode is None else mode.value,
+               "weights": None if weights is None else weights.value, "threads": threads, "tracking_uri": tracking_uri},
     )  # fmt: skip
     if dry_run:
         from pipelines.evaluation.tables import print_memory
@@ -169,11 +192,11 @@ def _bundle_uri(model: str, tracking_uri: str) -> str:
     return model_registry.find_bundle(model_registry.absolute_tracking_uri(tracking_uri), model).uri
 
 
-def _load(uri: str, threads: int, dtype: str = "fp32") -> Any:
+def _load(uri: str, threads: int, dtype: str = "fp32", weights: str | None = None) -> Any:
     """Load a verified bundle or a checkpoint, on the GPU if there is one."""
     from pipelines.evaluation.measure import loaded_bundle
 
-    return loaded_bundle(uri, threads, dtype)
+    return loaded_bundle(uri, threads, dtype, weights and str(weights))
 
 
 def _note_without_drafts(bundle: Any, uri: str) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "Model",
     "Threads",
     "Tracking",
+    "Weights",
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -43,6 +44,16 @@ class DType(StrEnum):
 
 
 Dtype = Annotated[DType, typer.Option(help="Type of weights and arithmetic.")]
+
+
+class WeightBits(StrEnum):
+    """Bits of the weights of linear maps, which are rounded at load; on a CPU alone."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+Weights = Annotated[WeightBits | None, typer.Option(help="Round weights at load, on a CPU; by default they stay.")]
 
 
 class Mode(StrEnum):

@@ -118,7 +118,7 @@ def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
     verify_shards(job.shards)
     device = "cuda" if job.gpus else "cpu"
     reader = ShardReader(job.shards, "held_out")
-    bundle = load_for_decoding(job.bundle, device=device)
+    bundle = load_for_decoding(job.bundle, device=device, weights=job.weights)
     report = measured(job, bundle, reader, advance)
     found: dict[str, list[TaskScore]] = {
         mode: scores(job, bundle, mode, tasks_in_mode(job, mode), advance) for mode in job.task_modes
@@ -129,7 +129,7 @@ def _on_node(job: EvaluateJob, reports: Any) -> dict[str, Any]:
         found[SERVICE] = service_scores(job, service, advance)
     texts, report["parent"] = report.pop("texts"), None
     if job.parent is not None:
-        parent = _parent(job.parent, bundle, device)
+        parent = _parent(job.parent, bundle, device, job.weights)
         report["parent"] = _measured_parent(job, parent, bundle, reader, texts, advance)
         found[PARENT] = scores(job, parent, "autoregressive", job.tasks, advance)
     report["tasks"] = task_entries(found)
@@ -251,9 +251,9 @@ def held_out_losses(bundle: str, shards: str, *, rows: int, threads: int) -> dic
     return {name: found[name] for name in ("ar_loss", "diffusion_loss")}
 
 
-def _parent(uri: str, bundle: Bundle, device: str) -> Bundle:
+def _parent(uri: str, bundle: Bundle, device: str, weights: str | None) -> Bundle:
     """The AR checkpoint: a bundle, or a Hugging Face folder, which may lack a tokenizer; with the same tokenizer."""
-    parent = load_for_decoding(uri, device=device, tokenizer=bundle.tokenizer)
+    parent = load_for_decoding(uri, device=device, weights=weights, tokenizer=bundle.tokenizer)
     if parent.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ConfigError(
             f"parent {uri} has another tokenizer than the bundle; give the checkpoint it was converted from"

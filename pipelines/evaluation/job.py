@@ -63,11 +63,19 @@ class EvaluateJob(Job):
     """Environment variable, where the job runs, that holds the service's API key. The key itself is in no file."""
     allow_code_execution: bool = False
     """Run the programs that the model writes for code tasks, in a sandbox."""
+    weights: Literal["int8", "int4"] | None = None
+    """Round the weights of bundle and parent to so many bits first, as `tidar serve` does; on a CPU alone."""
     gpus: Annotated[int, Field(ge=0)] = 0
     cpus: Positive = 1
     tracking_uri: str | None = None
     """MLflow server or SQLite file that keeps the report as well, beside the training run; none by default."""
     experiment: str = "tidar"
+
+    @model_validator(mode="after")
+    def _fewer_bits_on_a_cpu(self) -> Self:
+        if self.weights is not None and self.gpus:
+            raise ValueError(f"weights is {self.weights} and gpus {self.gpus}; fewer bits need a CPU; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _tasks_have_a_model(self) -> Self:

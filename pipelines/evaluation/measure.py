@@ -45,14 +45,16 @@ __all__ = [
 ]
 
 
-def loaded_bundle(uri: str, threads: int, dtype: str) -> Bundle:
+def loaded_bundle(uri: str, threads: int, dtype: str, weights: str | None = None) -> Bundle:
     """A verified bundle or a checkpoint, on the GPU if there is one.
 
     threads  threads of torch in this process from now on
     dtype    a key of DTYPES
+    weights  int8 or int4, by default neither
     """
     torch.set_num_threads(threads)
-    return load_for_decoding(uri, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_for_decoding(uri, DTYPES[dtype], device, weights=weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +165,20 @@ def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
 
 
 def shape_costs(
-    shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], dtype: str
+    shape: str,
+    *,
+    block_len: int,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    dtype: str,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = named_shape(shape)  # an unknown shape is refused before anything is timed
     bandwidth = copy_bandwidth(device)
     model = random_model(config, DTYPES[dtype], device)
-    prepare_for_decoding(model)
+    prepare_for_decoding(model, weights)
     total = len(batches) * len(contexts) * len(step_plans(block_len))
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))
@@ -195,4 +203,5 @@ def shape_costs(
 def _device(model: TidarModel) -> dict[str, Any]:
     weight = model.embedding.weight
     name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device)
-    return {"device": name, "threads": torch.get_num_threads(), "dtype": str(weight.dtype).removeprefix("torch.")}
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": dtype, "weights": model.weights or dtype}

@@ -62,7 +62,7 @@ class BundleRuntime:
         Raises BundleError where the bundle is damaged, or is no longer the one that was resolved.
         """
         settings, uri = served.settings, served.bundle_uri
-        bundle = load_for_decoding(uri, dtype=DTYPES[settings.dtype], device=settings.device)
+        bundle = load_for_decoding(uri, DTYPES[settings.dtype], settings.device, weights=settings.weights)
         _require_resolved(served, bundle.info)
         template = load_chat_template(base_location(uri, bundle.info), instead=settings.chat_template)
         return BundleRuntime(

@@ -68,7 +68,10 @@ def replica_memory(served: ModelVersion) -> ReplicaMemory:
     size = DecoderSize.of(
         config, draft, slots=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
     )
-    need = memory_bound(config, draft, size, dtype=DTYPES[settings.dtype], mode=served.mode, device=settings.device)
+    need = memory_bound(
+        config, draft, size, dtype=DTYPES[settings.dtype], mode=served.mode, device=settings.device,
+        weights=settings.weights,
+    )  # fmt: skip
     return ReplicaMemory(settings.device, need, free_bytes(settings.device))
 
 

@@ -33,6 +33,7 @@ def test_each_stage_has_a_valid_job_of_each_size(kind, size):
         (TRAIN.replace("shape: tiny", "init_from: x\nresume_from: y"), "init_from 'x' and resume_from 'y' given"),
         (TRAIN + "checkpoint_every: 15\n", "must be a multiple of log_every, 10"),
         (TRAIN + "peak_flops: fast\n", "peak_flops"),
+        (TRAIN + "weights: int8\n", "unknown key 'weights'"),
         (TRAIN + "workers: 3\n", "multiple of workers x rows_per_forward = 3 x 4"),
         (TRAIN + "block_len: 8\nblock_lens: [2, 4]\n", "the longest of them must be block_len, 8"),
         (TRAIN + "sequence_parallel: 2\n", "it must divide workers, 1"),

@@ -48,6 +48,8 @@ def test_an_alias_can_be_followed_and_compared_with_a_challenger():
         ({"pages": 0}, "pages is 0; "),
         ({"mode": "fast"}, "mode is 'fast'; "),
         ({"model": ""}, "model is ''; "),
+        ({"weights": "int2"}, "weights is 'int2'; "),
+        ({"weights": "int8", "num_gpus": 1}, "weights is int8 and num_gpus 1; int8 needs a CPU; leave one of them out"),
         ({"min_replicas": 2, "max_replicas": 1}, "max_replicas is 1 and min_replicas 2; "),
         ({"follow_alias_seconds": 0} | ALIAS, "follow_alias_seconds is 0; "),
         ({"follow_alias_seconds": 5}, "follow_alias_seconds is set and model is 'm', which never changes; "),

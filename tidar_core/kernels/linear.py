@@ -4,20 +4,20 @@ How does a CPU hold the weights of a decoder?
 
 On an x86 processor, oneDNN's product takes weights that were laid out for it once. Otherwise each product lays them out
 anew, which costs more than a decode step's few query tokens do. The results are the same: bit for bit in bf16, up to
-the order of sums in fp32. A GPU holds weights as they are.
-
-Shape letters: R query tokens, I features in, O features out.
+the order of sums in fp32. A GPU holds weights as they are. `quantised_linear` holds weights in fewer bits.
 """
 
 import platform
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tidar_core.errors import ConfigError
+from tidar_core.kernels.quantised_linear import HeldLinear, Int4Linear, Int8Linear, require_exact_sums
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["PackedLinear", "packs", "prepare_for_decoding", "weight_bytes"]
+__all__ = ["PackedLinear", "held_bytes", "prepare_for_decoding", "weight_bytes"]
 
 PACKED_ENTRIES = {torch.float32: 786_432, torch.bfloat16: 0}
 """Fewest entries of a weight that is packed, by dtype. In the packed form, one query token costs a tenth more in fp32,
@@ -25,16 +25,20 @@ and eight cost two thirds or less. Where weights are smaller, eight gain nothing
 bound keeps fp32 results the same from start to start, which a choice by timing would not."""
 
 
-class PackedLinear(nn.Module):
-    """A linear map whose only copy of the weight is laid out for oneDNN. It has no gradient."""
+class PackedLinear(HeldLinear):
+    """A linear map whose only copy of the weight is laid out for oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight  [O, I], fp32 or bf16, on the CPU"""
-        super().__init__()
+        super().__init__(weight, bias)
         operations: Any = torch.ops.mkldnn
-        self._packed, self._bias = operations._reorder_linear_weight(weight.detach()), bias
+        self._packed = operations._reorder_linear_weight(weight.detach())
         self._product = operations._linear_pointwise.default
-        self.weight_bytes = weight.numel() * weight.element_size()
+
+    @staticmethod
+    def bytes_of(out: int, width: int, itemsize: int) -> int:
+        """Bytes of a weight [O, I]."""
+        return out * width * itemsize
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., I] to [.., O]."""
@@ -42,8 +46,76 @@ class PackedLinear(nn.Module):
         return product
 
 
-def packs(entries: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether a decoder on a device of the kind `device` holds a weight of so many entries packed."""
+@torch.no_grad()
+def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
+    """Lay the weights of a model out for decoding on its device, in place. It can neither be trained nor saved then.
+
+    Each weight exists once, and each replaced parameter is freed. Only a tied head becomes a second copy of the
+    embedding table, whose entries must still be looked up.
+
+    weights  int8 or int4 (see `quantised_linear`); by default weights keep their values. Raises ConfigError where the
+             device or a width does not allow it.
+    """
+    device = model.embedding.weight.device.type
+    if weights is not None:
+        if device != "cpu" or not torch.backends.mkldnn.is_available():
+            raise ConfigError(f"weights is {weights} on {device}; {weights} needs a CPU with oneDNN; leave weights out")
+        require_exact_sums()
+        if weights == "int4":
+            _require_groups(model)
+    model.requires_grad_(False)
+    model.weights = weights
+    for owner, name in _places(model):
+        linear: Any = getattr(owner, name)
+        form = _form(linear.weight, device, weights)
+        if form is not None:
+            setattr(owner, name, form(linear.weight, linear.bias))
+    table: Tensor = model.head.weight
+    form = _form(table, device, weights and "int8")
+    if form is not None:
+        model.head = form(table, model.head.mask_bias(table))  # type: ignore[assignment]
+
+
+def weight_bytes(model: TidarModel) -> int:
+    """Bytes of all weights that a model holds, in whatever form."""
+    held = sum(module.weight_bytes for module in model.modules() if isinstance(module, HeldLinear))
+    return held + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def held_bytes(model: TidarModel, device: str, weights: str | None) -> int:
+    """`weight_bytes` of a model after `prepare_for_decoding`; the model itself may lie on no device.
+
+    device  kind of the device that decodes, such as cpu
+    """
+    forms = [(getattr(owner, name).weight, weights) for owner, name in _places(model)]
+    total = weight_bytes(model)
+    for weight, bits in [*forms, (model.head.weight, weights and "int8")]:
+        form = _form(weight, device, bits)
+        if form is not None:
+            (out, width), size = weight.shape, weight.element_size()
+            total += form.bytes_of(out, width, size) - weight.numel() * weight.element_size()
+            if weight is model.embedding.weight:
+                total += weight.numel() * weight.element_size()  # the table stays
+    return total
+
+
+def _places(model: TidarModel) -> list[tuple[Any, str]]:
+    """Owners and names of the linear maps of all layers."""
+    found: list[tuple[Any, str]] = []
+    for layer in model.layers:
+        attention, mlp = layer.attention, layer.mlp
+        found += [(attention, "qkv"), (attention, "output"), (mlp, "gate_up"), (mlp, "down")]
+    return found
+
+
+def _form(weight: Tensor, device: str, weights: str | None) -> type[HeldLinear] | None:
+    """Form in which a device of this kind holds a weight; None: as it is."""
+    if weights is not None:
+        return Int8Linear if weights == "int8" else Int4Linear
+    return PackedLinear if _packs(weight.numel(), weight.dtype, device) else None
+
+
+def _packs(entries: int, dtype: torch.dtype, device: str) -> bool:
     if device != "cpu" or platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     if dtype not in PACKED_ENTRIES or entries < PACKED_ENTRIES[dtype]:
@@ -51,36 +123,12 @@ def packs(entries: int, dtype: torch.dtype, device: str) -> bool:
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@torch.no_grad()
-def prepare_for_decoding(model: TidarModel) -> None:
-    """Lay the weights of a model out for decoding on its device, in place. It can neither be trained nor saved then.
-
-    Each weight exists once, and each replaced parameter is freed. Only a tied head becomes a second copy of the
-    embedding table, whose entries must still be looked up.
-    """
-    model.requires_grad_(False)
-    for layer in model.layers:
-        for owner, name in _places(layer):
-            setattr(owner, name, _held(getattr(owner, name)))
-    weight: Tensor = model.head.weight
-    if _packs(weight):
-        model.head = PackedLinear(weight, model.head.mask_bias(weight))  # type: ignore[assignment]
-
-
-def weight_bytes(model: TidarModel) -> int:
-    """Bytes of all weights that a model holds, in whatever form."""
-    held = sum(module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear))
-    return held + sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _places(layer: Any) -> list[tuple[nn.Module, str]]:
-    """Owners and names of the linear maps of a layer."""
-    return [(layer.attention, "qkv"), (layer.attention, "output"), (layer.mlp, "gate_up"), (layer.mlp, "down")]
-
-
-def _held(linear: Any) -> nn.Module:
-    return PackedLinear(linear.weight, linear.bias) if _packs(linear.weight) else linear
-
-
-def _packs(weight: Tensor) -> bool:
-    return packs(weight.numel(), weight.dtype, weight.device.type)
+def _require_groups(model: TidarModel) -> None:
+    """Raise ConfigError if a linear map has a width that int4 cannot hold."""
+    for owner, name in _places(model):
+        out, width = getattr(owner, name).weight.shape
+        if not Int4Linear.holds(out, width):
+            raise ConfigError(
+                f"weights is int4, and the model has a map from {width} to {out} features; int4 needs multiples of "
+                f"{Int4Linear.GROUP} and {Int4Linear.OUT}; give int8"
+            )

@@ -26,7 +26,7 @@ from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.scheduler import PREFILL_TOKENS
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.kernels import PLAIN, reference
-from tidar_core.kernels.linear import packs
+from tidar_core.kernels.linear import held_bytes
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.planning.decode_step_benchmark import random_model
 from tidar_core.planning.planner import AUTO
@@ -69,14 +69,21 @@ class MemoryBound:
 
 @torch.inference_mode()
 def memory_bound(
-    config: ModelConfig, draft: DraftConfig, size: DecoderSize, *, dtype: torch.dtype, mode: str, device: str
+    config: ModelConfig,
+    draft: DraftConfig,
+    size: DecoderSize,
+    *,
+    dtype: torch.dtype,
+    mode: str,
+    device: str,
+    weights: str | None = None,
 ) -> MemoryBound:
-    """Bound of a decoder that runs in `mode` on a device of the kind `device`, such as cuda or cpu."""
+    """Bound of a decoder that runs in `mode` on a device of the kind `device`, such as cuda or cpu.
+
+    weights  int8 or int4; None: weights of `dtype`
+    """
     cuda = device == "cuda"
-    weights = sum(p.numel() * p.element_size() for p in random_model(config, dtype, META).parameters())
-    table = config.vocab_size * config.hidden_size
-    if config.tied_head and packs(table, dtype, device):  # the head is a copy of the table
-        weights += table * dtype.itemsize
+    held = held_bytes(random_model(config, dtype, META), device, weights)
     cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META).bytes
     one_layer = replace(config, layers=1)  # the memory of a forward does not depend on the number of layers
     model = random_model(one_layer, dtype, META)
@@ -89,7 +96,7 @@ def memory_bound(
         logits = size.slots * draft.block_len * config.vocab_size * dtype.itemsize
         captured = max(greedy, sampled) + logits + 8 * size.slots * (1 + draft.block_len)
     return MemoryBound(
-        weights=weights, cache=cache, tables=tables, captured_steps=captured,
+        weights=held, cache=cache, tables=tables, captured_steps=captured,
         forwards=greedy, sampling=max(0, sampled - greedy),
     )  # fmt: skip
 

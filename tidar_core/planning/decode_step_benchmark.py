@@ -15,7 +15,8 @@ import torch
 from tidar_core.config import DraftConfig, ModelConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import StepPlan
-from tidar_core.kernels.linear import PackedLinear, weight_bytes
+from tidar_core.kernels.linear import weight_bytes
+from tidar_core.kernels.quantised_linear import HeldLinear
 from tidar_core.timing import median_seconds
 from tidar_core.transformer.model import TidarModel
 
@@ -127,7 +128,7 @@ def _bytes_read(decoder: Decoder, batch: int, context: int) -> int:
     """Bytes of weights and prefixes that a step of one query token reads."""
     config, weight = decoder.model.config, decoder.model.embedding.weight
     read = weight_bytes(decoder.model)
-    if not config.tied_head or isinstance(decoder.model.head, PackedLinear):
+    if not config.tied_head or isinstance(decoder.model.head, HeldLinear):
         read -= weight.numel() * weight.element_size()  # only a few entries of the table are looked up
     token = 2 * config.layers * config.kv_heads * config.head_size * weight.element_size()
     return read + batch * context * token

@@ -38,6 +38,8 @@ class TidarModel(nn.Module):
         self.tie()
         self.recompute = False
         """Whether a forward keeps only the input of each layer; the backward pass then computes the rest again."""
+        self.weights: str | None = None
+        """Form of the linear maps of a model that was prepared for decoding with fewer bits."""
         self._rotary: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(self, token_BL: Tensor, position_BL: Tensor, attention: Attention) -> Tensor:

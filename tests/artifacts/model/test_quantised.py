@@ -8,9 +8,10 @@ import torch
 from hf_folders import change_config, change_tensors, save_folder
 from safetensors.torch import load_file
 
+from tidar_core.artifacts.model.bundle import load_for_decoding
 from tidar_core.artifacts.model.hf_weights import load_model, save_model
 from tidar_core.artifacts.model.quantised import Scaling, dequantised
-from tidar_core.errors import WeightsError
+from tidar_core.errors import ConfigError, WeightsError
 
 E4M3 = torch.float8_e4m3fn
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 32]}
@@ -149,6 +150,13 @@ def test_other_quantised_weights_are_refused_in_one_line_that_names_them(tmp_pat
     with pytest.raises(WeightsError, match=words) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_quantised_already_are_not_rounded_again(tmp_path):
+    save_folder(tmp_path, "qwen3", head_dim=10)
+    quantise(tmp_path, "weight_scale_inv", 16, 32, FP8)
+    with pytest.raises(ConfigError, match=r"weights is int8, and the weights of .* are quantised already"):
+        load_for_decoding(tmp_path, weights="int8")
 
 
 def test_a_saved_model_does_not_mention_the_quantisation_of_its_source(tmp_path):

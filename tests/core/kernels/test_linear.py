@@ -14,14 +14,25 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
+from tidar_core.errors import ConfigError
 from tidar_core.kernels import linear as linears
-from tidar_core.kernels.linear import PackedLinear, packs, prepare_for_decoding, weight_bytes
+from tidar_core.kernels.linear import PackedLinear, held_bytes, prepare_for_decoding, weight_bytes
+from tidar_core.kernels.quantised_linear import WEIGHTS, Int4Linear, Int8Linear
+from tidar_core.planning.decode_step_benchmark import random_model
 from tidar_core.transformer.shapes import named_shape
 
 SMALL = 2 * torch.finfo(torch.float32).eps * 300
 """Sums of up to 300 products of values about 1, in another order."""
 
-packing = pytest.mark.skipif(not packs(2**20, torch.bfloat16, "cpu"), reason="oneDNN does not pack bf16 here")
+packing = pytest.mark.skipif(not linears._packs(2**20, torch.bfloat16, "cpu"), reason="oneDNN does not pack bf16 here")
+
+
+UNTIED = replace(named_shape("tiny"), tied_head=False)
+"""A tied head repeats the last token, and so hides differences."""
+
+
+UNTIED = replace(named_shape("tiny"), tied_head=False)
+"""A tied head repeats the last token, and so hides differences."""
 
 
 def weights(out, width, dtype, seed=0):
@@ -78,16 +89,109 @@ def test_small_fp32_weights_and_all_weights_of_a_gpu_stay_plain():
     model = wide_model(named_shape("tiny"))
     prepare_for_decoding(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    assert not packs(2**30, torch.bfloat16, "cuda")
-    assert not packs(2**30, torch.float16, "cpu")
+    assert not linears._packs(2**30, torch.bfloat16, "cuda")
+    assert not linears._packs(2**30, torch.float16, "cpu")
 
 
 @packing
 @pytest.mark.parametrize("mode", ["autoregressive", "single-pass", "two-pass"])
 def test_texts_of_a_packed_model_are_those_of_the_plain_model(mode, monkeypatch):
     monkeypatch.setattr(linears, "PACKED_ENTRIES", {torch.float32: 0})
-    for make in (lambda: wide_model(named_shape("tiny")), adapted_model):
+    for make in (lambda: wide_model(UNTIED), lambda: adapted_model(UNTIED)):
         model, expected = make(), expected_texts(make(), prompts(3, 17, 9), GREEDY)
         prepare_for_decoding(model)
         assert isinstance(model.layers[0].mlp.down, PackedLinear)
         assert texts_of(model, mode) == expected
+
+
+def rounded_int8(weight, x):
+    """Product of the rounded numbers in doubles, a channel and a token at a time."""
+    rows = []
+    for token in x.double():
+        steps = token.abs().max() / 127
+        quantised = [round(v) for v in (token / steps).tolist()]
+        row = []
+        for channel in weight.double():
+            step = channel.abs().max() / 127
+            whole = sum(round(w) * v for w, v in zip((channel / step).tolist(), quantised))
+            row.append(whole * step * steps)
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def rounded_int4(weight, group=32):
+    """The values that weights of 4 bits represent, a group at a time."""
+    values = weight.double().clone()
+    for channel in values:
+        for first in range(0, len(channel), group):
+            part = channel[first : first + group]
+            step = (part.max() - part.min()) / 15
+            part.copy_(part.min() + ((part - part.min()) / step).round() * step)
+    return values
+
+
+def test_an_int8_product_is_that_of_the_rounded_weights_and_activations():
+    weight, bias = weights(24, 48, torch.float32)
+    x = torch.randn(3, 48)
+    expected = rounded_int8(weight, x) + bias.double()
+    torch.testing.assert_close(Int8Linear(weight, bias)(x).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_an_int4_product_is_that_of_the_rounded_weights_up_to_bf16():
+    weight, bias = weights(32, 64, torch.float32)
+    x = torch.randn(3, 64).bfloat16().float()
+    expected = x.double() @ rounded_int4(weight).T + bias.double()
+    close = 64**0.5 * 3 * 2**-8  # scales, least values and the product have the 8 bits of bf16
+    torch.testing.assert_close(Int4Linear(weight, bias)(x).double(), expected, rtol=2**-8, atol=close)
+
+
+def test_blocks_of_gguf_keep_their_values_as_int4():
+    levels = torch.randint(0, 16, (32, 2, 32)).float()
+    levels[..., 0], levels[..., 1] = 0, 15
+    weight = (levels * 0.125 - 1).flatten(1)
+    assert torch.equal(Int4Linear(weight, None)(torch.eye(64)).T, weight)
+
+
+@pytest.mark.parametrize("form", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_of_a_token_do_not_depend_on_how_many_tokens_a_product_has(form, dtype):
+    weight, bias = weights(96, 160, dtype)
+    held, x = form(weight, bias), torch.randn(1, 40, 160).to(dtype)
+    together = held(x)
+    for tokens in (*range(1, 17), 33):
+        assert torch.equal(held(x[:, :tokens]), together[:, :tokens]), tokens
+    assert torch.equal(held(x.view(8, 5, 160)), together.view(8, 5, 96))
+    assert held(torch.zeros(1, 1, 160)).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", WEIGHTS)
+def test_all_modes_of_a_quantised_model_have_the_same_greedy_texts(bits):
+    for make in (lambda: wide_model(UNTIED), lambda: adapted_model(UNTIED)):
+        model, plain = make(), make()
+        prepare_for_decoding(model, bits)
+        expected = expected_texts(model, prompts(3, 17, 9), GREEDY)
+        assert expected != expected_texts(plain, prompts(3, 17, 9), GREEDY), "the weights were not rounded"
+        for mode in ("autoregressive", "single-pass", "two-pass"):
+            assert texts_of(model, mode) == expected
+
+
+@pytest.mark.parametrize("bits", WEIGHTS)
+def test_the_bytes_of_quantised_weights_are_known_beforehand(bits):
+    for tied in (True, False):
+        model = wide_model(replace(named_shape("tiny"), tied_head=tied))
+        beforehand = held_bytes(model, "cpu", bits)
+        prepare_for_decoding(model, bits)
+        assert weight_bytes(model) == beforehand
+
+
+def test_widths_that_no_group_divides_are_refused_in_one_line():
+    model = wide_model(replace(named_shape("tiny"), intermediate_size=72))
+    with pytest.raises(ConfigError, match=r"from 72 to .*; int4 needs multiples of 32 and 16; give int8"):
+        prepare_for_decoding(model, "int4")
+    assert model.weights is None
+
+
+def test_quantised_weights_of_a_gpu_are_refused():
+    model = random_model(named_shape("tiny"), torch.float32, torch.device("meta"))
+    with pytest.raises(ConfigError, match="int8 needs a CPU with oneDNN; leave weights out"):
+        prepare_for_decoding(model, "int8")

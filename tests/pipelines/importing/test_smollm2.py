@@ -7,8 +7,12 @@ import transformers
 from tidar_core.artifacts.model.hf_weights import load_model
 from tidar_core.artifacts.text.end_tokens import read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
-from tidar_core.config import SamplingConfig
+from tidar_core.config import AdapterConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.step_plan import MODES
+from tidar_core.kernels.linear import prepare_for_decoding
+from tidar_core.planning.mode_benchmark import compare_modes
+from tidar_core.training.recipe import start_draft_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -44,3 +48,16 @@ def test_greedy_texts_equal_those_of_transformers(smollm2, theirs):
         texts.append(tokenizer.decode(generated))
     assert texts[0].startswith(" Paris.")
     assert "Paris" in texts[-1]
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_drafted_greedy_texts_are_those_of_the_autoregressive_mode_with_weights_of_any_bits(smollm2, bits):
+    tokenizer, model = load_tokenizer(smollm2), load_model(smollm2)
+    start_draft_adapter(model, AdapterConfig(rank=2, block_len=4), seed=0)
+    prepare_for_decoding(model, bits)
+    sampling = SamplingConfig(max_tokens=TOKENS)
+    for prompt in PROMPTS:
+        ids = tuple(tokenizer.encode_with_special(prompt))
+        results = compare_modes(model, [ids], sampling, block_len=4, repeats=1, context_len=64, modes=MODES)
+        assert all(result.equal_to_ar for result in results.values())
+        assert len(results["autoregressive"].texts[0]) == TOKENS

@@ -45,14 +45,15 @@ from tidar_core.artifacts.model.bundle_info import (
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.drafts_file import DRAFTS, attach_drafts, save_drafts
 from tidar_core.artifacts.model.finite import require_finite, require_finite_weights
-from tidar_core.artifacts.model.hf_config import read_config
+from tidar_core.artifacts.model.hf_config import read_config, read_settings
 from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
 from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
+from tidar_core.artifacts.model.quantised import is_quantised
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.provenance import write_made_by
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
-from tidar_core.errors import BundleError
+from tidar_core.errors import BundleError, ConfigError
 from tidar_core.kernels.linear import prepare_for_decoding
 from tidar_core.transformer.model import TidarModel
 
@@ -182,11 +183,17 @@ def load_for_decoding(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     *,
+    weights: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Bundle:
-    """Load like `load_bundle`, with the weights laid out for decoding; the model can neither be trained nor saved."""
+    """Load like `load_bundle`, with the weights laid out for decoding; the model can neither be trained nor saved.
+
+    weights  int8 or int4: weights are rounded to so many bits. Raises ConfigError where that is not possible.
+    """
+    if weights is not None:
+        _refuse_quantised(str(uri), weights)
     bundle = load_bundle(uri, dtype, device, tokenizer=tokenizer)
-    prepare_for_decoding(bundle.model)
+    prepare_for_decoding(bundle.model, weights)
     return bundle
 
 
@@ -223,6 +230,12 @@ def _require_base(uri: str, drafts: DraftsInfo, files: dict[str, str]) -> None:
             f"the checkpoint at {drafts.base_uri or uri} has hash {found[:12]}; the drafts of {uri} were trained for "
             f"{drafts.base_hash[:12]}; give that checkpoint, or train drafts for this one"
         )
+
+
+def _refuse_quantised(uri: str, weights: str) -> None:
+    folder = locations.local_copy(uri)
+    if is_quantised(read_settings(locations.local_copy(base_location(folder, model_info(folder))))):
+        raise ConfigError(f"weights is {weights}, and the weights of {uri} are quantised already; leave weights out")
 
 
 def _refuse_textual_mask(uri: str, mask_id: int, tokenizer: Tokenizer) -> None:

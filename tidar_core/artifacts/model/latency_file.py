@@ -147,7 +147,7 @@ def _made_with(decoder: Decoder) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(weight.device) if cuda else platform.processor() or platform.machine(),
         "threads": 0 if cuda else torch.get_num_threads(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": decoder.model.weights or str(weight.dtype).removeprefix("torch."),
         "block_len": decoder.draft.block_len,
         "torch": torch.__version__,
         "form": TABLE_FORM,

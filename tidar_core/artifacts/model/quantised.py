@@ -19,7 +19,7 @@ from tidar_core.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FP8", "SCALES", "Scaling", "dequantised", "scaling_of"]
+__all__ = ["FP8", "SCALES", "Scaling", "dequantised", "is_quantised", "scaling_of"]
 
 FP8 = "F8_E4M3"
 """Name in safetensors of the only quantised dtype that is read."""
@@ -39,9 +39,14 @@ class Scaling:
     """Outputs and inputs of a block; None: a scale for each output channel, or for the whole matrix."""
 
 
+def is_quantised(settings: dict[str, Any]) -> bool:
+    """Whether the weights of a model with this config.json have fewer bits than 16."""
+    return bool(_quantisation(settings))
+
+
 def scaling_of(settings: dict[str, Any]) -> Scaling:
     """Scaling of the FP8 weights of a model with this config.json. Raises WeightsError for other quantisations."""
-    given = settings.get("quantization_config") or settings.get("compression_config")
+    given = _quantisation(settings)
     if not given:
         return Scaling(None)
     method = given.get("quant_method") if isinstance(given, dict) else given
@@ -129,3 +134,7 @@ def _misfit(name: str, scale: "Tensor", expected: list[list[int]]) -> WeightsErr
         f"the scales of {name} have shape {list(scale.shape)}; its shape and quantization_config need {shapes}; "
         "use weights and config of one model"
     )
+
+
+def _quantisation(settings: dict[str, Any]) -> Any:
+    return settings.get("quantization_config") or settings.get("compression_config")
