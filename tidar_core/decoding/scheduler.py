@@ -4,9 +4,10 @@ Requests wait in one line. Between two forwards the first of them take the free 
 finished. Prompts are read in chunks between decode steps, so that a long prompt does not hold up running requests.
 Where pages run out, the youngest sequence gives its pages up, returns to the head of the line, and is read again later.
 
-No threads and no clock: the owner calls `advance` for as long as `busy`.
+No threads: the owner calls `advance` for as long as `busy`. The only clock paces prefills (`prefill_pace`).
 """
 
+import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -15,19 +16,21 @@ from torch import Tensor
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.page_pool import PagePool, SequencePages
+from tidar_core.decoding.prefill_pace import PrefillPace
 from tidar_core.decoding.request import DecodeStep, Request
 from tidar_core.decoding.sequence import Sequence
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.errors import CapacityError, RequestError
+from tidar_core.timing import Clock
 
 __all__ = ["MAX_WAITING", "PREFILL_TOKENS", "Scheduler"]
 
 MAX_WAITING = 1024
 """Requests that may wait beyond the free slots."""
 PREFILL_TOKENS = 512
-"""Prompt tokens read in one forward, so that running requests wait no longer. Only the last forward of a prompt carries
-mask tokens."""
+"""Most prompt tokens read in one forward; beside running requests `PrefillPace` allows fewer. Only the last forward of
+a prompt carries mask tokens."""
 
 
 class Scheduler:
@@ -41,11 +44,13 @@ class Scheduler:
         max_waiting: int = MAX_WAITING,
         share_prefixes: bool = True,
         prefill_tokens: int = PREFILL_TOKENS,
+        clock: Clock = time.perf_counter,
     ) -> None:
         """planner         chooses the plan of each decode step; single-pass with all groups by default
         max_waiting     requests that may wait beyond the free slots; one more is refused with CapacityError
         share_prefixes  read the beginning that two prompts have in common once
         prefill_tokens  most prompt tokens of one forward, and of one `advance`
+        clock           seconds, ascending; it paces prefills beside running requests
         """
         assert not decoder.running, "another scheduler's sequences are running"
         self.decoder, self.max_waiting = decoder, max_waiting
@@ -56,6 +61,7 @@ class Scheduler:
         self.shared_tokens = 0
         """Prompt tokens that the cache held already."""
         self._share_prefixes, self._prefill_tokens = share_prefixes, prefill_tokens
+        self._pace, self._read = PrefillPace(prefill_tokens, clock), 0
         self._sequences: dict[str, Sequence] = {}
         """All requests that wait or run, by id."""
         self._line: deque[Sequence] = deque()
@@ -147,11 +153,16 @@ class Scheduler:
     def advance(self) -> list[DecodeStep]:
         """Run one decode step for all running requests, then read a chunk of the prompts that are next."""
         steps: list[DecodeStep] = []
-        if self.decoder.running:
+        if running := len(self.decoder.running):
             steps = self.decode_step(self._plan())
             self.planner.observe(steps)
+            self._pace.step_ended(self._read, min(len(self._line), self._free) / running)
+        else:
+            self._pace.idle()
+        self._read = 0
         if self._line and self._free:
-            steps += self.prefill(drafts=self.planner.begin_prefill())
+            drafts = self.planner.begin_prefill()
+            steps += self.prefill(self._pace.tokens(len(self.decoder.running)), drafts=drafts)
             self.planner.end_prefill()
         return steps
 
@@ -184,7 +195,7 @@ class Scheduler:
             if not self._hold(sequence):
                 break
             count = min(left, self._prefill_tokens, sequence.goal - sequence.read)
-            left -= count
+            left, self._read = left - count, self._read + count
             request, last = sequence.request, sequence.read + count == sequence.goal
             masked = last and not sequence.emitted and ((drafts and request.speculative) or request.sampling.beta < 1)
             plan = StepPlan(count, (count,) if masked else ())

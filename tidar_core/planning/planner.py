@@ -92,7 +92,8 @@ def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -
     if mode != AUTO:
         return FixedMode(mode, block_len)
     assert table is not None, "auto needs a latency table"
-    return AutoPlanner(table, block_len, few_candidates(block_len) if decoder.captures else None)
+    candidates = few_candidates(block_len) if decoder.captures else None
+    return AutoPlanner(table, block_len, candidates, queued=decoder.device.type == "cuda")
 
 
 class AutoPlanner:
@@ -107,12 +108,14 @@ class AutoPlanner:
         block_len: int,
         candidates: Sequence[Candidate] | None = None,
         *,
+        queued: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
         """candidates  autoregression first; `all_candidates` by default
+        queued      whether a step waits for the prefill before it, as on a device that computes later than it is called
         clock       seconds, ascending; read before and after each step
         """
-        self.block_len, self._clock = block_len, clock
+        self.block_len, self._queued, self._clock = block_len, queued, clock
         self.latency, self.loop = ServedLatency(table), LoopTime()
         self.candidates = candidates or all_candidates(block_len)
         self.choice = Choice("autoregressive", (StepPlan(1),), 0.0)
@@ -160,7 +163,7 @@ class AutoPlanner:
         if self._served & pending.keys():
             self.loop.add_gap(self._clock() - self._free_since)
         plan = self._planned(pending, context)
-        self._launched = _Launched(plan, frozenset(pending), context, self._clock())
+        self._launched = _Launched(plan, frozenset(pending), context, bool(self._served), self._clock())
         return plan
 
     def observe(self, steps: Sequence[DecodeStep]) -> None:
@@ -169,7 +172,8 @@ class AutoPlanner:
         if (launched := self._launched) is not None:
             plan, seconds = launched.plan, self._free_since - launched.began
             rows, batch = plan.query_tokens(self.block_len), len(launched.requests)
-            self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
+            if launched.alone or not self._queued:
+                self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
             self._seconds += seconds
             self._launched, self._served = None, launched.requests
         self.loop.add_step(sum(len(step.token_ids) for step in steps))
@@ -339,6 +343,8 @@ class _Launched:
     plan: StepPlan
     requests: frozenset[str]
     context: int
+    alone: bool
+    """Whether no prefill came before it."""
     began: float
 
 

@@ -390,3 +390,17 @@ def test_where_steps_are_captured_only_few_candidates_are_weighed_all_of_them_ti
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (2, 8), (8, 8), (9, 64), (65, 100), (100, 100)])
 def test_shapes_are_rounded_up_to_few(count, expected):
     assert rounded(count, 100, 8) == expected
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_step_that_waits_for_a_prefill_teaches_nothing_about_its_plan(queued):
+    clock = Clock()
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K, queued=queued, clock=clock)
+    for prefilled in [False, True] * 20:
+        if prefilled:
+            planner.begin_prefill()
+            planner.end_prefill()
+        plan = planner.next_plan({"r": 1}, 10)
+        clock.run((1.0 + 0.1 * plan.query_tokens(K)) * (3.0 if prefilled else 1.0))
+        planner.observe([DecodeStep("r", (1,), None, 1, 1, 1)])
+    assert (planner.latency.slowdown < 1.05) == queued

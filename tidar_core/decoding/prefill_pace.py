@@ -1,0 +1,60 @@
+"""Paces the reading of prompts beside running requests.
+
+How many prompt tokens may be read between two decode steps?
+
+A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take as long as a decode step,
+so that no gap is longer than two steps. If more requests arrive than run, it may take longer by that factor. Chunks
+follow measured gaps, from the end of one decode step to the end of the next, since a device may compute later than it
+is called.
+"""
+
+from tidar_core.timing import Clock
+
+__all__ = ["PrefillPace"]
+
+FIRST_TOKENS, LEAST_TOKENS = 64, 16
+"""Tokens of a chunk before any gap was measured, and the fewest: a product of fewer tokens takes nearly as long."""
+STEP_GAIN = 0.2
+"""Share of a new gap in the mean gap without a chunk."""
+LARGEST_CHANGE = 2.0
+"""Largest factor by which the next chunk is longer or shorter."""
+
+
+class PrefillPace:
+    """Length of the next chunk of one scheduler."""
+
+    def __init__(self, most: int, clock: Clock) -> None:
+        """most   most tokens of a chunk
+        clock  seconds, ascending
+        """
+        self._most, self._clock = most, clock
+        self._tokens = float(min(FIRST_TOKENS, most))
+        self._ended: float | None = None
+        self._bare = 0.0
+        """Mean gap between decode steps without a chunk; 0 if none was measured."""
+
+    def tokens(self, running: int) -> int:
+        """Most tokens of the next chunk beside so many running requests."""
+        return int(self._tokens) if running else self._most
+
+    def idle(self) -> None:
+        """No request runs: the next gap is no gap between steps."""
+        self._ended = None
+
+    def step_ended(self, read: int, share: float) -> None:
+        """Learn from the gap that ends now.
+
+        read   prompt tokens that were read in it
+        share  arriving requests over running requests
+        """
+        before, self._ended = self._ended, self._clock()
+        if before is None:
+            return
+        gap = self._ended - before
+        if not read:
+            self._bare += (STEP_GAIN if self._bare else 1.0) * (gap - self._bare)
+        elif self._bare and 2 * read > self._tokens:
+            allowed = self._bare * max(1.0, share)
+            change = allowed / max(gap - self._bare, 1e-9)
+            self._tokens *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+            self._tokens = min(max(self._tokens, min(LEAST_TOKENS, self._most)), self._most)
