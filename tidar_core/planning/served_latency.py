@@ -21,10 +21,10 @@ FIRST_STEPS = 3
 """Steps of a shape that count as its first; the deviations of later steps count as drift."""
 FIRST_DEVIATION, LARGEST_DEVIATION = math.log(4.0), math.log(1.25)
 """Largest log ratios that count, of the first steps of a shape and of later steps: a pause is no property of a plan."""
-TABLE_SPREAD = 0.5
+TABLE_SPREAD = 0.2
 """Standard deviation of the logarithm of a cost in service from the cost in the table."""
-STEP_NOISE, MOST_STEPS = 0.1, 50
-"""Relative noise of one step, and the most steps that a mean counts for."""
+STEP_NOISE, MEAN_ERROR, MOST_STEPS = 0.1, 0.1, 50
+"""Relative noise of one step, error of a mean that does not fall with its steps, and the most steps that count."""
 MEAN_GAIN, LARGEST_RATIO = 0.02, 4.0
 """Share of a step in the mean ratio of measured and typical times, and the largest ratio that counts."""
 HALF_LIFE = 2000
@@ -50,9 +50,13 @@ class _Shape:
     last: int = 0
     """Ordinal of its last step."""
 
+    def weight(self, now: int) -> float:
+        """Steps that the mean counts for."""
+        return float(min(self.steps, MOST_STEPS) * 0.5 ** ((now - self.last) / HALF_LIFE))
+
     def weighted(self, now: int) -> Weighted:
         """The mean as a measurement, weaker with age."""
-        noise = STEP_NOISE / math.sqrt(min(self.steps, MOST_STEPS)) * 2 ** ((now - self.last) / HALF_LIFE / 2)
+        noise = math.hypot(MEAN_ERROR, STEP_NOISE / math.sqrt(self.weight(now)))
         return Weighted(
             LatencyPoint(
                 rows=self.rows, batch=self.batch, context=round(self.context), drafts=self.drafts,
@@ -99,7 +103,7 @@ class ServedLatency:
         if seconds <= 0:
             return
         self._steps += 1
-        key = (rows, batch, round(2 * math.log2(context + 1)), drafts)
+        key = (rows, batch, round(math.log2(context + 1)), drafts)
         shape = self._shapes.get(key)
         if shape is None:
             expected = math.log(self.seconds(rows, batch, context, drafts=drafts))
@@ -121,6 +125,7 @@ class ServedLatency:
         """Fit the costs of the formula to all that was served."""
         if not self._shapes:
             return
+        self._share_drift()
         measured = [shape.weighted(self._steps) for shape in self._shapes.values()]
         self._formula = self.table.formula.fitted(measured, spread=TABLE_SPREAD, start=self._formula)
         sums: dict[tuple[int, int, bool], tuple[float, float]] = {}
@@ -131,3 +136,17 @@ class ServedLatency:
             ratio = shape.log_seconds - math.log(found)
             sums[key] = (steps + shape.steps, ratios + shape.steps * ratio)
         self._own = {key: ratios / (steps + OWN_STEPS) for key, (steps, ratios) in sums.items()}
+
+    def _share_drift(self) -> None:
+        """Move the ratio to the table that all served shapes have in common into the drift.
+
+        Otherwise drift and means could grow without end in opposite directions.
+        """
+        weights = ratios = 0.0
+        for shape in self._shapes.values():
+            expected = self.table.formula.seconds(shape.rows, shape.batch, round(shape.context), drafts=shape.drafts)
+            weight = shape.weight(self._steps)
+            weights, ratios = weights + weight, ratios + weight * (shape.log_seconds - math.log(expected))
+        self.drift += ratios / weights
+        for shape in self._shapes.values():
+            shape.log_seconds -= ratios / weights
