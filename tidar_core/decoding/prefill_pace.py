@@ -3,8 +3,8 @@
 How many prompt tokens may be read between two decode steps?
 
 A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take as long as a decode step,
-so that no gap is longer than two steps. If more requests arrive than run, it may take longer by that factor. A gap is
-measured from the end of one decode step to the end of the next, since a device may compute later than it is called.
+so that no gap is longer than two steps. If more requests arrive than run, it may take longer by that factor. A gap
+lasts from the end of one decode step to the end of the next, since a device may compute later.
 """
 
 from tidar_core.timing import Clock
