@@ -59,6 +59,7 @@ HOMES = {
     "lm_eval": "pipelines/evaluation/lm_eval_",
     "datasets": "pipelines/evaluation/lm_eval_tasks.py",
     "transformers": "pipelines/evaluation/transformers_baseline.py",
+    "xllamacpp": "pipelines/evaluation/llama_cpp_baseline.py",
     "tokenizers": "tidar_core/artifacts/text/tokenizer.py tidar_core/artifacts/text/detokenizer.py"
     " tidar_core/artifacts/text/gguf_tokenizer.py",
     "gguf": "tidar_core/artifacts/model/gguf_file.py",

@@ -135,6 +135,16 @@ def test_weights_are_rounded_at_load_for_commands_that_decode(facts, run, checkp
     assert "from 48 to 80 features; int4 needs multiples of 32 and 16; give int8" in err
 
 
+def test_bench_without_llama_cpp_or_its_file_is_refused_in_one_line(run, checkpoint, tmp_path, monkeypatch):
+    file, options = tmp_path / "x.gguf", ("--count", 1, "--max-tokens", 2)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    for words in ("there is no such file; give a GGUF file", "needs the package xllamacpp, which is not installed"):
+        code, out, err = run("bench", checkpoint("llama"), *options, "--llama-cpp", file)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert words in err
+        file.write_bytes(b"GGUF")
+
+
 def test_a_prompt_of_a_file_is_a_users_message_if_there_is_a_template(checkpoint, tmp_path):
     from pipelines.evaluation.measure import bench_prompts, loaded_bundle
 

@@ -83,6 +83,7 @@ def bench(
     weights: Weights = None,
     plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
     transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
+    llama_cpp: Annotated[Path | None, typer.Option(help="Time llama.cpp with this GGUF file too.")] = None,
     shape: Annotated[str | None, typer.Option(help="Time decode steps of a published shape, no model.")] = None,
     random_weights: Annotated[bool, typer.Option(help="Needed with --shape, which has no trained weights.")] = False,
     context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens in the cache; 512.")] = [],  # noqa: B006
@@ -113,7 +114,7 @@ def bench(
     requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
     facts = measure.compared_modes(
         bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
-        repeats=repeats, uri=uri, transformers=transformers,
+        repeats=repeats, uri=uri, transformers=transformers, llama_cpp=llama_cpp,
     )  # fmt: skip
     if plot is not None:
         from pipelines.evaluation.plots import bench_plot

@@ -14,6 +14,7 @@ import torch
 
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
+from pipelines.evaluation.llama_cpp_baseline import against_llama_cpp, require_llama_cpp
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import base_location
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
@@ -104,15 +105,19 @@ def compared_modes(
     repeats: int,
     uri: str,
     transformers: bool = False,
+    llama_cpp: Path | None = None,
     modes: Sequence[str] = (*MODES, AUTO),
 ) -> dict[str, Any]:
     """Modes of the model on the same prompts in one run: the autoregressive mode alone if it does not draft.
 
     uri           location of the bundle, which may have a latency table beside it
     transformers  whether transformers' `generate` is timed on the prompts too
+    llama_cpp     GGUF file that llama.cpp is timed with on the prompts too
     modes         modes of a model that drafts, the autoregressive mode among them
     """
     prompts, sampling = requests.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
+    if llama_cpp is not None:
+        require_llama_cpp(llama_cpp)
     modes = modes if model.config.drafting else (AUTOREGRESSIVE,)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:
@@ -130,6 +135,8 @@ def compared_modes(
         "chat": requests.chat,
         "modes": {name: mode.figures() for name, mode in results.items()},
     }
+    if llama_cpp is not None:
+        facts["llama_cpp"] = against_llama_cpp(llama_cpp, prompts, sampling, results[AUTOREGRESSIVE], repeats=repeats)
     if transformers:
         from pipelines.evaluation.transformers_baseline import against_transformers
 

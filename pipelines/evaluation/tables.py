@@ -68,6 +68,11 @@ def print_modes(facts: dict[str, Any]) -> None:
             f"transformers {baseline['tokens_per_second']:.1f} tokens/s; our AR mode is {baseline['ar_over']:.2f} "
             f"times as fast, its texts are {texts}"
         )
+    if baseline := facts.get("llama_cpp"):
+        stdout.print(
+            f"llama.cpp {baseline['tokens_per_second']:.1f} tokens/s with {baseline['file']}; our AR mode is "
+            f"{baseline['ar_over']:.2f} times as fast"
+        )
     for name, mode in facts["modes"].items():
         for divergence in mode["divergences"]:
             stdout.print(

