@@ -48,13 +48,17 @@ def pytest_runtest_protocol(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_environment():
-    """Lets tests start their own Ray, and their clients reach the tests' servers if the environment names a proxy."""
+def own_environment(tmp_path_factory):
+    """Lets tests start their own Ray, and their clients reach the tests' servers if the environment names a proxy.
+
+    A cache of their own begins empty.
+    """
     from tidar_core.artifacts.network.loopback import exempt_loopback
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ |= {
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Serve kills a proxy that needs longer to start: 5 s
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
         "RAY_worker_niceness": "0",  # Ray's workers have 15, so tests beside them would take all their time
     }
     exempt_loopback()
@@ -91,8 +95,8 @@ def corpus_documents():
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory):
-    """An S3 server in this process; the environment names it and a separate cache until the session ends."""
+def s3_endpoint():
+    """An S3 server in this process; the environment names it until the session ends."""
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -106,7 +110,6 @@ def s3_endpoint(tmp_path_factory):
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield f"http://{host}:{port}"
     server.stop()
 

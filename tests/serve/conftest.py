@@ -10,8 +10,10 @@ from serving import running_service, unused_port
 from tiny import wide_model
 
 from tidar_core.artifacts.model.bundle import save_bundle
-from tidar_core.config import SamplingConfig
+from tidar_core.artifacts.model.latency_file import bundle_table
+from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
+from tidar_core.decoding.decoder import Decoder
 from tidar_core.transformer.shapes import named_shape
 
 
@@ -49,6 +51,13 @@ def saved(tmp_path_factory, tokenizer, model):
     mask_id = model.config.mask_id
     save_bundle(uri, model, tokenizer, block_len=4, mask_id=mask_id, objective="dual", lineage={}, made_by={})
     return uri
+
+
+@pytest.fixture(scope="session", autouse=True)
+def latency_table(model):
+    """Short timings of decode steps in the cache: without them, each start in mode `auto` times for up to 20 s."""
+    decoder = Decoder(model, DraftConfig(block_len=4), slots=16)
+    return bundle_table("a bundle without a table", decoder, budget=1.0)
 
 
 @pytest.fixture(scope="session")
