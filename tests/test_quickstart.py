@@ -51,7 +51,7 @@ def test_from_real_text_to_a_served_token_and_again_without_doing_it_twice(tmp_p
     evaluation = {name: str(work / folder) for name, folder in {
         "bundle": "bundle", "shards": "shards", "output": "report", "parent": "ar"}.items()}  # fmt: skip
     evaluation |= {"tracking_uri": f"sqlite:///{work}/mlflow.db", "prompts": 6, "max_tokens": 32, "batch": 1,
-                   "repeats": 1, "loss_rows": 32}  # fmt: skip
+                   "repeats": 1, "loss_rows": 16}  # fmt: skip
     write_jobs(work, evaluate=evaluation)
     first = quickstart(work, "--from-scratch")
     assert first["prompts"] == 6

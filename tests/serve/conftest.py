@@ -85,6 +85,15 @@ def service(shared_service):
     return shared_service
 
 
+@pytest.fixture(scope="module")
+def client(service):
+    """OpenAI's own client of `service`."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
 def pytest_collection_modifyitems(items):
     """Run the tests of the shared service last: a cluster runs one service at a time, and it lives until the end."""
     items.sort(key=lambda item: "shared_service" in item.fixturenames)

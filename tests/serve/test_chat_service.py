@@ -44,12 +44,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client(service):
-    with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
 @pytest.fixture
 def chat(client):
     def create(messages=QUESTION, **fields):

@@ -27,12 +27,6 @@ ENDLESS = 4000
 PROMPT = "def add(a, b):\n    return"
 
 
-@pytest.fixture(scope="module")
-def client(service):
-    with openai.OpenAI(base_url=f"{service}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
 @pytest.fixture
 def greedy(client):
     def create(prompt=PROMPT, **fields):
