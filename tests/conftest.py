@@ -26,10 +26,14 @@ NO_RAY = "/dev/null/a-test-without-the-mark-ray-starts-no-Ray"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Adds the mark `ray` to every test that uses the session's Ray cluster, before tests are selected by marks."""
+    """Adds the mark `ray` to every test that uses the session's Ray cluster, before tests are selected by marks.
+
+    Tests with the mark come last: others must not find a cluster.
+    """
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker("ray")
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
 def pytest_collection_finish():

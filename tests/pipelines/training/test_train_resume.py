@@ -38,7 +38,7 @@ class Runs:
             "shards": self.shards, "output": str(self.folder / name), "shape": "tiny", "block_len": 4, "link_rank": 5,
             "position_weights": "dpace", "dpace_after": 0.3, "first_weight": 0.1, "distillation": 0.5, "unlinked": 0.3,
             "consistency": 0.1, "steps": STEPS,
-            "rows_per_step": 12, "rows_per_forward": 2, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
+            "rows_per_step": 12, "rows_per_forward": 3, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
             "clip_norm": 0.5, "precision": "fp32", "workers": 2, "checkpoint_every": STOP, "log_every": 1,
         }  # fmt: skip
         if "resume_from" in changes:
@@ -76,13 +76,14 @@ def runs(tmp_path_factory):
         ))  # fmt: skip
         two.append(runs.job(f"shared-{stage}", zero_stage=stage, sequence_parallel=2))
     killed = [runs.job(f"killed-{stage}", zero_stage=stage) for stage in STAGES]
-    fifth_step = 4 * 3 + 2  # three forwards a step; its second
+    fifth_step = 4 * 2 + 2  # two forwards a step; its second
     groups = [start_workers(2, [job], runs.logs, dies_in_forward=fifth_step) for job in killed]
     assert all(-signal.SIGKILL in exit_codes(group) for group in groups)
     train_on(2, two + killed, runs.logs)
     train_on(1, [runs.job("alone", workers=1)], runs.logs)
     train_on(3, [
-        runs.job(f"three-{stage}", workers=3, zero_stage=stage % 3 + 1, resume_from=runs.stopped(f"fp32-{stage}"))
+        runs.job(f"three-{stage}", workers=3, rows_per_forward=2, zero_stage=stage % 3 + 1,
+                 resume_from=runs.stopped(f"fp32-{stage}"))
         for stage in STAGES
     ], runs.logs)  # fmt: skip
     return runs
