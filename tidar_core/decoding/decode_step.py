@@ -19,7 +19,17 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.decode_forward import DecodeForward
 from tidar_core.decoding.plan_tensors import PlanTensors
-from tidar_core.decoding.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, sample, target_probs, uniform
+from tidar_core.decoding.sampling import (
+    ACCEPT,
+    DRAFT,
+    TARGET,
+    SamplingTensors,
+    draw,
+    likeliest,
+    sample,
+    target_probs,
+    uniform,
+)
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import verify_argmax, verify_sampled
 from tidar_core.kernels import Kernels
@@ -210,7 +220,7 @@ class DecodeStepRunner:
         for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
             linked = self._linked(logits, before_B1)
             if self.state.proposal is None:
-                before_B1 = linked.argmax(-1)
+                before_B1 = likeliest(linked)
                 yield before_B1, linked
             else:
                 proposal = target_probs(linked, sampling)

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from tidar_core.config import SamplingConfig
 
-__all__ = ["ACCEPT", "DRAFT", "TARGET", "SamplingTensors", "draw", "sample", "target_probs", "uniform"]
+__all__ = ["ACCEPT", "DRAFT", "TARGET", "SamplingTensors", "draw", "likeliest", "sample", "target_probs", "uniform"]
 
 ACCEPT, TARGET, DRAFT = 1, 2, 3
 """Roles of a draw at a position: it accepts or rejects the draft, chooses the token, or proposes the draft."""
+
+RUN_LEN, LEAST_RUNS = 256, 16
+"""Entries of a run whose largest is found at once, and the fewest runs for which that is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,30 @@ class SamplingTensors:
         )
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Ids [..] of the largest logits [.., V]; the least id where several are equal, as `argmax` has it.
+
+    On a CPU, `argmax` reads one entry at a time, and the largest of each run of entries is found several times as fast.
+    """
+    vocab = logits.shape[-1]
+    if logits.is_cuda or vocab < RUN_LEN * LEAST_RUNS:
+        return logits.argmax(-1)
+    whole = vocab // RUN_LEN * RUN_LEN
+    largest = logits[..., :whole].unflatten(-1, (-1, RUN_LEN)).amax(-1)
+    if whole < vocab:
+        largest = torch.cat([largest, logits[..., whole:].amax(-1, keepdim=True)], -1)
+    first = largest.argmax(-1, keepdim=True) * RUN_LEN
+    index = (first + torch.arange(RUN_LEN, device=logits.device)).clamp_(max=vocab - 1)
+    return first[..., 0] + logits.gather(-1, index).argmax(-1)
+
+
 def target_probs(logits_BRV: Tensor, sampling: SamplingTensors) -> Tensor:
     """Probabilities [B, R, V] in fp32; a point mass where temperature is 0.
 
     In vLLM's order: temperature, then min-p, top-k, top-p, each applied to the tokens that the cuts before it left.
     """
     logits_BRV = logits_BRV.float()
-    point_BRV = torch.zeros_like(logits_BRV).scatter_(-1, logits_BRV.argmax(-1, keepdim=True), 1.0)
+    point_BRV = torch.zeros_like(logits_BRV).scatter_(-1, likeliest(logits_BRV)[..., None], 1.0)
     if sampling.greedy:
         return point_BRV
     greedy_B11 = sampling.temperature_B[:, None, None] == 0
@@ -102,7 +122,7 @@ def draw(prob: Tensor, uniform: Tensor) -> Tensor:
 def sample(logits_BRV: Tensor, sampling: SamplingTensors, position_BR: Tensor, role: int) -> Tensor:
     """Token ids [B, R] drawn from the distribution; the likeliest tokens where all requests are greedy."""
     if sampling.greedy:
-        return logits_BRV.argmax(-1)
+        return likeliest(logits_BRV)
     return draw(target_probs(logits_BRV, sampling), uniform(sampling.seed_B, position_BR, role))
 
 

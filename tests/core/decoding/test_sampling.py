@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from tidar_core.config import SamplingConfig
-from tidar_core.decoding.sampling import ACCEPT, DRAFT, TARGET, SamplingTensors, draw, sample, target_probs, uniform
+from tidar_core.decoding.sampling import (
+    ACCEPT,
+    DRAFT,
+    TARGET,
+    SamplingTensors,
+    draw,
+    likeliest,
+    sample,
+    target_probs,
+    uniform,
+)
 from tidar_core.errors import RequestError
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
@@ -141,3 +151,16 @@ def test_a_field_out_of_range_is_refused_with_what_is_needed(fields, message):
     with pytest.raises(RequestError) as raised:
         SamplingConfig(**fields)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("vocab", [4, 4095, 4096, 4097, 5000, 49_152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab, dtype):
+    logits = torch.randn(2, 6, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[0, 0, [vocab // 2, vocab - 1]] = 9.0
+    logits[0, 1, vocab - 1] = 9.0
+    logits[0, 2] = 0.0
+    logits[0, 3, :-1] = float("-inf")
+    assert likeliest(logits).tolist() == logits.float().argmax(-1).tolist()
+    assert likeliest(logits)[0, :4].tolist() == [vocab // 2, vocab - 1, 0, vocab - 1]
+    assert torch.equal(likeliest(logits[:, 1::2]), likeliest(logits)[:, 1::2])
