@@ -56,7 +56,8 @@ ROW_LEN = 256
 VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
 ADAPTER_RANK, LINK_RANK = 32, 64
-ANSWER_TOKENS = 64
+ANSWERED, ANSWER_TOKENS = 0.6, 64
+"""Share of the prompts that are answered, and the most tokens of an answer: each is trained several times."""
 PROBE_STEPS = 4
 """Timed train steps, after one that warms up."""
 COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
@@ -130,8 +131,9 @@ def _answers_job(site: Site, base: str) -> AnswersJob:
         output=site.path("answers"),
         model=base,
         tracking_uri=site.tracking_uri,
+        greedy=ANSWERED,
         max_tokens=ANSWER_TOKENS,
-        batch=16,
+        batch=32,
         unit_prompts=64,
         cpus_per_worker=site.threads,
     )
