@@ -29,16 +29,20 @@ class Blend(NamedTuple):
     """The tokens: the label, then the teacher's likeliest. `None` stands for all tokens in their order."""
     rest_N: Tensor | None
     """Probability of all tokens but the teacher's likeliest, together."""
+    mask_id: int | None = None
+    """The mask token, which neither distribution holds; `None`: there is none."""
 
     def cross_entropy(self, logprob_NV: Tensor) -> Tensor:
         """Cross-entropy [N] of a model's distribution against this one, in nats.
 
         The teacher's part exceeds the KL divergence by the teacher's entropy, which has no gradient.
 
-        logprob_NV  the model's log-probabilities; minus infinity only where this distribution has none
+        logprob_NV  the model's log-probabilities; minus infinity for the mask token alone
         """
         if self.token_NT is None or self.rest_N is None:
-            return -torch.linalg.vecdot(self.prob_NT, logprob_NV.clamp(min=torch.finfo(logprob_NV.dtype).min))
+            if self.mask_id is not None:  # 0 times minus infinity is no number
+                logprob_NV = logprob_NV.index_fill(1, torch.full((1,), self.mask_id, device=logprob_NV.device), 0.0)
+            return -torch.linalg.vecdot(self.prob_NT, logprob_NV)
         others_N = logprob_NV.scatter(-1, self.token_NT[:, 1:], float("-inf")).logsumexp(-1)
         return -(self.prob_NT * logprob_NV.gather(-1, self.token_NT)).sum(-1) - self.rest_N * others_N
 
@@ -48,13 +52,15 @@ def blended(
     logits_NV: Tensor,
     label_N1: Tensor,
     share: float,
+    mask_id: int | None = None,
     whole_vocabulary: int = WHOLE_VOCABULARY,
     likeliest: int = LIKELIEST,
 ) -> Blend:
     """The share `share` of the teacher's distribution, and 1 - share of the label."""
     if logits_NV.shape[-1] <= whole_vocabulary:
         whole_NV = logits_NV.softmax(-1).mul_(share)
-        return Blend(whole_NV.scatter_add_(1, label_N1, torch.full_like(whole_NV[:, :1], 1 - share)), None, None)
+        whole_NV.scatter_add_(1, label_N1, torch.full_like(whole_NV[:, :1], 1 - share))
+        return Blend(whole_NV, None, None, mask_id)
     top = logits_NV.topk(likeliest, dim=-1)
     prob_NT = share * (top.values - logits_NV.logsumexp(-1, keepdim=True)).exp()
     of_label_N1 = torch.full_like(prob_NT[:, :1], 1 - share)

@@ -110,7 +110,10 @@ def chunk_loss(
     logits_NV = head(hidden_NE).float()
     labelled_N = target_N != IGNORED
     label_N1 = torch.where(labelled_N, target_N, 0)[:, None]
-    blend = None if teacher_NE is None else blended(head(teacher_NE.detach()).float(), label_N1, distillation)
+    blend = None
+    if teacher_NE is not None:
+        mask_id = getattr(head, "mask_id", None)
+        blend = blended(head(teacher_NE.detach()).float(), label_N1, distillation, mask_id)
 
     def compared(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each token, and its cross-entropy alone."""

@@ -288,4 +288,4 @@ def test_bins_of_all_tokens_but_one_are_the_whole_distribution():
     label_N1 = torch.tensor([[0], [8], [4], [4], [2]])
     logprob_NV = student_NV.log_softmax(-1)
     whole = blended(teacher_NV, label_N1, 0.6).cross_entropy(logprob_NV)
-    torch.testing.assert_close(blended(teacher_NV, label_N1, 0.6, 8, 8).cross_entropy(logprob_NV), whole)
+    torch.testing.assert_close(blended(teacher_NV, label_N1, 0.6, None, 8, 8).cross_entropy(logprob_NV), whole)
