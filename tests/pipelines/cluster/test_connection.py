@@ -36,7 +36,7 @@ def test_an_address_where_nothing_answers_is_one_line_at_once(monkeypatch, schem
     began = time.monotonic()
     with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is {address}; nothing answers there .* or unset it") as caught:
         connect()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # Ray itself would try for a minute
     assert "\n" not in str(caught.value)
 
 

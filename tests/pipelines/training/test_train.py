@@ -155,7 +155,7 @@ def wait_until_some_steps_after_a_checkpoint(job, driver, logged=0) -> None:
         time.sleep(0.5)  # each look at the object store costs processor time, which the workers need to start
     while not (steps := curve(job, "ar_loss")[logged:]) or steps[-1][0] % job.checkpoint_every not in (1, 2, 3):
         assert driver.poll() is None, "the command ended before it could be disturbed"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def train_command(job, path, **options) -> subprocess.Popen:
@@ -202,7 +202,7 @@ def broken_run(train_job, ar_bundle, s3_endpoint, tmp_path_factory):
         wait_until_some_steps_after_a_checkpoint(job, driver)
         driver.kill()
     while train_workers():
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert not locations.exists(job.output)
     half = leave_half_a_checkpoint(job)
     with train_command(job, path) as driver:

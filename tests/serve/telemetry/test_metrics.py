@@ -1,6 +1,7 @@
 """Totals and histograms that Prometheus can read."""
 
 import asyncio
+import time
 from contextlib import aclosing
 
 import pytest
@@ -96,7 +97,9 @@ def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_nonzero():
         TextDelta("b", None, UsageCounts(7, 3)),
         TextDelta("c", "length", UsageCounts(7, 5), timing=RequestTiming(queue=0.25, prefill=0.5, decode=2.0)),
     ]
+    began = time.monotonic()
     assert asyncio.run(pass_through(counters, deltas)) == deltas
+    passed = time.monotonic() - began
     values = nonzero(counters)
     sums = {name[0].removesuffix("_sum"): value for name, value in values.items() if name[0].endswith("_sum")}
     counts = {name[0].removesuffix("_count"): value for name, value in values.items() if name[0].endswith("_count")}
@@ -104,7 +107,7 @@ def test_a_text_is_timed_as_it_passes_and_its_replica_s_times_are_nonzero():
     assert counts.pop("tidar:inter_token_latency_seconds") == 2
     assert set(counts.values()) == {1}
     measured = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
-    assert all(sums.pop(f"tidar:{name}_seconds") < 1 for name in measured)
+    assert all(0 < sums.pop(f"tidar:{name}_seconds") <= passed for name in measured)
     assert sums == {
         "tidar:request_queue_time_seconds": 0.25,
         "tidar:request_prefill_time_seconds": 0.5,
