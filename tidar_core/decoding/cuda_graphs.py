@@ -84,6 +84,10 @@ class StepGraphs:
         self._outcomes = _SharedOutcomes(runner)
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
+    def slots(self, batch: int) -> int:
+        """Slots that a step of `batch` sequences computes."""
+        return rounded(batch, self._runner.state.slots, BATCH_BASE)
+
     @property
     def captured(self) -> int:
         """Number of shapes that were captured so far."""
@@ -96,7 +100,7 @@ class StepGraphs:
         scored  the logits of the autoregressive mode are wanted
         """
         state = self._runner.state
-        batch = rounded(batch, state.slots, BATCH_BASE)
+        batch = self.slots(batch)
         used_pages = rounded(used_pages, state.page_table.shape[1], PAGES_BASE)
         key = (batch, plan, used_pages, state.sampling(slice(0, batch)).kind, scored)
         if key not in self._captured:

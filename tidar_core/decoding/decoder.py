@@ -80,6 +80,10 @@ class Decoder:
         """Whether each shape of decode step is captured as a CUDA graph when it is first met, which takes a while."""
         return self._graphs is not None
 
+    def computed_slots(self, batch: int) -> int:
+        """Slots that a step of `batch` sequences computes: more than `batch` if few shapes are captured."""
+        return batch if self._graphs is None else self._graphs.slots(batch)
+
     @property
     def context(self) -> int:
         """Clean tokens of the longest running sequence."""

@@ -8,7 +8,7 @@ Autoregression is always among the candidates.
 """
 
 import time
-from collections.abc import Collection, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, KeysView, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,7 +93,9 @@ def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -
         return FixedMode(mode, block_len)
     assert table is not None, "auto needs a latency table"
     candidates = few_candidates(block_len) if decoder.captures else None
-    return AutoPlanner(table, block_len, candidates, queued=decoder.device.type == "cuda")
+    return AutoPlanner(
+        table, block_len, candidates, queued=decoder.device.type == "cuda", computed_slots=decoder.computed_slots
+    )
 
 
 class AutoPlanner:
@@ -109,13 +111,16 @@ class AutoPlanner:
         candidates: Sequence[Candidate] | None = None,
         *,
         queued: bool = False,
+        computed_slots: Callable[[int], int] = lambda batch: batch,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """candidates  autoregression first; `all_candidates` by default
-        queued      whether a step waits for the prefill before it, as on a device that computes later than it is called
-        clock       seconds, ascending; read before and after each step
+        """candidates      autoregression first; `all_candidates` by default
+        queued          whether a step waits for the prefill before it: the device computes later than it is called
+        computed_slots  slots that a step of a batch computes; the batch by default
+        clock           seconds, ascending; read before and after each step
         """
         self.block_len, self._queued, self._clock = block_len, queued, clock
+        self._computed_slots = computed_slots
         self.latency, self.loop = ServedLatency(table), LoopTime()
         self.candidates = candidates or all_candidates(block_len)
         self.choice = Choice("autoregressive", (StepPlan(1),), 0.0)
@@ -171,7 +176,7 @@ class AutoPlanner:
         self._free_since = self._clock()
         if (launched := self._launched) is not None:
             plan, seconds = launched.plan, self._free_since - launched.began
-            rows, batch = plan.query_tokens(self.block_len), len(launched.requests)
+            rows, batch = plan.query_tokens(self.block_len), self._computed_slots(len(launched.requests))
             if launched.alone or not self._queued:
                 self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
             self._seconds += seconds
@@ -236,7 +241,8 @@ class AutoPlanner:
     def _step_seconds(self, plan: StepPlan, batch: int, context: int) -> float:
         """Expected seconds from one plan to the next."""
         rows, drafts = plan.query_tokens(self.block_len), bool(plan.groups)
-        return self.latency.seconds(rows, batch, context, drafts=drafts) + self.loop.step_seconds
+        slots = self._computed_slots(batch)
+        return self.latency.seconds(rows, slots, context, drafts=drafts) + self.loop.step_seconds
 
     def _chain(self, candidate: Candidate) -> PlanChain:
         if candidate.mode == "single-pass":

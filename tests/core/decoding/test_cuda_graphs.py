@@ -106,6 +106,13 @@ def test_no_captured_shape_keeps_memory_of_its_own(model, scored):
     assert min(recorder.made_bytes) > 0
 
 
+def test_a_captured_step_computes_a_power_of_two_of_slots(model):
+    decoder, _ = capturing(model, rows=6, context_len=64)
+    plain = Decoder(model, DraftConfig(block_len=K), slots=6, context_len=64)
+    assert [decoder.computed_slots(batch) for batch in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    assert [plain.computed_slots(batch) for batch in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_outcomes_of_all_shapes_lie_in_the_same_memory(model):
     decoder, _ = capturing(model, rows=4, context_len=64, page_len=4)
     with torch.inference_mode():

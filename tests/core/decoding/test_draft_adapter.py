@@ -19,6 +19,9 @@ from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
 from tidar_core.errors import WeightsError
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.planner import AutoPlanner
 from tidar_core.transformer.attention import DenseAttention
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS
 from tidar_core.transformer.kv_cache import KVCache
@@ -181,6 +184,19 @@ def test_after_an_exchange_drafts_are_those_of_a_decoder_that_began_with_the_new
         assert not (exchange and captured) or decoder._graphs.captured == known
     assert planners[1].drafts == planners[2].drafts
     assert planners[1].drafts != planners[0].drafts
+
+
+def test_a_scheduler_that_exchanges_drafts_has_its_planner_forget_the_old_ones():
+    old, new = two_adapters()
+    decoder = decoder_of(old)
+    points = tuple(LatencyPoint(rows=r, batch=b, context=9, seconds=1.0) for r in (1, 20) for b in (1, 3))
+    planner = AutoPlanner(LatencyTable(points), K, clock=lambda: 0.0)
+    scheduler, untried = Scheduler(decoder, planner), planner.acceptance.pooled()
+    complete(scheduler, requests(prompts(5, 9), GREEDY))
+    assert planner.acceptance.pooled() != untried
+    scheduler.load_drafts(drafts_of(new))
+    assert planner.acceptance.pooled() == untried
+    assert all(torch.equal(value, drafts_of(new)[name]) for name, value in drafts_of(old).items())
 
 
 @pytest.mark.parametrize("other", [{"rank": 3}, {"link_rank": 5}, {"link_rank": 0}, {"block_len": 5}])

@@ -101,3 +101,12 @@ def test_exchanged_drafts_are_judged_by_themselves(machine):
     served(planner, decoder, DRAFTS["good"], batch=8, tokens=800)
     assert planner.choice.mode != "autoregressive"
     assert planner.acceptance.pooled().whole[1] > 0.8
+
+
+def test_a_batch_costs_as_much_as_the_slots_that_its_captured_steps_compute(machine):
+    """A batch of 5 computes 8 slots, so plans are weighed at 8."""
+    _, known = machine("gpu")
+    rounding = AutoPlanner(known.latency.table, 16, known.candidates, computed_slots=lambda batch: 8)
+    five, eight = [str(i) for i in range(5)], [str(i) for i in range(8)]
+    for found, whole in zip(rounding.weigh(five, 500), known.weigh(eight, 500)):
+        assert found.tokens_per_second == pytest.approx(whole.tokens_per_second * 5 / 8)
