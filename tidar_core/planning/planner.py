@@ -9,7 +9,7 @@ Autoregression is always among the candidates.
 
 import time
 from collections.abc import Callable, Collection, KeysView, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from typing import Any
 
 from tidar_core.decoding.decoder import Decoder
@@ -182,12 +182,15 @@ class AutoPlanner:
             self._seconds += seconds
             self._launched, self._served = None, launched.requests
         self.loop.add_step(sum(len(step.token_ids) for step in steps))
+        individual = len(steps) <= MAX_INDIVIDUAL_BATCH
         for step in steps:
             if step.verified > 1:
-                own = self._own.setdefault(step.request_id, _Own(Acceptance(self.block_len)))
-                for acceptance in (own.acceptance, self.acceptance):
-                    acceptance.observe(step, own.regime)
-                own.regime, own.verifications = regime_after(own.regime, step), own.verifications + 1
+                own = self._own.get(step.request_id) or self._own.setdefault(step.request_id, _Own(self.block_len))
+                self.acceptance.observe(step, own.regime)
+                if individual:
+                    own.acceptance.observe(step, own.regime)
+                    own.verifications += 1
+                own.regime = regime_after(own.regime, step)
             if step.finish_reason is not None:
                 self._own.pop(step.request_id, None)
 
@@ -356,11 +359,15 @@ class _Launched:
 
 @dataclass(slots=True)
 class _Own:
-    """Counts and regime of one request."""
+    """Counts and regime of one request; what it verified in a larger batch counts for all requests alone."""
 
-    acceptance: Acceptance
+    block_len: InitVar[int]
+    acceptance: Acceptance = field(init=False)
     regime: int = NONE
     verifications: int = 0
+
+    def __post_init__(self, block_len: int) -> None:
+        self.acceptance = Acceptance(block_len)
 
 
 @dataclass(frozen=True, slots=True)
