@@ -50,7 +50,7 @@ forecast is never exact."""
 FIRST_REVIEW, LONGEST_REVIEW = 4, 256
 """Decode steps before a new choice is reviewed, and the most between later reviews. The gap doubles as long as the
 choice stays the same."""
-REVIEW_SHARE, REVIEW_CREDIT = 0.004, 0.03
+REVIEW_SHARE, REVIEW_CREDIT = 0.003, 0.02
 """Share of the time that reviews may take, and the seconds beyond it that the first reviews may take."""
 MAX_INDIVIDUAL_BATCH = 1
 """Largest batch in which each request counts with its own acceptance rates, because texts differ much. A larger batch
