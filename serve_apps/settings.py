@@ -96,7 +96,7 @@ class ServeSettings(BaseModel):
     such processes. A GPU that admits only one process (EXCLUSIVE_PROCESS) needs false."""
     timing_seconds: Annotated[float, Field(gt=0)] = 20.0
     """Longest time for timing decode steps before the first request, if mode is `auto` and there is no latency table.
-    Other decode steps are predicted; later measurements correct the predictions."""
+    A formula fitted to them gives the time of other steps; served steps correct it."""
     threads: Positive | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 
