@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,25 @@ from tidar_core.decoding.decoder import Decoder
 from tidar_core.transformer.shapes import named_shape
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+@cache
+def served_tokenizer():
     return chat_tokenizer("qwen2.5", trained_on=[Path(contextlib.__file__).read_text()])
 
 
-@pytest.fixture(scope="session")
-def model(tokenizer):
-    shape = named_shape("tiny", vocab_len=tokenizer.vocab_len)
+@cache
+def served_model():
+    shape = named_shape("tiny", vocab_len=served_tokenizer().vocab_len)
     return wide_model(replace(shape, context_len=4096), seed=5)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return served_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model():
+    return served_model()
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +65,12 @@ def saved(tmp_path_factory, tokenizer, model):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def latency_table(model):
-    """Short timings of decode steps in the cache: without them, each start in mode `auto` times for up to 20 s."""
-    decoder = Decoder(model, DraftConfig(block_len=4), slots=16)
+def latency_table():
+    """Short timings of decode steps in the cache: without them, each start in mode `auto` times for up to 20 s.
+
+    Modules may have a model and a tokenizer of their own, so neither is a fixture here.
+    """
+    decoder = Decoder(served_model(), DraftConfig(block_len=4), slots=16)
     return bundle_table("a bundle without a table", decoder, budget=1.0)
 
 

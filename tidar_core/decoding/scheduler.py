@@ -162,7 +162,8 @@ class Scheduler:
         self._read = 0
         if self._line and self._free:
             drafts = self.planner.begin_prefill()
-            steps += self.prefill(self._pace.tokens(len(self.decoder.running)), drafts=drafts)
+            most = self._pace.tokens(len(self.decoder.running))
+            steps += self.prefill(max_tokens=most, drafts=drafts)
             self.planner.end_prefill()
         return steps
 
