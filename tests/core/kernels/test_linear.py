@@ -24,7 +24,9 @@ from tidar_core.transformer.shapes import named_shape
 SMALL = 2 * torch.finfo(torch.float32).eps * 300
 """Sums of up to 300 products of values about 1, in another order."""
 
-packing = pytest.mark.skipif(not linears._packs(2**20, torch.bfloat16, "cpu"), reason="oneDNN does not pack bf16 here")
+packing = pytest.mark.skipif(
+    not linears._packs(2**20, torch.bfloat16, "cpu", True), reason="oneDNN does not pack bf16 here"
+)
 
 
 UNTIED = replace(named_shape("tiny"), tied_head=False)
@@ -89,8 +91,9 @@ def test_small_fp32_weights_and_all_weights_of_a_gpu_stay_plain():
     model = wide_model(named_shape("tiny"))
     prepare_for_decoding(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    assert not linears._packs(2**30, torch.bfloat16, "cuda")
-    assert not linears._packs(2**30, torch.float16, "cpu")
+    assert not linears._packs(2**30, torch.bfloat16, "cuda", True)
+    assert not linears._packs(2**30, torch.float16, "cpu", True)
+    assert not linears._packs(2**30, torch.float32, "cpu", False), "for one query token the plain form is faster"
 
 
 @packing
@@ -195,3 +198,13 @@ def test_quantised_weights_of_a_gpu_are_refused():
     model = random_model(named_shape("tiny"), torch.float32, torch.device("meta"))
     with pytest.raises(ConfigError, match="int8 needs a CPU with oneDNN; leave weights out"):
         prepare_for_decoding(model, "int8")
+
+
+def test_drafts_of_a_quantised_model_are_exchanged_and_change_no_text():
+    model, other = adapted_model(UNTIED), adapted_model(UNTIED, seed=7)
+    prepare_for_decoding(model, "int8")
+    expected = expected_texts(model, prompts(3, 17, 9), GREEDY)
+    decoder = Decoder(model, DraftConfig(block_len=4), slots=3)
+    decoder.load_drafts({name: w for name, w in other.named_parameters() if name.startswith("adapter.")})
+    assert torch.equal(model.adapter.mask, other.adapter.mask)
+    assert texts_of(model, "single-pass") == expected
