@@ -152,6 +152,8 @@ class TrainJob(Job):
     adapter_shifted: bool = False
     """Whether masks have the rotary phase of the position before theirs, and so predict the next token as the
     checkpoint's own tokens do."""
+    link_reads_state: bool = False
+    """Whether the link of an adapter reads the mask's hidden state beside the token before it (arXiv 2507.11851)."""
     base: str | None = None
     """Address of the checkpoint's files, which the bundle of an adapter names instead of holding a copy of them."""
     block_len: Positive = 16
@@ -259,8 +261,9 @@ class TrainJob(Job):
         if self.drafts == "whole":
             return None
         return AdapterConfig(
-            rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places, shifted=self.adapter_shifted
-        )
+            rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places,
+            shifted=self.adapter_shifted, link_reads_state=self.link_reads_state,
+        )  # fmt: skip
 
     @property
     def recipe(self) -> Recipe:
@@ -285,7 +288,7 @@ class TrainJob(Job):
     def one_kind_of_drafts(self) -> Self:
         """Check that the fields fit the kind of drafts that the model learns."""
         kind = type(self).model_fields
-        of_adapters = ("adapter_rank", "adapter_places", "adapter_shifted", "base")
+        of_adapters = ("adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state", "base")
         given = [name for name in (*of_adapters, "alpha", "mask_start", "shape")
                  if getattr(self, name) != kind[name].default]  # fmt: skip
         try:
@@ -296,6 +299,8 @@ class TrainJob(Job):
         for name in given:
             if (name in of_adapters) == (self.drafts == "whole"):
                 raise ValueError(f"{name} is given and drafts is {self.drafts}, which has no use for it; leave it out")
+        if self.link_reads_state and self.link_rank is None:
+            raise ValueError("link_reads_state is true and there is no link_rank; give the rank of the link")
         if self.adapter is not None and self.objective == "ar":
             raise ValueError("objective is ar and drafts is adapter, which trains drafts alone; give objective: dual")
         return self

@@ -76,6 +76,8 @@ class AdapterConfig:
     shifted: bool = False
     """Whether a mask has the rotary phase of the position before its own. It then predicts the next token, as each
     token of the frozen checkpoint does."""
+    link_reads_state: bool = False
+    """Whether the link, if there is one, reads the mask's hidden state beside the token before it."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"adapter rank is {self.rank}; it must be at least 1")

@@ -7,6 +7,7 @@ second run reuses finished jobs and resumes the others.
 """
 
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,7 @@ LEARNING_RATE = 3e-3
 """High, because the budget allows only some hundred train steps (docs/experiments.md)."""
 ANSWERED, ANSWER_TOKENS = 0.6, 64
 """Share of the prompts that are answered, and the most tokens of an answer: each is trained several times."""
-PROBE_STEPS = 4
+PROBE_STEPS = 5
 """Timed train steps, after one that warms up."""
 COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
 """Prompts of each file, two of each kind, and the most tokens that are generated for each."""
@@ -246,4 +247,4 @@ def _precision_and_steps(site: Site, base: str, seconds: float) -> tuple[str, in
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return job.precision, steps_within(seconds, sum(times[1:]) / PROBE_STEPS)
+    return job.precision, steps_within(seconds, statistics.median(times[1:]))

@@ -33,7 +33,7 @@ __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "re
 
 NOT_RECORDED = asdict(Recipe()) | {
     name: TrainJob.model_fields[name].default
-    for name in ("drafts", "adapter_rank", "adapter_places", "adapter_shifted")
+    for name in ("drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state")
 }
 """Fields of a run whose checkpoints do not name them, because it began before these fields existed."""
 

@@ -70,14 +70,13 @@ def _seconds(job: TrainJob, model: ModelConfig, row_len: int) -> tuple[float | N
 def sample_seconds(jobs: Sequence[TrainJob], model: ModelConfig, row_len: int) -> list[float] | None:
     """Seconds that each of these jobs, whose precision may differ, needs for forward and backward of a small sample.
 
-    The jobs take turns. `None` for a model that is too large to be timed in seconds.
+    `None` for a model that is too large to be timed in seconds.
     """
-    sample, length = _sample(model), min(row_len, SAMPLE_TOKENS)
+    sample, length = _sample(model), min(row_len, SAMPLE_TOKENS // 4)
     if sample is None:
         return None
     with _threads(jobs[0].cpus_per_worker):
-        turns = [[_forward_backward(job, sample, length) for job in jobs] for _ in range(2)]
-    return [min(times) for times in zip(*turns)]
+        return [_forward_backward(job, sample, length) for job in jobs]
 
 
 def _sample(model: ModelConfig) -> ModelConfig | None:

@@ -10,14 +10,15 @@ from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter
 from tidar_core.transformer.model import DraftLink
 
 
-def save_drafts_bundle(folder, checkpoint, *, seed, base_uri=None, rank=4, link_rank=4):
+def save_drafts_bundle(folder, checkpoint, *, seed, base_uri=None, rank=4, link_rank=4, **choices):
     """A bundle of the checkpoint in a folder, K = 4.
 
     base_uri  address of the checkpoint that the bundle names; by default it holds a copy
+    choices   further fields of the adapter's config
     """
     model, generator = load_bundle(checkpoint).model, torch.Generator().manual_seed(seed)
-    model.config = replace(model.config, adapter=AdapterConfig(rank=rank, block_len=4), link_rank=link_rank)
-    model.adapter, model.link = DraftAdapter(model.config), DraftLink(model.config.vocab_size, link_rank)
+    model.config = replace(model.config, adapter=AdapterConfig(rank=rank, block_len=4, **choices), link_rank=link_rank)
+    model.adapter, model.link = DraftAdapter(model.config), DraftLink(model.config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith(DRAFT_WEIGHTS):

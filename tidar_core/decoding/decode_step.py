@@ -101,8 +101,10 @@ class DecodeStepRunner:
     def refresh_drafts(self) -> None:
         """Compute anew, in the same memory, all that was computed of the weights of adapter and link."""
         self._forward.refresh_adapter()
-        if self.model.link is not None and self._link_VV is not None:
-            self._link_VV.copy_(self.model.link.table())
+        if self._link_VV is not None and self.model.link is not None:
+            table_VV = self.model.link.table()
+            assert table_VV is not None, "a link with a table keeps it"
+            self._link_VV.copy_(table_VV)
 
     def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
         """Read a chunk of one sequence whose first token has position `start`.
@@ -176,7 +178,7 @@ class DecodeStepRunner:
         if sampling.trusts_ar:
             return ar_BRV
         beta_B11 = sampling.beta_B[:, None, None]
-        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE), token_BR).float()
+        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE), token_BR, first_masks_BRE).float()
         mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * diffusion_BRV
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 
@@ -196,29 +198,31 @@ class DecodeStepRunner:
         if width == 1 or not tensors.plan.groups:
             return
         index_BR, guessed_BR = (x.index_select(0, outcome_B) for x in (tensors.draft_index_NM, tensors.guessed_NM))
-        chosen = _chosen(hidden_BRE if logits_BRV is None else logits_BRV, index_BR)
-        logits_BRV = self.model.head(chosen) if logits_BRV is None else chosen
+        masks_BRE = _chosen(hidden_BRE, index_BR)
+        logits_BRV = self.model.head(masks_BRE) if logits_BRV is None else _chosen(logits_BRV, index_BR)
         first_B1, drafted = first_B[:, None], slice(1, width)
-        drawn, proposals = zip(*self._drawn(logits_BRV, first_B1, slots, sampling))
+        drawn, proposals = zip(*self._drawn(logits_BRV, masks_BRE, first_B1, slots, sampling))
         state.draft[slots, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B1)
         if state.proposal is not None:
             kept_BRV = state.proposal[slots, drafted]
             state.proposal[slots, drafted] = torch.where(guessed_BR[..., None], torch.cat(proposals, 1), kept_BRV)
 
     def _drawn(
-        self, logits_BRV: Tensor, before_B1: Tensor, slots: slice, sampling: SamplingTensors
+        self, logits_BRV: Tensor, masks_BRE: Tensor, before_B1: Tensor, slots: slice, sampling: SamplingTensors
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Drafts and the distributions that they were drawn from, or logits where no distribution is kept.
 
         All at once, or one by one where each draft is linked to the draft before it.
 
+        masks_BRE  hidden states of the masks
         before_B1  the token before the first
         """
         drafts = logits_BRV.shape[1]
         position_BR = self.state.prefix_len[slots, None] + self._ahead_K[:drafts]
         at_once = drafts if self.model.link is None else 1
-        for logits, position in zip(logits_BRV.split(at_once, 1), position_BR.split(at_once, 1)):
-            linked = self._linked(logits, before_B1)
+        parts = (x.split(at_once, 1) for x in (logits_BRV, masks_BRE, position_BR))
+        for logits, masks, position in zip(*parts):
+            linked = self._linked(logits, before_B1, masks)
             if self.state.proposal is None:
                 before_B1 = likeliest(linked)
                 yield before_B1, linked
@@ -227,10 +231,10 @@ class DecodeStepRunner:
                 before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
                 yield before_B1, proposal
 
-    def _linked(self, logits: Tensor, before: Tensor) -> Tensor:
+    def _linked(self, logits: Tensor, before: Tensor, masks: Tensor) -> Tensor:
         """See `TidarModel.linked`; the link's logits are looked up if there is a table of them."""
         if self._link_VV is None:
-            return self.model.linked(logits, before)
+            return self.model.linked(logits, before, masks)
         return logits + F.embedding(before, self._link_VV)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:

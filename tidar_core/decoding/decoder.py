@@ -253,7 +253,12 @@ class Decoder:
         sequence = self.running[slot]
         assert sequence.rules is not None
         masks_RE = hidden_RE[block.first_mask + 1 : block.first_mask + block.pending]
-        self.redraft(sequence, sequence.rules.adjust_drafts(self.model.head(masks_RE), self.model.linked))
+        logits_RV = self.model.head(masks_RE)
+
+        def linked(mask: int, before_1: Tensor) -> Tensor:
+            return self.model.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
+
+        self.redraft(sequence, sequence.rules.adjust_drafts(logits_RV, linked))
 
     def _scored(self, sequence: Sequence, step: DecodeStep, ar_logits_RV: Tensor | None) -> DecodeStep:
         """Add the log-probabilities that the request wants to a step."""

@@ -119,23 +119,22 @@ class LogitRules:
             logits_CV = self._penalised(logits_CV, self._count_V, drafts)
         return logits_CV
 
-    def adjust_drafts(
-        self, logits_RV: Tensor, linked: Callable[[Tensor, Tensor], Tensor] = lambda logits, before: logits
-    ) -> list[int]:
+    def adjust_drafts(self, logits_RV: Tensor, linked: Callable[[int, Tensor], Tensor] | None = None) -> list[int]:
         """Drafts d_2.., R of them or fewer, within the rules.
 
         From left to right, each is the likeliest token that the rules allow after the drafts before it. The drafts
         stop where the text ends.
 
         logits_RV  logits of the masks that draft d_2..d_{R+1}; d_1 is committed already
-        linked     logits of a mask [1, V], and the token before it [1] -> logits: `TidarModel.linked`
+        linked     corrected logits [1, V] of a mask, given its index and the token before it [1]: `TidarModel.linked`
         """
         drafts: list[int] = []
-        for logits_V in logits_RV:
+        for index, logits_V in enumerate(logits_RV):
             if drafts:
                 self.commit(drafts[-1:])
             before_1 = torch.tensor(self._output[-1:], device=self._device)
-            drafts.append(int(self.adjust(linked(logits_V[None], before_1)).argmax()))
+            logits_1V = logits_V[None] if linked is None else linked(index, before_1)
+            drafts.append(int(self.adjust(logits_1V).argmax()))
             if drafts[-1] in self._ends:
                 break
         self._retract(len(drafts) - 1)

@@ -32,7 +32,7 @@ LOGITS_AT_ONCE_CUDA = 2**29
 pass."""
 
 Head = Callable[[Tensor], Tensor]
-Link = Callable[[Tensor], Tensor] | None
+Link = Callable[[Tensor, Tensor], Tensor] | None
 TokenLosses = tuple[Tensor, Tensor, Tensor]
 """Loss of each label, with gradients; its cross-entropy alone, without; whether the likeliest token is the label."""
 ChunkLoss = Callable[..., TokenLosses]
@@ -121,7 +121,7 @@ def chunk_loss(
         label_N = -logprob_NV.gather(-1, label_N1)[:, 0]
         return label_N if blend is None else blend.cross_entropy(logprob_NV), label_N.detach()
 
-    linked_NV = logits_NV if link is None or before_N is None else logits_NV + link(before_N)
+    linked_NV = logits_NV if link is None or before_N is None else logits_NV + link(before_N, hidden_NE)
     hit_N = linked_NV.argmax(-1) == target_N
     loss_N, cross_entropy_N = compared(linked_NV)
     if link is not None and unlinked is not None:

@@ -221,7 +221,7 @@ def start_draft_link(model: TidarModel, rank: int, *, seed: int) -> None:
     table, model.config = model.embedding.weight, linked_config(model.config, rank)
     if model.link is not None:
         return
-    model.link = DraftLink(model.config.vocab_size, rank)
+    model.link = DraftLink(model.config)
     model.link.start(torch.Generator().manual_seed(seed))
     model.link.to(table.device, table.dtype)
 

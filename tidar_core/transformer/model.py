@@ -33,7 +33,7 @@ class TidarModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
-        self.link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
+        self.link = DraftLink(config) if config.link_rank else None
         self.adapter = DraftAdapter(config) if config.adapter else None
         self.tie()
         self.recompute = False
@@ -75,9 +75,12 @@ class TidarModel(nn.Module):
             return checkpoint(layer, hidden, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(hidden, *inputs)
 
-    def linked(self, logits: Tensor, before: Tensor) -> Tensor:
-        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known."""
-        return logits if self.link is None else logits + self.link(before)
+    def linked(self, logits: Tensor, before: Tensor, hidden: Tensor) -> Tensor:
+        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known.
+
+        hidden  hidden states of the masks [.., E]
+        """
+        return logits if self.link is None else logits + self.link(before, hidden)
 
     def tie(self) -> None:
         """Use the embedding table as the head, if the config has `tied_head`."""
@@ -144,28 +147,36 @@ class DraftLink(nn.Module):
     """Logits that a token adds to those of the mask behind it, from a table of low rank.
 
     The masks of a block cannot know each other's tokens, so their likeliest tokens do not fit together. One product of
-    rank r conditions each draft on the draft before it, like the heads of Hydra (arXiv 2402.05109).
+    rank r conditions each draft on the draft before it, like the heads of Hydra (arXiv 2402.05109). The link of an
+    adapter may read the mask's hidden state too, like the sampler of arXiv 2507.11851.
     """
 
-    def __init__(self, vocab_size: int, rank: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.before = nn.Parameter(torch.empty(vocab_size, rank))
-        self.after = nn.Parameter(torch.empty(vocab_size, rank))
+        self.before = nn.Parameter(torch.empty(config.vocab_size, config.link_rank))
+        self.after = nn.Parameter(torch.empty(config.vocab_size, config.link_rank))
+        self.state: nn.Parameter | None = None
+        if config.adapter is not None and config.adapter.link_reads_state:
+            self.state = nn.Parameter(torch.empty(config.link_rank, config.hidden_size))
 
-    def forward(self, before: Tensor) -> Tensor:
-        """Logits [.., V] to add, given the tokens before [..]."""
-        return F.linear(F.embedding(before, self.before), self.after)
+    def forward(self, before: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [.., V] to add, given the tokens before [..] and the masks' hidden states [.., E]."""
+        read = F.embedding(before, self.before)
+        if self.state is not None:
+            read = F.silu(read + F.linear(hidden, self.state))
+        return F.linear(read, self.after)
 
-    @torch.no_grad()
-    def table(self) -> Tensor:
-        """Logits [V, V] to add after every token."""
-        return self(torch.arange(len(self.before), device=self.before.device))
+    def table(self) -> Tensor | None:
+        """Logits [V, V] to add after every token; None if they depend on hidden states."""
+        return None if self.state is not None else F.linear(self.before, self.after).detach()
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
         """Set weights with which the link adds 0: the model then equals the model without a link."""
         self.before.copy_(torch.randn(self.before.shape, generator=generator))
         self.after.zero_()
+        if self.state is not None:
+            self.state.copy_(torch.randn(self.state.shape, generator=generator) / math.sqrt(self.state.shape[1]))
 
 
 class Layer(nn.Module):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from frozen import save_drafts_bundle
+from hf_folders import save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
@@ -104,3 +106,12 @@ def test_a_bundle_on_an_object_store_is_the_same_bundle(s3_bucket, model, tokeni
     loaded = load_bundle(f"{s3_bucket}/m/bundle")
     assert torch.equal(loaded.model.state_dict()["embedding.weight"], model.state_dict()["embedding.weight"])
     assert {entry.name.rpartition("/")[0] for entry in locations.list_files(s3_bucket)} == {"m/bundle"}
+
+
+def test_choices_of_an_adapter_are_read_as_they_were_written(tokenizer, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "base", tokenizer)
+    choices = {"shifted": True, "link_reads_state": True, "places": ("qkv", "down")}
+    loaded = load_bundle(save_drafts_bundle(tmp_path / "bundle", checkpoint, seed=1, **choices)).model
+    assert {name: getattr(loaded.config.adapter, name) for name in choices} == choices
+    assert loaded.link.state.shape == (4, loaded.config.hidden_size)
+    assert loaded.link.state.abs().max() > 0

@@ -31,9 +31,12 @@ K = 4
 SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, top_k=50, seed=6)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shifted"])
+KINDS = {"plain": {}, "shifted": {"shifted": True}, "link of state": {"link_reads_state": True}}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def adapted(request):
-    return adapted_model(link_rank=4, shifted=request.param)
+    return adapted_model(link_rank=4, **request.param)
 
 
 @torch.no_grad()
@@ -92,9 +95,10 @@ def test_captured_steps_give_the_results_of_plain_steps(adapted, kind):
     assert [c.token_ids for c in done[0]] == [c.token_ids for c in done[1]]
 
 
-def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted):
+@pytest.mark.parametrize("rules", [{}, {"logit_bias": ((500, -1e-9),)}], ids=["no rules", "a rule that bans nothing"])
+def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted, rules):
     every_id = tuple(range(500, 512))
-    greedy = replace(GREEDY, max_tokens=8)
+    greedy = replace(GREEDY, max_tokens=8, **rules)
     decoder = Decoder(adapted, DraftConfig(block_len=K), slots=1, context_len=64)
     scheduler = Scheduler(decoder)
     prefilled(scheduler, requests([every_id], greedy)[0])
@@ -106,8 +110,10 @@ def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted):
         masks = adapted.head(hidden)[0, 12:]
         chain = [generate_autoregressive(adapted, every_id, greedy)[0]]
         for j in range(1, K):
-            link = adapted.link.after @ adapted.link.before[chain[-1]]
-            chain.append(int((masks[j] + link).argmax()))
+            read = adapted.link.before[chain[-1]]
+            if adapted.link.state is not None:
+                read = torch.nn.functional.silu(read + adapted.link.state @ hidden[0, 12 + j])
+            chain.append(int((masks[j] + adapted.link.after @ read).argmax()))
     assert drafts == chain
 
 

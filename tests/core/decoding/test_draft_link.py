@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
 from oracles import documents_row
-from tiny import wide_model
+from tiny import adapted_model, wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.completion import complete
@@ -18,7 +18,7 @@ from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
-from tidar_core.training.losses import dual_mode_loss, label_counts, loss_sums
+from tidar_core.training.losses import chunk_loss, dual_mode_loss, label_counts, loss_sums
 from tidar_core.training.objective import Objective
 from tidar_core.training.recipe import Recipe, start_draft_link
 from tidar_core.transformer.attention import DenseAttention
@@ -183,3 +183,19 @@ def test_a_link_of_another_rank_is_refused():
         start_draft_link(model, 8, seed=0)
     with pytest.raises(ConfigError, match="link_rank is 0; it must be 1 or more, or left out"):
         Recipe(link_rank=0)
+
+
+def test_a_link_may_read_the_masks_hidden_state_and_learns_to():
+    adapted = adapted_model(link_rank=4, link_reads_state=True)
+    hidden = torch.randn(5, adapted.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    before, target = torch.arange(5), torch.arange(5, 10)
+    loss, *_ = chunk_loss(adapted.head, hidden, target, None, before, None, 0.0, adapted.link)
+    for n in range(5):
+        read = adapted.link.before[n] + adapted.link.state @ hidden[n]
+        logits = adapted.head.weight @ hidden[n] + adapted.link.after @ (read * read.sigmoid())
+        assert loss[n].item() == pytest.approx(-logits.log_softmax(-1)[n + 5].item(), rel=1e-4)
+    loss.sum().backward()
+    assert adapted.link.state.grad.abs().max() > 0
+    assert adapted.link.table() is None
+    adapted.link.start(torch.Generator().manual_seed(0))
+    assert adapted.link(before, hidden).abs().max() == 0

@@ -37,7 +37,7 @@ def attach_drafts(model: TidarModel, folder: Path, drafts: DraftsInfo) -> None:
     config, table, path = drafts.config(model.config), model.embedding.weight, folder / DRAFTS
     with torch.device("meta"):
         adapter = DraftAdapter(config)
-        link = DraftLink(config.vocab_size, config.link_rank) if config.link_rank else None
+        link = DraftLink(config) if config.link_rank else None
     wanted = {f"adapter.{name}": value for name, value in adapter.named_parameters()}
     if link is not None:
         wanted |= {f"link.{name}": value for name, value in link.named_parameters()}
