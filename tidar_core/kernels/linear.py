@@ -21,9 +21,9 @@ __all__ = ["PackedLinear", "held_bytes", "prepare_for_decoding", "weight_bytes"]
 
 PACKED_ENTRIES = {torch.float32: 786_432, torch.bfloat16: 0}
 """Fewest entries of a weight that is packed, by dtype. In fp32 the packed form costs a tenth more or worse for one
-query token, and about two thirds for eight. So fp32 weights are packed only for models that draft. In smaller weights
-eight query tokens gain nothing. Measured with AMX and without. A fixed rule keeps fp32 results the same from start to
-start, which a choice by timing would not."""
+query token, and about two thirds for eight. In smaller weights eight query tokens gain nothing. Measured with AMX and
+without. A fixed rule keeps fp32 results the same from start to start, bit for bit. With and without drafts, those of a
+checkpoint are the same too."""
 
 
 class PackedLinear(HeldLinear):
@@ -68,11 +68,11 @@ def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
     model.weights = weights
     for owner, name in _places(model):
         linear: Any = getattr(owner, name)
-        form = _form(linear.weight, device, weights, model.config.drafting)
+        form = _form(linear.weight, device, weights)
         if form is not None:
             setattr(owner, name, form(linear.weight, linear.bias))
     table: Tensor = model.head.weight
-    form = _form(table, device, weights and "int8", model.config.drafting)
+    form = _form(table, device, weights and "int8")
     if form is not None:
         model.head = form(table, model.head.mask_bias(table))  # type: ignore[assignment]
 
@@ -91,7 +91,7 @@ def held_bytes(model: TidarModel, device: str, weights: str | None) -> int:
     forms = [(getattr(owner, name).weight, weights) for owner, name in _places(model)]
     total = weight_bytes(model)
     for weight, bits in [*forms, (model.head.weight, weights and "int8")]:
-        form = _form(weight, device, bits, model.config.drafting)
+        form = _form(weight, device, bits)
         if form is not None:
             (out, width), size = weight.shape, weight.element_size()
             total += form.bytes_of(out, width, size) - weight.numel() * weight.element_size()
@@ -109,19 +109,19 @@ def _places(model: TidarModel) -> list[tuple[Any, str]]:
     return found
 
 
-def _form(weight: Tensor, device: str, weights: str | None, drafts: bool) -> type[HeldLinear] | None:
+def _form(weight: Tensor, device: str, weights: str | None) -> type[HeldLinear] | None:
     """Form in which a device of this kind holds a weight; None: as it is."""
     if weights is not None:
         return Int8Linear if weights == "int8" else Int4Linear
-    return PackedLinear if _packs(weight.numel(), weight.dtype, device, drafts) else None
+    return PackedLinear if _packs(weight.numel(), weight.dtype, device) else None
 
 
-def _packs(entries: int, dtype: torch.dtype, device: str, drafts: bool) -> bool:
+def _packs(entries: int, dtype: torch.dtype, device: str) -> bool:
     if device != "cpu" or platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     if dtype not in PACKED_ENTRIES or entries < PACKED_ENTRIES[dtype]:
         return False
-    return drafts if dtype == torch.float32 else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _require_groups(model: TidarModel) -> None:

@@ -11,6 +11,7 @@ from decoding import GREEDY, expected_texts, prompts, requests
 from tiny import adapted_model, wide_model
 
 from tidar_core.config import DraftConfig
+from tidar_core.decoding.autoregressive import score
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
@@ -24,9 +25,7 @@ from tidar_core.transformer.shapes import named_shape
 SMALL = 2 * torch.finfo(torch.float32).eps * 300
 """Sums of up to 300 products of values about 1, in another order."""
 
-packing = pytest.mark.skipif(
-    not linears._packs(2**20, torch.bfloat16, "cpu", True), reason="oneDNN does not pack bf16 here"
-)
+packing = pytest.mark.skipif(not linears._packs(2**20, torch.bfloat16, "cpu"), reason="oneDNN does not pack bf16 here")
 
 
 UNTIED = replace(named_shape("tiny"), tied_head=False)
@@ -91,9 +90,20 @@ def test_small_fp32_weights_and_all_weights_of_a_gpu_stay_plain():
     model = wide_model(named_shape("tiny"))
     prepare_for_decoding(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    assert not linears._packs(2**30, torch.bfloat16, "cuda", True)
-    assert not linears._packs(2**30, torch.float16, "cpu", True)
-    assert not linears._packs(2**30, torch.float32, "cpu", False), "for one query token the plain form is faster"
+    assert not linears._packs(2**30, torch.bfloat16, "cuda")
+    assert not linears._packs(2**30, torch.float16, "cpu")
+
+
+def test_a_checkpoint_has_the_same_bits_with_and_without_drafts(monkeypatch):
+    monkeypatch.setitem(linears.PACKED_ENTRIES, torch.float32, 0)
+    adapted, logprobs = adapted_model(UNTIED), []
+    plain = wide_model(replace(UNTIED, mask_id=None))
+    plain.load_state_dict(adapted.state_dict(), strict=False)
+    for model in (plain, adapted):
+        prepare_for_decoding(model)
+        assert isinstance(model.layers[0].mlp.down, PackedLinear) == linears._packs(1, torch.float32, "cpu")
+        logprobs.append(score(model, prompts(40)[0]).logprob_L)
+    assert torch.equal(*logprobs)
 
 
 @packing
