@@ -58,7 +58,7 @@ VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
 ADAPTER_RANK, LINK_RANK = 32, 64
 LEARNING_RATE = 3e-3
-"""High, because the budget allows only some hundred train steps (docs/experiments.md)."""
+"""High, because the budget allows only about a hundred train steps (docs/experiments.md)."""
 ANSWERED, ANSWER_TOKENS = 0.6, 64
 """Share of the prompts that are answered, and the most tokens of an answer: each is trained several times."""
 PROBE_STEPS = 5

@@ -13,6 +13,7 @@ int4  Each run of 32 inputs of an output channel has a scale and a least value, 
 Shape letters: T tokens, I features in, O features out, N groups of a channel.
 """
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,7 @@ TINY = 1e-30
 """Least scale, so that zeros are divided by no zero."""
 
 
-class HeldLinear(nn.Module):
+class HeldLinear(nn.Module, ABC):
     """A linear map whose weight is in a form of its own; it has no gradient."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -42,9 +43,9 @@ class HeldLinear(nn.Module):
         """Bytes of the weight in its form."""
 
     @staticmethod
+    @abstractmethod
     def bytes_of(out: int, width: int, itemsize: int) -> int:
         """Bytes of a weight [O, I] in this form."""
-        raise NotImplementedError
 
 
 class Int8Linear(HeldLinear):
