@@ -46,5 +46,15 @@ def import_model(
 def _refuse_other_work(output: str) -> None:
     """Raise UserError if another command made the folder at `output`."""
     note = locations.join(output, MADE_BY)
-    if locations.exists(note) and locations.read_json(note).get("job", {}).get("command") != "import":
+    if locations.exists(note) and _command_in(note) != "import":
         raise UserError(f"{output} was not made by tidar import; remove it or give another output folder")
+
+
+def _command_in(note: str) -> Any:
+    """The command that a made_by.json names; None if it names no command."""
+    try:
+        found = locations.read_json(note)
+    except ValueError:
+        return None
+    job = found.get("job") if isinstance(found, dict) else None
+    return job.get("command") if isinstance(job, dict) else None

@@ -222,7 +222,10 @@ def _whole(uri: str, files: Mapping[str, FileEntry]) -> Checkpoint | None:
     expected = int(names[0].removesuffix(".json").rpartition("-")[2]) if names else 0
     if names != [f"part-{part:05d}-of-{expected:05d}.json" for part in range(expected)] or not expected:
         return None
-    notes = _notes([files[name].uri for name in names])
+    try:
+        notes = _notes([files[name].uri for name in names])
+    except (ValueError, KeyError, TypeError):  # a damaged note
+        return None
     if any(note.file not in files or files[note.file].size != note.bytes for note in notes):
         return None
     return Checkpoint(uri=uri, notes=tuple(notes))

@@ -52,17 +52,27 @@ def finished_bundle(job: TrainJob, manifest: Manifest) -> BundleInfo | None:
     """The bundle at the job's output, if this same job made it from these shards. Raises ConfigError for another."""
     if not locations.exists(locations.join(job.output, BUNDLE_JSON)):
         return None
-    made_by = locations.read_json(locations.join(job.output, MADE_BY))
     info = read_bundle_info(job.output)
+    recorded = _recorded_job(job.output)
     if (
-        _as_recorded(job.model_dump(mode="json"), made_by["job"]) != made_by["job"]
-        or info.lineage["shards"] != manifest.identity
+        _as_recorded(job.model_dump(mode="json"), recorded) != recorded
+        or info.lineage.get("shards") != manifest.identity
     ):
         raise ConfigError(
             f"{job.output} holds the bundle of another job or of other shards; give this one another output, or remove "
             f"{job.output} and {run_folder(job.output)}"
         )
     return info
+
+
+def _recorded_job(uri: str) -> dict[str, Any]:
+    """The job in the made_by.json of a bundle; empty if it holds none, as in a bundle of others."""
+    try:
+        found = locations.read_json(locations.join(uri, MADE_BY))
+    except ValueError:
+        return {}
+    job = found.get("job") if isinstance(found, dict) else None
+    return job if isinstance(job, dict) else {}
 
 
 def check_start(job: TrainJob, manifest: Manifest) -> Checkpoint | None:
@@ -141,7 +151,7 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
 
 def _as_recorded(fields: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """These fields of a job with the recorded precision, if they leave it to the machine."""
-    chosen = {"precision": recorded["precision"]} if fields["precision"] == "auto" else {}
+    chosen = {"precision": recorded.get("precision")} if fields["precision"] == "auto" else {}
     return {**fields, **chosen}
 
 

@@ -29,12 +29,12 @@ from serve_apps.replica.replica_memory import replica_memory
 from serve_apps.rollout.model_version import ModelVersion
 from tidar_core.artifacts.model.bundle_info import hf_location
 from tidar_core.artifacts.store import locations
-from tidar_core.artifacts.text.chat_template import ChatTemplate
+from tidar_core.artifacts.text.chat_template import ChatTemplate, tokenizer_config
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.completion import complete
 from tidar_core.decoding.request import Request
 from tidar_core.decoding.scheduler import Scheduler
-from tidar_core.errors import ConfigError
+from tidar_core.errors import ConfigError, TokenizerError
 
 __all__ = ["Engine"]
 
@@ -169,9 +169,12 @@ class Engine:
 
 
 def _tokenizer_info(folder: str, template: ChatTemplate | None) -> TokenizerInfo:
-    config = locations.read_json(locations.join(folder, "tokenizer_config.json"))
+    config = tokenizer_config(locations.local_copy(folder))
     sources = None if template is None else template.sources
     shown = sources["default"] if sources is not None and len(sources) == 1 else sources
+    named = config.get("tokenizer_class")
+    if named is not None and not isinstance(named, str):
+        raise TokenizerError(f"tokenizer_config.json has tokenizer_class {named!r}; it must be a text; correct it")
     return TokenizerInfo.model_validate(config | {"chat_template": shown})
 
 

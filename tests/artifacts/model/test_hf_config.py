@@ -3,7 +3,7 @@
 import pytest
 from hf_folders import assert_read_alike, change_config, save_folder
 
-from tidar_core.artifacts.model.hf_config import config_from_hf, config_to_hf, read_config
+from tidar_core.artifacts.model.hf_config import MOST, MOST_OTHERWISE, config_from_hf, config_to_hf, read_config
 from tidar_core.artifacts.model.hf_weights import load_model
 from tidar_core.errors import UserError, WeightsError
 
@@ -71,6 +71,7 @@ def test_rotary_keys_have_the_precedence_that_they_have_in_transformers(tmp_path
         ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_theta": None}, "rope_theta None"),
         ({"rope_theta": 0}, "rope_theta 0"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 0.5}, "original_max_position_embeddings 0.5"),
     ],
     ids=str,
 )  # fmt: skip
@@ -86,7 +87,7 @@ REQUIRED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [..., None, "64", 0, 4.5, True, [64]], ids=str)
+@pytest.mark.parametrize("value", [..., None, "64", 0, 4.5, True, [64], 2**40, 2**70], ids=str)
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_size_that_is_missing_or_no_whole_number_is_refused_in_one_line(name, value):
     with pytest.raises(WeightsError, match=f"{name}.*must be a whole number") as caught:
@@ -139,6 +140,13 @@ def test_mistral_without_a_window_is_read_as_llama_and_with_one_it_is_refused(tm
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM is needed"),
         ({"architectures": "Qwen2ForCausalLM"}, "Qwen2ForCausalLM is needed"),
         ({"model_type": None}, "model_type is None"),
+        ({"model_type": ["llama"]}, "model_type is .'llama'."),
+        ({"num_hidden_layers": 2000}, "num_hidden_layers 2000; it must be a whole number, 1 to 1024"),
+        ({"head_dim": 2**20}, "head_dim 1048576"),
+        ({"attention_bias": "false"}, "attention_bias 'false'; it must be true or false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'"),
+        ({"model_type": "llama", "mlp_bias": 0}, "mlp_bias 0"),
+        ({"use_sliding_window": "no"}, "use_sliding_window 'no'"),
         ({"num_key_value_heads": 4}, "multiple of kv_heads"),
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
         ({"head_dim": 7}, "even"),
@@ -180,9 +188,21 @@ def test_keys_that_change_nothing_are_ignored():
 
 
 def test_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_path):
-    for content, words in (("{", "is not JSON"), ("[]", "no JSON object")):
+    for content, words in (("{", "is not JSON"), ("[]", "no JSON object"), ("[" * 10**5, "nested too deeply")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(WeightsError, match=words):
             read_config(tmp_path)
     with pytest.raises(WeightsError, match="give the folder of a Hugging Face model"):
         read_config(tmp_path / "nowhere")
+
+
+def test_the_largest_sizes_that_are_read_are_compared_with_the_weights_in_seconds(tmp_path):
+    """Sizes are products in a model: none of them may overflow, and no loop may run for each of millions of layers."""
+    largest = {
+        name: MOST.get(name, MOST_OTHERWISE)
+        for name in (*REQUIRED, "num_key_value_heads", "head_dim")
+        if "layers" not in name
+    }
+    change_config(save_folder(tmp_path), **largest)
+    with pytest.raises(WeightsError, match="use weights and config of one model"):
+        load_model(tmp_path)

@@ -111,6 +111,10 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     assert_refused(tmp_path, "is in model-00001-of-00002.safetensors too")
     second.unlink()
     assert_refused(tmp_path, "model-00002-of-00002.safetensors cannot be read")
+    first.rename(tmp_path.parent / "elsewhere.safetensors")
+    for other in ("../elsewhere.safetensors", str(tmp_path.parent / "elsewhere.safetensors"), "..", ""):
+        write_index(tmp_path, dict.fromkeys(places, other))
+        assert_refused(tmp_path, "is no .safetensors file of its folder")
     for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         assert_refused(tmp_path, "is not JSON|holds no JSON object|has no weight_map")

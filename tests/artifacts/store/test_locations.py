@@ -4,12 +4,13 @@ import gc
 import gzip
 import hashlib
 
+import fsspec
 import pytest
 import zstandard
 
 from tidar_core.artifacts.store import locations, output_folder
 from tidar_core.artifacts.store.compressed import open_decompressed
-from tidar_core.errors import UserError
+from tidar_core.errors import StorageError, UserError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -158,3 +159,20 @@ def test_an_endpoint_that_does_not_answer_is_reported_in_one_line(monkeypatch):
         locations.read_bytes("s3://nowhere/a")
     s3fs.S3FileSystem.clear_instance_cache()
     assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_refuses_a_listing_is_one_line(s3_bucket, monkeypatch):
+    """A listing is read at once, within the reach of the handler of refusals."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # its clients keep their credentials
+    try:
+        for read in (locations.list_files, locations.local_copy):
+            with pytest.raises(StorageError, match=r"cannot be reached: .*; check the credentials") as caught:
+                read(f"{s3_bucket}/without-credentials")
+            assert "\n" not in str(caught.value)
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

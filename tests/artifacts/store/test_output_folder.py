@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tidar_core.artifacts.store import locations, output_folder
-from tidar_core.artifacts.store.output_folder import finish_swap, put_in_place, staged_folder
-from tidar_core.errors import UserError
+from tidar_core.artifacts.store.output_folder import finish_swap, put_in_place, read_mark, staged_folder, write_mark
+from tidar_core.errors import StorageError, UserError
 
 MARKER = "done.json"
 KILLED = """
@@ -108,6 +109,21 @@ def test_a_swap_on_an_object_store_that_was_interrupted_is_completed(s3_bucket):
     finish_swap(f"{s3_bucket}/out", MARKER)
     assert sorted(locations.names_in(f"{s3_bucket}/out")) == ["done.json", "new-1.txt", "new-2.txt"]
     assert locations.names_in(s3_bucket) == ["out"]
+
+
+@dataclass
+class Outcome:
+    count: int
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"count": "x"}', "[" * 10**5], ids=["empty", "list", "type", "deep"])
+def test_a_damaged_mark_is_one_line(tmp_path, content):
+    place = str(tmp_path / "a.json")
+    write_mark(place, Outcome(3))
+    assert read_mark(place, Outcome) == Outcome(3)
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(StorageError, match=r"a\.json is damaged; remove it, and start the job again"):
+        read_mark(place, Outcome)
 
 
 @pytest.mark.parametrize("root", ["local", "s3"])

@@ -131,6 +131,7 @@ def test_end_tokens_are_those_of_the_keys_and_the_control_tokens_that_end_texts(
     keys = changed("qwen2", eos_token_id=2, eom_token_id=1)
     assert gguf_token_ids(keys) == {"eos_token_id": [2, 1, 0], "bos_token_id": 1, "pad_token_id": 2}
     assert gguf_token_ids(tokenizer_keys("qwen2"))["eos_token_id"] == 0
+    assert gguf_token_ids(changed("qwen2", eos_token_ids=[0, 9, 7]))["eos_token_id"] == [0, 9, 7]
 
 
 def test_named_chat_templates_are_kept():

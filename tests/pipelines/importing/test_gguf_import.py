@@ -72,13 +72,18 @@ def test_a_tied_head_stays_tied_and_biases_are_read(tmp_path):
     "rope",
     [
         {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "linear", "factor": 3.0, "named": False},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     ],
-    ids=lambda rope: rope["rope_type"],
+    ids=str,
 )
 def test_scaled_rotary_embeddings_are_read(tmp_path, rope):
+    rope, named = dict(rope), rope.get("named", True)
+    rope.pop("named", None)
     model = random_model("qwen2", rope_parameters=rope | {"rope_theta": 5e3})
-    keys = {"qwen2__rope__scaling__type": rope["rope_type"], "qwen2__rope__scaling__factor": rope["factor"]}
+    keys = {"qwen2__rope__scaling__factor": rope["factor"]}
+    if named:  # llama.cpp scales linearly by a factor without a type
+        keys["qwen2__rope__scaling__type"] = rope["rope_type"]
     if original := rope.get("original_max_position_embeddings"):
         keys["qwen2__rope__scaling__original_context_length"] = original
     stored = write_gguf(tmp_path / "x.gguf", model, "F32", **keys)

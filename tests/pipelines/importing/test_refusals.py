@@ -57,6 +57,14 @@ def assert_refused(run, folder, words, *arguments):
         ({"llama__block_count": 1}, "holds tensor blk.1."),
         ({"llama__embedding_length": 32}, "has shape"),
         ({"split__count": 3}, "one of 3 parts"),
+        ({"split__count": "x"}, "one of x parts"),
+        ({"llama__block_count": 2**31}, "num_hidden_layers 2147483648"),
+        ({"rope_freqs__weight": np.ones(7, np.float32)}, "rope_freqs.weight has shape [7]"),
+        ({"rope_freqs__weight": np.ones(0, np.float32)}, "rope_freqs.weight has shape [0]"),
+        ({"tokenizer__ggml__add_bos_token": "false"}, "add_bos_token 'false'; true or false"),
+        ({"tokenizer__ggml__eot_token_id": [1, 2]}, "eot_token_id [1, 2], which is no token"),
+        ({"tokenizer__ggml__eot_token_id": True}, "eot_token_id True, which is no token"),
+        ({"tokenizer__ggml__eos_token_ids": [1, 5000]}, "eos_token_ids [1, 5000]; a list of tokens"),
         ({"general__type": "adapter"}, "general.type 'adapter'"),
         ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": "x"}, "'x' as llama.rope.scaling"),
         ({"llama__attention__sliding_window": [8, 64]}, "llama.attention.sliding_window [8, 64]"),
@@ -86,7 +94,7 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_left(run, tmp_path
 
 def test_an_end_token_that_is_no_token_is_refused_and_nothing_is_left(run, tmp_path, model):
     write_gguf(tmp_path / "x.gguf", model, tokenizer__ggml__eot_token_id=5000)
-    assert "ids of the tokenizer are needed" in run(tmp_path / "x.gguf", tmp_path / "folder")[2]
+    assert "eot_token_id 5000, which is no token" in run(tmp_path / "x.gguf", tmp_path / "folder")[2]
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
@@ -120,6 +128,56 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, model):
         (tmp_path / "cut.gguf").write_bytes(content[:length])
         with pytest.raises(UserError, match=r"cut short or damaged|no GGUF file|GGUF version 0"):
             GgufFile(tmp_path / "cut.gguf")
+
+
+def headers_of(path):
+    """Places of the tensors' offsets in a file, by name."""
+    return {
+        tensor.name: tensor.field.offset + sum(part.nbytes for part in tensor.field.parts[:-1])
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def test_tensors_that_do_not_lie_one_after_another_are_refused(run, tmp_path, model):
+    """Offsets that were exchanged would give a model with other weights, and no error."""
+    path = tmp_path / "x.gguf"
+    write_gguf(path, model)
+    content, places = path.read_bytes(), headers_of(path)
+    k, v = (places[f"blk.0.attn_{name}.weight"] for name in "kv")
+    of_k, of_v = (struct.unpack_from("<Q", content, place)[0] for place in (k, v))
+    for offsets in ((of_v, of_k), (of_v, of_v), (of_k + 4, of_v), (2**64 - 4096, of_v)):
+        changed = bytearray(content)
+        for place, offset in zip((k, v), offsets):
+            struct.pack_into("<Q", changed, place, offset)
+        path.write_bytes(changed)
+        assert_refused(
+            run, tmp_path / "folder", "is cut short or damaged (tensor 'blk.0.attn", path, tmp_path / "folder"
+        )
+
+
+def with_key(path, written):
+    """The content of a file with one more key before all others."""
+    content, reader = bytearray(path.read_bytes()), gguf.GGUFReader(path)
+    struct.pack_into("<Q", content, 16, struct.unpack_from("<Q", content, 16)[0] + 1)
+    end = max(tensor.field.offset + sum(part.nbytes for part in tensor.field.parts) for tensor in reader.tensors)
+    head = bytes(content[:24]) + written + bytes(content[24:end])
+    return head + bytes(-len(head) % 32) + bytes(content[reader.data_offset :])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (b"llama.rope.freq_base", struct.pack("<If", 6, 500.0), "Duplicate llama.rope.freq_base"),
+        (b"tokenizer.ggml.pre", struct.pack("<IQ6s", 8, 6, b"smollm"), "Duplicate tokenizer.ggml.pre"),
+        (b"general.x", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQ", 0, 0), "recursion"),
+        (b"general.alignment", struct.pack("<II", 4, 0), "alignment"),
+    ],
+)
+def test_a_key_that_is_there_twice_or_nested_too_deeply_is_refused(run, tmp_path, model, key, value, words):
+    path, folder = tmp_path / "x.gguf", tmp_path / "folder"
+    write_gguf(path, model)
+    path.write_bytes(with_key(path, struct.pack("<Q", len(key)) + key + value))
+    assert_refused(run, folder, words, path, folder)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +217,9 @@ def test_an_output_of_others_is_refused_and_an_earlier_import_is_replaced(run, t
     (folder / "made_by.json").write_text('{"job": {"corpus": "x"}}')
     assert_refused(run, folder, "was not made by tidar import", source, folder)
     assert (folder / "mine.txt").exists()
+    for damaged in ("", "[]", '{"job": null}', '{"job": ["import"]}', "[" * 10**5):
+        (folder / "made_by.json").write_text(damaged)
+        assert_refused(run, folder, "was not made by tidar import", source, folder)
     (folder / "made_by.json").write_text('{"job": {"command": "import"}}')
     code, _, _ = run(source, folder)
     assert code == 0

@@ -70,6 +70,14 @@ def test_a_truncated_part_is_never_picked(store):
     assert find_checkpoint(store.uri.removesuffix("/checkpoints")).cursor.step == 5
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"[" * 10**5], ids=["empty", "cut", "list", "{}", "deep"])
+def test_a_checkpoint_with_a_damaged_note_is_never_picked(store, content):
+    save(store, 5)
+    save(store, 6)
+    locations.write_bytes(part_of(store, 6, 1).replace(".pt", ".json"), content)
+    assert store.newest().cursor.step == 5
+
+
 def test_a_flipped_bit_is_named_when_it_is_read(store):
     save(store, 5)
     content = bytearray(locations.read_bytes(part_of(store, 5)))

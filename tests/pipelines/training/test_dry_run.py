@@ -110,6 +110,15 @@ def stopped_run(shards, tmp_path):
     return begun
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"job": []}', '{"job": {"command": "import"}}'])
+def test_a_bundle_of_others_at_the_output_is_refused_whatever_its_made_by_holds(shards, tmp_path, content):
+    bundle = Path(save_tiny_bundle(tmp_path / "bundle"))
+    if content is not None:
+        (bundle / "made_by.json").write_text(content)
+    with pytest.raises(ConfigError, match="holds the bundle of another job or of other shards"):
+        dry_run(job(shards, output=str(bundle), precision="auto"))
+
+
 def test_a_stopped_run_goes_on_by_itself_and_another_job_may_go_on_from_it(shards, stopped_run):
     assert dry_run(stopped_run)["begins_at_step"] == 5
     other = job(shards, shape=None, resume_from=stopped_run.output + ".run", workers=3, zero_stage=3, steps=20)

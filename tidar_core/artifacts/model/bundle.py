@@ -46,7 +46,7 @@ from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.drafts_file import DRAFTS, attach_drafts, save_drafts
 from tidar_core.artifacts.model.finite import require_finite, require_finite_weights
 from tidar_core.artifacts.model.hf_config import read_config, read_settings
-from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
+from tidar_core.artifacts.model.hf_files import float_tensors, read_tensor
 from tidar_core.artifacts.model.hf_weights import load_model, require_embeddings, save_model
 from tidar_core.artifacts.model.quantised import is_quantised
 from tidar_core.artifacts.store import locations, output_folder
@@ -207,7 +207,7 @@ def load_drafts(uri: str, info: BundleInfo, dtype: torch.dtype = torch.float32) 
         raise BundleError(f"{uri} holds no {DRAFTS}; {REFETCH}")
     path = locations.local_copy(locations.join(uri, folder)) / name
     require_file(locations.join(uri, DRAFTS), str(path), info.files.get(DRAFTS, ""))
-    weights = {name: read_tensor(name, path).to(dtype) for name in stored_in(path)}
+    weights = {name: read_tensor(name, path).to(dtype) for name in float_tensors(path)}
     require_finite_weights(weights, uri)
     return weights
 

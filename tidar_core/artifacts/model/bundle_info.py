@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tidar_core.artifacts.model.hf_config import read_config
 from tidar_core.artifacts.store import locations
 from tidar_core.config import AdapterConfig, ModelConfig
@@ -185,9 +187,20 @@ def no_drafts_note(uri: str) -> str:
 
 
 def info_of(values: Mapping[str, Any]) -> BundleInfo:
-    """The content of tidar.json as an object. Raises KeyError, TypeError or ConfigError for another form."""
+    """The content of tidar.json as an object.
+
+    Raises ValueError, KeyError, TypeError or ConfigError for other keys, and for values of other types.
+    """
     drafts = values.get("drafts")
-    return BundleInfo(**{**values, "drafts": None if drafts is None else DraftsInfo.of(drafts)})
+    info = BundleInfo(**{**values, "drafts": None if drafts is None else DraftsInfo.of(drafts)})
+    try:
+        TypeAdapter(BundleInfo).validate_json(locations.canonical_json(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if info.block_len < 1:
+        raise ValueError(f"block_len is {info.block_len}; it must be at least 1")
+    return info
 
 
 def bundle_hash(values: Mapping[str, Any]) -> str:

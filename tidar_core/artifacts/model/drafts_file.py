@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tidar_core.artifacts.model.bundle_info import DraftsInfo
-from tidar_core.artifacts.model.hf_files import read_tensor, stored_in
+from tidar_core.artifacts.model.hf_files import float_tensors, read_tensor
 from tidar_core.artifacts.model.hf_writer import write_tensors
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, require_same_shapes
 from tidar_core.transformer.model import DraftLink, TidarModel
@@ -41,7 +41,7 @@ def attach_drafts(model: TidarModel, folder: Path, drafts: DraftsInfo) -> None:
     wanted = {f"adapter.{name}": value for name, value in adapter.named_parameters()}
     if link is not None:
         wanted |= {f"link.{name}": value for name, value in link.named_parameters()}
-    found = stored_in(path)
+    found = float_tensors(path)
     require_same_shapes(path, found, wanted)
     model.config, model.adapter, model.link = config, adapter, link
     state = {name: read_tensor(name, path).to(table.device, table.dtype) for name in found}

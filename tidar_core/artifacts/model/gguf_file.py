@@ -4,6 +4,7 @@ Quantised tensors are dequantised by the `gguf` package. A file that is cut shor
 unsupported type is refused before any tensor is read.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,11 @@ class GgufFile:
         """Read the metadata of a file. Raises WeightsError if the file cannot be used."""
         _require_gguf(path)
         try:
-            reader = _WholeReader(path)
+            with np.errstate(all="ignore"):
+                reader = _WholeReader(path)
             self.fields: Mapping[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            _require_in_order(reader)
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise WeightsError(f"{path} is cut short or damaged ({reason}); {AGAIN}") from error
         """Metadata by key."""
@@ -93,7 +96,8 @@ class GgufFile:
             value = torch.empty(self.shape(name))
             for begin in range(0, len(stored.data), ROWS):  # the package keeps its result twice
                 part = stored.data[begin : begin + ROWS]
-                value[begin : begin + ROWS] = torch.from_numpy(gguf.quants.dequantize(part, stored.tensor_type))
+                with np.errstate(all="ignore"):  # values that are not finite are refused below
+                    value[begin : begin + ROWS] = torch.from_numpy(gguf.quants.dequantize(part, stored.tensor_type))
         if not value.isfinite().all():
             raise WeightsError(f"{self.path}: tensor {name} has values that are not finite; {AGAIN}")
         return value.reshape(self.shape(name))
@@ -108,6 +112,15 @@ class _WholeReader(gguf.GGUFReader):
         if len(found) < count:
             raise ValueError(f"{len(self.data)} bytes, and more are needed at {offset}")
         return found
+
+
+def _require_in_order(reader: gguf.GGUFReader) -> None:
+    """Raise ValueError unless tensors lie one after another in the order of their headers, as llama.cpp needs it."""
+    place = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != place:
+            raise ValueError(f"tensor {tensor.name!r} is at {tensor.data_offset}; the tensors before it end at {place}")
+        place += math.ceil(tensor.n_bytes / int(reader.alignment)) * int(reader.alignment)
 
 
 def _require_gguf(path: Path) -> None:
@@ -127,7 +140,7 @@ def _require_gguf(path: Path) -> None:
 
 def _require_one_model(path: Path, fields: Mapping[str, Any]) -> None:
     """Raise WeightsError if the file is a part of a model, or something else."""
-    if (parts := fields.get("split.count", 1)) > 1:
+    if (parts := fields.get("split.count", 1)) not in (0, 1):
         raise WeightsError(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
     if (kind := fields.get("general.type", "model")) != "model":
         raise WeightsError(f"{path} has general.type {kind!r}; the file of a whole model is needed")

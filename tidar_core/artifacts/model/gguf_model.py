@@ -164,7 +164,9 @@ def _settings(file: GgufFile) -> dict[str, Any]:
 
 
 def _rope(file: GgufFile) -> dict[str, Any]:
-    kind = _value(file, "rope.scaling.type", "none")
+    kind = _value(file, "rope.scaling.type")
+    if kind is None:  # llama.cpp scales linearly then
+        kind = "linear" if f"{file.architecture}.rope.scaling.factor" in file.fields else "none"
     given = {"rope_type": "default", "rope_theta": _shortest(_number(file, "rope.freq_base", 10_000.0))}
     if kind == "none":
         return given
@@ -183,9 +185,14 @@ def _llama3(file: GgufFile, config: ModelConfig) -> RopeScaling | None:
     Raises WeightsError if no parameters give these divisors.
     """
     divisors = file.read(ROPE_DIVISORS).float()
+    frequency, _ = rotary_frequencies(config)
+    if divisors.shape != frequency.shape:
+        raise WeightsError(
+            f"{file.path}: {ROPE_DIVISORS} has shape {list(divisors.shape)}; a divisor for each frequency is needed, "
+            f"{list(frequency.shape)}; fetch the file again"
+        )
     if bool((divisors == 1).all()):
         return None
-    frequency, _ = rotary_frequencies(config)
     stated = _number(file, "rope.scaling.original_context_length", 0)
     low, high = LLAMA3_FACTORS
     for original in filter(None, (stated, *LLAMA3_CONTEXTS)):
@@ -194,7 +201,7 @@ def _llama3(file: GgufFile, config: ModelConfig) -> RopeScaling | None:
             low_freq_factor=low, high_freq_factor=high,
         )  # fmt: skip
         scaled, _ = rotary_frequencies(replace(config, rope_scaling=scaling))
-        if divisors.shape == frequency.shape and torch.allclose(frequency / scaled, divisors, rtol=1e-4, atol=0):
+        if torch.allclose(frequency / scaled, divisors, rtol=1e-4, atol=0):
             return scaling
     raise WeightsError(
         f"{file.path}: no parameters of llama3 give the divisors in {ROPE_DIVISORS}; use the model's own safetensors"

@@ -65,6 +65,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
 }
 """Keys of unsupported features, with the values besides null that change nothing."""
+MOST = {
+    "max_position_embeddings": 2**31 - 1, "num_hidden_layers": 2**10, "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14, "head_dim": 2**14,
+}  # fmt: skip
+MOST_OTHERWISE = 2**27
+"""Largest sizes that are read. A model of more layers would be built for minutes before its weights are compared."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -83,7 +89,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
     """Translate a config.json. Raises WeightsError for architectures and features that are not supported."""
     kind = settings.get("model_type")
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise WeightsError(f"model_type is {kind!r}; this project supports {', '.join(CLASSES)}")
     _require_class(settings, kind)
     scaling_of(settings)
@@ -97,7 +103,7 @@ def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
     heads, hidden_size = _whole(settings, "num_attention_heads"), _whole(settings, "hidden_size")
     _refuse_window(settings, kind, layers, context_len)
     rope = rope_of(settings, context_len)
-    bias = bool(settings.get("attention_bias", False))
+    bias = _flag(settings, "attention_bias")
     return ModelConfig(
         architecture="llama" if kind == "mistral" else kind,
         vocab_size=_whole(settings, "vocab_size"),
@@ -111,10 +117,10 @@ def config_from_hf(settings: dict[str, Any]) -> ModelConfig:
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
         norm_eps=_norm_eps(settings),
-        tied_head=bool(settings.get("tie_word_embeddings", False)),
+        tied_head=_flag(settings, "tie_word_embeddings"),
         qkv_bias=kind == "qwen2" or (bias and kind != "mistral"),
         output_bias=bias and kind in ("llama", "qwen3"),
-        mlp_bias=kind == "llama" and bool(settings.get("mlp_bias", False)),
+        mlp_bias=kind == "llama" and _flag(settings, "mlp_bias"),
         qk_norm=kind == "qwen3",
         link_rank=_whole({LINK_RANK: 0} | settings, LINK_RANK, least=0),
     )
@@ -150,11 +156,21 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _whole(settings: dict[str, Any], name: str, *, least: int = 1) -> int:
     """Return the whole number of a key. Raises WeightsError if the key has none."""
-    value = settings.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    value, most = settings.get(name), MOST.get(name, MOST_OTHERWISE)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         given = f"{name} {value!r}" if name in settings else f"no {name}"
-        raise WeightsError(f"config.json has {given}; it must be a whole number, {least} or more; use the model's own")
+        raise WeightsError(
+            f"config.json has {given}; it must be a whole number, {least} to {most}; use the model's own"
+        )
     return value
+
+
+def _flag(settings: dict[str, Any], name: str) -> bool:
+    """Return the truth value of a key; a missing key and a null are false. Raises WeightsError for another value."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise WeightsError(f"config.json has {name} {value!r}; it must be true or false; use the model's own")
+    return bool(value)
 
 
 def _require_class(settings: dict[str, Any], kind: str) -> None:
@@ -172,7 +188,7 @@ def _require_class(settings: dict[str, Any], kind: str) -> None:
 def _refuse_window(settings: dict[str, Any], kind: str, layers: int, context_len: int) -> None:
     """Raise WeightsError if a layer attends to less than the whole context, or in another manner."""
     window = settings.get("sliding_window", WINDOWS.get(kind))
-    shortened = bool(settings.get("use_sliding_window")) or (kind in ("llama", "mistral") and window is not None)
+    shortened = _flag(settings, "use_sliding_window") or (kind in ("llama", "mistral") and window is not None)
     if (names := settings.get("layer_types")) is not None:
         _require_layer_types(names, layers)
         shortened = shortened or "sliding_attention" in names

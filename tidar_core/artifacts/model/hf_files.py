@@ -19,8 +19,9 @@ from tidar_core.artifacts.model.quantised import FP8, SCALES, Scaling, dequantis
 from tidar_core.artifacts.store.json_object import json_object
 from tidar_core.errors import WeightsError
 
-__all__ = ["Stored", "WeightFiles", "read_tensor", "stored_in", "stored_tensors", "weight_files"]
+__all__ = ["Stored", "WeightFiles", "float_tensors", "read_tensor", "stored_tensors", "weight_files"]
 
+SUFFIX = ".safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -163,6 +164,17 @@ def stored_in(path: Path) -> dict[str, Stored]:
         raise WeightsError(f"{path} cannot be read ({error}); fetch the folder again") from error
 
 
+def float_tensors(path: Path) -> dict[str, Stored]:
+    """Tensors of one file of ours, by name. Raises WeightsError if a tensor is no float of 16 bits or more."""
+    found = stored_in(path)
+    for name, stored in found.items():
+        if stored.dtype not in FLOATS:
+            raise WeightsError(
+                f"{path}: weight {name} is {stored.dtype}; floats of 16 bits or more are needed; fetch the file again"
+            )
+    return found
+
+
 def read_tensor(name: str, path: Path) -> Tensor:
     """Read one tensor of a safetensors file. Raises WeightsError if it cannot be read."""
     try:
@@ -189,6 +201,10 @@ def _index(folder: Path) -> dict[str, str]:
     places = json_object(where, where.read_bytes()).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise WeightsError(f"{where} has no weight_map from tensors to files; fetch the folder again")
+    if others := [file for file in places.values() if not file.endswith(SUFFIX) or "/" in file]:
+        raise WeightsError(
+            f"{where} names {others[0]!r}, which is no {SUFFIX} file of its folder; fetch the folder again"
+        )
     return places
 
 

@@ -52,7 +52,7 @@ def rope_of(settings: dict[str, Any], context_len: int) -> Rope:
     if kind == "default":
         return Rope(theta, None)
     original = settings.get(ORIGINAL_LEN) or given.get(ORIGINAL_LEN) or context_len
-    original_len = _number({ORIGINAL_LEN: original}, ORIGINAL_LEN, above=0)
+    original_len = _number({ORIGINAL_LEN: original}, ORIGINAL_LEN, above=1)
     if kind == "yarn":
         return Rope(theta, _yarn(given, original_len, context_len))
     low, high = 1.0, 4.0

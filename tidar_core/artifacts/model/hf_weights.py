@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.artifacts.model.hf_config import config_from_hf, read_settings
-from tidar_core.artifacts.model.hf_files import WeightFiles, read_tensor, stored_in
+from tidar_core.artifacts.model.hf_files import WeightFiles, float_tensors, read_tensor
 from tidar_core.artifacts.model.hf_writer import write_config, write_tensors, write_weights
 from tidar_core.artifacts.model.quantised import scaling_of
 from tidar_core.config import ModelConfig
@@ -192,7 +192,7 @@ def _weight_files(folder: Path, settings: dict[str, Any], config: ModelConfig) -
 
 def _read_link(folder: Path, link: DraftLink) -> dict[str, Tensor]:
     path, wanted = folder / LINK, {name: tuple(value.shape) for name, value in link.named_parameters()}
-    found = {name: stored.shape for name, stored in stored_in(path).items()}
+    found = {name: stored.shape for name, stored in float_tensors(path).items()}
     if found != wanted:
         raise WeightsError(f"{path} holds {found}; config.json needs {wanted}; use weights and config of one model")
     return {name: read_tensor(name, path) for name in wanted}

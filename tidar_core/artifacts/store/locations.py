@@ -29,6 +29,7 @@ from fsspec.utils import glob_translate
 
 from tidar_core.artifacts.store.cache import cache_folder
 from tidar_core.artifacts.store.file_names import is_hidden, is_left_out, matches
+from tidar_core.artifacts.store.json_object import parsed
 from tidar_core.artifacts.store.local_files import files_of_folder, files_of_glob
 from tidar_core.errors import StorageError, UserError
 
@@ -150,7 +151,7 @@ def list_files(uri: str, patterns: Sequence[str] = ("*",), exclude: Sequence[str
     exclude  patterns of file and folder names that are left out, with everything below such a folder
     """
     with in_one_line(uri):
-        found = _remote_files(uri, patterns) if local_path(uri) is None else _local_files(uri, patterns, exclude)
+        found = list(_remote_files(uri, patterns) if local_path(uri) is None else _local_files(uri, patterns, exclude))
     kept = [entry for entry in found if not any(is_left_out(part, exclude) for part in entry.name.split("/"))]
     return sorted(kept, key=lambda entry: entry.name)
 
@@ -206,7 +207,7 @@ def read_text(uri: str) -> str:
 
 def read_json(uri: str) -> Any:
     """The value in the JSON file at `uri`. Raises ValueError if it is not JSON."""
-    return json.loads(read_bytes(uri))
+    return parsed(read_bytes(uri))
 
 
 def write_bytes(uri: str, content: bytes) -> None:

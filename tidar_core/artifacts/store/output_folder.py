@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from tidar_core.artifacts.store import locations
-from tidar_core.errors import UserError
+from tidar_core.errors import StorageError, UserError
 
 __all__ = [
     "KEY_LEN",
@@ -68,11 +68,14 @@ def marked(uri: str, kind: type[T], work: Callable[[], T]) -> T:
 
 
 def read_mark(uri: str, kind: type[T]) -> T:
-    """The outcome in a mark.
+    """The outcome in a mark. Raises StorageError if it is damaged.
 
     kind  dataclass of the outcome
     """
-    return TypeAdapter(kind).validate_python(locations.read_json(uri))
+    try:
+        return TypeAdapter(kind).validate_python(locations.read_json(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is damaged; remove it, and start the job again") from error
 
 
 def write_mark(uri: str, outcome: Any) -> None:

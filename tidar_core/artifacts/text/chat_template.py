@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.json_object import json_object
 from tidar_core.artifacts.text.template_features import DEVELOPER, TemplateFeatures, features_of
 from tidar_core.errors import RequestError, TokenizerError
 
@@ -59,7 +60,12 @@ def load_chat_template(folder: str | Path, *, instead: str | None = None) -> "Ch
     instead  location of a Jinja file that replaces all these
     """
     where = locations.local_copy(str(folder))
-    sources = template_sources(where)
+    try:
+        sources = template_sources(where)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(
+            f"the chat template in {folder} cannot be read ({error}); fetch the folder again"
+        ) from error
     if instead is not None:
         with locations.open_read(instead) as file:
             sources = {DEFAULT: file.read().decode()}
@@ -76,6 +82,8 @@ def template_sources(folder: Path) -> dict[str, str]:
     if isinstance(given, list):
         given = {entry["name"]: entry["template"] for entry in given}
     sources = {DEFAULT: given} if isinstance(given, str) else dict(given or {})
+    if other := [name for name, source in sources.items() if not isinstance(source, str)]:
+        raise TypeError(f"template {other[0]!r} is no text")
     sources |= {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
     if (folder / TEMPLATE_FILE).is_file():
         sources[DEFAULT] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -83,13 +91,19 @@ def template_sources(folder: Path) -> dict[str, str]:
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Settings of the tokenizer in a Hugging Face folder; empty if no file has any."""
+    """Settings of the tokenizer in a Hugging Face folder; empty if no file has any.
+
+    Raises WeightsError if a file is no JSON object.
+    """
     return _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
 
 
 def content_of(token: Any) -> str:
     """The text of a token. In files, a token is its text or an object with the text as `content`."""
-    return token if isinstance(token, str) else token["content"]
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise TokenizerError(f"a special token is {token!r}; a text is needed, or an object with the text as content")
+    return content
 
 
 class ChatTemplate:
@@ -265,4 +279,4 @@ def _tojson(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return locations.read_json(str(path)) if path.is_file() else {}
+    return json_object(path, path.read_bytes()) if path.is_file() else {}

@@ -42,11 +42,11 @@ def read_end_tokens(folder: str | Path, *, eos_id: int, vocab_len: int) -> EndTo
     given = None if content is None else _eos(where, content, vocab_len)
     config = Path(folder) / "config.json"
     if given is None and config.is_file():
-        given = _eos(config, config.read_text(encoding="utf-8"), vocab_len)
+        given = _eos(config, config.read_bytes(), vocab_len)
     return EndTokens(tuple(dict.fromkeys([eos_id, *(given or ())])), content)
 
 
-def _eos(where: Path, content: str, vocab_len: int) -> list[int] | None:
+def _eos(where: Path, content: str | bytes, vocab_len: int) -> list[int] | None:
     """The end tokens in a file; None if the file names no end token."""
     given = json_object(where, content).get(EOS)
     if given is None:

@@ -74,6 +74,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {"remove_extra_whitespaces": (False,), "to
 ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 """Token of tokenizer_config.json -> key that names its id."""
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_LIST = "eos_token_ids"
+"""Key of a list of end tokens, which some programs write in addition."""
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 """Control tokens that end a text whatever the keys state, as in llama.cpp: a file has one key for the list of ends."""
 PROBE = "Hello world, 12345 x\u00e9\u4e16\n\n  def f(a):\treturn a+1 \u2014 it's \N{GRINNING FACE}"
@@ -102,6 +104,9 @@ def gguf_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
     for role, key in ROLES.items():
         if (token_id := vocabulary.special_id(key)) is not None:
             config[f"{role}_token"] = vocabulary.tokens[token_id]
+    for key in END_KEYS:
+        vocabulary.special_id(key)
+    vocabulary.require_tokens(END_LIST)
     if "eos_token" not in config:
         raise TokenizerError(f"{source} has no {PREFIX}eos_token_id, the token that separates documents; add it")
     tokenizer = Tokenizer(fast, config, _templates(fields, source))
@@ -116,6 +121,7 @@ def gguf_token_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     tokens, types = fields[f"{PREFIX}tokens"], fields[f"{PREFIX}token_type"]
     stated = [fields[PREFIX + name] for name in END_KEYS if PREFIX + name in fields]
+    stated += fields.get(PREFIX + END_LIST, [])
     named = [token_id for token_id, name in enumerate(tokens) if types[token_id] == CONTROL and name in END_NAMES]
     ends = list(dict.fromkeys([*stated, *named]))
     found = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
@@ -153,9 +159,19 @@ class _Vocabulary:
     def special_id(self, name: str) -> int | None:
         """The token that a key names; None if the key is missing."""
         value = self.value(name)
-        if value is None or (isinstance(value, int) and value in self._ids.values()):
+        if value is None or (type(value) is int and value in self._ids.values()):
             return value
         raise TokenizerError(f"{self._source} has {PREFIX}{name} {value!r}, which is no token; use another file")
+
+    def require_tokens(self, name: str) -> None:
+        """Raise TokenizerError if a key has another value than a list of tokens."""
+        value = self.value(name, [])
+        if not isinstance(value, list) or any(
+            type(each) is not int or each not in self._ids.values() for each in value
+        ):
+            raise TokenizerError(
+                f"{self._source} has {PREFIX}{name} {str(value)[:80]}; a list of tokens is needed; use another file"
+            )
 
     def byte_level(self) -> FastTokenizer:
         """BPE over bytes, with the rule that the file names."""
@@ -187,7 +203,7 @@ class _Vocabulary:
             fuse_unk=True, byte_fallback=True,
         )  # fmt: skip
         fast = FastTokenizer(model)
-        begins_with_space = self.value("add_space_prefix", True)
+        begins_with_space = self._flag("add_space_prefix", True)
         spaces = normalizers.Replace(" ", SPACE)
         fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if begins_with_space else spaces
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -206,7 +222,7 @@ class _Vocabulary:
 
         add_bos  whether BOS is put there if the file does not state it
         """
-        adds = (self.value("add_bos_token", add_bos), self.value("add_eos_token", False))
+        adds = (self._flag("add_bos_token", add_bos), self._flag("add_eos_token", False))
         ids = [self.special_id(key) if add else None for key, add in zip(("bos_token_id", "eos_token_id"), adds)]
         bos, eos = ([] if token_id is None else [self.tokens[token_id]] for token_id in ids)
         if bos or eos:
@@ -223,6 +239,14 @@ class _Vocabulary:
             if token[:cut] in pieces and token[cut:] in pieces
         ]
         return [(left, right) for *_, left, right in sorted(splits, key=lambda split: split[:3], reverse=True)]
+
+    def _flag(self, name: str, default: bool) -> bool:
+        value = self.value(name, default)
+        if not isinstance(value, bool):
+            raise TokenizerError(
+                f"{self._source} has {PREFIX}{name} {value!r}; true or false is needed; use another file"
+            )
+        return value
 
     def _list(self, name: str, length: int | None = None) -> Sequence[Any]:
         value = self.value(name)
