@@ -71,6 +71,26 @@ def test_a_broken_table_is_named(model, tmp_path, points):
         stored_table(bundle, decoder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("seconds", value) for value in (float("nan"), float("inf"), 0.0, -1.0, True, 1e-300)],
+        *[("rows", value) for value in (float("nan"), 0, -1, 1.5, True, 2**70)],
+        *[("batch", value) for value in (0, float("inf"))],
+        *[("context", value) for value in (-1, float("nan"), [])],
+        ("drafts", float("nan")),
+    ],
+)
+def test_a_shape_or_a_time_that_nothing_can_have_is_damage(model, tmp_path, name, value):
+    bundle, decoder = str(tmp_path / "bundle"), decoder_of(model)
+    path = tmp_path / time_and_store(bundle, decoder).removeprefix(f"{tmp_path}/")
+    kept = json.loads(path.read_text())
+    kept["points"][0][name] = value
+    path.write_text(json.dumps(kept))
+    with pytest.raises(BundleError, match="holds no latency table"):
+        stored_table(bundle, decoder)
+
+
 def test_the_table_of_a_start_is_found_by_the_next_start_and_by_a_challenger_of_the_same_shape(
     model, tmp_path, monkeypatch
 ):

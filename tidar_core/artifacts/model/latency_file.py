@@ -8,6 +8,7 @@ steps within its budget, and writes the table to this machine's cache. The bundl
 """
 
 import hashlib
+import math
 import platform
 import re
 import time
@@ -33,6 +34,8 @@ __all__ = ["bundle_planner", "bundle_table", "stored_table", "time_and_store"]
 
 PROFILE_SECONDS = 120.0
 """Most seconds that `tidar profile` times decode steps."""
+LEAST_SECONDS = 1e-9
+"""No step is as fast."""
 TABLE_FORM = 2
 """Form of the stored tables; tables of another form are timed again."""
 Report = Callable[[str], None]
@@ -111,13 +114,26 @@ def _read(uri: str, decoder: Decoder, context_len: int | None) -> LatencyTable |
         stored = locations.read_json(uri)
         if stored["made_with"] != _made_with(decoder):
             return None
-        table, covered = LatencyTable(tuple(LatencyPoint(**point) for point in stored["points"])), stored["covers"]
+        table, covered = LatencyTable(tuple(map(_point, stored["points"]))), stored["covers"]
         needed = _covers(decoder, context_len)
         enough = all(covered[size] >= least for size, least in needed.items())
         table.formula.seconds(1, 1, 1)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise BundleError(f"{uri} holds no latency table; remove it or run tidar profile again") from error
     return table if enough else None
+
+
+def _point(values: dict[str, Any]) -> LatencyPoint:
+    """A measured shape. Raises ValueError for sizes and times that nothing can have; a formula of them would be nan."""
+    point = LatencyPoint(**values)
+    sizes, least = (point.rows, point.batch, point.context), (1, 1, 0)
+    if not all(type(size) is int and low <= size < 2**31 for size, low in zip(sizes, least)):
+        raise ValueError(f"a shape has sizes {sizes}")
+    if not isinstance(point.seconds, float) or not LEAST_SECONDS < point.seconds < math.inf:
+        raise ValueError(f"a step took {point.seconds} s")
+    if not isinstance(point.drafts, bool):
+        raise ValueError(f"drafts is {point.drafts!r}")
+    return point
 
 
 def _write(uri: str, decoder: Decoder, context_len: int | None, table: LatencyTable) -> None:
