@@ -97,7 +97,7 @@ class ServeSettings(BaseModel):
     timing_seconds: Annotated[float, Field(gt=0)] = 20.0
     """Longest time for timing decode steps before the first request, if mode is `auto` and there is no latency table.
     A formula fitted to them gives the time of other steps; served steps correct it."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of a replica; by default as many as num_cpus."""
 
     min_replicas: Annotated[int, Field(ge=0)] = 1

@@ -106,6 +106,22 @@ def test_a_model_of_nan_is_refused_by_every_command_that_would_decode_with_it(ru
         assert "weights that are not finite" in refused(run, *command)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "--count", 1, "--batch", 10**9), "--batch"),
+        (("profile", "--batch", 10**9), "--batch"),
+        (("bench", "--threads", 10**5), "--threads"),
+        (("serve", "--rows", 10**9, "--dry-run"), "1000000000 sequences are to run together"),
+        (("serve", "--threads", 10**5, "--dry-run"), "threads"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_machine_has_are_refused_and_not_tried(run, bundle, arguments, words):
+    command, *options = arguments
+    assert words in refused(run, command, bundle, *options)
+
+
 def test_bench_compares_the_modes_and_finds_them_equal(run, bundle):
     code, out, _ = run("bench", bundle, "--count", 2, "--max-tokens", 8, "--repeats", 2, "--json")
     assert code == 0

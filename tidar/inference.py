@@ -8,6 +8,7 @@ import typer
 
 from tidar.options import (
     MODEL,
+    MOST_TOGETHER,
     THREADS,
     TRACKING,
     BlockLen,
@@ -76,7 +77,7 @@ def bench(
         typer.Option(help="Prompts of the file are a user's messages; default: if there is a template."),
     ] = None,
     max_tokens: int = 64,
-    batch: Annotated[list[int], typer.Option(min=1, help="Prompts decoded together.")] = [1],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, max=MOST_TOGETHER, help="Prompts decoded together.")] = [1],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     block_len: BlockLen = None,
     dtype: Dtype = DType.fp32,
@@ -126,7 +127,9 @@ def bench(
 
 def profile(
     model: Model,
-    batch: Annotated[int, typer.Option(min=1, help="Largest number of sequences timed together.")] = 4,
+    batch: Annotated[
+        int, typer.Option(min=1, max=MOST_TOGETHER, help="Largest number of sequences timed together.")
+    ] = 4,
     dtype: Dtype = DType.fp32,
     weights: Weights = None,
     plot: Annotated[Path | None, typer.Option(help="Write the curve to this PNG file.")] = None,

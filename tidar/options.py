@@ -28,10 +28,14 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see
 MODEL = "Folder or URI of a bundle or of an AR checkpoint in Hugging Face's format, or models:/NAME@ALIAS."
 Model = Annotated[str, typer.Argument(help=MODEL)]
 Tracking = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server or SQLite file.")]
+MOST_THREADS = 1024
+"""More threads than any machine has cores for; tens of thousands end torch in a segmentation fault."""
+MOST_TOGETHER = 2**14
+"""Most sequences of one batch."""
 THREADS = max(1, (os.cpu_count() or 1) - 1)
 """CPU threads by default. A service's proxy and ingress need a core, and a decode step waits for a thread that shares
 its core. All commands have this default, because `tidar serve` looks for a latency table of as many threads."""
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads; all cores but one by default.")]
+Threads = Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; all cores but one by default.")]
 BlockLen = Annotated[int | None, typer.Option(min=1, help="Draft block; by default that of the training.")]
 TRACKING = "sqlite:///mlflow.db"
 

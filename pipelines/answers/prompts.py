@@ -119,7 +119,7 @@ def _written(values: Mapping[str, Any], field: str | None) -> Sequence[Any]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("has messages that are no list of objects with a role and a content") from None
 
 

@@ -131,7 +131,7 @@ def _messages(values: Mapping[str, Any]) -> Sequence[Any]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError:
+        except (ValueError, RecursionError):
             messages = ()
     if messages is not None:
         if not isinstance(messages, list) or not messages:

@@ -4,11 +4,17 @@ import json
 import os
 
 import pytest
+from answering import answers_job, save_chat_bundle, write_prompts
+from chat_templates import chat_tokenizer
+from gguf_files import random_model, write_gguf
+from hf_folders import save_checkpoint
 from pack_jobs import job as pack_job
 from tiny import save_tiny_bundle, save_tiny_shards
 
+from pipelines.answers.answer import answer
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.job import EvaluateJob
+from pipelines.importing.import_model import import_model
 from pipelines.jobs import TrainJob
 from pipelines.packing.pack import pack
 from pipelines.training.train import train
@@ -35,7 +41,28 @@ def evaluates(tmp_path, tokenizer_folder):
     return lambda: evaluate(EvaluateJob.model_validate(values | {"output": str(tmp_path / "out")}))
 
 
-@pytest.mark.parametrize("stage", [packs, trains, evaluates])
+def answers(tmp_path, tokenizer_folder):
+    save_chat_bundle(tmp_path / "chat")
+    prompts = write_prompts(tmp_path / "prompts.jsonl", ["a"])
+    return lambda: answer(answers_job(prompts, tmp_path / "out", tmp_path / "chat"))
+
+
+def imports(tmp_path, tokenizer_folder):
+    write_gguf(tmp_path / "x.gguf", random_model("llama"))
+    return lambda: import_model(str(tmp_path / "x.gguf"), str(tmp_path / "out"))
+
+
+def imports_a_dual_model(tmp_path, tokenizer_folder):
+    tokenizer = chat_tokenizer("qwen2.5", trained_on=["a few plain words " * 9])
+    save_checkpoint(tmp_path / "theirs", tokenizer)
+    token = str(tokenizer.vocab_len)
+    return lambda: import_model(str(tmp_path / "theirs"), str(tmp_path / "out"), mask_token=token, block_len=4)
+
+
+STAGES = [packs, trains, evaluates, answers, imports, imports_a_dual_model]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_second_job_on_an_output_is_refused_and_removes_nothing_of_the_first(tmp_path, tokenizer_folder, stage):
     run = stage(tmp_path, tokenizer_folder)
     work = tmp_path / ".out.0123456789abcdef/units-1000"

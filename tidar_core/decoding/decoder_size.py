@@ -11,6 +11,9 @@ from tidar_core.errors import ConfigError
 
 __all__ = ["DecoderSize"]
 
+MOST_SLOTS = 2**14
+"""Most sequences that may run together. Each has objects of its own, and a larger number takes minutes to count."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSize:
@@ -48,6 +51,10 @@ class DecoderSize:
             raise ConfigError(
                 f"context_len is {context_len} and block_len is {draft.block_len}; the model was built for "
                 f"{config.context_len} positions; lower them"
+            )
+        if slots > MOST_SLOTS:
+            raise ConfigError(
+                f"{slots} sequences are to run together; at most {MOST_SLOTS} may; lower rows or the batch"
             )
         max_pages = page_count(context_len + draft.block_len, page_len)
         pages = pages or slots * max_pages

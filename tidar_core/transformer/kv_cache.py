@@ -7,10 +7,13 @@ erased: they lie beyond the prefix's end, where no forward reads until they are 
 Shape letters: G key heads, D head width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from tidar_core.config import ModelConfig
+from tidar_core.errors import ConfigError
 
 __all__ = ["KVCache"]
 
@@ -27,9 +30,17 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Allocate the pages. Raises ConfigError if there is no memory for them."""
         self.page_len = page_len
         shape = (config.layers, 1 + pages, page_len, 2, config.kv_heads, config.head_size)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # on a CPU, torch has no class of its own for it
+            gibibytes = math.prod(shape) * dtype.itemsize / 2**30
+            raise ConfigError(
+                f"a cache of {pages} pages of {page_len} tokens takes {gibibytes:,.1f} GiB of memory, which {device} "
+                "does not have; lower the batch, the context or the pages"
+            ) from error
 
     @property
     def bytes(self) -> int:

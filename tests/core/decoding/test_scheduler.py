@@ -134,6 +134,16 @@ def test_a_cache_too_small_for_one_context_is_refused(model):
         decoder_of(model, pages=16)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [({"pages": 10**12}, "GiB of memory, which cpu does not have"), ({"slots": 10**5}, "at most 16384")],
+)
+def test_a_decoder_that_no_memory_can_hold_is_refused_in_one_line(model, sizes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Decoder(model, DraftConfig(block_len=4), **{"slots": 1, **sizes})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_rehearsal_after_requests_would_write_over_shared_pages(model):
     decoder = decoder_of(model)
     texts_of(Scheduler(decoder), prompts(9), GREEDY)

@@ -66,6 +66,7 @@ def test_the_name_of_an_entry_does_not_change_its_key():
         ({"turns": ["a", ""]}, {}, "has a question without text"),
         ({"prompt": 5}, {}, "that is no text and no list"),
         ({"messages": "["}, {}, "no list of objects with a role"),
+        ({"messages": "[" * 10**5}, {}, "no list of objects with a role"),
         ({"messages": [{"content": "a"}]}, {}, r"messages\.0 is .* must be an object with a role"),
         ({"messages": [SYSTEM]}, {}, "has no question that is to be answered"),
         ({"messages": [USER, ANSWER]}, {"keep_answers": True}, "has no question that is to be answered"),

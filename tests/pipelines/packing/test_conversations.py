@@ -124,6 +124,7 @@ def test_a_prompt_and_a_response_are_the_conversation_of_their_messages():
         ({"messages": "x"}, "no list of objects with a role"),
         ({"messages": []}, "no list of objects with a role"),
         ({"messages": "["}, "no list of objects with a role"),
+        ({"messages": "[" * 10**5}, "no list of objects with a role"),
         ({"messages": [{"content": "x"}]}, r"messages\.0 is .* must be an object with a role"),
         ({"prompt": ["x"], "response": "y"}, r"messages\.0 is 'x'; it must be an object with a role"),
         ({"messages": TURNS[:1]}, "no message of the assistant,"),
