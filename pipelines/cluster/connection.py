@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
@@ -11,8 +13,9 @@ from tidar_core.artifacts.network.cluster_address import given_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError, TidarError
 
-__all__ = ["connect", "disconnect", "known_tasks", "original_error", "require_room"]
+__all__ = ["connect", "disconnect", "known_tasks", "on_a_node", "original_error", "require_room"]
 
+Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 512 * 2**20
 """Size of a local cluster's object store: only metadata and small batches travel through it."""
 
@@ -50,6 +53,17 @@ def connect(cpus: int | None = None) -> None:
 def disconnect() -> None:
     """Disconnect from the cluster; a local cluster stops."""
     ray.shutdown()
+
+
+def on_a_node(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call the function on a node of the cluster; a local cluster has this machine alone, so it is called here.
+
+    A task would first start a process, which takes seconds.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return function(*arguments)
+    outcome: Result = ray.get(ray.remote(function).remote(*arguments))
+    return outcome
 
 
 def known_tasks(workers: int) -> int:

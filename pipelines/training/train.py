@@ -3,11 +3,10 @@
 from contextlib import nullcontext
 from typing import Any
 
-import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.cluster.connection import connect, original_error
+from pipelines.cluster.connection import connect, on_a_node, original_error
 from pipelines.cluster.remote_progress import remote_progress, report_progress
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import run_folder
@@ -42,7 +41,7 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
     run_id = None
     try:
         job = precise_job(job, manifest, newest, on_cluster=True)
-        ray.get(ray.remote(verify_shards).remote(job.shards))
+        on_a_node(verify_shards, job.shards)
         run_id = _mlflow_run(job, manifest)
         with remote_progress(f"train {job.objective}", total=job.steps, unit="steps") as reports:
             outcome = _trainer(job, run_id, reports).fit().return_value  # type: ignore[attr-defined]

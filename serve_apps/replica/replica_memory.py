@@ -4,19 +4,25 @@ The bound is computed from the bundle's description before any weights are loade
 and a replica reports it first.
 """
 
+import hashlib
+import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+import tidar_core
 from serve_apps.rollout.model_version import ModelVersion, resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.artifacts.model.bundle import DTYPES
 from tidar_core.artifacts.model.bundle_info import model_config
-from tidar_core.config import DraftConfig
+from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.cache import cache_folder
+from tidar_core.config import DraftConfig, ModelConfig
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.page_pool import PAGE_LEN
-from tidar_core.errors import ConfigError
+from tidar_core.errors import ConfigError, TidarError
 from tidar_core.planning.decode_memory import MemoryBound, memory_bound
 
 __all__ = ["ReplicaMemory", "free_bytes", "memory_facts", "replica_memory"]
@@ -68,11 +74,35 @@ def replica_memory(served: ModelVersion) -> ReplicaMemory:
     size = DecoderSize.of(
         config, draft, slots=settings.rows, context_len=settings.context_len, pages=settings.pages, page_len=PAGE_LEN
     )
-    need = memory_bound(
+    return ReplicaMemory(settings.device, _bound(served, config, draft, size), free_bytes(settings.device))
+
+
+def _bound(served: ModelVersion, config: ModelConfig, draft: DraftConfig, size: DecoderSize) -> MemoryBound:
+    """The bound, from this machine's cache if the same code computed it before.
+
+    To compute it, torch loads its compiler, which takes seconds of every start.
+    """
+    settings = served.settings
+    facts = [asdict(config), asdict(draft), asdict(size), settings.dtype, served.mode, settings.device]
+    key = hashlib.sha256(locations.canonical_json([*facts, settings.weights, torch.__version__, _code()]).encode())
+    path = cache_folder() / "memory" / f"{key.hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, TypeError):  # missing or damaged, so it is computed
+        found = MemoryBound(**json.loads(path.read_text()))
+        if all(type(size) is int for size in asdict(found).values()):
+            return found
+    bound = memory_bound(
         config, draft, size, dtype=DTYPES[settings.dtype], mode=served.mode, device=settings.device,
         weights=settings.weights,
     )  # fmt: skip
-    return ReplicaMemory(settings.device, need, free_bytes(settings.device))
+    with suppress(OSError, TidarError):  # without a cache the next start computes it again
+        locations.write_json(str(path), asdict(bound))
+    return bound
+
+
+def _code() -> str:
+    """Hash of the core's sources, which decide the bound."""
+    files = sorted(Path(tidar_core.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def memory_facts(settings: ServeSettings) -> dict[str, object]:

@@ -39,7 +39,7 @@ def train_job(workdir, shards):
     def make(name, **changes):
         values = {
             "shards": shards, "output": str(workdir / name), "shape": "tiny", "objective": "ar", "block_len": 4,
-            "steps": 30, "rows_per_step": 8, "rows_per_forward": 2, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
+            "steps": 30, "rows_per_step": 8, "rows_per_forward": 4, "learning_rate": 5e-3, "min_learning_rate": 5e-4,
             "precision": "fp32", "workers": 2, "checkpoint_every": 10, "log_every": 1, "warmup": 0.1,
             "tracking_uri": f"sqlite:///{workdir}/mlflow.db", "experiment": "tests",
         }  # fmt: skip

@@ -1,12 +1,11 @@
 """Training workers without Ray: processes that connect over gloo and run jobs one after another.
 
-The workers are forked from a server that has loaded DeepSpeed, so that a group costs a second and not half a minute.
+The workers are forked, so that a group costs a second and not half a minute.
 """
 
 import gc
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,12 +13,9 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 from fast_ray_env import FAST_RAY_ENV
-
-PRELOADED = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker"]
-"""Modules that a worker would load otherwise, at its start or later."""
+from forked import forked
 
 
 def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None):
@@ -30,20 +26,14 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None)
     spoiled          name of a job's output -> (`loss` or `gradient`, first, last): the last worker makes it nan in
                      forwards with these ordinals
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     Path(logs).mkdir(parents=True, exist_ok=True)
     values = [job.model_dump(mode="json") for job in jobs]
-    processes = [
-        context.Process(target=_work, args=(rank, world_size, port, values, str(logs), dies_in_forward, spoiled or {}))
+    return [
+        forked(_work, rank, world_size, port, values, str(logs), dies_in_forward, spoiled or {}, **FAST_RAY_ENV)
         for rank in range(world_size)
     ]
-    with patch.dict(os.environ, FAST_RAY_ENV):
-        for process in processes:
-            process.start()
-    return processes
 
 
 def train_on(world_size, jobs, logs, spoiled=None):

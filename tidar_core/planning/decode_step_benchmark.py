@@ -67,7 +67,7 @@ def step_plans(block_len: int) -> list[StepShape]:
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TidarModel:
-    """Untrained model of the given shape, made on the device."""
+    """Untrained model of the given shape, made on the device; on the meta device it has no values."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -77,7 +77,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
         torch.set_default_dtype(previous)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not parameter.is_meta:
                 parameter.normal_(0, 0.02)
     return model.eval()
 

@@ -29,7 +29,7 @@ class TidarModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
@@ -120,6 +120,14 @@ class TidarModel(nn.Module):
         angle = position_BL[..., None].float() * frequency
         angle = torch.cat([angle, angle], -1)[:, :, None]
         return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+
+class _Embedding(nn.Embedding):
+    """Embedding whose weights are not drawn on the meta device, where torch would load its compiler for it."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Head(nn.Module):

@@ -13,6 +13,7 @@ from serve_apps.replica.replica_memory import free_bytes, replica_memory
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
 from tidar_core.errors import ConfigError
+from tidar_core.planning.decode_memory import memory_bound
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,29 @@ def test_a_dry_run_of_what_does_not_fit_ends_with_2_and_one_line(bundle, monkeyp
         tidar.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_bound_is_computed_once_on_a_machine_and_again_for_other_settings_or_a_damaged_cache(
+    bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    computed = []
+
+    def counted(*arguments, **settings):
+        computed.append(settings)
+        return memory_bound(*arguments, **settings)
+
+    monkeypatch.setattr(module, "memory_bound", counted)
+    first = memory_of(bundle).need
+    assert memory_of(bundle).need == first
+    assert len(computed) == 1
+    assert memory_of(bundle, rows=2).need.cache < first.cache
+    (damaged, other) = sorted((tmp_path / "tidar/memory").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for content in ("", "{}", damaged.read_text().replace(str(first.cache), '"much"')):
+        damaged.write_text(content)
+        assert memory_of(bundle).need == first
+    assert len(computed) == 5
+    assert memory_of(bundle, rows=2).need.cache == json.loads(other.read_text())["cache"]
+    monkeypatch.setattr(module, "_code", lambda: "another version")
+    assert memory_of(bundle).need == first
+    assert len(computed) == 6

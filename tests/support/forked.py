@@ -1,0 +1,44 @@
+"""Processes forked from a server that has loaded the heavy libraries, so that each starts at once."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+PRELOADED = [
+    "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker",
+    "pipelines.training.train", "pipelines.packing.pack", "pipelines.answers.answer", "tidar.stages",
+]  # fmt: skip
+"""Modules that the processes would load otherwise, at their start or later. They start no thread."""
+
+
+def forked(function, *arguments, **changes):
+    """A started process that calls `function(*arguments)` in the environment of this process.
+
+    changes  environment variables with other values
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_call, args=(dict(os.environ) | changes, function, arguments))
+    process.start()
+    return process
+
+
+def forked_command(*arguments, stderr, **changes):
+    """A started `tidar` with these arguments, whose standard error goes to the file `stderr`."""
+    return forked(_command, [str(argument) for argument in arguments], str(stderr), **changes)
+
+
+def _call(environment, function, arguments):
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def _command(arguments, stderr):
+    with Path(stderr).open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = ["tidar", *arguments]
+    from tidar import main
+
+    main()
