@@ -4,9 +4,11 @@ import json
 
 import pytest
 from chat_templates import chat_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import wide_model
 from tokenizers import Tokenizer as FastTokenizer
-from vocabularies import EOS, SPACE, tokenizer_json
+from vocabularies import EOS, SENTENCE_PIECE, SPACE, tokenizer_json
 
 from pipelines.evaluation.lm_eval_model import LmEvalModel
 from serve_apps.messages.generation_request import Chat, GenerationRequest
@@ -50,6 +52,37 @@ def test_a_completion_keeps_its_first_space_and_names_and_places_keep_theirs(for
         echoed = written(tokenizer, request_fields, [the, the], logprobs=1, echo=True)
         assert echoed.text == "the the the"
         assert echoed.logprobs.text_offset[-3:] == [0, 3, 7]
+
+
+FAST = {form: FastTokenizer.from_str(tokenizer_json(form)) for form in SENTENCE_PIECE}
+READERS = {form: tokenizer_of(form) for form in SENTENCE_PIECE}
+UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+WRITTEN = st.text(alphabet=st.sampled_from("ab the\n.,é日▁'"), max_size=20)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(SENTENCE_PIECE), WRITTEN, WRITTEN, st.data())
+def test_random_completions_have_the_text_the_places_and_the_ends_that_tokenizers_gives(form, prompt, more, data):
+    """`tokenizers` decodes the whole and each of its beginnings; spaces are those of the whole text."""
+    fast, ours = FAST[form], READERS[form]
+    before, after = (fast.encode(text, add_special_tokens=False).ids for text in (prompt, more))
+    begun, whole = fast.decode(before), fast.decode([*before, *after])
+    expected = whole[len(begun) :]
+    piece = written(ours, prompt, after, logprobs=1)
+    assert (piece.text, written(ours, tuple(before), after).text) == (expected, expected)
+    beginnings = [fast.decode([*before, *after[:count]]) for count in range(len(after))]
+    if not any(UNDECODABLE in text for text in [whole, *beginnings]):  # no token is a part of a character
+        assert piece.logprobs.text_offset == [len(text) - len(begun) for text in beginnings]
+    assert piece.logprobs.tokens == [ours.spell(token) for token in after]
+    echoed = written(ours, prompt, after, logprobs=1, echo=True)
+    assert echoed.text == prompt + expected
+    places = echoed.logprobs.text_offset
+    assert places == sorted(places)
+    assert places[len(before) :] == [len(prompt) + place for place in piece.logprobs.text_offset]
+    assert written(ours, tuple(before), after, echo=True).text == whole
+    if expected:
+        stop = expected[(begin := data.draw(st.integers(0, len(expected) - 1))) : begin + 3]
+        assert written(ours, prompt, after, stop=(stop,)).text == expected[: expected.index(stop)]
 
 
 def test_an_echo_of_ids_that_end_within_a_character_goes_on_within_it():
