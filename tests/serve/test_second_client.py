@@ -89,7 +89,8 @@ BOUNDS = {
     "most characters of a schema": (*completion(guided_json=schema(400, 290)), 200),
     "time to compile a grammar": (*completion(guided_json={"type": "integer", "multipleOf": 99999991}), 400),
     "characters of schemas of calls": (
-        *chat(tools=[{"type": "function", "function": {"name": "f", "parameters": schema(20_000), "strict": True}}]), 400),
+        *chat(tool_choice="required", tools=[
+            {"type": "function", "function": {"name": "f", "parameters": schema(20_000)}}]), 400),
     "choices of a prompt": (*completion(n=10**9), 400),
     "stop tokens": (*completion(stop_token_ids=[1] * 200_000), 400),
     "biased tokens": (*completion(logit_bias={str(i): 1 for i in range(60_000)}), 400),
