@@ -6,7 +6,6 @@ foreign ones; it is published and promoted. A cluster runs the same jobs. Each j
 second run reuses finished jobs and resumes the others.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -209,9 +208,9 @@ def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *
 
     An earlier run's figures of the same bundle are reused.
     """
-    kept, bundle_hash = Path(site.path(f"compared-{name}.json")), read_bundle_info(job.bundle).bundle_hash
-    if kept.exists() and (found := json.loads(kept.read_text()))["bundle_hash"] == bundle_hash:
-        return dict(found)
+    kept = site.path(f"compared-{name}.json")
+    if (found := site.kept_figures(kept, job.bundle)) is not None:
+        return found
     torch.set_num_threads(site.threads)
     bundle = load_for_decoding(job.bundle)
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
@@ -219,7 +218,7 @@ def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
         transformers=transformers, modes=modes,
     )  # fmt: skip
-    kept.write_text(json.dumps(facts | {"bundle_hash": bundle_hash}))
+    locations.write_json(kept, facts | {"bundle_hash": read_bundle_info(job.bundle).bundle_hash})
     return facts
 
 

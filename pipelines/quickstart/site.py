@@ -1,6 +1,5 @@
 """Folder of a quickstart: its job files, and the machine that it runs on."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.evaluation.report import REPORT
 from pipelines.jobs import J, read_job
 from tidar_core.artifacts.model.bundle_info import read_bundle_info
+from tidar_core.artifacts.store import locations
 
 __all__ = ["MODEL_NAME", "Site", "steps_within"]
 
@@ -49,7 +49,7 @@ class Site:
         if not path.exists():
             made = {key: value() if callable(value) else value for key, value in values.items()}
             content = kind.model_validate(made).model_dump(mode="json")
-            path.write_text(yaml.safe_dump(content, sort_keys=False))
+            locations.write_bytes(str(path), yaml.safe_dump(content, sort_keys=False).encode())
         return read_job(kind, path)
 
     def publish_job(self) -> PublishJob:
@@ -65,9 +65,17 @@ class Site:
 
     def finished_report(self, job: EvaluateJob) -> dict[str, Any] | None:
         """The report of an earlier run, if it describes the present bundle."""
-        path = Path(job.output) / REPORT
-        report = json.loads(path.read_text()) if path.exists() else None
-        return report if report and report["bundle_hash"] == read_bundle_info(job.bundle).bundle_hash else None
+        return self.kept_figures(locations.join(job.output, REPORT), job.bundle)
+
+    @staticmethod
+    def kept_figures(place: str, bundle: str) -> dict[str, Any] | None:
+        """The figures of an earlier run in a JSON file; None if it is missing, damaged or about another bundle."""
+        try:
+            found = locations.read_json(place) if locations.exists(place) else None
+        except ValueError:
+            return None
+        known = isinstance(found, dict) and found.get("bundle_hash") == read_bundle_info(bundle).bundle_hash
+        return found if known else None
 
 
 def steps_within(seconds: float, step_seconds: float) -> int:
