@@ -20,6 +20,10 @@ DEATH, ABSENCE = ActorDiedError(), ActorUnavailableError("gone", b"0" * 16)
 TOO_LARGE = AioRpcError(
     StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "SERVER: Received message larger than max (5 vs. 4)"
 )
+LOST, CLOSED = (
+    AioRpcError(code, Metadata(), Metadata(), "the channel is closed")
+    for code in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
+)
 RESET = AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Received RST_STREAM with error code 2")
 
 
@@ -53,7 +57,7 @@ def again(attempt, *pieces):
     return [piece._replace(attempt=attempt) for piece in pieces]
 
 
-@pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET])
+@pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET, LOST, CLOSED])
 @pytest.mark.parametrize("received", [(), (ADMITTED,), (ADMITTED, HELD_BACK), (SOME,)])
 def test_a_text_of_which_nothing_was_sent_is_generated_elsewhere_whatever_its_replica_had_sent(death, received):
     call, streams = calls_of([death], [*received, death], [ADMITTED, SOME, LAST])
@@ -93,7 +97,9 @@ def test_a_request_that_three_replicas_died_of_is_not_tried_again():
     assert call() is streams[3]
 
 
-@pytest.mark.parametrize("code", [code for code in StatusCode if code not in failover.GONE])
+@pytest.mark.parametrize(
+    "code", [code for code in StatusCode if code not in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)]
+)
 def test_a_grpc_error_of_a_live_replica_is_no_death(code):
     error = AioRpcError(code, Metadata(), Metadata(), TOO_LARGE.details())
     call, (stream, _) = calls_of([error], [LAST])
