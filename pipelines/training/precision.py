@@ -16,8 +16,9 @@ from pipelines.training.checkpoints import Checkpoint
 from pipelines.training.train_start import starting_config
 from pipelines.training.train_step_time import sample_seconds
 from tidar_core.artifacts.shards import Manifest
+from tidar_core.config import ModelConfig
 
-__all__ = ["precise_job"]
+__all__ = ["fastest_job", "precise_job"]
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -32,10 +33,19 @@ def precise_job(job: TrainJob, manifest: Manifest, newest: Checkpoint | None, *,
         return job
     if newest is not None:
         return job.model_copy(update={"precision": newest.cursor.run["precision"]})
+    return fastest_job(job, starting_config(job, manifest), manifest.row_len, on_cluster=on_cluster)
+
+
+def fastest_job(job: TrainJob, model: ModelConfig, row_len: int, *, on_cluster: bool = False) -> TrainJob:
+    """The same job with the precision whose train steps are the fastest here; the reason goes to standard error.
+
+    model       configuration that training starts with
+    on_cluster  time a node of the cluster instead of this machine
+    """
     if job.gpus_per_worker:
         return job.model_copy(update={"precision": "bf16"})
     jobs = [job.model_copy(update={"precision": precision}) for precision in PRECISIONS]
-    given: tuple[Any, ...] = (jobs, starting_config(job, manifest), manifest.row_len)
+    given: tuple[Any, ...] = (jobs, model, row_len)
     if on_cluster:
         timed = ray.remote(num_cpus=job.cpus_per_worker, max_retries=0)(sample_seconds)
         seconds = ray.get(timed.remote(*given))

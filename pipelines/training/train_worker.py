@@ -30,6 +30,7 @@ from tidar_core.artifacts.text.end_tokens import EndTokens, read_end_tokens
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import ConfigError
 from tidar_core.training.dual_mode import TrainBatch
+from tidar_core.training.host_memory import keep_freed_memory
 from tidar_core.training.losses import LossTotals, dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
 from tidar_core.training.recipe import start_draft_adapter, start_draft_link, start_mask_token
@@ -111,6 +112,8 @@ def resumed_model(checkpoint: Checkpoint) -> TidarModel:
 class _Worker:
     def __init__(self, job: TrainJob, around: Surroundings) -> None:
         torch.set_num_threads(job.cpus_per_worker)
+        if not job.gpus_per_worker:
+            keep_freed_memory()
         self.job, self.around = job, around
         self.reader, self.held_out = ShardReader(job.shards), ShardReader(job.shards, "held_out")
         self.manifest = self.reader.manifest

@@ -25,7 +25,7 @@ from tidar_core.training.dual_mode import IGNORED, TrainBatch
 
 __all__ = ["LossMeans", "LossSums", "LossTotals", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
 
-LOGITS_AT_ONCE = 2**26
+LOGITS_AT_ONCE = 2**27
 """Logits held at a time. Without a limit, a row of 2 x 4,096 tokens would need 5 GB with a vocabulary of 151,936."""
 LOGITS_AT_ONCE_CUDA = 2**29
 """Logits held at a time on an accelerator: 2 GB in fp32. So 32,768 tokens of a vocabulary of 16,384 need no second
