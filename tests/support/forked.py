@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 PRELOADED = [
-    "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker",
-    "pipelines.training.train", "pipelines.packing.pack", "pipelines.answers.answer", "tidar.stages",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker", "pandas",
+    "pyarrow.dataset", "pyarrow.parquet", "tidar_core.decoding.completion", "tidar",
 ]  # fmt: skip
-"""Modules that the processes would load otherwise, at their start or later. They start no thread."""
+"""Modules that the processes would load otherwise, at their start or later. They start no thread. Ray is not among
+them: when it is loaded, it reads the authentication mode of a cluster, which may start later."""
 
 
 def forked(function, *arguments, **changes):
