@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from tidar_core.artifacts.text.tokenizer import Tokenizer
 from tidar_core.config import SamplingConfig
 from tidar_core.errors import RequestError
 from tidar_core.planning.mode_benchmark import ModeResult
 
-__all__ = ["against_llama_cpp", "require_llama_cpp"]
+__all__ = ["against_llama_cpp", "require_llama_cpp", "require_same_tokens"]
 
 
 def require_llama_cpp(file: Path) -> Any:
@@ -28,13 +29,28 @@ def require_llama_cpp(file: Path) -> Any:
     return xllamacpp
 
 
+def require_same_tokens(file: Path, prompts: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> None:
+    """Raise RequestError if a token of the prompts is another text in the file, which would get other prompts."""
+    from tidar_core.artifacts.model.gguf_file import read_metadata  # it loads gguf
+
+    tokens = read_metadata(file).get("tokenizer.ggml.tokens", [])
+    for token in sorted({token for prompt in prompts for token in prompt}):
+        name = tokens[token] if token < len(tokens) else None
+        if name is None or tokenizer.id_of(name) != token:
+            raise RequestError(
+                f"--llama-cpp is {file}, whose token {token} is {name!r}, and the model's is "
+                f"{tokenizer.spell(token)!r}; give a GGUF file of the same model"
+            )
+
+
 def against_llama_cpp(
     file: Path, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig, ours: ModeResult, *, repeats: int
 ) -> dict[str, Any]:
     """Figures of greedy completions, one prompt at a time, on as many threads as torch has, without a prompt cache.
 
-    Prompts are token ids, so the file must hold the same tokenizer. A text ends at the file's own end tokens. Speeds
-    are tokens per second over all prompts, prefills included: median and spread over `repeats`, after a warm-up.
+    Prompts are token ids, so the file must hold the same tokens (`require_same_tokens`). A text ends at the file's
+    own end tokens. Speeds are tokens per second over all prompts, prefills included: median and spread over
+    `repeats`, after a warm-up.
 
     ours  the autoregressive mode on the same prompts
     """

@@ -14,13 +14,14 @@ import torch
 
 from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
-from pipelines.evaluation.llama_cpp_baseline import against_llama_cpp, require_llama_cpp
+from pipelines.evaluation.llama_cpp_baseline import against_llama_cpp, require_llama_cpp, require_same_tokens
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_for_decoding
-from tidar_core.artifacts.model.bundle_info import base_location
+from tidar_core.artifacts.model.bundle_info import base_location, hf_location
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.text.prompts import read_prompts
+from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
@@ -118,6 +119,7 @@ def compared_modes(
     prompts, sampling = requests.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
     if llama_cpp is not None:
         require_llama_cpp(llama_cpp)
+        require_same_tokens(llama_cpp, prompts, load_tokenizer(hf_location(uri)))
     modes = modes if model.config.drafting else (AUTOREGRESSIVE,)
     total = prompts_in_all(len(prompts), modes=len(modes), batch=batch, repeats=repeats)
     with job_progress("bench", total=total, unit="prompts") as show:

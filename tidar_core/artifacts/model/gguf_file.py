@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tidar_core.errors import WeightsError
 
-__all__ = ["GgufFile"]
+__all__ = ["GgufFile", "read_metadata"]
 
 VERSIONS = (2, 3)
 FLOATS = ("F32", "F16", "BF16")
@@ -34,15 +34,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Read the metadata of a file. Raises WeightsError if the file cannot be used."""
-        _require_gguf(path)
-        try:
-            with np.errstate(all="ignore"):
-                reader = _WholeReader(path)
-            self.fields: Mapping[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            _require_in_order(reader)
-        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise WeightsError(f"{path} is cut short or damaged ({reason}); {AGAIN}") from error
+        reader, self.fields = _opened(path)
         """Metadata by key."""
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -101,6 +93,25 @@ class GgufFile:
         if not value.isfinite().all():
             raise WeightsError(f"{self.path}: tensor {name} has values that are not finite; {AGAIN}")
         return value.reshape(self.shape(name))
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """The metadata of a file by key, whatever its model is. Raises WeightsError if the file is damaged."""
+    return _opened(path)[1]
+
+
+def _opened(path: Path) -> tuple["_WholeReader", Mapping[str, Any]]:
+    """A file and its metadata by key. Raises WeightsError if the file is no GGUF file, cut short or damaged."""
+    _require_gguf(path)
+    try:
+        with np.errstate(all="ignore"):
+            reader = _WholeReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        _require_in_order(reader)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path} is cut short or damaged ({reason}); {AGAIN}") from error
+    return reader, fields
 
 
 class _WholeReader(gguf.GGUFReader):
