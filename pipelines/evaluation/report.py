@@ -142,7 +142,7 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield _table(("model", *titles, "avg"), _standings([by_name.get(name) for name in names]))
     yield "## How the tasks were run"
     yield _table(
-        ("task", "metric", "shots", "questions", "standard error", "modes agree", "programs ran in"),
+        ("task", "metric", "shots", "questions", "standard error", "modes agree", "as the parent", "programs ran in"),
         (
             (
                 row["title"],
@@ -151,6 +151,7 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 str(row["documents"]),
                 f"{100 * next(iter(row['modes'].values()))['stderr']:.2f}",
                 "yes" if row["modes_say_the_same"] else "NO",
+                f"{row['equal_to_parent']} of {row['texts']} texts" if row["parent"] and row["texts"] else NOT_RUN,
                 row["isolation"] or NOT_RUN,
             )
             for row in rows

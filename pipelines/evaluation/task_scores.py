@@ -57,9 +57,14 @@ def service_scores(job: EvaluateJob, service: "ServiceModel", advance: Callable[
 
 
 def task_entries(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, Any]]:
-    """An entry for each task: its facts, the figures of each mode, and the parent's if there is a parent."""
+    """An entry for each task: its facts, the figures of each mode, and the parent's if there is a parent.
+
+    `equal_to_parent` counts the generated texts that are the parent's in every mode; None without a parent. Drafts of a
+    frozen checkpoint leave all texts as they are.
+    """
     entries: dict[str, dict[str, Any]] = {}
     texts: dict[str, set[tuple[str, ...]]] = {}
+    of_parent = {score.task: score.texts for score in found.get(PARENT, ())}
     for mode, of_mode in found.items():
         for score in of_mode:
             known = PAPER_TASKS.get(score.task)
@@ -71,7 +76,20 @@ def task_entries(found: "Mapping[str, Sequence[TaskScore]]") -> list[dict[str, A
             else:
                 entry["modes"][mode] = score.figures()
                 texts.setdefault(score.task, set()).add(score.texts)
-    return [entry | {"modes_say_the_same": len(texts[name]) == 1} for name, entry in entries.items()]
+    return [
+        entry
+        | {
+            "modes_say_the_same": len(texts[name]) == 1,
+            "texts": max(map(len, texts[name])),
+            "equal_to_parent": _equal_texts([*texts[name], of_parent[name]]) if name in of_parent else None,
+        }
+        for name, entry in entries.items()
+    ]
+
+
+def _equal_texts(sides: Sequence[Sequence[str]]) -> int:
+    """Places at which all sides have the same text."""
+    return sum(len({*place}) == 1 for place in zip(*sides))
 
 
 def _scores_of(

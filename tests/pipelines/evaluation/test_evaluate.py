@@ -79,6 +79,7 @@ def test_a_task_scores_what_the_plain_loop_scores_in_every_mode(report):
         "autoregressive": 0.75,
     }
     assert row["modes_say_the_same"] is True
+    assert 0 <= row["equal_to_parent"] <= row["texts"] == 4
     assert row["modes"]["autoregressive"]["tokens_per_forward"] == 1.0 == row["parent"]["tokens_per_forward"]
     assert row["modes"]["single-pass"]["tokens_per_forward"] >= 1.0
 

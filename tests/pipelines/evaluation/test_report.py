@@ -18,7 +18,8 @@ def figures(score, per_forward=None):
 
 def task(name, title, modes, parent, isolation=None):
     return {"task": name, "title": title, "metric": "pass@1", "documents": 100, "shots": 0, "isolation": isolation,
-            "modes": modes, "parent": parent, "modes_say_the_same": True}  # fmt: skip
+            "modes": modes, "parent": parent, "modes_say_the_same": True,
+            "texts": 0 if name == "piqa" else 100, "equal_to_parent": 97 if parent else None}  # fmt: skip
 
 
 TASKS = [
@@ -51,7 +52,10 @@ def test_texts_stand_as_in_table_2_and_choices_as_in_table_3():
         "| single-pass | - | - | - | - | 75.52 | - | 75.52 |",
         "| model | riddles | avg |",
         "| single-pass | 25.00 (2.00) | 25.00 (2.00) |",
-        "| HumanEval | pass@1 | 0 | 100 | 1.00 | yes | namespaces |",
+        "| task | metric | shots | questions | standard error | modes agree | as the parent | programs ran in |",
+        "| HumanEval | pass@1 | 0 | 100 | 1.00 | yes | 97 of 100 texts | namespaces |",
+        "| PIQA | pass@1 | 0 | 100 | 1.00 | yes | - | - |",
+        "| riddles | pass@1 | 0 | 100 | 1.00 | yes | - | - |",
     ):
         assert line in lines
     assert "| AR loss (nats per token, 8 rows) | 1.2500 | 1.2000 |" in lines
