@@ -3,6 +3,8 @@
 import pytest
 from tiny import wide_model
 
+from tidar_core.decoding import decode_forward
+from tidar_core.kernels import PLAIN
 from tidar_core.transformer.shapes import named_shape
 
 
@@ -10,3 +12,9 @@ from tidar_core.transformer.shapes import named_shape
 def model():
     """The `tiny` shape."""
     return wide_model(named_shape("tiny"))
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """Decoders of plain torch: what stands in for a captured graph sees torch's operations alone."""
+    monkeypatch.setattr(decode_forward, "kernels_for", lambda *of: PLAIN)

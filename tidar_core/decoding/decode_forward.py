@@ -45,7 +45,7 @@ class DecodeForward:
         self.model, self.cache = model, cache
         position_1L = torch.arange(positions, device=cache.pages.device)[None]
         self._cos_LD, self._sin_LD = (half[0, :, 0] for half in model.rotation(position_1L, cache.pages.dtype))
-        self._kernels = kernels or kernels_for(cache.pages.device)
+        self._kernels = kernels or kernels_for(cache.pages.device, cache.pages.dtype)
         self._masks_KE = _mask_embeddings(model, block_len)
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
         self._layers = [_LayerWeights.of(*both, model.config) for both in zip(model.layers, adapters)]

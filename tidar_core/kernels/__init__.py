@@ -2,8 +2,8 @@
 
 Which implementation runs on this device?
 
-Two sets with the same names: kernels written in Triton for CUDA devices, and plain torch for all others. Only the first
-set imports Triton, when it is first requested.
+Three sets with the same names: kernels written in Triton for CUDA devices, kernels in C for a CPU, and plain torch for
+all others. Only the first set imports Triton, and only the second compiles anything, when it is first requested.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from tidar_core.kernels import reference
+from tidar_core.kernels import compiled, on_cpu, reference
 
-__all__ = ["PLAIN", "Kernels", "kernels_for", "triton_kernels"]
+__all__ = ["PLAIN", "Kernels", "c_kernels", "kernels_for", "triton_kernels"]
 
 
 Gather = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -45,11 +45,24 @@ PLAIN = Kernels(
 """Plain torch, for any device."""
 
 
-def kernels_for(device: torch.device | str) -> Kernels:
-    """Triton kernels on a CUDA device if Triton is installed; plain torch otherwise."""
-    if torch.device(device).type == "cuda" and find_spec("triton") is not None:
+def kernels_for(device: torch.device | str, dtype: torch.dtype) -> Kernels:
+    """Kernels for tensors of this dtype: Triton's on a CUDA device if it is installed, C's on a CPU if a compiler is.
+
+    Otherwise plain torch.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda" and find_spec("triton") is not None:
         return triton_kernels()
+    if kind == "cpu" and dtype in on_cpu.DTYPES and compiled.library() is not None:
+        return c_kernels()
     return PLAIN
+
+
+def c_kernels() -> Kernels:
+    """Kernels in C for CPU tensors; only where `compiled.library` has them."""
+    return Kernels(
+        on_cpu.paged_attention, on_cpu.Gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul
+    )
 
 
 def triton_kernels() -> Kernels:

@@ -2,9 +2,11 @@
 
 How does a CPU hold the weights of a decoder?
 
-On an x86 processor, oneDNN's product takes weights that were laid out for it once. Otherwise each product lays them out
-anew, which costs more than a decode step's few query tokens do. The results are the same: bit for bit in bf16, up to
-the order of sums in fp32. A GPU holds weights as they are. `quantised_linear` holds weights in fewer bits.
+With kernels in C (`compiled`), weights lie in the order in which those read them. A token's results have the same bits
+whatever the number of tokens. Without them, and on an x86 processor, oneDNN's product takes weights that were laid out
+for it once. Otherwise each product lays them out anew, which costs more than a decode step's few query tokens do. The
+results are the same: bit for bit in bf16, up to the order of sums in fp32. A GPU holds weights as they are.
+`quantised_linear` holds weights in fewer bits.
 """
 
 import platform
@@ -14,16 +16,42 @@ import torch
 from torch import Tensor
 
 from tidar_core.errors import ConfigError
-from tidar_core.kernels.quantised_linear import HeldLinear, Int4Linear, Int8Linear, require_exact_sums
+from tidar_core.kernels.compiled import library
+from tidar_core.kernels.held_linear import CompiledLinear, HeldLinear, panels
+from tidar_core.kernels.quantised_linear import Int4Linear, Int8Linear
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["PackedLinear", "held_bytes", "prepare_for_decoding", "weight_bytes"]
+__all__ = ["Bf16Linear", "Fp32Linear", "PackedLinear", "held_bytes", "prepare_for_decoding", "weight_bytes"]
 
 PACKED_ENTRIES = {torch.float32: 786_432, torch.bfloat16: 0}
 """Fewest entries of a weight that is packed, by dtype. In fp32 the packed form costs a tenth more or worse for one
 query token, and about two thirds for eight. In smaller weights eight query tokens gain nothing. Measured with AMX and
 without. A fixed rule keeps fp32 results the same from start to start, bit for bit. With and without drafts, those of a
 checkpoint are the same too."""
+
+
+class Fp32Linear(CompiledLinear):
+    """A linear map with weights and activations in fp32."""
+
+    FUNCTION = "product_fp32"
+
+    @staticmethod
+    def bytes_of(out: int, width: int, itemsize: int) -> int:
+        """Bytes of a weight [O, I]."""
+        rows, columns = CompiledLinear.padded(out, width)
+        return rows * columns * itemsize
+
+    def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        return (panels(weight_OI, 4 // weight_OI.element_size()),)
+
+
+class Bf16Linear(Fp32Linear):
+    """A linear map with weights and activations in bf16; sums are in fp32."""
+
+    FUNCTION = "product_bf16"
+
+
+COMPILED = {torch.float32: Fp32Linear, torch.bfloat16: Bf16Linear}
 
 
 class PackedLinear(HeldLinear):
@@ -59,9 +87,13 @@ def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
     """
     device = model.embedding.weight.device.type
     if weights is not None:
-        if device != "cpu" or not torch.backends.mkldnn.is_available():
-            raise ConfigError(f"weights is {weights} on {device}; {weights} needs a CPU with oneDNN; leave weights out")
-        require_exact_sums()
+        if device != "cpu":
+            raise ConfigError(f"weights is {weights} on {device}; {weights} needs a CPU; leave weights out")
+        if library() is None:
+            raise ConfigError(
+                f"weights is {weights}; {weights} needs Linux and a C compiler, and none works here; install gcc or "
+                "leave weights out"
+            )
         if weights == "int4":
             _require_groups(model)
     model.requires_grad_(False)
@@ -113,6 +145,8 @@ def _form(weight: Tensor, device: str, weights: str | None) -> type[HeldLinear] 
     """Form in which a device of this kind holds a weight; None: as it is."""
     if weights is not None:
         return Int8Linear if weights == "int8" else Int4Linear
+    if device == "cpu" and weight.dtype in COMPILED and library() is not None:
+        return COMPILED[weight.dtype]
     return PackedLinear if _packs(weight.numel(), weight.dtype, device) else None
 
 
@@ -130,6 +164,6 @@ def _require_groups(model: TidarModel) -> None:
         out, width = getattr(owner, name).weight.shape
         if not Int4Linear.holds(out, width):
             raise ConfigError(
-                f"weights is int4, and the model has a map from {width} to {out} features; int4 needs multiples of "
-                f"{Int4Linear.GROUP} and {Int4Linear.OUT}; give int8"
+                f"weights is int4, and the model has a map from {width} to {out} features; int4 needs a multiple of "
+                f"{Int4Linear.GROUP} features in; give int8"
             )

@@ -15,8 +15,8 @@ import torch
 from tidar_core.config import DraftConfig, ModelConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.kernels.held_linear import HeldLinear
 from tidar_core.kernels.linear import weight_bytes
-from tidar_core.kernels.quantised_linear import HeldLinear
 from tidar_core.timing import median_seconds
 from tidar_core.transformer.model import TidarModel
 

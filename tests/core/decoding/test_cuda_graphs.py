@@ -23,6 +23,7 @@ from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
 from tidar_core.planning.candidate_plans import few_candidates, timed_plans
 from tidar_core.transformer.shapes import named_shape
 
+pytestmark = pytest.mark.usefixtures("plain_kernels")
 K = 4
 SAMPLED = SamplingConfig(max_tokens=12, temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=6)
 

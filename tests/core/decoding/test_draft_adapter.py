@@ -84,6 +84,7 @@ def test_texts_are_the_autoregressive_ones_in_every_mode_beside_requests_without
     assert done[2].forwards == 24
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("kind", ["argmax", "sampled"])
 def test_captured_steps_give_the_results_of_plain_steps(adapted, kind):
     done = []
@@ -160,6 +161,7 @@ def decoder_of(model, *, captured=False, looked_up_tokens=512):
     return decoder
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
 def test_drafts_exchanged_in_the_middle_of_texts_change_no_text(captured):
     old, new = two_adapters()
@@ -174,6 +176,7 @@ def test_drafts_exchanged_in_the_middle_of_texts_change_no_text(captured):
     assert [weight.data_ptr() for weight in old.parameters()] == addresses
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("looked_up_tokens", [0, 512], ids=["multiplied", "looked up"])
 @pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
 def test_after_an_exchange_drafts_are_those_of_a_decoder_that_began_with_the_new_weights(captured, looked_up_tokens):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tidar_core.kernels import PLAIN, kernels_for, triton_kernels
+from tidar_core.kernels import PLAIN, c_kernels, compiled, kernels_for, on_cpu, triton_kernels
 from tidar_core.transformer.layout import CLEAN, TokenLayout, decode_layout
 from tidar_core.transformer.visibility import dense_visibility, sees
 
@@ -52,6 +52,16 @@ def interpret_triton_s_own(patch):
             if isinstance(function, JITFunction):
                 found = interpreted.setdefault(function.fn, InterpretedFunction(function.fn))
                 patch.setattr(module, name, found)
+
+
+@pytest.fixture(params=["triton", "c"])
+def kernel_set(request):
+    """The kernels of one language."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_set")
+    if DEVICE.type == "cuda" or compiled.library() is None:
+        pytest.skip("kernels in C need a CPU and a compiler")
+    return c_kernels()
 
 
 @pytest.fixture
@@ -132,16 +142,16 @@ def test_what_lies_in_pages_past_the_prefix_changes_nothing():
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_the_kernel_gathers_what_plain_torch_gathers_whatever_the_plan(triton_set, plan):
+def test_the_kernel_gathers_what_plain_torch_gathers_whatever_the_plan(kernel_set, plan):
     call = forward((0, 15, 16, 17, 64), *plan, heads=4, kv_heads=2, size=8)
-    torch.testing.assert_close(triton_set.paged_attention(**call), PLAIN.paged_attention(**call), **EXACT)
+    torch.testing.assert_close(kernel_set.paged_attention(**call), PLAIN.paged_attention(**call), **EXACT)
 
 
 @pytest.mark.parametrize("size", [8, 64, 96, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1), (6, 1)])
-def test_the_kernel_serves_any_head_width_and_any_heads_per_key(triton_set, heads, kv_heads, size):
+def test_the_kernel_serves_any_head_width_and_any_heads_per_key(kernel_set, heads, kv_heads, size):
     call = forward((31, 0), 2, (1, 2), 2, heads=heads, kv_heads=kv_heads, size=size, pages=2)
-    torch.testing.assert_close(triton_set.paged_attention(**call), PLAIN.paged_attention(**call), **EXACT)
+    torch.testing.assert_close(kernel_set.paged_attention(**call), PLAIN.paged_attention(**call), **EXACT)
 
 
 @pytest.mark.slow
@@ -172,7 +182,7 @@ def test_an_empty_page_table_leaves_the_rows_of_the_forward(triton_set, tiling, 
     torch.testing.assert_close(triton_set.paged_attention(**call, tiling=cut), PLAIN.paged_attention(**call), **EXACT)
 
 
-def test_the_kernel_takes_views_and_either_kind_of_integer(triton_set):
+def test_the_kernel_takes_views_and_either_kind_of_integer(kernel_set):
     call = forward((9, 40), 3, (1, 2, 3), 3, heads=4, kv_heads=2, size=16, pages=3)
     expected = PLAIN.paged_attention(**call)
     joined = torch.cat([call["q_BRHD"], call["k_BRGD"], call["v_BRGD"]], 2)
@@ -180,7 +190,7 @@ def test_the_kernel_takes_views_and_either_kind_of_integer(triton_set):
     call["page_table_BN"] = torch.nn.functional.pad(call["page_table_BN"].long(), (0, 5))[:, :3]
     call["prefix_len_B"] = call["prefix_len_B"].int()
     call["kv_pages"] = torch.stack([call["kv_pages"]] * 2)[1]
-    torch.testing.assert_close(triton_set.paged_attention(**call), expected, **EXACT)
+    torch.testing.assert_close(kernel_set.paged_attention(**call), expected, **EXACT)
 
 
 @pytest.mark.slow
@@ -208,10 +218,10 @@ def test_tilings_fill_a_device_of_132_processors(triton_set):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 48), (1, 1, 128), (5, 640)])
-def test_the_norm_and_the_residual_before_it(triton_set, shape, with_residual, dtype):
+def test_the_norm_and_the_residual_before_it(kernel_set, shape, with_residual, dtype):
     x, residual = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1) if with_residual else None
     weight = 1 + 0.1 * normal(shape[-1])
-    found = triton_set.add_rms_norm(x, residual, weight, 1e-6)
+    found = kernel_set.add_rms_norm(x, residual, weight, 1e-6)
     expected = PLAIN.add_rms_norm(x, residual, weight, 1e-6)
     tolerance = EXACT if dtype == torch.float32 else ROUNDED
     torch.testing.assert_close(found, expected, **tolerance)
@@ -220,7 +230,7 @@ def test_the_norm_and_the_residual_before_it(triton_set, shape, with_residual, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (6, 1, 64), (2, 2, 96)])
-def test_heads_are_normed_rotated_and_stored(triton_set, heads, kv_heads, size, with_norm, dtype):
+def test_heads_are_normed_rotated_and_stored(kernel_set, heads, kv_heads, size, with_norm, dtype):
     batch, rows, clean_len = 3, 7, 4
     qkv = normal(batch, rows, (heads + 2 * kv_heads) * size, dtype=dtype)
     angle = normal(batch, rows, size // 2, seed=1).repeat(1, 1, 2)
@@ -232,7 +242,7 @@ def test_heads_are_normed_rotated_and_stored(triton_set, heads, kv_heads, size, 
         kernels.rotate_and_store(
             qkv.clone(), weight, *rest, pages, slots.view(batch, clean_len).to(DEVICE), eps=1e-6, heads=heads
         )
-        for kernels, pages in ((triton_set, kept), (PLAIN, expected_pages))
+        for kernels, pages in ((kernel_set, kept), (PLAIN, expected_pages))
     )
     tolerance = EXACT if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-4}  # five roundings with a norm
     torch.testing.assert_close(found, expected, **tolerance)
@@ -245,10 +255,36 @@ def test_heads_are_normed_rotated_and_stored(triton_set, heads, kv_heads, size, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 96), (1, 1, 32), (3, 2300)])
-def test_the_gate_of_the_feed_forward_network(triton_set, shape, dtype):
+def test_the_gate_of_the_feed_forward_network(kernel_set, shape, dtype):
     gate_up = normal(*shape, dtype=dtype)
     tolerance = EXACT if dtype == torch.float32 else ROUNDED
-    torch.testing.assert_close(triton_set.silu_mul(gate_up), PLAIN.silu_mul(gate_up), **tolerance)
+    torch.testing.assert_close(kernel_set.silu_mul(gate_up), PLAIN.silu_mul(gate_up), **tolerance)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C compiler works here")
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+def test_the_c_kernels_give_a_token_the_same_bits_alone_and_beside_tokens_that_it_does_not_see(dtype):
+    """Clean tokens of one forward, with masks behind them and other sequences beside, and read one by one."""
+    own, heads, kv_heads, size = c_kernels(), 4, 2, 24
+    call = forward((5, 40), 4, (1, 2, 3, 4), 4, heads=heads, kv_heads=kv_heads, size=size, pages=4, dtype=dtype)
+    call = {name: x.cpu() for name, x in call.items()}
+    together = own.paged_attention(**call)
+    for b, length in enumerate((5, 40)):
+        pages = call["kv_pages"].clone()
+        for n in range(4):
+            token = {name: call[name][b : b + 1, n : n + 1] for name in ("q_BRHD", "k_BRGD", "v_BRGD")}
+            alone = own.paged_attention(
+                **token, kv_pages=pages, page_table_BN=call["page_table_BN"][b : b + 1],
+                prefix_len_B=torch.tensor([length + n]), own_visible_RR=torch.ones(1, 1, dtype=torch.bool),
+            )  # fmt: skip
+            assert torch.equal(alone[0, 0], together[b, n])
+            page, place = call["page_table_BN"][b, (length + n) // PAGE_LEN], (length + n) % PAGE_LEN
+            pages[page, place] = torch.stack([token["k_BRGD"], token["v_BRGD"]])[:, 0, 0]
+    x, residual, weight = (normal(40, 100, dtype=dtype, seed=seed).cpu() for seed in (1, 2, 3))
+    for found, expected in zip(own.add_rms_norm(x, residual, weight[0], 1e-5), (0, 1), strict=True):
+        alone = [own.add_rms_norm(x[n : n + 1], residual[n : n + 1], weight[0], 1e-5)[expected] for n in range(40)]
+        assert torch.equal(torch.cat(alone), found)
+    assert torch.equal(torch.cat([own.silu_mul(x[n : n + 1]) for n in range(40)]), own.silu_mul(x))
 
 
 def test_rotation_is_the_model_s_own():
@@ -273,8 +309,12 @@ def test_rotation_is_the_model_s_own():
     torch.testing.assert_close(pages[:, 1], torch.stack([found[1][:, 0], found[2][:, 0]], 1))
 
 
-def test_a_cpu_gets_the_plain_functions():
-    assert kernels_for("cpu") is PLAIN
+def test_a_cpu_gets_the_c_kernels_where_a_compiler_works_and_the_plain_functions_elsewhere(monkeypatch):
+    if compiled.library() is not None:
+        assert kernels_for("cpu", torch.bfloat16) == c_kernels()
+    assert kernels_for("cpu", torch.float16) is PLAIN
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert kernels_for("cpu", torch.float32) is PLAIN
 
 
 def test_the_baseline_that_is_timed_beside_the_kernel_computes_the_same():

@@ -1,5 +1,6 @@
 """The bound of a decoder's memory: what it counts, that no forward takes more, and that captures share theirs."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -39,8 +40,10 @@ def test_live_bytes_are_those_of_the_tensors_that_are_there_at_once():
 
 
 def test_weights_and_cache_are_those_of_the_decoder(model):
-    decoder, found = Decoder(model, DraftConfig(block_len=K), slots=3), bound(model.config, rows=3)
-    assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    prepared = copy.deepcopy(model)
+    prepare_for_decoding(prepared)
+    decoder, found = Decoder(prepared, DraftConfig(block_len=K), slots=3), bound(model.config, rows=3)
+    assert found.weights == weight_bytes(prepared)
     assert found.cache == decoder.cache.bytes
     assert found.total >= found.weights + found.cache + found.tables + found.forwards
     assert found.captured_steps == 0, "nothing is captured on a CPU"

@@ -73,6 +73,7 @@ def test_the_shapes_with_the_fewest_keys_come_first():
     assert sorted(shapes) == [(b, c) for b in (1, 4, 8) for c in (128, 1024, 8192)]
 
 
+@pytest.mark.usefixtures("plain_kernels")
 def test_a_decoder_that_captures_its_steps_captures_every_plan_before_traffic_comes(model):
     decoder = Decoder(model, DraftConfig(block_len=4), slots=1, context_len=64)
     decoder._graphs = StepGraphs(decoder._runner, StandInRecorder())

@@ -1,0 +1,124 @@
+"""Library of the kernels in C, compiled for the processor that runs them.
+
+Where does a process get the C kernels from?
+
+The first process on a machine compiles the sources beside this file with the machine's C compiler, which takes seconds.
+Later ones load the library from the user's cache. Its name holds a digest of sources, compiler and processor, so a
+library of another processor is never loaded. Without a compiler there are no C kernels: see `library`.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+__all__ = ["library", "needed_library"]
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+SOURCES = ("numbers.h", "products.c", "layer.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+COMPILERS = ("cc", "gcc", "clang")
+SECONDS = 120
+"""Time that a compiler may take."""
+P, N, B, X = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+PRODUCT = (P, P, N, N, P, N, P, B)
+SIGNATURES = {
+    "product_fp32": PRODUCT,
+    "product_bf16": PRODUCT,
+    "product_int4": PRODUCT,
+    "product_int8": (P, P, P, *PRODUCT[1:]),
+    "add_rms_norm": (P, P, P, B, X, N, N, B, P, P),
+    "rotate_and_store": (P, P, P, P, P, P, N, N, N, N, N, N, X, B),
+    "silu_mul": (P, N, N, B, P),
+    "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
+}
+"""Types of the arguments of each function; no function returns anything."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The C kernels; None, with one line in the log, where they cannot be had.
+
+    They need Linux and a C compiler: the one that CC names, or cc, gcc or clang.
+    """
+    if platform.system() != "Linux":
+        return None
+    try:
+        found = ctypes.CDLL(str(_compiled()))
+        found.start()
+    except (OSError, subprocess.SubprocessError) as error:
+        stderr = getattr(error, "stderr", None)
+        logger.warning(
+            "no C kernels, decoding on the CPU is slower: %s", stderr.strip().splitlines()[-1] if stderr else error
+        )
+        return None
+    for name, types in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    return found
+
+
+def needed_library() -> ctypes.CDLL:
+    """The C kernels, of a caller that has seen that there are some."""
+    found = library()
+    assert found is not None, "there are no C kernels here"
+    return found
+
+
+def _compiled() -> Path:
+    """Path of the library; compiles it if it is not in the cache."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
+    if compiler is None:
+        raise OSError("no C compiler was found; install gcc, or name a compiler in CC")
+    name = f"kernels-{_digest(compiler)}.so"
+    folder = _folder()
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            units = [HERE / source for source in SOURCES if source.endswith(".c")]
+            objects = [Path(build, unit.name).with_suffix(".o") for unit in units]
+            commands: list[list[str | Path]] = [
+                [compiler, *FLAGS, "-c", unit, "-o", made] for unit, made in zip(units, objects)
+            ]
+            # Not linked to an OpenMP of its own: it would keep threads beside torch's.
+            commands.append([compiler, "-shared", *objects, "-lm", "-o", Path(build, name)])
+            for command in commands:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            Path(build, name).replace(path)  # whole or not at all, whoever else compiles it
+    return path
+
+
+def _folder() -> Path:
+    """Folder of this user's compiled kernels; the system's temporary folder where there is no home to write to."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    for place in (Path(cache_home).expanduser(), Path(tempfile.gettempdir(), f"tidar-{os.getuid()}")):
+        folder = place / "tidar"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            continue
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    raise OSError("no folder of this user's to keep the compiled kernels in; set XDG_CACHE_HOME")
+
+
+def _digest(compiler: str) -> str:
+    """Digest of all that the library's code follows from."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        digest.update((HERE / source).read_bytes())
+    made = Path(compiler).resolve()
+    digest.update(f"{made} {made.stat().st_size} {made.stat().st_mtime_ns} {FLAGS}".encode())
+    about = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    digest.update(
+        "\n".join(line for line in about.splitlines() if line.startswith(("model", "flags", "Feat"))).encode()
+    )
+    return digest.hexdigest()[:16]

@@ -1,0 +1,82 @@
+/* Vectors of 16 numbers in fp32, read from and written to memory in fp32, or in bf16 where `half` is 1. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#define LANES 16
+#define VECTOR(type, bytes, align) type __attribute__((vector_size(bytes), aligned(align), may_alias))
+
+typedef VECTOR(float, 64, 4) F;
+typedef VECTOR(float, 32, 4) F8;
+typedef VECTOR(float, 16, 4) F4;
+typedef VECTOR(uint32_t, 64, 4) U;
+typedef VECTOR(int32_t, 64, 4) I;
+typedef VECTOR(uint16_t, 32, 2) H;
+
+INLINE F all(float x) { return (F){} + x; }
+
+INLINE F load(const void *x, long i, int half) {
+    if (!half) return *(const F *)((const float *)x + i);
+    return (F)(__builtin_convertvector(*(const H *)((const uint16_t *)x + i), U) << 16);
+}
+
+INLINE void store(void *x, long i, int half, F value) {
+    if (!half) {
+        *(F *)((float *)x + i) = value;
+        return;
+    }
+    U bits = (U)value;
+    *(H *)((uint16_t *)x + i) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H);
+}
+
+INLINE float load_one(const void *x, long i, int half) {
+    if (!half) return ((const float *)x)[i];
+    union { uint32_t bits; float value; } one = {(uint32_t)((const uint16_t *)x)[i] << 16};
+    return one.value;
+}
+
+INLINE void store_one(void *x, long i, int half, float value) {
+    union { float value; uint32_t bits; } one = {value};
+    if (half) ((uint16_t *)x)[i] = (uint16_t)((one.bits + 0x7fff + (one.bits >> 16 & 1)) >> 16);
+    else ((float *)x)[i] = value;
+}
+
+/* The first `count` of 16 entries; the others are `rest`. */
+INLINE F load_some(const void *x, long i, int half, long count, float rest) {
+    F value = all(rest);
+    for (long n = 0; n < count; n++) value[n] = load_one(x, i + n, half);
+    return value;
+}
+
+INLINE void store_some(void *x, long i, int half, long count, F value) {
+    for (long n = 0; n < count; n++) store_one(x, i + n, half, value[n]);
+}
+
+INLINE float sum_of(F x) {
+    F8 a = *(F8 *)&x + *((F8 *)&x + 1);
+    F4 b = *(F4 *)&a + *((F4 *)&a + 1);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+INLINE F larger(F x, F y) { return (F)(((I)x & (x > y)) | ((I)y & ~(x > y))); }
+
+INLINE F smaller(F x, F y) { return -larger(-x, -y); }
+
+/* exp of x <= 88, up to about 1e-7 of the result; 0 below -87. */
+INLINE F exponential(F x) {
+    F whole = x * 1.44269504f + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
+    I power = (I)whole - (I)all(12582912.f);
+    whole -= 12582912.f;
+    F r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    F y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.f;
+    return (F)((I)(y * (F)((power + 127) << 23)) & (x > -87.f));
+}
+

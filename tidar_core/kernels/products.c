@@ -1,0 +1,287 @@
+/* Products of a few tokens with a weight that lies in memory in the order of use.
+ *
+ * A token's results do not depend, bit for bit, on how many tokens a call has: its sums have one order.
+ *
+ * A weight lies in panels of 32 output channels: first all of panel 0, then panel 1. Within a panel the inputs follow
+ * each other, and a word of 32 bits for each channel holds one or more of them:
+ *
+ *   fp32  a word holds one input
+ *   bf16  two inputs, the first in the low half
+ *   int8  four inputs, the first in the lowest byte
+ *   int4  eight inputs, the first in the lowest bits. Before each 32 inputs stands one word for each channel, with the
+ *         step of the group in its high half and the value of step 0 in its low half, both in bf16
+ *
+ * Channels are filled up to a multiple of 32 and inputs to a multiple of 64, with zeros. `linear.py` and
+ * `quantised_linear.py` lay weights out. A bias is in fp32, or null. Sums are in fp32, of int8 in int32. Threads are
+ * those of torch: the library finds torch's OpenMP when it is loaded.
+ */
+#include "numbers.h"
+#if defined(__AVX512VNNI__) || defined(__AMX_TILE__)
+#include <immintrin.h>
+#endif
+#ifdef __AMX_TILE__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+
+#define GROUP 32
+#ifdef __AVX512F__
+#define MOST 8 /* tokens that are computed together, as many as registers hold */
+#define SOME 4
+#else
+#define MOST 2
+#define SOME 1
+#endif
+
+enum form { FP32, BF16, INT4 };
+
+static int amx = 0;
+
+/* Prepare the processor. Returns whether matrix instructions are used. */
+int start(void) {
+#ifdef __AMX_TILE__
+    amx = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#endif
+    return amx;
+}
+
+INLINE long words_of_group(enum form form) { return form == FP32 ? 32 : form == BF16 ? 16 : 5; }
+INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : form == BF16 ? 2 : 8; }
+
+/* Values of 16 channels for input `j` of a word. */
+INLINE F weights_of(enum form form, U word, int j, F step, F least) {
+    if (form == FP32) return (F)word;
+    if (form == BF16) return (F)(j ? word >> 16 << 16 : word << 16);
+    return __builtin_convertvector((I)(word >> (4 * j) & 15), F) * step + least;
+}
+
+/* Write the results of one token for the 32 channels of a panel. */
+INLINE void put(void *y, long out, long token, long channel, int half, const float *bias, const F *sum) {
+    UNROLL for (int p = 0; p < 2; p++, channel += LANES) {
+        long left = out - channel;
+        F value = sum[p];
+        if (left >= LANES) {
+            if (bias) value += load(bias, channel, 0);
+            store(y, token * out + channel, half, value);
+        } else if (left > 0) {
+            if (bias) value += load_some(bias, channel, 0, left, 0);
+            store_some(y, token * out + channel, half, left, value);
+        }
+    }
+}
+
+/* Products of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
+INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, void *y, long out, long token,
+                 long channel, int half, const float *bias) {
+    F sum[MOST][2], step[2] = {}, least[2] = {};
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (long i = 0; i < padded; i += GROUP) {
+        if (form == INT4) {
+            UNROLL for (int p = 0; p < 2; p++, word++) step[p] = (F)(*word >> 16 << 16), least[p] = (F)(*word << 16);
+        }
+        for (int k = 0; k < GROUP; k += inputs_of_word(form), word += 2) {
+            UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
+                F first = weights_of(form, word[0], j, step[0], least[0]);
+                F second = weights_of(form, word[1], j, step[1], least[1]);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    sum[t][0] += first * x[t];
+                    sum[t][1] += second * x[t];
+                }
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t]);
+}
+
+/* Number of tokens that are computed together, when `left` are left. */
+INLINE long together(long left) { return left >= MOST ? MOST : left >= SOME ? SOME : 1; }
+
+/* Products of panel `n` with all tokens. */
+INLINE void panel(enum form form, const U *weight, long padded, const float *x, void *y, long out, long tokens, long n,
+                  int half, const float *bias) {
+    const U *word = weight + n * 2 * (padded / GROUP * words_of_group(form));
+    for (long t = 0, count; t < tokens; t += count, x += count * padded) {
+        count = together(tokens - t);
+        if (count == MOST) tile(form, MOST, word, padded, x, y, out, t, n * 32, half, bias);
+        else if (count == SOME) tile(form, SOME, word, padded, x, y, out, t, n * 32, half, bias);
+        else tile(form, 1, word, padded, x, y, out, t, n * 32, half, bias);
+    }
+}
+
+static long padded_of(long width) { return (width + 63) / 64 * 64; }
+
+/* Tokens in fp32, filled up with zeros, those that are computed together next to each other. Free them. */
+static float *arranged(const void *x, long tokens, long width, int half) {
+    long padded = padded_of(width);
+    float *rows = aligned_alloc(64, tokens * padded * sizeof(float));
+    for (long t = 0, count; t < tokens; t += count) {
+        count = together(tokens - t);
+        float *block = rows + t * padded;
+        for (long n = 0; n < count; n++)
+            for (long i = 0; i < width; i++) block[i * count + n] = load_one(x, (t + n) * width + i, half);
+        memset(block + width * count, 0, (padded - width) * count * sizeof(float));
+    }
+    return rows;
+}
+
+#define PRODUCT(name, form)                                                                                        \
+    void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,    \
+              int half) {                                                                                          \
+        long padded = padded_of(width);                                                                            \
+        float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, half) : 0;                \
+        _Pragma("omp parallel for schedule(static)") for (long n = 0; n < (out + 31) / 32; n++)                    \
+            panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias);                           \
+        free(rows);                                                                                                \
+    }
+PRODUCT(product_fp32, FP32)
+PRODUCT(product_bf16_of_vectors, BF16)
+PRODUCT(product_int4, INT4)
+
+#ifdef __AMX_TILE__
+/* Prepare the thread for `tokens` of 1..16 tokens: tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
+static void configure(int tokens) {
+    struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
+    for (int n = 0; n < 5; n++) tiles.bytes[n] = 64, tiles.rows[n] = n < 3 ? tokens : 16;
+    _tile_loadconfig(&tiles);
+}
+
+/* Sums [2, 16, 16] of a panel with the tokens of a tile, whose lines lie `stride` bytes apart. */
+INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long stride, void *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long k = 0; k < lines; k += 16, word += 32, x += 64) {
+        _tile_loadd(2, x, stride);
+        _tile_loadd(3, word, 128);
+        _tile_loadd(4, word + 1, 128);
+        if (eight) {
+            _tile_dpbusd(0, 2, 3);
+            _tile_dpbusd(1, 2, 4);
+        } else {
+            _tile_dpbf16ps(0, 2, 3);
+            _tile_dpbf16ps(1, 2, 4);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, (char *)sums + 1024, 64);
+}
+
+static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
+                             void *y, int half) {
+#pragma omp parallel
+    {
+        F sums[2][16];
+        int configured = 0;
+#pragma omp for schedule(static)
+        for (long n = 0; n < (out + 31) / 32; n++)
+            for (long t = 0; t < tokens; t += 16) {
+                int count = tokens - t < 16 ? tokens - t : 16;
+                if (count != configured) configure(configured = count);
+                tile_sums(0, weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
+                for (int r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]});
+            }
+        if (configured) _tile_release();
+    }
+}
+#endif
+
+/* Weights in bf16; x in bf16. */
+void product_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                  int half) {
+#ifdef __AMX_TILE__
+    if (amx) {
+        long padded = padded_of(width);
+        uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
+        for (long t = 0; filled && t < tokens; t++) memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
+        product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half);
+        free(filled);
+        return;
+    }
+#endif
+    product_bf16_of_vectors(weight, bias, out, width, x, tokens, y, half);
+}
+
+/* Sums, to which the products of four inputs are added; those of x are unsigned. */
+INLINE I dot(I sum, uint32_t x, U word) {
+#ifdef __AVX512VNNI__
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)x), (__m512i)word);
+#else
+    UNROLL for (int n = 0; n < 4; n++) sum += ((I)(word << (24 - 8 * n)) >> 24) * (int32_t)(x >> (8 * n) & 255);
+    return sum;
+#endif
+}
+
+INLINE void vector_sums(int tokens, const U *word, long words, const uint32_t *x, I sums[2][16]) {
+    I sum[MOST][2];
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (I){};
+    for (long k = 0; k < words; k++, word += 2)
+        UNROLL for (int t = 0; t < tokens; t++) {
+            sum[t][0] = dot(sum[t][0], x[t * words + k], word[0]);
+            sum[t][1] = dot(sum[t][1], x[t * words + k], word[1]);
+        }
+    UNROLL for (int t = 0; t < tokens; t++) sums[0][t] = sum[t][0], sums[1][t] = sum[t][1];
+}
+
+/* Tokens rounded to 127 steps on each side of 128, and the size of the steps. */
+static void quantise(const void *x, long tokens, long width, long padded, int half, uint8_t *rounded, float *step) {
+#pragma omp parallel for schedule(static) if (tokens >= 16)
+    for (long t = 0; t < tokens; t++) {
+        float largest = 1e-30f;
+        for (long i = 0; i < width; i++) largest = fmaxf(largest, fabsf(load_one(x, t * width + i, half)));
+        float steps = 127 / largest;
+        for (long i = 0; i < width; i++)
+            rounded[t * padded + i] = (uint8_t)(int)(rintf(load_one(x, t * width + i, half) * steps) + 128);
+        memset(rounded + t * padded + width, 0, padded - width);
+        step[t] = largest;
+    }
+}
+
+/* Weights in int8. `scale` is the size of a channel's step over 127; `middle` is 128 times the sum of its weights. */
+void product_int8(const U *weight, const float *scale, const int32_t *middle, const float *bias, long out, long width,
+                  const void *x, long tokens, void *y, int half) {
+    long padded = padded_of(width);
+    uint8_t *rounded = malloc(tokens * padded);
+    float *step = malloc(tokens * sizeof(float));
+    quantise(x, tokens, width, padded, half, rounded, step);
+#pragma omp parallel
+    {
+        I sums[2][16];
+        int configured = 0;
+#pragma omp for schedule(static)
+        for (long n = 0; n < (out + 31) / 32; n++) {
+            const U *word = weight + n * padded / 2;
+            const F *of_channel = (const F *)(scale + n * 32);
+            const I *of_middle = (const I *)(middle + n * 32);
+            for (long t = 0, count; t < tokens; t += count) {
+                const uint8_t *rows = rounded + t * padded;
+#ifdef __AMX_TILE__
+                if (amx) {
+                    count = tokens - t < 16 ? tokens - t : 16;
+                    if (count != configured) configure(configured = (int)count);
+                    tile_sums(1, word, padded / 4, (const char *)rows, padded, sums);
+                } else
+#endif
+                {
+                    count = together(tokens - t);
+                    if (count == MOST) vector_sums(MOST, word, padded / 4, (const uint32_t *)rows, sums);
+                    else if (count == SOME) vector_sums(SOME, word, padded / 4, (const uint32_t *)rows, sums);
+                    else vector_sums(1, word, padded / 4, (const uint32_t *)rows, sums);
+                }
+                for (long r = 0; r < count; r++) {
+                    F value[2];
+                    UNROLL for (int p = 0; p < 2; p++) {
+                        value[p] = __builtin_convertvector(sums[p][r] - of_middle[p], F) * of_channel[p] * step[t + r];
+                    }
+                    put(y, out, t + r, n * 32, half, bias, value);
+                }
+            }
+        }
+#ifdef __AMX_TILE__
+        if (configured) _tile_release();
+#endif
+        (void)configured;
+    }
+    free(step);
+    free(rounded);
+}
+
