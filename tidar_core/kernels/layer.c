@@ -6,26 +6,31 @@
  */
 #include "numbers.h"
 
-/* Root mean square norm of one token, scaled; `square` is the sum of its squares. */
-INLINE float inverse_norm(float square, long width, float eps) { return 1 / sqrtf(square / width + eps); }
+/* A run of 16 entries, or the last ones of `width`. */
+INLINE F run(const void *x, long first, long i, long width, int half) {
+    return i + LANES <= width ? load(x, first + i, half) : load_some(x, first + i, half, width - i, 0);
+}
 
-INLINE float square_sum(const void *x, long first, long width, int half) {
+INLINE void put_run(void *x, long first, long i, long width, int half, F value) {
+    if (i + LANES <= width) store(x, first + i, half, value);
+    else store_some(x, first + i, half, width - i, value);
+}
+
+/* The inverse of the root mean square of one token or head. */
+INLINE float inverse_norm(const void *x, long first, long width, float eps, int half) {
     F sum = {};
-    long i = 0;
-    for (; i + LANES <= width; i += LANES) sum += load(x, first + i, half) * load(x, first + i, half);
-    F rest = load_some(x, first + i, half, width - i, 0);
-    return sum_of(sum + rest * rest);
+    for (long i = 0; i < width; i += LANES) sum += run(x, first, i, width, half) * run(x, first, i, width, half);
+    return 1 / sqrtf(sum_of(sum) / width + eps);
 }
 
 INLINE void norm_of_token(const void *x, const void *residual, const void *weight, int half_weight, float eps,
                           long first, long width, int half, void *normed, void *total) {
-    if (residual)
-        for (long i = 0; i < width; i++)
-            store_one(total, first + i, half, load_one(x, first + i, half) + load_one(residual, first + i, half));
+    for (long i = 0; residual && i < width; i += LANES)
+        put_run(total, first, i, width, half, run(x, first, i, width, half) + run(residual, first, i, width, half));
     const void *sum = residual ? total : x;
-    float scale = inverse_norm(square_sum(sum, first, width, half), width, eps);
-    for (long i = 0; i < width; i++)
-        store_one(normed, first + i, half, load_one(sum, first + i, half) * scale * load_one(weight, i, half_weight));
+    float scale = inverse_norm(sum, first, width, eps, half);
+    for (long i = 0; i < width; i += LANES)
+        put_run(normed, first, i, width, half, run(sum, first, i, width, half) * scale * run(weight, 0, i, width, half_weight));
 }
 
 void add_rms_norm(const void *x, const void *residual, const void *weight, int half_weight, float eps, long tokens,
@@ -38,15 +43,15 @@ void add_rms_norm(const void *x, const void *residual, const void *weight, int h
 
 INLINE void rotate_head(void *x, long first, const void *norm, const void *cosine, const void *sine, long angle, long size,
                         float eps, int half) {
-    float values[size], scale = norm ? inverse_norm(square_sum(x, first, size, half), size, eps) : 1;
-    for (long d = 0; d < size; d++) values[d] = load_one(x, first + d, half) * scale;
-    if (norm) for (long d = 0; d < size; d++) values[d] *= load_one(norm, d, half);
+    float scale = norm ? inverse_norm(x, first, size, eps, half) : 1;
     long middle = size / 2;
-    for (long d = 0; d < middle; d++) {
-        float low = values[d], high = values[d + middle];
-        store_one(x, first + d, half, low * load_one(cosine, angle + d, half) - high * load_one(sine, angle + d, half));
-        store_one(x, first + d + middle, half, high * load_one(cosine, angle + d + middle, half)
-                                                   + low * load_one(sine, angle + d + middle, half));
+    for (long d = 0; d < middle; d += LANES) {
+        F low = run(x, first, d, middle, half) * scale, high = run(x, first + middle, d, middle, half) * scale;
+        if (norm) low *= run(norm, 0, d, middle, half), high *= run(norm, middle, d, middle, half);
+        F turned = low * run(cosine, angle, d, middle, half) - high * run(sine, angle, d, middle, half);
+        put_run(x, first + middle, d, middle, half,
+                high * run(cosine, angle + middle, d, middle, half) + low * run(sine, angle + middle, d, middle, half));
+        put_run(x, first, d, middle, half, turned);
     }
 }
 
@@ -68,22 +73,23 @@ void rotate_and_store(void *qkv, const void *norm, const void *cosine, const voi
     }
 }
 
+INLINE void gate(const void *gate_up, long token, long width, int half, void *y) {
+    for (long i = 0; i < width; i += LANES) {
+        F gate = run(gate_up, 2 * token * width, i, width, half);
+        F up = run(gate_up, (2 * token + 1) * width, i, width, half);
+        put_run(y, token * width, i, width, half, gate / (exponential(smaller(-gate, all(88.f))) + 1.f) * up);
+    }
+}
+
 /* silu(gate) * up [tokens, width] of gate, then up. */
 void silu_mul(const void *gate_up, long tokens, long width, int half, void *y) {
 #pragma omp parallel for schedule(static) if (tokens >= 32)
     for (long t = 0; t < tokens; t++)
-        for (long i = 0; i < width; i += LANES) {
-            long left = width - i < LANES ? width - i : LANES, from = 2 * t * width + i;
-            F gate = left == LANES ? load(gate_up, from, half) : load_some(gate_up, from, half, left, 0);
-            F up = left == LANES ? load(gate_up, from + width, half) : load_some(gate_up, from + width, half, left, 0);
-            F value = gate / (exponential(smaller(-gate, all(88.f))) + 1.f) * up;
-            if (left == LANES) store(y, t * width + i, half, value);
-            else store_some(y, t * width + i, half, left, value);
-        }
+        if (half) gate(gate_up, t, width, 1, y);
+        else gate(gate_up, t, width, 0, y);
 }
 
-/* Keys or values of one head at equal distances: those of a page, or those of the query tokens. */
-struct run { const void *of_keys, *of_values; long first_key, first_value, stride, count; };
+#define QUERIES 8 /* of one key head that share what is read of keys and values */
 
 struct attention {
     const void *q, *k, *v, *pages;
@@ -93,86 +99,137 @@ struct attention {
     long q_stride, kv_stride, table_stride, table_len, page_len, per_sequence, heads, kv_heads, size;
 };
 
-/* Length of the prefix; of a slot that is not in use, whatever its table holds. */
-INLINE long prefix_of(const struct attention *a, long sequence) {
-    long held = a->table_len * a->page_len;
-    return a->prefix_len[sequence] < held ? a->prefix_len[sequence] : held;
-}
+/* A thread's room: queries and sums [QUERIES, padded], keys or values of a block [16, padded], scores. */
+struct room { float *queries, *sums, *block, *scores; };
 
-/* Run `n` of a sequence: pages first, the query tokens last. */
-INLINE struct run run_of(const struct attention *a, long sequence, long head, long n, long pages) {
-    if (n == pages) {
-        long first = sequence * a->per_sequence * a->kv_stride + head * a->size;
-        return (struct run){a->k, a->v, first, first, a->kv_stride, a->per_sequence};
-    }
-    long kept = a->kv_heads * a->size, left = prefix_of(a, sequence) - n * a->page_len;
-    long first = a->table[sequence * a->table_stride + n] * a->page_len * 2 * kept + head * a->size;
-    return (struct run){a->pages, a->pages, first, first + kept, 2 * kept, left < a->page_len ? left : a->page_len};
-}
+/* Queries of one key head: `count` from `first` on, counted token by token. They see at most `keys` keys. */
+struct group { long sequence, head, first, count, prefix, keys, padded; };
 
-/* Values of `16 * blocks` dimensions from `d`, weighted; `blocks` is a constant, and 0 stands for the last ones. */
-INLINE void weighted(int blocks, const struct attention *a, long sequence, long head, long pages, const float *weight,
-                     long d, long out, int half) {
-    F sum[4] = {};
-    long left = a->size - d;
-    for (long n = 0; n <= pages; n++) {
-        struct run run = run_of(a, sequence, head, n, pages);
-        for (long key = 0; key < run.count; key++, weight++) {
-            long at = run.first_value + key * run.stride + d;
-            UNROLL for (int b = 0; b < blocks; b++) sum[b] += *weight * load(run.of_values, at + b * LANES, half);
-            if (!blocks) sum[0] += *weight * load_some(run.of_values, at, half, left, 0);
+INLINE long share_of(const struct attention *a) { return a->heads / a->kv_heads; }
+
+/* Copy up to 16 keys (`values` 0) or values (1) from number `first` on to the block, filled up with zeros. */
+INLINE void read_block(const struct attention *a, const struct group *g, long first, int values, float *block, int half) {
+    long kept = a->kv_heads * a->size, page = first / a->page_len, place = first % a->page_len;
+    const int64_t *table = a->table + g->sequence * a->table_stride;
+    for (long key = first; key < first + LANES; key++, place++, block += g->padded) {
+        const void *from = a->pages;
+        long at = g->head * a->size;
+        if (key >= g->keys) {
+            memset(block, 0, g->padded * sizeof(float));
+            continue;
         }
+        if (place == a->page_len) page++, place = 0;
+        if (key < g->prefix) at += ((table[page] * a->page_len + place) * 2 + values) * kept;
+        else {
+            from = values ? a->v : a->k;
+            at += (g->sequence * a->per_sequence + key - g->prefix) * a->kv_stride;
+        }
+        for (long d = 0; d < g->padded; d += LANES) *(F *)(block + d) = run(from, at, d, a->size, half);
     }
-    UNROLL for (int b = 0; b < blocks; b++) store(a->out, out + d + b * LANES, half, sum[b]);
-    if (!blocks) store_some(a->out, out + d, half, left, sum[0]);
 }
 
-/* Scores of all keys, -inf for those that are hidden. Returns their number. */
-INLINE long scores_of(const struct attention *a, long sequence, long query, long head, long pages, const float *q,
-                      float *score, int half) {
-    long size = a->size, count = 0;
-    for (long n = 0; n <= pages; n++) {
-        struct run run = run_of(a, sequence, head, n, pages);
-        for (long key = 0; key < run.count; key++) {
-            if (n == pages && !a->visible[query * a->per_sequence + key]) {
-                score[count++] = -INFINITY;
-                continue;
+INLINE F folded(F x, F y) {
+    return __builtin_shuffle(x, y, (I){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           __builtin_shuffle(x, y, (I){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+}
+
+/* Products of a query with the keys of a block, in lanes. `runs` is padded / 16, a constant where that is common. */
+INLINE F scores_of_block(const float *query, const float *block, long runs) {
+    F part[4];
+    UNROLL for (int n = 0; n < 4; n++) {
+        F four[4];
+        UNROLL for (int m = 0; m < 4; m++) {
+            const float *key = block + (4 * n + m) * runs * LANES;
+            four[m] = (F){};
+            for (long r = 0; r < runs; r++) four[m] += *(const F *)(query + r * LANES) * *(const F *)(key + r * LANES);
+        }
+        part[n] = folded(folded(four[0], four[1]), folded(four[2], four[3]));
+    }
+    return folded(folded(part[0], part[1]), folded(part[2], part[3]));
+}
+
+/* Scores of all keys, -inf for those that are hidden. */
+INLINE void score(const struct attention *a, const struct group *g, const struct room *room, int half) {
+    long wide = (g->keys + LANES - 1) / LANES * LANES, runs = g->padded / LANES;
+    for (long first = 0; first < g->keys; first += LANES) {
+        read_block(a, g, first, 0, room->block, half);
+        for (long n = 0; n < g->count; n++) {
+            const float *query = room->queries + n * g->padded;
+            F value = runs == 4   ? scores_of_block(query, room->block, 4)
+                      : runs == 8 ? scores_of_block(query, room->block, 8)
+                                  : scores_of_block(query, room->block, runs);
+            if (first + LANES > g->prefix) {
+                const uint8_t *seen = a->visible + (g->first + n) / share_of(a) * a->per_sequence;
+                for (long m = 0; m < LANES; m++) {
+                    long own = first + m - g->prefix;
+                    if (own >= 0 && (first + m >= g->keys || !seen[own])) value[m] = -INFINITY;
+                }
             }
-            long at = run.first_key + key * run.stride, d = 0;
-            F sum = {};
-            for (; d + LANES <= size; d += LANES) sum += load(q, d, 0) * load(run.of_keys, at + d, half);
-            if (d < size) sum += load_some(q, d, 0, size - d, 0) * load_some(run.of_keys, at + d, half, size - d, 0);
-            score[count++] = sum_of(sum);
+            *(F *)(room->scores + n * wide + first) = value;
         }
     }
-    return count;
 }
 
-/* Softmax in place; there is room for 16 more scores. */
+/* Softmax in place; `count` is a multiple of 16. */
 INLINE void softmax(float *score, long count) {
-    for (long n = 0; n < LANES; n++) score[count + n] = -INFINITY;
     F most = all(-INFINITY), total = {};
-    for (long n = 0; n < count; n += LANES) most = larger(most, load(score, n, 0));
+    for (long n = 0; n < count; n += LANES) most = larger(most, *(F *)(score + n));
     float largest = most[0];
     for (int n = 1; n < LANES; n++) largest = fmaxf(largest, most[n]);
     for (long n = 0; n < count; n += LANES) {
-        F value = exponential(load(score, n, 0) - largest);
-        store(score, n, 0, value);
+        F value = exponential(*(F *)(score + n) - largest);
+        *(F *)(score + n) = value;
         total += value;
     }
     F share = all(1 / sum_of(total));
-    for (long n = 0; n < count; n += LANES) store(score, n, 0, load(score, n, 0) * share);
+    for (long n = 0; n < count; n += LANES) *(F *)(score + n) *= share;
 }
 
-INLINE void attend(const struct attention *a, long token, long head, float *room, int half) {
-    long size = a->size, sequence = token / a->per_sequence, kv_head = head / (a->heads / a->kv_heads), d = 0;
-    long pages = (prefix_of(a, sequence) + a->page_len - 1) / a->page_len, out = (token * a->heads + head) * size;
-    float q[size + LANES], scale = 1 / sqrtf(size);
-    for (long i = 0; i < size; i++) q[i] = load_one(a->q, token * a->q_stride + head * size + i, half) * scale;
-    softmax(room, scores_of(a, sequence, token % a->per_sequence, kv_head, pages, q, room, half));
-    for (; d + 4 * LANES <= size; d += 4 * LANES) weighted(4, a, sequence, kv_head, pages, room, d, out, half);
-    for (; d + LANES <= size; d += LANES) weighted(1, a, sequence, kv_head, pages, room, d, out, half);
-    if (d < size) weighted(0, a, sequence, kv_head, pages, room, d, out, half);
+/* Sums of values, weighted by the scores. */
+INLINE void weigh(const struct attention *a, const struct group *g, const struct room *room, int half) {
+    long wide = (g->keys + LANES - 1) / LANES * LANES;
+    memset(room->sums, 0, g->count * g->padded * sizeof(float));
+    for (long first = 0; first < g->keys; first += LANES) {
+        read_block(a, g, first, 1, room->block, half);
+        for (long n = 0; n < g->count; n += 4) { /* of the last four, some may be no queries: their sums are not read */
+            const float *weight = room->scores + n * wide + first;
+            for (long d = 0; d < g->padded; d += LANES) {
+                float *sums = room->sums + n * g->padded + d;
+                F sum[4];
+                UNROLL for (int q = 0; q < 4; q++) sum[q] = *(F *)(sums + q * g->padded);
+                UNROLL for (int m = 0; m < LANES; m++) {
+                    F value = *(F *)(room->block + m * g->padded + d);
+                    UNROLL for (int q = 0; q < 4; q++) sum[q] += weight[q * wide + m] * value;
+                }
+                UNROLL for (int q = 0; q < 4; q++) *(F *)(sums + q * g->padded) = sum[q];
+            }
+        }
+    }
+}
+
+INLINE void attend(const struct attention *a, struct group g, const struct room *room, int half) {
+    long share = share_of(a), wide;
+    float scale = 1 / sqrtf(a->size);
+    g.prefix = a->prefix_len[g.sequence];
+    if (g.prefix > a->table_len * a->page_len) g.prefix = a->table_len * a->page_len; /* a slot that is not in use */
+    long own = 0;
+    for (long n = 0; n < g.count; n++) {
+        long query = (g.first + n) / share, token = g.sequence * a->per_sequence + query, head = g.head * share + (g.first + n) % share;
+        for (long key = a->per_sequence; key > own; key--)
+            if (a->visible[query * a->per_sequence + key - 1]) own = key;
+        for (long d = 0; d < g.padded; d += LANES)
+            *(F *)(room->queries + n * g.padded + d) = run(a->q, token * a->q_stride + head * a->size, d, a->size, half) * scale;
+    }
+    g.keys = g.prefix + own;
+    wide = (g.keys + LANES - 1) / LANES * LANES;
+    score(a, &g, room, half);
+    for (long n = 0; n < g.count; n++) softmax(room->scores + n * wide, wide);
+    weigh(a, &g, room, half);
+    for (long n = 0; n < g.count; n++) {
+        long token = g.sequence * a->per_sequence + (g.first + n) / share, head = g.head * share + (g.first + n) % share;
+        for (long d = 0; d < a->size; d += LANES)
+            put_run(a->out, (token * a->heads + head) * a->size, d, a->size, half, *(F *)(room->sums + n * g.padded + d));
+    }
 }
 
 /* Strides are those of a token, in entries; k and v have the same. */
@@ -180,15 +237,21 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
                      long page_len, const int64_t *table, long table_stride, long table_len, const int64_t *prefix_len,
                      const uint8_t *visible, long sequences, long per_sequence, long heads, long kv_heads, long size,
                      int half, void *out) {
-    struct attention a = {q, k, v, pages, table, prefix_len, visible, out, q_stride, kv_stride, table_stride, table_len, page_len,
-                          per_sequence, heads, kv_heads, size};
+    struct attention a = {q, k, v, pages, table, prefix_len, visible, out, q_stride, kv_stride, table_stride, table_len,
+                          page_len, per_sequence, heads, kv_heads, size};
+    long padded = (size + LANES - 1) / LANES * LANES, queries = per_sequence * share_of(&a);
+    long groups = (queries + QUERIES - 1) / QUERIES, wide = table_len * page_len + per_sequence + LANES;
 #pragma omp parallel
     {
-        float *room = malloc((table_len * page_len + per_sequence + LANES) * sizeof(float));
+        float *all = malloc((2 * QUERIES * padded + LANES * padded + QUERIES * wide) * sizeof(float));
+        struct room room = {all, all + QUERIES * padded, all + 2 * QUERIES * padded, all + (2 * QUERIES + LANES) * padded};
 #pragma omp for schedule(static)
-        for (long n = 0; n < sequences * per_sequence * heads; n++)
-            if (half) attend(&a, n / heads, n % heads, room, 1);
-            else attend(&a, n / heads, n % heads, room, 0);
-        free(room);
+        for (long n = 0; n < sequences * kv_heads * groups; n++) {
+            long first = n % groups * QUERIES, count = queries - first < QUERIES ? queries - first : QUERIES;
+            struct group g = {n / groups / kv_heads, n / groups % kv_heads, first, count, 0, 0, padded};
+            if (half) attend(&a, g, &room, 1);
+            else attend(&a, g, &room, 0);
+        }
+        free(all);
     }
 }

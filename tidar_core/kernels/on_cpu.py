@@ -4,7 +4,10 @@ How does a tensor reach a C kernel?
 
 `reference` defines what each function computes, `layer.c` computes it. A token's results do not depend, bit for bit, on
 how many tokens a forward has, nor on tokens that it does not see. So a forward of many query tokens has the bits of as
-many forwards of one. All tensors are of one dtype of `DTYPES`; only the weight of a norm may be of the other.
+many forwards of one. A prefill of more than `MOST_QUERIES` query tokens uses torch's attention, which is faster there.
+Its results differ in the last bits.
+
+All tensors are of one dtype of `DTYPES`; only the weight of a norm may be of the other.
 
 Shape letters as in `reference`.
 """
@@ -12,12 +15,24 @@ Shape letters as in `reference`.
 import torch
 from torch import Tensor
 
+from tidar_core.kernels import reference
 from tidar_core.kernels.compiled import needed_library
 
-__all__ = ["DTYPES", "Gathering", "add_rms_norm", "paged_attention", "rotate_and_store", "silu_mul"]
+__all__ = [
+    "DTYPES",
+    "MOST_QUERIES",
+    "Gathering",
+    "add_rms_norm",
+    "gathering",
+    "paged_attention",
+    "rotate_and_store",
+    "silu_mul",
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes that the kernels take."""
+MOST_QUERIES = 32
+"""Most query tokens of a sequence whose attention is computed where keys and values lie."""
 HALF = torch.bfloat16
 
 
@@ -32,6 +47,14 @@ def paged_attention(
 ) -> Tensor:
     """Attention values [B, R, H, D] of the query tokens of one forward."""
     return Gathering(page_table_BN, prefix_len_B, own_visible_RR, kv_pages.shape[1])(q_BRHD, k_BRGD, v_BRGD, kv_pages)
+
+
+def gathering(
+    page_table_BN: Tensor, prefix_len_B: Tensor, own_visible_RR: Tensor, page_len: int
+) -> "Gathering | reference.Gathering":
+    """`paged_attention` for all layers of a forward."""
+    form = Gathering if len(own_visible_RR) <= MOST_QUERIES else reference.Gathering
+    return form(page_table_BN, prefix_len_B, own_visible_RR, page_len)
 
 
 class Gathering:
@@ -56,7 +79,7 @@ class Gathering:
             "sequences of queries lie at another distance than their tokens"
         )
         assert k_BRGD.stride() == v_BRGD.stride(), "keys and values lie at different distances"
-        out = torch.empty(q_BRHD.shape, dtype=q_BRHD.dtype)
+        out = torch.empty_like(q_BRHD, memory_format=torch.contiguous_format)
         self._attend(
             q_BRHD.data_ptr(), k_BRGD.data_ptr(), v_BRGD.data_ptr(), q_stride, kv_stride, kv_pages.data_ptr(),
             *self._shared, H, k_BRGD.shape[2], D, q_BRHD.dtype == HALF, out.data_ptr(),
@@ -66,7 +89,6 @@ class Gathering:
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normed sum of x and residual, and the sum itself, which is the next residual."""
-    x = x.contiguous()
     width, normed = x.shape[-1], torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     needed_library().add_rms_norm(
@@ -95,7 +117,7 @@ def rotate_and_store(
         sin_BRD.data_ptr(), kv_pages.data_ptr(), write_slot_BC.data_ptr(), B * R, R, write_slot_BC.shape[1], heads,
         kv_heads, size, eps, qkv_BRW.dtype == HALF,
     )  # fmt: skip
-    q, k, v = qkv_BRW.unflatten(-1, (-1, size)).split((heads, kv_heads, kv_heads), 2)
+    q, k, v = qkv_BRW.view(B, R, -1, size).split_with_sizes((heads, kv_heads, kv_heads), 2)
     return q, k, v
 
 
