@@ -52,9 +52,9 @@ def test_a_forward_over_the_cache_equals_a_fresh_forward_of_text_and_one_block(a
         fresh = decode_layout(torch.tensor([0]), len(text), (len(text),), K)
         rows = torch.tensor([[*text, *[0] * K]])
         expected = adapted.adapted(rows, fresh.position, DenseAttention(fresh), torch.arange(K)[None])[0]
-        # fp32, keys summed in another order
-        torch.testing.assert_close(hidden[g * K :][:K], expected[len(text) :], rtol=0, atol=2e-5)
-        torch.testing.assert_close(hidden[g - 1], expected[len(text) - 1], rtol=0, atol=2e-5)
+        # fp32, keys and products summed in another order
+        torch.testing.assert_close(hidden[g * K :][:K], expected[len(text) :], rtol=0, atol=4e-5)
+        torch.testing.assert_close(hidden[g - 1], expected[len(text) - 1], rtol=0, atol=4e-5)
 
 
 @torch.no_grad()
