@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MARK = "other cluster: "
+ENVIRONMENT = {
+    "RAY_ADDRESS": "",
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # a damaged bundle stays damaged, and each start takes seconds
+}
 
 
 class OtherCluster:
@@ -39,7 +43,7 @@ class OtherCluster:
 def other_cluster(port):
     """A cluster whose Serve listens on `port` of loopback."""
     process = subprocess.Popen(
-        [sys.executable, __file__, str(port)], cwd=Path(__file__).parents[2], env=os.environ | {"RAY_ADDRESS": ""},
+        [sys.executable, __file__, str(port)], cwd=Path(__file__).parents[2], env=os.environ | ENVIRONMENT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
