@@ -11,6 +11,8 @@ from tiny import save_lost_bundle, save_tiny_bundle
 
 import tidar
 from tidar_core.artifacts.model.bundle import load_bundle, save_bundle
+from tidar_core.artifacts.model.bundle_info import read_bundle_info
+from tidar_core.artifacts.registry import model_registry
 from tidar_core.artifacts.text.end_tokens import EndTokens
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -104,6 +106,20 @@ def test_a_model_of_nan_is_refused_by_every_command_that_would_decode_with_it(ru
     lost = save_lost_bundle(tmp_path / "lost")
     for command in (("generate", lost, "x"), ("bench", lost, "--count", 1), ("profile", lost)):
         assert "weights that are not finite" in refused(run, *command)
+
+
+def test_a_report_of_nan_is_refused_by_publish_and_a_version_of_it_by_promote(run, tmp_path):
+    lost, tracking = save_lost_bundle(tmp_path / "lost"), f"sqlite:///{tmp_path}/mlflow.db"
+    info, nan = read_bundle_info(lost), float("nan")
+    report = {"bundle_hash": info.bundle_hash, "shards": "s", "ar_loss": nan, "greedy_equal": True, "prompts": 1,
+              "prompts_equal": 1, "tokens_per_forward": 1.0}  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    job = {"bundle": str(lost), "report": str(tmp_path / "report.json"), "name": "m", "tracking_uri": tracking}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    assert "ar_loss nan" in refused(run, "publish", tmp_path / "job.yaml")
+    version = model_registry.publish_version(tracking, "m", str(lost), info, {"ar_loss": nan})  # by an older release
+    assert "its gates have ar_loss nan" in refused(run, "promote", "m", version, "--tracking-uri", tracking)
+    assert "has no alias" in refused(run, "generate", "models:/m@champion", "x", "--tracking-uri", tracking)
 
 
 @pytest.mark.parametrize(

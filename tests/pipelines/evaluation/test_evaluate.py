@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_lost_bundle
 
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.artifacts.model.bundle_info import read_bundle_info
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader
-from tidar_core.errors import ConfigError, GateError, RegistryError
+from tidar_core.errors import BundleError, ConfigError, GateError, RegistryError
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
 from tidar_core.transformer.attention import DenseAttention
 
@@ -158,6 +159,17 @@ def test_a_report_about_another_bundle_is_refused(publish_job, ar_bundle):
 
     with pytest.raises(GateError, match="evaluate this bundle first"):
         publish(publish_job.model_copy(update={"bundle": ar_bundle.output}))
+
+
+def test_a_model_of_nan_ends_an_evaluation_in_one_line_without_a_report(evaluate_job, tmp_path):
+    from pipelines.evaluation.evaluate import evaluate
+
+    lost = save_lost_bundle(tmp_path / "lost")
+    job = evaluate_job.model_copy(update={"bundle": str(lost), "parent": None, "output": str(tmp_path / "report")})
+    with pytest.raises(BundleError, match="weights that are not finite") as caught:
+        evaluate(job)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["lost"]
 
 
 def test_a_missing_report_is_named(publish_job, tmp_path):
