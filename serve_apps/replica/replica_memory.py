@@ -23,7 +23,9 @@ from tidar_core.config import DraftConfig, ModelConfig
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.page_pool import PAGE_LEN
 from tidar_core.errors import ConfigError, TidarError
-from tidar_core.planning.decode_memory import MemoryBound, memory_bound
+from tidar_core.kernels.linear import held_bytes
+from tidar_core.planning.decode_memory import META, MemoryBound, memory_bound
+from tidar_core.planning.decode_step_benchmark import random_model
 
 __all__ = ["ReplicaMemory", "free_bytes", "memory_facts", "replica_memory"]
 
@@ -82,18 +84,20 @@ def _bound(served: ModelVersion, config: ModelConfig, draft: DraftConfig, size: 
 
     To compute it, torch loads its compiler, which takes seconds of every start.
     """
-    settings = served.settings
+    settings, dtype = served.settings, DTYPES[served.settings.dtype]
+    held = held_bytes(random_model(config, dtype, META), settings.device, settings.weights)  # depends on kernels too
     facts = [asdict(config), asdict(draft), asdict(size), settings.dtype, served.mode, settings.device]
-    key = hashlib.sha256(locations.canonical_json([*facts, settings.weights, torch.__version__, _code()]).encode())
+    key = hashlib.sha256(
+        locations.canonical_json([*facts, settings.weights, held, torch.__version__, _code()]).encode()
+    )
     path = cache_folder() / "memory" / f"{key.hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, TypeError):  # missing or damaged, so it is computed
         found = MemoryBound(**json.loads(path.read_text()))
         if all(type(size) is int for size in asdict(found).values()):
             return found
     bound = memory_bound(
-        config, draft, size, dtype=DTYPES[settings.dtype], mode=served.mode, device=settings.device,
-        weights=settings.weights,
-    )  # fmt: skip
+        config, draft, size, dtype=dtype, mode=served.mode, device=settings.device, weights=settings.weights
+    )
     with suppress(OSError, TidarError):  # without a cache the next start computes it again
         locations.write_json(str(path), asdict(bound))
     return bound

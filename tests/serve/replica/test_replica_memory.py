@@ -1,6 +1,7 @@
 """A replica's memory is known, and held against its device, before anything is loaded."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,8 @@ def memory_of(bundle, **settings):
 def test_one_line_holds_weights_cache_sampling_and_what_is_left(bundle):
     line = memory_of(bundle).line
     assert "\n" not in line
-    for part in ("weights 0.1 MiB", "cache", "forwards", "sampling", "in all", "left"):
+    assert re.search(r"weights 0\.[12] MiB", line)  # 0.2 where kernels in C hold them, with a second copy of the table
+    for part in ("cache", "forwards", "sampling", "in all", "left"):
         assert part in line
 
 
