@@ -26,6 +26,7 @@
 
 
 #define GROUP 32
+#define AHEAD 8192
 #ifdef __AVX512F__
 #define MOST 8 /* tokens that are computed together, as many as registers hold */
 #define SOME 4
@@ -48,6 +49,11 @@ int start(void) {
 
 INLINE long words_of_group(enum form form) { return form == FP32 ? 32 : form == BF16 ? 16 : 5; }
 INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : form == BF16 ? 2 : 8; }
+
+/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. */
+INLINE void fetch(const void *weight, int bytes) {
+    UNROLL for (int n = 0; n < bytes; n += 64) __builtin_prefetch((const char *)weight + AHEAD + n);
+}
 
 /* Values of 16 channels for input `j` of a word. */
 INLINE F weights_of(enum form form, U word, int j, F step, F least) {
@@ -81,6 +87,7 @@ INLINE void tile(enum form form, int tokens, const U *word, long padded, const f
             UNROLL for (int p = 0; p < 2; p++, word++) step[p] = (F)(*word >> 16 << 16), least[p] = (F)(*word << 16);
         }
         for (int k = 0; k < GROUP; k += inputs_of_word(form), word += 2) {
+            fetch(word, 128);
             UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
                 F first = weights_of(form, word[0], j, step[0], least[0]);
                 F second = weights_of(form, word[1], j, step[1], least[1]);
@@ -151,6 +158,7 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
     _tile_zero(0);
     _tile_zero(1);
     for (long k = 0; k < lines; k += 16, word += 32, x += 64) {
+        fetch(word, 2048);
         _tile_loadd(2, x, stride);
         _tile_loadd(3, word, 128);
         _tile_loadd(4, word + 1, 128);
