@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import sys
-from pathlib import Path
 
 PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "pipelines.training.train_worker", "pandas",
@@ -25,21 +23,7 @@ def forked(function, *arguments, **changes):
     return process
 
 
-def forked_command(*arguments, stderr, **changes):
-    """A started `tidar` with these arguments, whose standard error goes to the file `stderr`."""
-    return forked(_command, [str(argument) for argument in arguments], str(stderr), **changes)
-
-
 def _call(environment, function, arguments):
     os.environ.clear()
     os.environ.update(environment)
     function(*arguments)
-
-
-def _command(arguments, stderr):
-    with Path(stderr).open("ab", buffering=0) as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.argv = ["tidar", *arguments]
-    from tidar import main
-
-    main()

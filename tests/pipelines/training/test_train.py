@@ -3,15 +3,16 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from forked import forked_command
 
 from pipelines.training.checkpoints import whole_checkpoints
 from tidar_core.artifacts.model.bundle import load_bundle
@@ -21,6 +22,7 @@ from tidar_core.artifacts.store import locations
 from tidar_core.errors import BundleError, ConfigError, ShardError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[3]
 
 
 def curve(job, metric):
@@ -149,27 +151,22 @@ def train_workers() -> list[psutil.Process]:
 def wait_until_some_steps_after_a_checkpoint(job, driver, logged=0) -> None:
     """Far from the next checkpoint, so what was trained since is lost; `logged` steps are of an earlier command."""
     while not whole_checkpoints(job.checkpoints):
-        assert driver.is_alive(), "the command ended before it wrote a checkpoint"
+        assert driver.poll() is None, "the command ended before it wrote a checkpoint"
         time.sleep(0.5)  # each look at the object store costs processor time, which the workers need to start
     while not (steps := curve(job, "ar_loss")[logged:]) or steps[-1][0] % job.checkpoint_every not in (1, 2, 3):
-        assert driver.is_alive(), "the command ended before it could be disturbed"
+        assert driver.poll() is None, "the command ended before it could be disturbed"
         time.sleep(0.1)
 
 
-@contextmanager
-def train_command(job, folder):
-    """`tidar train` of this job in a process of its own, on this cluster; `folder` has its file and standard error."""
+def train_command(job, path, **options) -> subprocess.Popen:
+    """`tidar train` of this job as a process of its own, on this cluster."""
     import ray
 
-    path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = forked_command("train", path, stderr=folder / "stderr", **address)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
+    return subprocess.Popen(
+        [sys.executable, "-m", "tidar", "train", str(path)], cwd=ROOT, env=os.environ | address, **options
+    )
 
 
 def leave_half_a_checkpoint(job) -> str:
@@ -200,19 +197,18 @@ def broken_run(train_job, ar_bundle, s3_endpoint, tmp_path_factory):
         objective="dual", steps=60, zero_stage=3, validate_every=20, validation_rows=10, sample_every=30,
         sample_prompts=["def main(", "import"], sample_tokens=8, peak_flops="measure", system_metrics_every=0.5,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("broken")
-    with train_command(job, folder) as driver:
+    path = tmp_path_factory.mktemp("broken") / "job.yaml"
+    with train_command(job, path) as driver:
         wait_until_some_steps_after_a_checkpoint(job, driver)
         driver.kill()
     while train_workers():
         time.sleep(0.5)
     assert not locations.exists(job.output)
     half = leave_half_a_checkpoint(job)
-    with train_command(job, folder) as driver:
+    with train_command(job, path) as driver:
         wait_until_some_steps_after_a_checkpoint(job, driver, logged=len(curve(job, "ar_loss")))
         os.kill(train_workers()[0].pid, signal.SIGKILL)
-        driver.join()
-        assert driver.exitcode == 0, (folder / "stderr").read_text()
+        assert driver.wait() == 0
     assert not locations.exists(half)
     return job
 
@@ -269,10 +265,9 @@ def test_a_run_that_diverges_is_one_line_exits_2_and_is_not_retried(train_job, t
         "wild", objective="dual", precision="bf16", workers=1, learning_rate=1e20, min_learning_rate=0, warmup=0,
         steps=24, log_every=2, checkpoint_every=4, validate_every=4, max_skipped_updates=3,
     )  # fmt: skip
-    with train_command(job, tmp_path) as driver:
-        driver.join()
-    printed = (tmp_path / "stderr").read_text()
-    assert driver.exitcode == 2
+    with train_command(job, tmp_path / "job.yaml", stderr=subprocess.PIPE, text=True) as driver:
+        printed = driver.communicate()[1]
+    assert driver.returncode == 2
     assert "Traceback" not in printed
     last = printed.strip().splitlines()[-1]
     assert last.startswith(f"tidar: training of {job.output} diverged at train step 4: 3 steps in a row had no finite")
