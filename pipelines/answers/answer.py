@@ -28,17 +28,17 @@ from pipelines.answers.answer_tasks import (
     write_file,
 )
 from pipelines.answers.job import OUTPUT_NEUTRAL, AnswersJob
-from pipelines.answers.manifest import (
+from pipelines.cluster.connection import connect, require_room
+from pipelines.cluster.console import stderr
+from pipelines.cluster.progress import job_progress
+from pipelines.cluster.work_items import ActorPool, actor_outcomes, task_outcomes
+from pipelines.packing.answers_manifest import (
     ANSWERS_JSON,
     FORMAT_VERSION,
     AnswersManifest,
     read_manifest,
     write_manifest,
 )
-from pipelines.cluster.connection import connect, require_room
-from pipelines.cluster.console import stderr
-from pipelines.cluster.progress import job_progress
-from pipelines.cluster.work_items import ActorPool, actor_outcomes, task_outcomes
 from pipelines.packing.corpus import JSON_LINES, PARQUET, list_corpus, work_units
 from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.model.bundle_info import hf_location, model_config

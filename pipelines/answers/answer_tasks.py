@@ -23,9 +23,9 @@ import torch
 
 from pipelines.answers.answerer import Answerer, Conversation
 from pipelines.answers.job import AnswersJob
-from pipelines.answers.manifest import AnswerFile
 from pipelines.answers.prompts import Prompt, prompt_columns, prompt_of
 from pipelines.answers.variants import variants_of
+from pipelines.packing.answers_manifest import AnswerFile
 from pipelines.packing.corpus import Piece, object_entries
 from pipelines.packing.skipped_entries import LeftOut
 from tidar_core.artifacts.model.bundle import DTYPES, load_for_decoding

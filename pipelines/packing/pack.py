@@ -26,6 +26,7 @@ from pipelines.cluster.progress import job_progress
 from pipelines.cluster.work_items import task_outcomes
 from pipelines.jobs import PackJob, Source, TrainBpe
 from pipelines.packing import corpus, duplicates, pack_tasks
+from pipelines.packing.answers_manifest import require_whole_answers
 from pipelines.packing.conversations import READER_VERSION
 from pipelines.packing.mixture import arranged
 from pipelines.packing.pack_tasks import (
@@ -85,6 +86,8 @@ def pack(job: PackJob) -> Manifest:
 
     The same corpus, tokenizer and job give the same bytes. `workers`, `unit_bytes` and restarts do not change them.
     """
+    for source in job.sources:
+        require_whole_answers(source.path)
     listing = [corpus.list_corpus(source.path, job.include, job.exclude) for source in job.sources]
     tokenizer = load_tokenizer(hf_location(job.tokenizer)) if isinstance(job.tokenizer, str) else None
     identity = _identity(job, listing, tokenizer)

@@ -13,11 +13,11 @@ from killed_jobs import kill_when
 from pipelines.answers.answer import answer
 from pipelines.answers.answer_tasks import FilePlan, PromptUnit, UnitAnswers, WorkFolder, plan_files, write_file
 from pipelines.answers.answerer import Answerer, Conversation
-from pipelines.answers.manifest import read_manifest
 from pipelines.answers.prompts import Prompt
 from pipelines.answers.variants import variants_of
 from pipelines.jobs import Source
 from pipelines.packing import corpus
+from pipelines.packing.answers_manifest import read_manifest
 from pipelines.packing.pack_tasks import Tokenizing, Unit, keep_tokenizer, tokenize_unit
 from pipelines.packing.pack_tasks import WorkFolder as PackFolder
 from pipelines.packing.token_parts import read_part

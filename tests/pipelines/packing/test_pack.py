@@ -15,6 +15,7 @@ from vocabularies import tokenizer_json, write_folder
 
 from pipelines.jobs import Source, TrainBpe
 from pipelines.packing import corpus, token_parts
+from pipelines.packing.answers_manifest import AnswerFile, AnswersManifest, require_whole_answers, write_manifest
 from pipelines.packing.mixture import digest_of, split_of
 from pipelines.packing.pack import pack
 from pipelines.packing.pack_tasks import Tokenizing, Unit, WorkFolder, keep_tokenizer, plan_shards, tokenize_unit
@@ -242,3 +243,24 @@ def test_a_document_too_long_for_one_call_has_the_ids_of_the_whole(tmp_path, for
     ids = [read_part(locations.join(work.units, part.file)).tokens_T.tolist() for part in outcome.parts]
     whole = FastTokenizer.from_str(tokenizer_json(form)).encode(text, add_special_tokens=False).ids
     assert [token for part in ids for token in part] == [*whole, tokenizer.eos_id]
+
+
+def test_answers_that_are_not_as_they_were_written_are_refused(tmp_path):
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+    (folder / "answers-00000.jsonl").write_text(2 * line)
+    file = AnswerFile(file="answers-00000.jsonl", conversations=2, bytes=2 * len(line), sha256="0" * 64)
+    manifest = AnswersManifest(
+        identity="i", model="m", prompts=2, conversations=2, greedy=2, answers=2, tokens=2,
+        finish_reasons={"stop": 2}, left_out=0, unfinished=0, named=(), files=(file,),
+    )  # fmt: skip
+    write_manifest(str(folder), manifest)
+    (folder / "made_by.json").write_text("{}")
+    require_whole_answers(str(folder))
+    (folder / "answers-00000.jsonl").write_text(line)
+    with pytest.raises(ShardError, match=r"another size than in answers\.json; run answers again"):
+        pack(job(folder, tmp_path / "out", str(tmp_path / "no-tokenizer")))
+    (folder / "made_by.json").unlink()
+    (folder / "answers.json").write_text('{"a": "file of somebody else"}')
+    require_whole_answers(str(folder))

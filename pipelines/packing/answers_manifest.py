@@ -9,9 +9,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.provenance import MADE_BY
 from tidar_core.errors import ShardError
 
-__all__ = ["ANSWERS_JSON", "FORMAT_VERSION", "AnswerFile", "AnswersManifest", "read_manifest", "write_manifest"]
+__all__ = [
+    "ANSWERS_JSON",
+    "FORMAT_VERSION",
+    "AnswerFile",
+    "AnswersManifest",
+    "read_manifest",
+    "require_whole_answers",
+    "write_manifest",
+]
 
 ANSWERS_JSON = "answers.json"
 FORMAT_VERSION = 1
@@ -78,3 +87,12 @@ def read_manifest(uri: str) -> AnswersManifest:
         if not locations.exists(place) or locations.size(place) != entry.bytes:
             raise ShardError(f"{place} is missing or has another size than in {ANSWERS_JSON}; run answers again")
     return manifest
+
+
+def require_whole_answers(uri: str) -> None:
+    """Raise ShardError if `uri` is a folder of answers whose files are not as they were written.
+
+    A file that was cut at the end of a line looks whole otherwise. Other folders and files pass.
+    """
+    if all(locations.exists(locations.join(uri, name)) for name in (ANSWERS_JSON, MADE_BY)):
+        read_manifest(uri)
