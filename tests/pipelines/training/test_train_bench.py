@@ -31,4 +31,6 @@ def test_peak_memory_is_of_one_process_for_each_objective():
     ballast = torch.ones(2**28)  # 1 GiB that the children do not hold
     peaks = peak_memory("tiny", "fp32", row_len=32, rows=2, documents=2, block_len=4, adapter_rank=4, threads=1)
     assert set(peaks) == {"ar_peak_gib", "dual_peak_gib", "frozen_peak_gib", "frozen_over_dual_peak"}
+    ratio = peaks.pop("frozen_over_dual_peak")
+    assert ratio == peaks["frozen_peak_gib"] / peaks["dual_peak_gib"]
     assert 0.05 < min(peaks.values()) <= max(peaks.values()) < ballast.nbytes / 2**30
