@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from serve_apps.ingress.serve_proxy import CALLBACK
 from serve_apps.settings import ServeSettings
 from serve_apps.telemetry.tracing import proxy_tracing_env, tracing_config
 from tidar_core.artifacts.network.cluster_address import given_cluster
+from tidar_core.artifacts.network.local_cluster import start_local_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError
 
@@ -115,14 +117,16 @@ def start_ray(settings: ServeSettings) -> None:
         return
     _set_environment()
     os.environ.update(UNBOUNDED_HEADERS_ENV)
+    start = partial(
+        ray.init,
+        address="local",  # never a cluster that happens to run here
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
     with proxy_tracing_env(settings), muted_stderr():
-        ray.init(
-            address="local",  # never a cluster that happens to run here
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        start_local_cluster(start)
     _own.ray = True
 
 

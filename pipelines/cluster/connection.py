@@ -4,12 +4,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
 
 from tidar_core.artifacts.network.cluster_address import given_cluster
+from tidar_core.artifacts.network.local_cluster import start_local_cluster
 from tidar_core.artifacts.store.muted import muted_stderr
 from tidar_core.errors import ConfigError, TidarError
 
@@ -40,13 +42,16 @@ def connect(cpus: int | None = None) -> None:
         if address is not None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
+            start_local_cluster(
+                partial(
+                    ray.init,
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
             )
 
 
