@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from fast_ray_env import FAST_RAY_ENV
 
+from serve_apps.shared_cluster import PATIENT_START_ENV
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_SECONDS = 90
@@ -58,6 +60,7 @@ def head():
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_prestart_worker_first_driver": "0",  # every job's workers have its own environment
+            **PATIENT_START_ENV,  # as the manifests give it to every node
             **FAST_RAY_ENV,
         }
         with open(Path(folder) / "head.log", "wb") as log:
