@@ -64,7 +64,7 @@ def _drafts(workdir: Path, seconds: int, settings: "ServeSettings", as_json: boo
 
     result = flow(workdir, seconds)
     stderr.print("[bold]8 serve[/] the champion and send three questions over HTTP, with drafts and without")
-    settings = settings.model_copy(update={"tracking_uri": result.tracking_uri, "dtype": result.precision})
+    settings = settings.model_copy(update={"tracking_uri": result.tracking_uri})
     answered = chat_over_http(settings, QUESTIONS, max_tokens=96)
     if as_json:
         return result.summary | {"answers": [asdict(one) for one in answered]}, result.tracking_uri

@@ -81,8 +81,6 @@ class DraftsQuickstart:
     summary: dict[str, Any]
     """Figures and locations for a person."""
     tracking_uri: str
-    precision: Precision
-    """Precision in which this machine is fastest: that of training and of the service."""
 
 
 def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
@@ -138,7 +136,6 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
             "alias": model_registry.CHAMPION,
         },
         tracking_uri=site.tracking_uri,
-        precision=computed,
     )
 
 
