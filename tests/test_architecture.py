@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "tidar_core": "tidar_core/transformer tidar_core/training tidar_core/decoding",
     "tidar_core/transformer": "tidar_core",
     "tidar_core/kernels": "tidar_core tidar_core/transformer",
-    "tidar_core/training": "tidar_core tidar_core/transformer",
+    "tidar_core/training": "tidar_core tidar_core/transformer tidar_core/kernels",
     "tidar_core/decoding": "tidar_core tidar_core/transformer tidar_core/kernels",
     "tidar_core/planning": "tidar_core tidar_core/transformer tidar_core/kernels tidar_core/decoding",
     "tidar_core/artifacts": "tidar_core tidar_core/transformer tidar_core/training tidar_core/artifacts/store",

@@ -23,7 +23,7 @@ __all__ = ["library", "needed_library"]
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("numbers.h", "products.c", "layer.c")
+SOURCES = ("numbers.h", "products.c", "layer.c", "loss.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
@@ -38,6 +38,8 @@ SIGNATURES = {
     "add_rms_norm": (P, P, P, B, X, N, N, B, P, P),
     "rotate_and_store": (P, P, P, P, P, P, N, N, N, N, N, N, X, B),
     "silu_mul": (P, N, N, B, P),
+    "losses_forward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
+    "losses_backward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
     "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
 }
 """Types of the arguments of each function; no function returns anything."""
@@ -55,10 +57,9 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(_compiled()))
         found.start()
     except (OSError, subprocess.SubprocessError) as error:
-        stderr = getattr(error, "stderr", None)
-        logger.warning(
-            "no C kernels, decoding on the CPU is slower: %s", stderr.strip().splitlines()[-1] if stderr else error
-        )
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        logger.warning("no C kernels, work on the CPU is slower: %s", reason)
         return None
     for name, types in SIGNATURES.items():
         function = getattr(found, name)

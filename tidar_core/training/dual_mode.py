@@ -7,6 +7,7 @@ weights, or compute only some of the blocks.
 Shape letters: B rows, S tokens of a row, M tokens of its mask half (S, or fewer), L tokens of a layout (S or S + M).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.training.recipe import LEAST_HIDDEN, Draws, Recipe
-from tidar_core.transformer.layout import PADDING, TokenLayout, causal_layout, training_layout
+from tidar_core.transformer.layout import LENGTH_STEP, PADDING, TokenLayout, causal_layout, training_layout
 
 __all__ = ["IGNORED", "TrainBatch", "ar_batch", "dual_mode_batch"]
 
@@ -88,8 +89,8 @@ def dual_mode_batch(
     recipe       `None`: the paper's
     seed_B       seed of each row's draws; needed if the recipe draws
     share        share of the run that is done, 0..1: some choices change with it
-    ragged       leave out blocks without a label: M is then the most mask tokens that a row of this batch needs. No
-                 block sees another, so losses and gradients stay. Waits for the device.
+    ragged       leave out blocks without a label: M is then the most mask tokens that a row of this batch needs,
+                 rounded up. No block sees another, so losses and gradients stay. Waits for the device.
     multiple     M is a multiple of this number, if it is `ragged`; it must divide S
     """
     recipe = recipe or Recipe()
@@ -98,7 +99,7 @@ def dual_mode_batch(
     draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
     label_BS = _labels(input_ids_BS, trained_BS)
     weights, weighs = recipe.weights_at(share), recipe.weighs(share)
-    halves, totals = [], []
+    halves, kept, totals = [], [], []
     for visit, layout in enumerate(_mask_layouts(document_BS, block_len, recipe, draws)):
         masks = _MaskHalf.of(layout, label_BS, mask_id)
         if weighs:
@@ -110,9 +111,9 @@ def dual_mode_batch(
         if draws is not None and recipe.block_share < 1:
             masks = masks.some_blocks(recipe.mask_len(S, block_len) // recipe.visits, draws)
         elif ragged:
-            masks = masks.labelled_blocks(multiple)
+            kept.append(masks.in_labelled_block())
         halves.append(masks.numbered_from(visit * (S + 1)))
-    masks, total = _MaskHalf.joined(halves), torch.stack(totals).sum() if weighs else None
+    masks = _MaskHalf.joined(halves).cut_to(kept, multiple)
     before_BM = (masks.place - 1).clamp(min=0)
     return TrainBatch(
         torch.cat([input_ids_BS, masks.token], 1),
@@ -120,7 +121,7 @@ def dual_mode_batch(
         _next_token(label_BS, document_BS),
         masks.target,
         diffusion_weight_BM=masks.weight if weighs else None,
-        diffusion_total=total,
+        diffusion_total=torch.stack(totals).sum() if weighs else None,
         dpace=weights == "dpace",
         before_BM=input_ids_BS.gather(1, before_BM),
         teacher_BM=before_BM if recipe.distillation or recipe.consistency else None,
@@ -233,11 +234,20 @@ class _MaskHalf:
         weight = self.weight * count / kept.clamp(min=1)
         return replace(self, weight=weight).cut((has_label & (rank < kept)).gather(1, start), mask_len)
 
-    def labelled_blocks(self, multiple: int) -> "_MaskHalf":
-        """This half without the blocks that hold no label, then padding."""
-        chosen = self.starts_with_label().gather(1, self.block_start())
-        most = max(1, int(chosen.sum(1).amax()))
-        return self.cut(chosen, -(-most // multiple) * multiple)
+    def in_labelled_block(self) -> Tensor:
+        """Whether each token's block holds a label."""
+        return self.starts_with_label().gather(1, self.block_start())
+
+    def cut_to(self, chosen_of_visits: Sequence[Tensor], multiple: int) -> "_MaskHalf":
+        """The chosen tokens of each row, then padding to a length that many batches share; this half without a choice.
+
+        chosen_of_visits  [B, S] for each visit
+        """
+        if not chosen_of_visits:
+            return self
+        chosen = torch.cat(list(chosen_of_visits), 1)
+        step = math.lcm(multiple, LENGTH_STEP)
+        return self.cut(chosen, -(-max(1, int(chosen.sum(1).amax())) // step) * step)
 
     def starts_with_label(self) -> Tensor:
         """Whether each token is the first of a block that holds a label."""
@@ -259,4 +269,5 @@ class _MaskHalf:
             picked(self.layout.block, 0),
         )
         weight = self.weight.expand_as(chosen).gather(1, index)
-        return _MaskHalf(layout, self.token.gather(1, index), picked(self.target, IGNORED), index, weight)
+        place = self.place.gather(1, index)
+        return _MaskHalf(layout, self.token.gather(1, index), picked(self.target, IGNORED), place, weight)

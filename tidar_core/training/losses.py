@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tidar_core.training.distillation import blended
+from tidar_core.kernels import losses_on_cpu
+from tidar_core.training.distillation import WHOLE_VOCABULARY, blended
 from tidar_core.training.dpace import dpace_weights
 from tidar_core.training.dual_mode import IGNORED, TrainBatch
+from tidar_core.transformer.layout import LENGTH_STEP
 
 __all__ = ["LossMeans", "LossSums", "LossTotals", "chunk_loss", "dual_mode_loss", "label_counts", "loss_sums"]
 
@@ -34,7 +37,8 @@ pass."""
 Head = Callable[[Tensor], Tensor]
 Link = Callable[[Tensor, Tensor], Tensor] | None
 TokenLosses = tuple[Tensor, Tensor, Tensor]
-"""Loss of each label, with gradients; its cross-entropy alone, without; whether the likeliest token is the label."""
+"""Loss of each label, with gradients; its cross-entropy alone, without; the likeliest token, or whether it is the
+label."""
 ChunkLoss = Callable[..., TokenLosses]
 
 
@@ -107,26 +111,48 @@ def chunk_loss(
     before_N      tokens before the labels; `link` adds logits for them
     unlinked      weight of the loss without the link beside the loss with it, a scalar; `None`: 0
     """
-    logits_NV = head(hidden_NE).float()
     labelled_N = target_N != IGNORED
-    label_N1 = torch.where(labelled_N, target_N, 0)[:, None]
-    blend = None
-    if teacher_NE is not None:
-        mask_id = getattr(head, "mask_id", None)
-        blend = blended(head(teacher_NE.detach()).float(), label_N1, distillation, mask_id)
+    label_N = torch.where(labelled_N, target_N, 0)
+    logits_NV, mask_id = head(hidden_NE), getattr(head, "mask_id", None)
+    link_NV = None if link is None or before_N is None else link(before_N, hidden_NE)
+    teacher_NV = None if teacher_NE is None else head(teacher_NE.detach()).detach()
+    if losses_on_cpu.suits(logits_NV) and (teacher_NV is None or logits_NV.shape[-1] <= WHOLE_VOCABULARY):
+        weight = 0.0 if unlinked is None else float(unlinked)
+        found = losses_on_cpu.token_losses(logits_NV, link_NV, teacher_NV, label_N, distillation, weight)
+    else:
+        found = plain_losses(logits_NV, link_NV, teacher_NV, label_N, distillation, unlinked, mask_id)
+    loss_N, cross_entropy_N, likeliest_N = found
+    return torch.where(labelled_N, loss_N, 0.0), torch.where(labelled_N, cross_entropy_N, 0.0), likeliest_N == target_N
+
+
+def plain_losses(
+    logits_NV: Tensor,
+    link_NV: Tensor | None,
+    teacher_NV: Tensor | None,
+    label_N: Tensor,
+    distillation: float,
+    unlinked: Tensor | None,
+    mask_id: int | None,
+) -> TokenLosses:
+    """Loss of each label with gradients, its cross-entropy alone without, and the likeliest token.
+
+    Arguments are those of `chunk_loss`, with the logits that it computes; `mask_id` is the token whose logit is minus
+    infinity.
+    """
+    blend = None if teacher_NV is None else blended(teacher_NV.float(), label_N[:, None], distillation, mask_id)
 
     def compared(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each token, and its cross-entropy alone."""
         logprob_NV = logits_NV.log_softmax(-1)
-        label_N = -logprob_NV.gather(-1, label_N1)[:, 0]
-        return label_N if blend is None else blend.cross_entropy(logprob_NV), label_N.detach()
+        of_label_N = -logprob_NV.gather(-1, label_N[:, None])[:, 0]
+        return of_label_N if blend is None else blend.cross_entropy(logprob_NV), of_label_N.detach()
 
-    linked_NV = logits_NV if link is None or before_N is None else logits_NV + link(before_N, hidden_NE)
-    hit_N = linked_NV.argmax(-1) == target_N
+    plain_NV = logits_NV.float()
+    linked_NV = plain_NV if link_NV is None else plain_NV + link_NV
     loss_N, cross_entropy_N = compared(linked_NV)
-    if link is not None and unlinked is not None:
-        loss_N = (loss_N + unlinked * compared(logits_NV)[0]) / (1 + unlinked)
-    return torch.where(labelled_N, loss_N, 0.0), torch.where(labelled_N, cross_entropy_N, 0.0), hit_N
+    if link_NV is not None and unlinked is not None:
+        loss_N = (loss_N + unlinked * compared(plain_NV)[0]) / (1 + unlinked)
+    return loss_N, cross_entropy_N, linked_NV.argmax(-1)
 
 
 def loss_sums(
@@ -246,6 +272,7 @@ def _token_losses(
         return tuple(x.view_as(target_BS) for x in found)  # type: ignore[return-value]
     labelled = target_BS != IGNORED
     index_N = labelled.flatten().nonzero()[:, 0]
+    index_N = F.pad(index_N, (0, -len(index_N) % LENGTH_STEP))  # the first token again, and its results are not read
     found = _in_chunks(head, of_chunk, logits_at_once, [None if x is None else x[index_N] for x in facts], *settings)
     return tuple(x.new_zeros(target_BS.shape).masked_scatter(labelled, x) for x in found)  # type: ignore[return-value]
 
@@ -260,7 +287,7 @@ def _in_chunks(
     hidden_NE, _, teacher_NE, before_N = facts
     assert hidden_NE is not None
     with torch.no_grad():
-        held = (teacher_NE, before_N, settings[0] if settings else None)
+        held = (teacher_NE, before_N)
         logits = head(hidden_NE[:1]).shape[-1] * (1 + sum(x is not None for x in held))
     at_once = max(1, logits_at_once // logits)
     if len(hidden_NE) <= at_once:

@@ -13,14 +13,13 @@ D head width, P query tokens of a chunk, W keys that they may see.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_core.transformer.layout import CLEAN, TokenLayout
+from tidar_core.transformer.layout import CLEAN, LENGTH_STEP, TokenLayout
 from tidar_core.transformer.visibility import dense_visibility
 
 __all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "SplitAttention", "attend"]
@@ -108,7 +107,7 @@ class PiecewiseAttention:
         facts = layout.apply(Tensor.int)
         S, L = int((facts.block[0] == CLEAN).sum()), facts.position.shape[-1]
         clean, masks = facts[:, :S], facts[:, S:]
-        self._clean_len = S
+        self._clean_len, self._mask_chunk = S, mask_chunk
         self._clean = [_Chunk.of(clean[:, queries], queries, (clean,)) for queries in _cut(S, clean_chunk)]
         self._masks = [_Chunk.of(masks[:, queries], queries, (clean, masks)) for queries in _cut(L - S, mask_chunk)]
         self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
@@ -140,8 +139,8 @@ class PiecewiseAttention:
         k, v = halves[:2], halves[2:]
         q = q.unflatten(1, (k[0].shape[1], -1)) * q.shape[-1] ** -0.5
         gathered = [
-            _attend(q[:, :, :, chunk.queries], [r.of(k) for r in chunk.runs], [r.of(v) for r in chunk.runs], bias_BPW)
-            for chunk, bias_BPW in zip(self._masks, self._bias)
+            _attend(part, [r.of(k) for r in chunk.runs], [r.of(v) for r in chunk.runs], bias_BPW)
+            for part, chunk, bias_BPW in zip(q.split(self._mask_chunk, 3), self._masks, self._bias, strict=True)
         ]
         return torch.cat(gathered, 2).transpose(1, 2)
 
@@ -182,20 +181,19 @@ class _Chunk:
 
     @staticmethod
     def of(query: TokenLayout, queries: slice, halves: tuple[TokenLayout, ...]) -> "_Chunk":
-        """The chunk of `queries`; its run in each half is from the first to the last key that is seen."""
+        """The chunk of `queries`; its run in each half holds all keys that are seen, with lengths that recur."""
         runs, visible = [], []
         for half, keys in enumerate(halves):
             square_BPW = dense_visibility(query, keys)
             seen = square_BPW.flatten(0, 1).any(0).nonzero()[:, 0]
             if len(seen):
-                first, last = int(seen[0]), int(seen[-1])
-                runs.append(_Run(half, slice(first, last + 1)))
-                visible.append(square_BPW[..., first : last + 1])
+                first, after = int(seen[0]) // LENGTH_STEP, int(seen[-1]) // LENGTH_STEP + 1
+                run = slice(first * LENGTH_STEP, min(after * LENGTH_STEP, square_BPW.shape[-1]))
+                runs.append(_Run(half, run))
+                visible.append(square_BPW[..., run])
         return _Chunk(queries, tuple(runs), torch.cat(visible, -1))
 
 
 def _cut(length: int, longest: int) -> list[slice]:
-    """[0, length) in the fewest slices of at most `longest`, as even as possible."""
-    count = -(-length // longest)
-    edges = [length * i // count for i in range(count + 1)] if count else []
-    return [slice(a, b) for a, b in pairwise(edges)]
+    """[0, length) in slices of `longest`; the last may be shorter."""
+    return [slice(first, min(first + longest, length)) for first in range(0, length, longest)]

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CLEAN", "PADDING", "TokenLayout", "causal_layout", "decode_layout", "decode_rows", "training_layout"]
+__all__ = [
+    "CLEAN", "LENGTH_STEP", "PADDING", "TokenLayout", "causal_layout", "decode_layout", "decode_rows",
+    "training_layout",
+]  # fmt: skip
 
 CLEAN = -1
 """Block of a token whose identity is known."""
+LENGTH_STEP = 32
+"""Lengths that follow the content of a batch are rounded up to a multiple of this number, so that few lengths occur.
+On a CPU, torch prepares a product anew for each shape that it has not met, which takes longer than many products."""
 PADDING = -1
 """Document of a padding token. Padding sees only padding, and is seen only by padding."""
 

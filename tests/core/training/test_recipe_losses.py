@@ -19,6 +19,7 @@ from tidar_core.training.recipe import Recipe
 from tidar_core.training.schedule import Schedule
 from tidar_core.training.trainer import Phase, Trainer
 from tidar_core.transformer.attention import DenseAttention
+from tidar_core.transformer.layout import LENGTH_STEP
 from tidar_core.transformer.shapes import named_shape
 
 MASK, K = 511, 4
@@ -190,15 +191,37 @@ def test_a_cut_half_holds_the_blocks_with_labels_and_no_others():
     trained[0, [6, 18]] = trained[1, 21] = True
     made = dual_mode_batch(IDS, DOCUMENTS, K, MASK, trained, ragged=True)
     i = IGNORED
+    # 8 masks in the longer row, rounded up, but to no more than the 24 tokens of the row
     assert made.diffusion_target_BM.tolist() == [
-        [i, i, IDS[0, 6], i, i, IDS[0, 18], i, i], [i, IDS[1, 21], i, i, i, i, i, i]
+        [i, i, IDS[0, 6], i, i, IDS[0, 18], i, i, *[i] * 16], [i, IDS[1, 21], i, i, i, i, i, i, *[i] * 16]
     ]  # fmt: skip
-    assert made.layout.position[:, 24:].tolist() == [[4, 5, 6, 7, 4, 5, 6, 7], [20, 21, 22, 23, 0, 0, 0, 0]]
-    assert made.layout.document[:, 24:].tolist() == [[0] * 4 + [1] * 4, [0] * 4 + [-1] * 4]
+    assert made.layout.position[:, 24:].tolist() == [[4, 5, 6, 7, 4, 5, 6, 7, *[0] * 16], [20, 21, 22, 23, *[0] * 20]]
+    assert made.layout.document[:, 24:].tolist() == [[0] * 4 + [1] * 4 + [-1] * 16, [0] * 4 + [-1] * 20]
     assert made.before_BM[0, 2] == IDS[0, 5]
-    assert dual_mode_batch(IDS, DOCUMENTS, K, MASK, trained, ragged=True, multiple=3).token_BL.shape[1] == 24 + 9
     none = dual_mode_batch(IDS, DOCUMENTS, K, MASK, torch.zeros_like(trained), ragged=True)
     assert (none.diffusion_target_BM == i).all()
+
+
+@pytest.mark.parametrize("visits", [1, 3])
+def test_lengths_of_cut_halves_recur_and_are_shared_by_workers(visits):
+    """Few lengths, since each new length costs a CPU as much as many products; masks of all visits lie together."""
+    recipe, S = Recipe(random_phase=True, visits=visits), 256
+    lengths, fewest = set(), []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        trained = torch.rand(1, S, generator=generator) < 0.03 * (1 + seed % 4)
+        ids, documents = torch.randint(0, 500, (1, S), generator=generator), documents_row(100, 150, padding=6)
+        made = dual_mode_batch(ids, documents, K, MASK, trained, recipe=recipe, seed_B=[seed], ragged=True, multiple=3)
+        layout = made.layout[:, S:]
+        masks = (layout.document[0] >= 0).tolist()
+        assert masks == sorted(masks, reverse=True)
+        lengths.add(len(masks))
+        fewest.append(sum(masks))
+        facts = zip(layout.document[0], layout.block[0], layout.position[0], made.diffusion_target_BM[0])
+        labels = {tuple(map(int, fact[:3])) for fact in facts if fact[3] != IGNORED}
+        assert len(labels) == int((made.diffusion_target_BM != IGNORED).sum())
+    assert all(length % math.lcm(3, LENGTH_STEP) == 0 or length == visits * S for length in lengths)
+    assert len(set(fewest)) > 2 * len(lengths)
 
 
 def test_logits_are_computed_only_where_labels_are(linked):
@@ -209,7 +232,8 @@ def test_logits_are_computed_only_where_labels_are(linked):
     objective(batch)
     hook.remove()
     counts = [int(count) for count in label_counts(batch)]
-    assert [n for n in rows if n > 1] == counts  # one token each measures the vocabulary
+    rounded = [-(-count // LENGTH_STEP) * LENGTH_STEP for count in counts]
+    assert [n for n in rows if n > 1] == rounded  # one token each measures the vocabulary
     assert sum(counts) < 0.5 * batch.token_BL.numel()
 
 

@@ -7,7 +7,8 @@ import torch
 from oracles import documents_row
 
 from tidar_core.transformer.attention import DenseAttention, PiecewiseAttention
-from tidar_core.transformer.layout import causal_layout, training_layout
+from tidar_core.transformer.layout import LENGTH_STEP, causal_layout, training_layout
+from tidar_core.transformer.visibility import dense_visibility
 
 DOCUMENTS = torch.cat([documents_row(20, 13, 7), documents_row(40), documents_row(3, 30, padding=7)])
 LAYOUTS = {"next-token": causal_layout(DOCUMENTS), "mixed": training_layout(DOCUMENTS, torch.tensor([[2], [8], [5]]))}
@@ -38,18 +39,18 @@ def test_chunks_equal_the_dense_square_forward_and_backward(name, heads, kv_head
         torch.testing.assert_close(ours, dense, rtol=0, atol=1e-5)
 
 
-def test_a_chunk_takes_no_key_before_the_first_and_none_behind_the_last_that_it_sees():
-    layout = training_layout(documents_row(8, 12), 4)
-    form = PiecewiseAttention(layout, clean_chunk=5, mask_chunk=5)
-    assert [(chunk.queries, *[(run.half, run.keys) for run in chunk.runs]) for chunk in form._clean] == [
-        (slice(0, 5), (0, slice(0, 5))),
-        (slice(5, 10), (0, slice(0, 10))),
-        (slice(10, 15), (0, slice(8, 15))),
-        (slice(15, 20), (0, slice(8, 20))),
-    ]
-    assert [(chunk.queries, *[(run.half, run.keys) for run in chunk.runs]) for chunk in form._masks] == [
-        (slice(0, 5), (0, slice(0, 4)), (1, slice(0, 8))),
-        (slice(5, 10), (0, slice(0, 4)), (1, slice(4, 12))),
-        (slice(10, 15), (0, slice(8, 12)), (1, slice(8, 16))),
-        (slice(15, 20), (0, slice(8, 16)), (1, slice(12, 20))),
-    ]
+def test_a_chunk_takes_the_keys_that_it_sees_and_few_others():
+    """Runs begin and end at multiples of LENGTH_STEP, so that few shapes occur."""
+    layout, step = training_layout(documents_row(70, 120), 4), LENGTH_STEP
+    form = PiecewiseAttention(layout, clean_chunk=50, mask_chunk=50)
+    visible = dense_visibility(layout, layout)[0]
+    assert [chunk.queries for chunk in form._masks] == [slice(0, 50), slice(50, 100), slice(100, 150), slice(150, 190)]
+    for first, chunks in ((0, form._clean), (190, form._masks)):
+        for chunk in chunks:
+            rows = visible[first + chunk.queries.start : first + chunk.queries.stop]
+            for run in chunk.runs:
+                seen = rows[:, 190 * run.half : 190 * (run.half + 1)].any(0).nonzero()[:, 0]
+                assert run.keys.start % step == 0
+                assert run.keys.stop % step == 0 or run.keys.stop == 190
+                assert run.keys.start <= int(seen[0]) < run.keys.start + step
+                assert run.keys.stop - step <= int(seen[-1]) < run.keys.stop
