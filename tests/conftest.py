@@ -4,8 +4,11 @@ import gc
 import importlib.util
 import json
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from compiled_kernels import copy_kernels
 from fast_ray_env import FAST_RAY_ENV
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,17 +58,23 @@ def pytest_runtest_protocol(item):
 def own_environment(tmp_path_factory):
     """Lets tests start their own Ray, and their clients reach the tests' servers if the environment names a proxy.
 
-    A cache of their own begins empty.
+    A cache of their own begins with the user's compiled kernels alone, and the user gets those that tests compile.
     """
     from tidar_core.artifacts.network.loopback import exempt_loopback
 
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = tmp_path_factory.mktemp("cache")
+    copy_kernels(users, cache)
     os.environ.pop("RAY_ADDRESS", None)
     os.environ |= {
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Serve kills a proxy that needs longer to start: 5 s
-        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+        "XDG_CACHE_HOME": str(cache),
         "RAY_worker_niceness": "0",  # Ray's workers have 15, so tests beside them would take all their time
     }
     exempt_loopback()
+    yield
+    with suppress(OSError):  # there may be no home to write to
+        copy_kernels(cache, users)
 
 
 @pytest.fixture(scope="session")
@@ -130,13 +139,17 @@ def s3_bucket(s3_endpoint, request):
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint):
-    """A local Ray cluster of two CPUs for the whole session; its workers' environment names the S3 server."""
+    """A local Ray cluster of two CPUs for the whole session; its workers' environment names the S3 server.
+
+    Its nodes have the environment that the manifests give them, but for the length of gRPC's messages.
+    """
     import ray
 
     from pipelines.cluster.connection import connect
+    from serve_apps.shared_cluster import KILL_HUNG_REPLICAS_ENV, RAY_FAST_PATH_ENV
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in FAST_RAY_ENV.items():
+        for name, value in (FAST_RAY_ENV | RAY_FAST_PATH_ENV | KILL_HUNG_REPLICAS_ENV).items():
             patch.setenv(name, value)
         connect(cpus=2)
         patch.delenv("TORCHDYNAMO_DISABLE")  # this process may compile

@@ -1,5 +1,6 @@
 """Train jobs on a cluster: workers, failures, resumption. Only this file imports Ray Train."""
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +23,11 @@ from tidar_core.errors import DivergedError, TidarError
 
 __all__ = ["train"]
 
+UNUSED = {"DatasetsCallback"}
+"""Ray Train's actor that shares out Ray Data sets. Jobs have none, and each group of workers would wait for its
+process."""
+UNUSED_HERE = {"PlacementGroupCleanerCallback"}
+"""Ray Train's actor that frees the places of a lost job. A cluster on this machine ends with its job."""
 SHOWN = ("ar_loss", "diffusion_loss", "validation_loss", "tokens_per_second", "mfu", "memory_gib", "eta_seconds")
 
 
@@ -61,7 +67,7 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
 def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
     parent, name = run_folder(job.output).rsplit("/", 1)
     resources = {"CPU": float(job.cpus_per_worker), "GPU": float(job.gpus_per_worker)}
-    return TorchTrainer(
+    return _Trainer(
         _on_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "reports": reports},
         scaling_config=ray.train.ScalingConfig(
@@ -74,6 +80,15 @@ def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
         ),
         torch_config=TorchConfig(backend="nccl" if job.gpus_per_worker else "gloo"),
     )
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train without the actors that a job has no use for; each is a process that loads Ray Train for seconds."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_HERE
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray Train 2
+        return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
 
 def _on_worker(config: dict[str, Any]) -> DivergedError | None:

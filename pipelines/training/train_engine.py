@@ -5,7 +5,9 @@ contributes its share. So a checkpoint does not depend on the number of workers 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -35,7 +37,8 @@ class TrainEngine:
 
     def __init__(self, objective: Objective, job: TrainJob) -> None:
         """torch.distributed must be up; every worker builds an engine with the same job."""
-        import deepspeed
+        with _unloadable("mlflow"):  # only DeepSpeed's autotuner would load it, for a second
+            import deepspeed
 
         # DeepSpeed would compile it for inference only; a killed compiler would block all later ones.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -264,6 +267,19 @@ def from_rank_0(value: Any) -> Any:
     held = [value]
     dist.broadcast_object_list(held)
     return held[0]
+
+
+@contextmanager
+def _unloadable(module: str) -> Iterator[None]:
+    """Make imports of this module fail here, unless it is loaded already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

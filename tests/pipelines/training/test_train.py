@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -29,8 +30,14 @@ def curve(job, metric):
     """Every value logged, as (train step, value), in order of logging."""
     from mlflow import MlflowClient
 
-    run_id = locations.read_text(job.output + ".run/mlflow_run_id")
+    run_id = run_of(job.output)
     return [(m.step, m.value) for m in MlflowClient(job.tracking_uri).get_metric_history(run_id, metric)]
+
+
+@cache
+def run_of(output):
+    """The MLflow run of a job that has begun; looked up once, because a look at an object store takes long."""
+    return locations.read_text(output + ".run/mlflow_run_id")
 
 
 def test_two_workers_lower_the_loss_and_leave_a_bundle(ar_bundle):
@@ -150,9 +157,15 @@ def train_workers() -> list[psutil.Process]:
 
 def wait_until_some_steps_after_a_checkpoint(job, driver, logged=0) -> None:
     """Far from the next checkpoint, so what was trained since is lost; `logged` steps are of an earlier command."""
-    while not whole_checkpoints(job.checkpoints):
-        assert driver.poll() is None, "the command ended before it wrote a checkpoint"
-        time.sleep(0.5)  # each look at the object store costs processor time, which the workers need to start
+
+    def begun():
+        return locations.exists(job.output + ".run/mlflow_run_id")
+
+    # Each look at the object store costs processor time, which the workers need to start.
+    for happened in (begun, lambda: len(curve(job, "ar_loss")) > logged, lambda: whole_checkpoints(job.checkpoints)):
+        while not happened():
+            assert driver.poll() is None, "the command ended before it wrote a checkpoint"
+            time.sleep(0.5)
     while not (steps := curve(job, "ar_loss")[logged:]) or steps[-1][0] % job.checkpoint_every not in (1, 2, 3):
         assert driver.poll() is None, "the command ended before it could be disturbed"
         time.sleep(0.1)

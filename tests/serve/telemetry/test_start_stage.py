@@ -1,10 +1,12 @@
 """Stages of a replica that is not ready yet are visible to other processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from compiled_kernels import copy_kernels
 from tiny import save_lost_bundle, save_tiny_bundle
 
 from serve_apps.replica.engine import Engine
@@ -24,6 +26,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
+    copy_kernels(os.environ["XDG_CACHE_HOME"], tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
