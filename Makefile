@@ -14,15 +14,16 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(TORCH)
 DEVELOPED = $(VENV)/.developed-$(TORCH)
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-PARTS = test-pipelines test-serve test-core test-quickstart test-commands
+PARTS = test-serve test-pipelines test-core test-quickstart test-commands
 
 .PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install install-dev clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
-# Two parts at a time, the longest first. Every test is in one part, and each part collects its own folders alone. Tests
-# that measure how long something takes come last and have the machine to themselves.
+# Two parts at a time, the longest first; serve and the quickstart take as long as the other three. Every test is in one
+# part, and each part collects its own folders alone. Tests that measure how long something takes come last and have the
+# machine to themselves.
 check: install-dev
 	$(MAKE) --jobs=2 lint $(PARTS) types
 	$(MAKE) test-alone

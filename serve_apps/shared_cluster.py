@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import services
+from ray._private.node import Node
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # no public call reads the HTTP options of a running Serve
 from ray.serve.schema import LoggingConfig
@@ -126,7 +128,7 @@ def start_ray(settings: ServeSettings) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
     )
     with proxy_tracing_env(settings), muted_stderr():
-        start_local_cluster(start)
+        start_local_cluster(start, Node, services)
     _own.ray = True
 
 

@@ -19,13 +19,15 @@ __all__ = ["quickstart"]
 
 DRAFTS_SECONDS, SCRATCH_SECONDS = 270, 480
 """Training time by default."""
+TIMING_SECONDS, TIMING_SHARE = 20.0, 0.1
+"""Time for which the service times its decode steps, and the most of it in shares of the training time."""
 
 
 def quickstart(
     workdir: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("workdir"),
     budget_seconds: Annotated[
         int | None,
-        typer.Option(help=f"Training time; {DRAFTS_SECONDS} by default, {SCRATCH_SECONDS} with --from-scratch."),
+        typer.Option(min=1, help=f"Training time; {DRAFTS_SECONDS} by default, {SCRATCH_SECONDS} with --from-scratch."),
     ] = None,
     port: Annotated[int, typer.Option(help="Port of the service, on 127.0.0.1.")] = 8000,
     from_scratch: Annotated[
@@ -39,9 +41,10 @@ def quickstart(
 
     began = time.perf_counter()
     model = f"models:/{_name()}@champion"
-    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=THREADS)
-    check_place(settings)
     seconds = budget_seconds or (SCRATCH_SECONDS if from_scratch else DRAFTS_SECONDS)
+    timing = min(TIMING_SECONDS, seconds * TIMING_SHARE)
+    settings = ServeSettings(model=model, port=port, num_cpus=1, threads=THREADS, timing_seconds=timing)
+    check_place(settings)
     try:
         facts, tracking_uri = (_scratch if from_scratch else _drafts)(workdir, seconds, settings, as_json)
     finally:

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
+from ray._private import services
+from ray._private.node import Node
 from ray.exceptions import RayTaskError
 
 from tidar_core.artifacts.network.cluster_address import given_cluster
@@ -51,7 +53,9 @@ def connect(cpus: int | None = None) -> None:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
-                )
+                ),
+                Node,
+                services,
             )
 
 

@@ -2,7 +2,9 @@
 
 import socket
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -71,3 +73,9 @@ def test_connecting_again_does_nothing_and_a_task_s_error_comes_back_as_itself(r
     original = original_error(caught.value)
     assert (type(original), str(original)) == (ShardError, "row 17 is short; run pack again")
     assert "logging.cc" not in capfd.readouterr().err
+
+
+def test_a_local_cluster_has_no_process_for_logs_of_the_driver_or_for_a_dashboard(ray_cluster):
+    programs = {Path(word).name for process in psutil.Process().children(recursive=True) for word in process.cmdline()}
+    assert "raylet" in programs
+    assert programs.isdisjoint({"log_monitor.py", "dashboard.py"})

@@ -247,8 +247,9 @@ def test_replicas_follow_the_queue_from_none_to_two_and_back_and_one_that_goes_f
     while not two_with(lambda load: load.running):  # so that one lasts on each, whichever of them goes
         lasting.append(Stream(service, LONG))
         until(lambda: lasting[-1].lines or all(load.waiting for load in loads()))
-    for stream in endless:
+    for stream in [*endless, *(stream for stream in lasting[:-1] if not stream.lines)]:
         stream.hang_up()
+    lasting = [stream for stream in lasting if stream.wanted]
     until(lambda: replicas() == 1)
     for stream in lasting:
         stream.join(120)
