@@ -23,7 +23,7 @@ __all__ = ["library", "needed_library"]
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("numbers.h", "products.c", "layer.c", "loss.c")
+SOURCES = ("numbers.h", "products.c", "layer.c", "loss.c", "gradients.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
@@ -40,6 +40,9 @@ SIGNATURES = {
     "silu_mul": (P, N, N, B, P),
     "losses_forward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
     "losses_backward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
+    "rms_norm_gradient": (P, P, P, X, N, N, B, P),
+    "silu_mul_gradient": (P, P, N, N, B, P),
+    "rotate": (P, N, P, P, N, N, N, X, B, P),
     "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
 }
 """Types of the arguments of each function; no function returns anything."""

@@ -6,16 +6,6 @@
  */
 #include "numbers.h"
 
-/* A run of 16 entries, or the last ones of `width`. */
-INLINE F run(const void *x, long first, long i, long width, int half) {
-    return i + LANES <= width ? load(x, first + i, half) : load_some(x, first + i, half, width - i, 0);
-}
-
-INLINE void put_run(void *x, long first, long i, long width, int half, F value) {
-    if (i + LANES <= width) store(x, first + i, half, value);
-    else store_some(x, first + i, half, width - i, value);
-}
-
 /* The inverse of the root mean square of one token or head. */
 INLINE float inverse_norm(const void *x, long first, long width, float eps, int half) {
     F sum = {};

@@ -55,6 +55,16 @@ INLINE void store_some(void *x, long i, int half, long count, F value) {
     for (long n = 0; n < count; n++) store_one(x, i + n, half, value[n]);
 }
 
+/* A run of 16 entries, or the last ones of `width`. */
+INLINE F run(const void *x, long first, long i, long width, int half) {
+    return i + LANES <= width ? load(x, first + i, half) : load_some(x, first + i, half, width - i, 0);
+}
+
+INLINE void put_run(void *x, long first, long i, long width, int half, F value) {
+    if (i + LANES <= width) store(x, first + i, half, value);
+    else store_some(x, first + i, half, width - i, value);
+}
+
 INLINE float sum_of(F x) {
     F8 a = *(F8 *)&x + *((F8 *)&x + 1);
     F4 b = *(F4 *)&a + *((F4 *)&a + 1);

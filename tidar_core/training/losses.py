@@ -115,6 +115,8 @@ def chunk_loss(
     label_N = torch.where(labelled_N, target_N, 0)
     logits_NV, mask_id = head(hidden_NE), getattr(head, "mask_id", None)
     link_NV = None if link is None or before_N is None else link(before_N, hidden_NE)
+    if link_NV is not None and unlinked is None:
+        logits_NV, link_NV = logits_NV + link_NV, None
     teacher_NV = None if teacher_NE is None else head(teacher_NE.detach()).detach()
     if losses_on_cpu.suits(logits_NV) and (teacher_NV is None or logits_NV.shape[-1] <= WHOLE_VOCABULARY):
         weight = 0.0 if unlinked is None else float(unlinked)
@@ -136,6 +138,8 @@ def plain_losses(
 ) -> TokenLosses:
     """Loss of each label with gradients, its cross-entropy alone without, and the likeliest token.
 
+    On a CPU `tidar_core.kernels.losses_on_cpu` computes the same where it can.
+
     Arguments are those of `chunk_loss`, with the logits that it computes; `mask_id` is the token whose logit is minus
     infinity.
     """
@@ -150,7 +154,7 @@ def plain_losses(
     plain_NV = logits_NV.float()
     linked_NV = plain_NV if link_NV is None else plain_NV + link_NV
     loss_N, cross_entropy_N = compared(linked_NV)
-    if link_NV is not None and unlinked is not None:
+    if unlinked is not None and link_NV is not None:
         loss_N = (loss_N + unlinked * compared(plain_NV)[0]) / (1 + unlinked)
     return loss_N, cross_entropy_N, linked_NV.argmax(-1)
 

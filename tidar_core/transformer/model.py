@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidar_core.config import ModelConfig
+from tidar_core.kernels import layers_on_cpu
 from tidar_core.transformer.attention import Attention, SplitAttention
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, LayerAdapter, LowRank
 
@@ -63,7 +64,7 @@ class TidarModel(nn.Module):
         clean_len = token_BL.shape[1] - offset_BM.shape[1]
         clean, masks = self.embedding(token_BL[:, :clean_len]), self.adapter(offset_BM)
         rotation = self.rotation(self.adapter.turned(position_BL, clean_len), clean.dtype)
-        of_clean, of_masks = zip(*((half[:, :clean_len], half[:, clean_len:]) for half in rotation))
+        of_clean, of_masks = zip(*([x.contiguous() for x in part.tensor_split([clean_len], 1)] for part in rotation))
         for layer, adapter in zip(self.layers, self.adapter.layers):
             clean = self._run(layer, clean, of_clean, attention.clean)
             masks = self._run(layer, masks, of_masks, attention.masks, adapter)
@@ -254,8 +255,7 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor, adapter: LayerAdapter | None = None) -> Tensor:
         """Hidden states [B, L, E] to hidden states [B, L, E]."""
-        gate, up = _added(self.gate_up(hidden), hidden, None if adapter is None else adapter.gate_up).chunk(2, -1)
-        gated = F.silu(gate) * up
+        gated = _gated(_added(self.gate_up(hidden), hidden, None if adapter is None else adapter.gate_up))
         return _added(self.down(gated), gated, None if adapter is None else adapter.down)
 
 
@@ -269,7 +269,10 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normed x [.., size]."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if not weight.requires_grad and layers_on_cpu.suits(x, weight):
+            return layers_on_cpu.rms_norm(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -310,6 +313,15 @@ def _added(y: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
     return y if adapter is None else adapter(x, y)
 
 
+def _gated(gate_up: Tensor) -> Tensor:
+    if layers_on_cpu.suits(gate_up):
+        return layers_on_cpu.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if layers_on_cpu.suits(x, cos, sin):
+        return layers_on_cpu.rotated(x, cos, sin)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
