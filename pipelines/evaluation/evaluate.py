@@ -31,6 +31,7 @@ from pipelines.evaluation.task_scores import (
 )
 from tidar_core.artifacts.model.bundle import Bundle, load_bundle, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import model_config, model_info, no_drafts_note
+from tidar_core.artifacts.model.finite import FINITE_NEEDED
 from tidar_core.artifacts.model.report_figures import not_finite
 from tidar_core.artifacts.registry import model_registry, runs
 from tidar_core.artifacts.shards import ShardReader, verify_shards
@@ -308,8 +309,7 @@ def _finite_losses(
     found = _losses(bundle, reader, rows, advance, dual=dual)
     if wrong := not_finite(found):
         raise BundleError(
-            f"{uri} has no finite loss on held-out rows of {reader.uri} ({', '.join(wrong)}); its training diverged: "
-            "train it again with a lower learning_rate"
+            f"{uri} has no finite loss on held-out rows of {reader.uri} ({', '.join(wrong)}); {FINITE_NEEDED}"
         )
     return found
 

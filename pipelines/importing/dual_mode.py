@@ -21,6 +21,7 @@ from tidar_core.artifacts.model.hf_weights import check_weights, load_model, req
 from tidar_core.artifacts.store.output_folder import refuse_stranger
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import made_by
+from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.end_tokens import read_end_tokens
 from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
 from tidar_core.config import DraftConfig, ModelConfig
@@ -41,6 +42,7 @@ def import_dual_mode(origin: Origin, output: str, *, mask_token: str, block_len:
         raise BundleError(f"{origin.name} is a bundle already; give it to generate, bench, evaluate or serve")
     DraftConfig(block_len=block_len)
     tokenizer, config = load_tokenizer(folder), check_weights(folder)
+    load_chat_template(folder)  # a wrong template is refused here: the files of a bundle cannot be corrected later
     require_embeddings(config, tokenizer.vocab_len)
     token_id = _token_id(mask_token, tokenizer, config)
     ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)

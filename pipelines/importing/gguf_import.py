@@ -1,7 +1,7 @@
 """Import of a GGUF file: a Hugging Face folder with the values that the file's weights represent."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_folder import staged_folder
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import MADE_BY, made_by, write_made_by
+from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.end_tokens import GENERATION_CONFIG, read_end_tokens
 from tidar_core.artifacts.text.gguf_tokenizer import gguf_token_ids, gguf_tokenizer
 from tidar_core.artifacts.text.tokenizer import Tokenizer, load_tokenizer
+from tidar_core.errors import TokenizerError
 
 __all__ = ["import_gguf"]
 
@@ -53,11 +55,12 @@ def import_gguf(origin: Origin, output: str) -> dict[str, Any]:
         job = {"command": "import", "source": origin.name} | identity
         write_made_by(str(folder), made_by(job, {origin.path.name: sha256}))
         _require_loadable(folder, tokenizer)
+        warnings = [*_coarse_weights(file), *_wrong_template(folder, output)]
         if folder == temporary:
             locations.upload_folder(folder, staged)
     config = model.config
     return {
-        "folder": output, "source": origin.name, **identity, "warning": _warning(file),
+        "folder": output, "source": origin.name, **identity, "warning": "; ".join(warnings) or None,
         "architecture": config.architecture, "layers": config.layers, "vocab_size": config.vocab_size,
         "context_len": config.context_len, "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(model.sizes.values()) // model.dtype.itemsize, "tied_head": config.tied_head,
@@ -97,11 +100,18 @@ def _require_loadable(folder: Path, tokenizer: Tokenizer) -> None:
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint, "the tokenizer changed when it was saved"
 
 
-def _warning(file: GgufFile) -> str | None:
-    """One line if weights have fewer than 8 bits."""
-    if not (coarse := file.coarse_types):
-        return None
-    return (
-        f"{file.path.name} holds {', '.join(coarse)} weights; their rounded values define the AR distribution from now "
-        "on; import a file of F16, BF16 or Q8_0 if there is one"
-    )
+def _coarse_weights(file: GgufFile) -> Iterator[str]:
+    """A warning if weights have fewer than 8 bits."""
+    if coarse := file.coarse_types:
+        yield (
+            f"{file.path.name} holds {', '.join(coarse)} weights; their rounded values define the AR distribution from "
+            "now on; import a file of F16, BF16 or Q8_0 if there is one"
+        )
+
+
+def _wrong_template(folder: Path, output: str) -> Iterator[str]:
+    """A warning if the chat template cannot be used. Prompts need none, and the folder's template can be corrected."""
+    try:
+        load_chat_template(folder)
+    except TokenizerError as error:
+        yield f"{error} in {output}: until then chats are refused, and a service needs another chat_template"

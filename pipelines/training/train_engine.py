@@ -6,7 +6,7 @@ contributes its share. So a checkpoint does not depend on the number of workers 
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -24,7 +24,7 @@ from tidar_core.training.objective import Objective
 from tidar_core.training.schedule import Schedule
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["TrainEngine", "deepspeed_config", "from_rank_0", "learning_rate", "updates_on_cpu"]
+__all__ = ["TrainEngine", "adamw", "deepspeed_config", "from_rank_0", "learning_rate", "updates_on_cpu"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -43,17 +43,10 @@ class TrainEngine:
         # DeepSpeed would compile it for inference only; a killed compiler would block all later ones.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._config = objective.model.config
-        learned = [p for p in objective.parameters() if p.requires_grad]
-        decayed, plain = [p for p in learned if p.dim() > 1], [p for p in learned if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": job.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=job.learning_rate, betas=job.adam_betas,
-            fused=updates_on_cpu(job) or None,  # one pass over the weights; torch's other forms take nine
-        )  # fmt: skip
         self.job, self.world_size, self.rank = job, dist.get_world_size(), dist.get_rank()
         self._gathered = deepspeed.zero.GatheredParameters
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=_Tensors(objective), optimizer=optimizer, config=deepspeed_config(job)
+            model=_Tensors(objective), optimizer=adamw(objective.parameters(), job), config=deepspeed_config(job)
         )
 
     @property
@@ -249,6 +242,17 @@ def deepspeed_config(job: TrainJob) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], job: TrainJob) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained. Weights of one dimension, such as norms, do not decay."""
+    learned = [p for p in parameters if p.requires_grad]
+    decayed, plain = [p for p in learned if p.dim() > 1], [p for p in learned if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": job.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=job.learning_rate, betas=job.adam_betas,
+        fused=updates_on_cpu(job) or None,  # one pass over the weights; torch's other forms take nine
+    )  # fmt: skip
 
 
 def updates_on_cpu(job: TrainJob) -> bool:

@@ -79,6 +79,7 @@ TABLE = (
     Bound("choices that one ingress has in flight", "twice that", 429),
     Bound("n times the bytes of the body", f"{COPIES} x `max_body_bytes`", 400, "n"),
     Bound("token ids of a prompt", "the context", 400, "prompt"),
+    Bound("tokens of a prompt and of `max_tokens` together", "the context", 400, "max_tokens"),
     Bound("characters of a prompt or of messages", f"{CHARS_PER_TOKEN} x the context", 400, "prompt or messages"),
     Bound("tokens that /tokenize returns", str(VALUES), 400, "prompt or messages"),
     Bound("characters of `model`, `user` and the like", str(NAME_CHARS), 400, "the field"),

@@ -3,10 +3,11 @@
 Serve's proxy sends an ingress the head of a request, and the ingress fetches the body from the proxy's actor. This call
 takes longer than the rest of the work on most bodies. So a body that is there at once goes along with the head.
 `PrefetchBody` in the proxy puts it into the ASGI scope, and `ReplayBody` in the ingress returns it. Serve carries all
-other bodies.
+other bodies. A request whose client has left by then goes nowhere.
 """
 
 import asyncio
+from contextlib import suppress
 
 from ray.exceptions import TaskCancelledError
 from starlette.responses import JSONResponse
@@ -38,19 +39,17 @@ class PrefetchBody:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                first = await receive()
-        except TimeoutError:
-            await self._pass_unfinished(scope, receive, send)
-            return
-        if first.get("more_body"):
-            await self._pass_unfinished(scope, _after(first, receive), send)
-        elif first["type"] == "http.request" and len(first.get("body", b"")) <= MOST_BYTES:
-            scope[KEY] = first.get("body", b"")
+        messages = await _arrived(receive)
+        if any(message["type"] == "http.disconnect" for message in messages):
+            return  # thousands of clients that left would cost the ingress as much as clients that stay
+        body, replayed = b"".join(message.get("body", b"") for message in messages), _after(messages, receive)
+        if not messages or messages[-1].get("more_body"):
+            await self._pass_unfinished(scope, replayed, send)
+        elif len(body) <= MOST_BYTES:
+            scope[KEY] = body
             await self._app(scope, receive, send)
         else:
-            await self._app(scope, _after(first, receive), send)
+            await self._app(scope, replayed, send)
 
     async def _pass_unfinished(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request whose body is on its way, or refuse it where too many are."""
@@ -86,7 +85,7 @@ class ReplayBody:
         """Pass a request on to the application, which reads its body as it would any other."""
         body = scope.pop(KEY, None)
         if body is not None:
-            receive = _after({"type": "http.request", "body": body, "more_body": False}, receive)
+            receive = _after([{"type": "http.request", "body": body, "more_body": False}], receive)
         await self._app(scope, _until_gone(receive), send)
 
 
@@ -104,9 +103,21 @@ def _until_gone(receive: Receive) -> Receive:
     return next_message
 
 
-def _after(first: Message, receive: Receive) -> Receive:
-    """The message `first`, and then the messages of `receive`."""
-    waiting = [first]
+async def _arrived(receive: Receive) -> list[Message]:
+    """Messages of the client within WAIT_SECONDS, up to the end of the body or beyond MOST_BYTES."""
+    messages: list[Message] = []
+    length = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(WAIT_SECONDS):
+            while length <= MOST_BYTES and (not messages or messages[-1].get("more_body")):
+                messages.append(await receive())
+                length += len(messages[-1].get("body", b""))
+    return messages
+
+
+def _after(first: list[Message], receive: Receive) -> Receive:
+    """The messages `first`, and then the messages of `receive`."""
+    waiting = first[::-1]
 
     async def next_message() -> Message:
         return waiting.pop() if waiting else await receive()

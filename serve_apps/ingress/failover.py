@@ -20,8 +20,8 @@ __all__ = ["TRIES", "Text", "answer"]
 TRIES = 3
 """Number of replicas that may die during one request: the request could be the cause."""
 LOST = (RayActorError, AioRpcError)
-"""Errors that Serve raises for a lost replica: its own error for gRPC's UNAVAILABLE, and gRPC's error for other codes.
-An error that a replica itself raises never has these types."""
+"""Types of errors that Serve raises for a lost replica: Ray's error, or gRPC's. An error that a replica itself raises
+never has these types."""
 GONE = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
 RESET = "RST_STREAM"
 """gRPC's detail of a connection that ended within a call; its code is INTERNAL."""
@@ -82,7 +82,10 @@ async def answer(call: Callable[[], Any]) -> Any:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether the replica is gone. Other gRPC errors come from live replicas, such as RESOURCE_EXHAUSTED."""
+    """Whether the replica is gone: Ray's error, gRPC's UNAVAILABLE or CANCELLED, or a connection that was reset.
+
+    Other gRPC errors come from live replicas, such as RESOURCE_EXHAUSTED for a message that is too long.
+    """
     return not isinstance(error, AioRpcError) or error.code() in GONE or RESET in (error.details() or "")
 
 

@@ -288,8 +288,8 @@ class EnginePool:
         start_stage.publish(self._replica, line)
 
     def _lost(self, engine: EngineClient, problem: str) -> None:
-        """End the replica if the champion's process has died: Serve notices at once, and waiting texts go to other
-        replicas. Any other engine is given up at its next health check."""
+        """End the replica if the champion's process has died: its waiting texts go to other replicas at once, and
+        Serve's next health check replaces it. Any other engine is given up at its next health check."""
         if self._roles and self.champion.engine is engine:
             logger.critical("replica %s ends: %s", self._replica, problem)
             logging.shutdown()

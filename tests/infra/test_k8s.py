@@ -159,6 +159,11 @@ def test_a_job_is_cleaned_up_by_rules_or_by_both_policies_and_a_rule_waits_for_o
 
 
 @pytest.mark.parametrize("stage", JOBS)
+def test_a_rayjob_may_be_submitted_again(stage):
+    assert only(f"rayjob.{stage}.yaml")["spec"]["backoffLimit"] >= 1
+
+
+@pytest.mark.parametrize("stage", JOBS)
 def test_a_rayjob_runs_its_stage_and_its_workers_have_the_resources_of_the_job_file(stage):
     manifest = only(f"rayjob.{stage}.yaml")
     assert manifest["spec"]["entrypoint"] == f"python -m tidar {stage} infra/jobs/{stage}.full.yaml"

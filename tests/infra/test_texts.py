@@ -23,6 +23,7 @@ from serve_apps.ingress import failover
 from serve_apps.replica import engine_pool
 from serve_apps.rollout.alias_watcher import STEPS
 from serve_apps.settings import ServeSettings
+from serve_apps.shared_cluster import UNBOUNDED_HEADERS_ENV
 from tidar_core.artifacts.store import output_lock
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ FRONT = (ROOT / "README.md").read_text()
 TEXTS = {"runbook": RUNBOOK, "menu": MENU, "readme": FRONT}
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "infra/README.md"])
 BY_NAME = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
+[KUBERAY] = [path.stem.partition("-")[2] for path in (Path(__file__).parent / "schemas").glob("kuberay-*.yaml")]
 COMMANDS = typer.main.get_command(tidar.app).commands
 
 
@@ -175,6 +177,8 @@ def test_output_keys_that_the_runbook_names_are_written_by_the_code(word, source
      TrainJob.model_fields["max_skipped_updates"].default),
     ("experiment `tidar`", "tidar", TrainJob.model_fields["experiment"].default),
     ("own default would be 0.01", 0.01, RAY_SERVE_TRACING_SAMPLING_RATIO),
+    ("may have 2 GiB", 2**31 - 1, int(UNBOUNDED_HEADERS_ENV["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])),
+    ("--version 1.6.2", "1.6.2", KUBERAY),
 ])  # fmt: skip
 def test_figures_of_the_runbook_are_those_of_the_code(words, figure, value):
     assert words in " ".join(RUNBOOK.split())

@@ -1,14 +1,20 @@
 """Options of each deployment, and the configuration that Serve makes of them; without a cluster."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.serve._private import constants
 from ray.serve._private.common import ReplicaState
-from ray.serve._private.deployment_state import DeploymentState
+from ray.serve._private.deployment_state import (
+    ActorReplicaWrapper,
+    DeploymentState,
+    ReplicaHealthCheckResponse,
+)
 
-from serve_apps import app
+from serve_apps import app, shared_cluster
+from serve_apps.api import bounds
 from serve_apps.settings import ServeSettings
 
 
@@ -31,6 +37,15 @@ def test_a_replica_that_goes_has_drain_seconds_to_finish(deployments):
 def test_a_replica_is_replaced_after_three_failed_health_checks_in_hang_seconds(deployments):
     checks = constants.REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD
     assert (checks, checks * deployments["decoder"].health_check_period_s) == (3, 12)
+
+
+@pytest.mark.parametrize(("response", "checks"), [("ACTOR_CRASHED", 1), ("APP_FAILURE", 3)])
+def test_serve_replaces_a_replica_whose_process_has_died_after_one_check_and_another_after_three(response, checks):
+    replica = SimpleNamespace(
+        _check_active_health_check=lambda: ReplicaHealthCheckResponse[response], _replica_id="r", _healthy=True,
+        _consecutive_health_check_failures=0, _should_start_new_health_check=lambda: False,
+    )  # fmt: skip
+    assert [ActorReplicaWrapper.check_health(replica) for _ in range(checks)] == [True] * (checks - 1) + [False]
 
 
 def test_there_is_one_ingress_whatever_the_number_of_replicas(deployments):
@@ -58,6 +73,20 @@ def test_serve_stops_a_fifth_of_the_old_replicas_before_a_new_one_starts(deploym
     assert not DeploymentState._surge_rollout_in_progress(state)
     DeploymentState._check_and_stop_outdated_version_replicas(state)
     assert budgets == [stopped]
+
+
+def test_messages_between_processes_hold_many_times_what_the_bounds_let_through():
+    (variable, length), *_ = shared_cluster.UNBOUNDED_HEADERS_ENV.items()
+    assert variable in Path(constants.__file__).read_text()  # Serve reads it
+    assert int(length) > 10 * bounds.COPIES * bounds.BODY_BYTES
+
+
+@pytest.mark.parametrize("of_node", [{}, shared_cluster.UNBOUNDED_HEADERS_ENV])
+def test_actors_set_the_length_of_messages_on_a_cluster_whose_nodes_do_not(monkeypatch, of_node):
+    monkeypatch.setattr(shared_cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr("os.environ", dict(of_node))
+    expected = {} if of_node else {"runtime_env": {"env_vars": shared_cluster.UNBOUNDED_HEADERS_ENV}}
+    assert shared_cluster.wide_actor() == expected
 
 
 class Ingress:

@@ -54,7 +54,7 @@ def own_service(folder, port, **settings):
     """
     file = folder / "serve.yaml"
     file.write_text(json.dumps({"port": port, **settings}))  # JSON is YAML
-    environment = {"RAY_ADDRESS": "", "PYTHONPATH": str(ROOT)}
+    environment = {"RAY_ADDRESS": "", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))}
     with command("serve", "--settings", file, **environment) as process:
         until_ready(process, port)
         yield httpx.URL(f"http://127.0.0.1:{port}")

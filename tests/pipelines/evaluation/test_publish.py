@@ -132,6 +132,7 @@ def test_a_model_that_is_not_finite_is_neither_written_nor_loaded(folder, tmp_pa
     with pytest.raises(BundleError, match=words) as caught:
         save_bundle(str(tmp_path / "lost"), model, tokenizer, **fields)
     assert "\n" not in str(caught.value)
+    assert "diverged" not in str(caught.value)  # the model may come from elsewhere, or be damaged
     assert not (tmp_path / "lost").exists()
     with monkeypatch.context() as patch:
         patch.setattr(bundles, "require_finite", lambda *_: None)
@@ -144,5 +145,7 @@ def test_losses_that_are_not_finite_end_an_evaluation_by_name(folder):
     job = evaluation(folder)
     bundle = load_bundle(job.bundle)
     spoil(bundle.model, "nan")
-    with pytest.raises(BundleError, match=r"no finite loss on held-out rows .*\(ar_loss nan, diffusion_loss nan\)"):
+    with pytest.raises(
+        BundleError, match=r"no finite loss on held-out rows .*\(ar_loss nan, diffusion_loss nan\); a finite"
+    ):
         report_of(job, bundle)

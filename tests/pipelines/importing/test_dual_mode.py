@@ -107,6 +107,14 @@ def test_a_wrong_mask_token_is_refused(tmp_path, mask_token, words):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_template_with_a_syntax_error_is_refused_before_anything_is_written(tmp_path):
+    source = dual_folder(tmp_path / "theirs")
+    (source / "chat_template.jinja").write_text("{% for x in messages %}")
+    with pytest.raises(UserError, match=r"the chat template cannot be read: Unexpected end of template.*; correct it"):
+        import_model(str(source), str(tmp_path / "bundle"), mask_token="350", block_len=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
 def test_a_bundle_is_refused_as_a_source(tmp_path):
     bundle_of(tmp_path, 350)
     with pytest.raises(UserError, match="a bundle already"):

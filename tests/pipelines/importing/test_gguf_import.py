@@ -14,8 +14,9 @@ from vocabularies import ODD, TEXTS
 from pipelines.importing.import_model import import_model
 from tidar_core.artifacts.model.hf_weights import load_model
 from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
-from tidar_core.errors import UserError
+from tidar_core.errors import TokenizerError, UserError
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 """Rows of Q4_K are multiples of 256."""
@@ -173,6 +174,20 @@ def test_a_file_and_its_folder_may_lie_on_an_object_store(tmp_path, s3_bucket):
     folder = locations.local_copy(f"{s3_bucket}/folder")
     assert torch.equal(our_logits(folder), our_logits(imported(tmp_path / "x.gguf")))
     import_model(f"{s3_bucket}/models/x.gguf", f"{s3_bucket}/folder")
+
+
+def test_a_template_with_a_syntax_error_is_kept_with_a_warning_and_may_be_corrected(tmp_path):
+    write_gguf(tmp_path / "x.gguf", random_model("llama"), "Q4_1", tokenizer__chat_template="{% for x in messages %}")
+    folder = tmp_path / "folder"
+    warning = import_model(str(tmp_path / "x.gguf"), str(folder))["warning"]
+    assert warning.startswith("x.gguf holds Q4_1 weights; ")
+    assert "; the chat template cannot be read: Unexpected end of template" in warning
+    assert warning.endswith(f"in {folder}: until then chats are refused, and a service needs another chat_template")
+    assert "\n" not in warning
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        load_chat_template(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert load_chat_template(folder).render([{"role": "user", "content": "x"}]) == "x"
 
 
 def test_the_end_tokens_and_the_template_are_kept(tmp_path):

@@ -62,7 +62,19 @@ def test_a_body_that_is_there_goes_along(body):
 
 
 def test_serve_carries_a_body_in_parts_from_its_first_part_on():
-    assert through(Client(part(BODY[:4], more=True), part(BODY[4:], after=0.05))) == ([1], BODY)
+    late = part(BODY[4:], after=30 * body_forwarding.WAIT_SECONDS)
+    assert through(Client(part(BODY[:2], more=True), part(BODY[2:4], more=True), late)) == ([3], BODY)
+
+
+def test_parts_that_are_there_go_along_as_one_body():
+    client = Client(part(BODY[:4], more=True), part(BODY[4:]), (0.0, END))
+    assert through(client) == ([2], BODY)
+    assert client.calls == 2
+
+
+@pytest.mark.parametrize("sent", [[], [part(b"{", more=True)]])
+def test_a_request_whose_client_has_left_reaches_no_ingress(sent):
+    assert through(Client(*sent, (0.0, END))) == ([], b"")
 
 
 def test_a_body_that_is_late_is_not_waited_for_in_the_proxy():

@@ -142,13 +142,14 @@ def test_a_reader_that_leaves_in_the_middle_cancels_its_call():
     assert stream.cancelled
 
 
-def test_a_short_call_is_tried_three_times_at_most():
+@pytest.mark.parametrize("death", [DEATH, ABSENCE, RESET, LOST, CLOSED])
+def test_a_short_call_is_tried_three_times_at_most(death):
     async def answering(deaths):
-        left = iter([DEATH] * deaths)
+        left = iter([death] * deaths)
 
         async def replica():
-            if (death := next(left, None)) is not None:
-                raise death
+            for lost in left:
+                raise lost
             return "answer"
 
         return await failover.answer(replica)

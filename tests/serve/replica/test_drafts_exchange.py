@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import shutil
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,19 +80,28 @@ async def follow(app, champion, challenger=None):
     await app.pool.followed()
 
 
+@contextmanager
+def moved_away(folder):
+    """Nothing can read a folder meanwhile."""
+    place = folder.rename(folder.with_name("moved"))
+    yield
+    place.rename(folder)
+
+
 def models():
     gc.collect()
     return sum(type(x) is TidarModel for x in gc.get_objects())
 
 
-def test_new_drafts_load_alone_under_a_text_in_flight(old, new, text):
+def test_new_drafts_load_alone_under_a_text_in_flight(old, new, text, checkpoint):
     async def swap():
         app, before = DecoderApp(old), models()
         model = app.pool.champion.engine.scheduler.decoder.model
         addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
         async with aclosing(app.generate(request("long"))) as began:
             deltas = [await anext(began)]
-            await follow(app, new)
+            with moved_away(checkpoint):
+                await follow(app, new)
             assert states(app) == {"1": "leaving", "2": "champion"}
             assert len(app.pool.engines) == 1
             assert models() == before

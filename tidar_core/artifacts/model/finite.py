@@ -14,7 +14,10 @@ from tidar_core.decoding.autoregressive import score
 from tidar_core.errors import BundleError
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["require_finite", "require_finite_weights"]
+__all__ = ["FINITE_NEEDED", "require_finite", "require_finite_weights"]
+
+FINITE_NEEDED = "a finite model is needed; fetch it again, or train it again with a lower learning_rate"
+"""The rest of an error about a model that is not finite, whose origin is not known."""
 
 TOKENS = 8
 """Tokens of the test forward. A few suffice: weights that are too large overflow on any text."""
@@ -27,8 +30,8 @@ def require_finite(model: TidarModel, uri: str) -> None:
     tokens = tuple(range(min(TOKENS, model.config.context_len, model.config.vocab_size)))
     if not score(model, tokens).logprob_L.isfinite().all():
         raise BundleError(
-            f"{uri} has finite weights whose logits are not finite in {str(model.embedding.weight.dtype)[6:]}; its "
-            "training diverged: train it again with a lower learning_rate"
+            f"{uri} has finite weights whose logits are not finite in {str(model.embedding.weight.dtype)[6:]}; "
+            f"{FINITE_NEEDED}"
         )
 
 
@@ -40,6 +43,6 @@ def require_finite_weights(weights: Mapping[str, Tensor], uri: str) -> None:
     wrong = [name for (name, _), good in zip(named, finite) if not good]
     if wrong:
         raise BundleError(
-            f"{uri} has weights that are not finite, in {len(wrong)} of {len(named)} tensors, such as {wrong[0]}; its "
-            "training diverged: train it again with a lower learning_rate"
+            f"{uri} has weights that are not finite, in {len(wrong)} of {len(named)} tensors, such as {wrong[0]}; "
+            f"{FINITE_NEEDED}"
         )
