@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from compiled_kernels import copy_kernels
 from tiny import save_lost_bundle, save_tiny_bundle
 
+from serve_apps import app
+from serve_apps.replica.decoder_app import DecoderApp
 from serve_apps.replica.engine import Engine
 from serve_apps.replica.engine_client import EngineClient
 from serve_apps.rollout.model_version import resolve_model
@@ -39,6 +42,31 @@ def test_a_start_reports_its_stages_and_how_long_timing_may_take(bundle):
     assert lines[2].startswith("decode steps are timed, for 3 s at most")
     assert lines[-2] == "a first request is decoded"
     assert lines[-1].startswith("ready to decode after ")
+
+
+def test_a_replica_logs_the_stages_of_its_start(bundle, caplog):
+    caplog.set_level("INFO", logger="ray.serve")
+    DecoderApp(resolve_model(ServeSettings(model=bundle, mode="two-pass", rows=2, own_process=False))[0])
+    logged = [record.getMessage() for record in caplog.records]
+    for stage in ("memory of a replica on cpu", "weights are loaded from", "ready to decode after"):
+        assert any(stage in line for line in logged), logged
+
+
+def test_a_start_prints_each_stage_once(monkeypatch, capsys):
+    stages = iter([None, "weights are loaded", "weights are loaded", "ready to decode"])
+    ended = threading.Event()
+
+    def latest():
+        stage = next(stages, "ready to decode")
+        if stage == "ready to decode":
+            ended.set()
+        return stage
+
+    monkeypatch.setattr(start_stage, "latest", latest)
+    monkeypatch.setattr(app, "STAGE_LOOK_SECONDS", 0.01)
+    with app._stages_printed():
+        assert ended.wait(10)
+    assert capsys.readouterr().err == "tidar: weights are loaded\ntidar: ready to decode\n"
 
 
 @pytest.mark.slow
