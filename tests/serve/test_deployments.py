@@ -12,6 +12,7 @@ from ray.serve._private.deployment_state import (
     DeploymentState,
     ReplicaHealthCheckResponse,
 )
+from ray.serve._private.version import DeploymentVersion
 
 from serve_apps import app, shared_cluster
 from serve_apps.api import bounds
@@ -46,6 +47,17 @@ def test_serve_replaces_a_replica_whose_process_has_died_after_one_check_and_ano
         _consecutive_health_check_failures=0, _should_start_new_health_check=lambda: False,
     )  # fmt: skip
     assert [ActorReplicaWrapper.check_health(replica) for _ in range(checks)] == [True] * (checks - 1) + [False]
+
+
+def test_another_user_config_alone_reconfigures_a_replica_and_restarts_none(deployments):
+    config = deployments["decoder"]
+    before, after = (
+        DeploymentVersion("code", config.model_copy(update={"user_config": {"model": model}}), {})
+        for model in ("models:/m/1", "models:/m/2")
+    )
+    assert before.requires_actor_reconfigure(after)
+    assert not before.requires_actor_restart(after)
+    assert before.requires_actor_restart(DeploymentVersion("other code", after.deployment_config, {}))
 
 
 def test_there_is_one_ingress_whatever_the_number_of_replicas(deployments):

@@ -44,7 +44,7 @@ def service(bundle, free_port, tmp_path_factory):
             patch.setenv(name, "short_heads.of_proxies")
         with own_service(
             tmp_path_factory.mktemp("service"), free_port, model=bundle, mode="single-pass", rows=12, max_waiting=20,
-            max_waiting_tokens=7000, threads=1, num_cpus=0.5, stream_interval_seconds=0, request_seconds=4,
+            max_waiting_tokens=7000, threads=1, num_cpus=0.5, stream_interval_seconds=0, request_seconds=6,
             body_seconds=2, max_bodies=bounds.BODIES - 1, requests_per_minute=PER_MINUTE,
             api_keys=[hashlib.sha256(each.encode()).hexdigest() for each in clients],
         ) as url:  # fmt: skip
@@ -164,7 +164,7 @@ ATTACKS = {
         {"time until the body is complete": "after 2 s", "bodies that one ingress waits for": "63 bodies",
          "bodies that one proxy waits for": "64 bodies"}),
     "half bodies of clients that leave": (partial(abandoned, HALF_BODY, 100), {}),
-    "long texts": (completion(max_tokens=4000, ignore_eos=True), {"time of the whole request": "longer than 4 s"}),
+    "long texts": (completion(max_tokens=4000, ignore_eos=True), {"time of the whole request": "longer than 6 s"}),
     "requests of one key": (with_one_key, {"requests of one key in a minute": f"may send {PER_MINUTE} requests"}),
     "long prompts": (
         completion(prompt=[[token] * 1500 for token in range(3)]),

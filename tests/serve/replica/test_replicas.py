@@ -9,17 +9,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
-import rollout_app
 from ray import serve
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ServeDeploySchema
 
 from serve_apps import app
 from serve_apps.ingress.api_keys import Access
@@ -230,41 +226,6 @@ def test_pieces_come_to_the_ingress_by_grpc_and_not_as_objects_of_ray(service, s
     for stream in (False, True):
         assert "handle_request" not in text_of(post(f"{service}/named", httpx, stream=stream))
     serve.delete("named")
-
-
-def roll_out(built, start_seconds=0, user_config=None):
-    """Deploy a config of one application, as `serve deploy` does. The service has no config, so it stays."""
-    config = ServeDeploySchema.model_validate({"applications": [{
-        "name": "rollout", "route_prefix": "/rollout", "import_path": "rollout_app:build",
-        "args": {"version": built, "start_seconds": start_seconds},
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(Path(rollout_app.__file__).parent)}},
-        "deployments": [{"name": "version", "user_config": user_config or {}}],
-    }]})  # fmt: skip
-    _get_global_client().deploy_apps(config)
-
-
-def test_serve_rolls_out_what_has_changed_and_a_service_of_one_replica_pauses_meanwhile(service):
-    def served():
-        return serve.get_deployment_handle("version", app_name="rollout").remote().result(timeout_s=60)
-
-    roll_out(1)
-    until(lambda: serve.status().applications["rollout"].status == "RUNNING", seconds=40)
-    began = served()
-    roll_out(1)
-    time.sleep(1)  # Serve's controller looks ten times a second
-    assert served() == began
-    roll_out(1, user_config={"version": 2})
-    until(lambda: served() == (2, began[1]))  # reconfigured, in the same process
-
-    roll_out(3, start_seconds=2)
-    versions, longest = [], 0.0
-    while 3 not in versions:
-        sent = time.monotonic()
-        versions.append(served()[0])
-        longest = max(longest, time.monotonic() - sent)
-    assert versions == [2] * (len(versions) - 1) + [3]
-    assert longest > 2  # a request waits for the start of the new replica, and none fails
-    serve.delete("rollout")
 
 
 def test_replicas_follow_the_queue_from_none_to_two_and_back_and_one_that_goes_finishes_first(
