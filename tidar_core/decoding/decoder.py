@@ -73,6 +73,8 @@ class Decoder:
             self._graphs = StepGraphs(self._runner, CudaRecorder(self.device))
         self.running: list[Sequence] = []
         """The running sequences by slot; they always take the first slots."""
+        self._moved = False
+        """Whether sequences took or left slots since the last step."""
         self._has_read = False
 
     @property
@@ -168,6 +170,9 @@ class Decoder:
         if any(sequence.request.sampling.beta < 1 for sequence in self.running):
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
         batch, used_pages = len(self.running), page_count(self.context, self.cache.page_len)
+        if self._moved:  # once a step, however many begin and end between two steps
+            self._state.gather_sampling([sequence.request.sampling for sequence in self.running])
+            self._moved = False
         ruled = {slot: sequence.rules for slot, sequence in enumerate(self.running) if sequence.rules is not None}
         adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len].clamp(min=0)) if ruled else None
         outcome = self._launch(batch, plan, used_pages, adjust)
@@ -193,7 +198,7 @@ class Decoder:
         self.running[slot] = self.running[last]
         del self.running[last]
         self._state.free(slot, last)
-        self._gather_sampling()
+        self._moved = True
 
     def redraft(self, sequence: Sequence, tokens: list[int]) -> None:
         """Replace the first drafts of a running sequence, as if the model had proposed `tokens` outright.
@@ -245,7 +250,7 @@ class Decoder:
         self.running.append(sequence)
         self._state.begin(slot, sequence.read)
         self.give_pages(slot, 0)
-        self._gather_sampling()
+        self._moved = True
         return slot
 
     def _draft_within_rules(self, slot: int, hidden_RE: Tensor, block: NextBlock) -> None:
@@ -270,6 +275,3 @@ class Decoder:
             step = replace(step, prompt_logprobs=tuple(sequence.prompt_logprobs))
             sequence.prompt_logprobs = []
         return step
-
-    def _gather_sampling(self) -> None:
-        self._state.gather_sampling([sequence.request.sampling for sequence in self.running])
