@@ -16,7 +16,7 @@ from tidar_core.errors import RegistryError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["follow", "highest", "number", "numbered"]
+__all__ = ["follow", "highest", "number", "numbered", "numbered_by"]
 
 ATTEMPTS = 20
 """Attempts to agree with processes that change the alias at the same time; each process needs one or two."""
@@ -24,15 +24,21 @@ ATTEMPTS = 20
 
 def numbered(client: "MlflowClient", name: str, tag: str) -> dict[int, int]:
     """Version -> its number, for the versions that have the tag. Raises RegistryError for a tag that is no number."""
-    found = {}
+    return numbered_by(client, name, tag)[0]
+
+
+def numbered_by(client: "MlflowClient", name: str, *tags: str) -> list[dict[int, int]]:
+    """Results of `numbered` for several tags, all from one look at the versions."""
+    found: list[dict[int, int]] = [{} for _ in tags]
     for known in versions(client, name):
-        if (given := known.tags.get(tag)) is not None:
-            if not given.isdecimal():
-                raise RegistryError(
-                    f"model {name} version {known.version} has tag {tag} {given[:80]!r}; it must be a whole number; "
-                    "set it back, or delete it in MLflow"
-                )
-            found[int(known.version)] = int(given)
+        for tag, numbers in zip(tags, found):
+            if (given := known.tags.get(tag)) is not None:
+                if not given.isdecimal():
+                    raise RegistryError(
+                        f"model {name} version {known.version} has tag {tag} {given[:80]!r}; it must be a whole "
+                        "number; set it back, or delete it in MLflow"
+                    )
+                numbers[int(known.version)] = int(given)
     return found
 
 

@@ -10,7 +10,7 @@ next promotion or rollback completes or removes the unfinished promotion.
 
 from typing import TYPE_CHECKING
 
-from tidar_core.artifacts.registry.alias_order import follow, numbered
+from tidar_core.artifacts.registry.alias_order import follow, numbered, numbered_by
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,8 @@ def promote_version(client: "MlflowClient", name: str, version: int, champion: i
 
 def roll_back_from(client: "MlflowClient", name: str, champion: int) -> int | None:
     """Makes the version before `champion` champion again, and returns it; None if `champion` is the first."""
-    own, completed = _all(client, name).get(champion), numbered(client, name, PROMOTION)
+    begun, completed = numbered_by(client, name, PROMOTING, PROMOTION)
+    own = _latest(begun, completed).get(champion)
     before = completed.keys() - {champion}
     if own is not None:  # else it was made champion by hand, after all promotions
         before = {version for version in before if (completed[version], version) < (own, champion)}
@@ -56,15 +57,16 @@ def roll_back_from(client: "MlflowClient", name: str, champion: int) -> int | No
 
 def _all(client: "MlflowClient", name: str) -> dict[int, int]:
     """Version -> the number of its promotion, completed or not."""
-    found = numbered(client, name, PROMOTION)
-    for version, number in numbered(client, name, PROMOTING).items():
-        found[version] = max(number, found.get(version, number))
-    return found
+    return _latest(*numbered_by(client, name, PROMOTING, PROMOTION))
+
+
+def _latest(begun: dict[int, int], completed: dict[int, int]) -> dict[int, int]:
+    return completed | {version: max(number, completed.get(version, number)) for version, number in begun.items()}
 
 
 def _complete(client: "MlflowClient", name: str, version: int) -> None:
     """Numbers a version that is, or has been, champion: with the number of its begun promotion, else the last."""
-    begun, completed = numbered(client, name, PROMOTING), numbered(client, name, PROMOTION)
+    begun, completed = numbered_by(client, name, PROMOTING, PROMOTION)
     if version in begun:
         client.set_model_version_tag(name, str(version), PROMOTION, str(begun[version]))
         client.delete_model_version_tag(name, str(version), PROMOTING)
