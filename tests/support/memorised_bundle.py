@@ -15,7 +15,7 @@ from tidar_core.transformer.shapes import named_shape
 SUMS = [(a, b) for a in (1, 2, 3) for b in (4, 5, 6, 7)]
 PLACES = {"Paris": "France", "Rome": "Italy", "Cairo": "Egypt", "Lima": "Peru"}
 FUNCTIONS = {"one": 1, "two": 2, "six": 6}
-STEPS = 200
+STEPS = 300
 
 SUM_TEXTS = [f"Q: {a}+{b}?\nA: The answer is {a + b}.\n\nQ:" for a, b in SUMS]
 PLACE_TEXTS = [f"{city} is in {country}\n" for city, country in PLACES.items()]
