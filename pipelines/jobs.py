@@ -115,7 +115,8 @@ NOT_OF_THE_RUN = {
     "shards", "output", "init_from", "base", "shape", "resume_from", "mask_start", "steps", "rows_per_forward",
     "workers", "sequence_parallel", "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer",
     "activation_checkpointing",
-    "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every", "validation_rows", "sample_every",
+    "checkpoint_every", "keep_checkpoints", "keep_best", "decoded_prompts", "decoded_tokens",
+    "validate_every", "validation_rows", "sample_every",
     "sample_prompts", "sample_tokens", "max_failures", "max_skipped_updates", "log_every", "system_metrics_every",
     "peak_flops", "tracking_uri", "experiment",
 }  # fmt: skip
@@ -210,7 +211,13 @@ class TrainJob(Job):
     keep_checkpoints: Positive = 2
     """Newest checkpoints that stay."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Checkpoints of lowest validation loss that stay as well."""
+    """Best checkpoints that stay as well: by decoding if it is measured, else by validation loss."""
+    decoded_prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that each checkpoint continues greedily. The bundle then has the weights of the checkpoint with
+    the most tokens per forward. 0: none, and the bundle has the last weights. Teacher-forced accuracy ranks drafts
+    wrongly (docs/decisions/0008)."""
+    decoded_tokens: Positive = 64
+    """Most tokens of each of these continuations."""
     validate_every: Annotated[int, Field(ge=0)] = 0
     """Train steps between validations on held-out rows; then every checkpoint is validated too. 0: none."""
     validation_rows: Positive = 256
@@ -303,6 +310,15 @@ class TrainJob(Job):
             raise ValueError("link_reads_state is true and there is no link_rank; give the rank of the link")
         if self.adapter is not None and self.objective == "ar":
             raise ValueError("objective is ar and drafts is adapter, which trains drafts alone; give objective: dual")
+        return self
+
+    @model_validator(mode="after")
+    def best_by_decoding(self) -> Self:
+        """Check that a run which decodes at its checkpoints has drafts, and keeps the best checkpoint."""
+        if self.decoded_prompts and self.objective == "ar":
+            raise ValueError("decoded_prompts is given and objective is ar, which trains no drafts; leave it out")
+        if self.decoded_prompts and not self.keep_best:
+            raise ValueError("decoded_prompts is given and keep_best is 0; give 1, so that the best checkpoint stays")
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ class Cursor:
     model: Mapping[str, Any]
     """The model's configuration."""
     validation_loss: float | None = None
+    tokens_per_forward: float | None = None
+    """Of held-out prompts that this checkpoint continued; None: not measured."""
     ends: Mapping[str, Any] | None = None
     """Fields of the model's `EndTokens`; None in older checkpoints."""
     base: Mapping[str, str] | None = None
@@ -128,7 +130,7 @@ class CheckpointStore:
 
     def __init__(self, uri: str, *, keep_last: int, keep_best: int) -> None:
         """keep_last  newest checkpoints that stay
-        keep_best  checkpoints of lowest validation loss that stay besides
+        keep_best  best checkpoints that stay besides
         """
         self.uri, self.keep_last, self.keep_best = uri, keep_last, keep_best
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -138,6 +140,14 @@ class CheckpointStore:
         """The checkpoint that the run goes on from."""
         whole = whole_checkpoints(self.uri)
         return whole[-1] if whole else None
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the most tokens per forward, else with the lowest validation loss; None without either.
+
+        Of equal ones the newest.
+        """
+        ranked = _ranked(whole_checkpoints(self.uri))
+        return ranked[0] if ranked else None
 
     def clear_unfinished(self) -> None:
         """Remove half-written checkpoints, so that no later part completes them. No worker may be writing."""
@@ -169,8 +179,7 @@ class CheckpointStore:
         checkpoint is healthy.
         """
         whole = whole_checkpoints(self.uri)
-        by_loss = sorted((checkpoint for checkpoint in whole if math.isfinite(_loss(checkpoint))), key=_loss)
-        stay = {checkpoint.uri for checkpoint in whole[-self.keep_last :] + by_loss[: self.keep_best]}
+        stay = {checkpoint.uri for checkpoint in whole[-self.keep_last :] + _ranked(whole)[: self.keep_best]}
         for checkpoint in whole:
             if checkpoint.uri not in stay:
                 for note in checkpoint.notes:  # notes first: without them the checkpoint is not whole
@@ -236,10 +245,16 @@ def _notes(uris: Sequence[str]) -> list[Note]:
     return [Note(**(value | {"names": tuple(value["names"]), "cursor": Cursor(**value["cursor"])})) for value in values]
 
 
-def _loss(checkpoint: Checkpoint) -> float:
-    """The validation loss; nan if it was not measured."""
-    loss = checkpoint.cursor.validation_loss
-    return math.nan if loss is None else loss
+def _ranked(whole: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints whose worth was measured, the best first."""
+
+    def worth(checkpoint: Checkpoint) -> tuple[bool, float, int]:
+        cursor = checkpoint.cursor
+        if cursor.tokens_per_forward is not None:
+            return False, -cursor.tokens_per_forward, -cursor.step
+        return True, math.nan if cursor.validation_loss is None else cursor.validation_loss, -cursor.step
+
+    return sorted((checkpoint for checkpoint in whole if math.isfinite(worth(checkpoint)[1])), key=worth)
 
 
 def _note_name(file: str) -> str:

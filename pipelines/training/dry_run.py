@@ -3,12 +3,12 @@
 from typing import Any
 
 from pipelines.jobs import TrainJob
-from pipelines.training.continuations import check_prompts
+from pipelines.training.continuations import check_prompts, held_out_prompts
 from pipelines.training.memory import estimated_memory, learned_count, parameter_count
 from pipelines.training.precision import precise_job
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from pipelines.training.train_step_time import estimated_step
-from tidar_core.artifacts.shards import TOKENIZER, check_sizes, read_manifest
+from tidar_core.artifacts.shards import TOKENIZER, ShardReader, check_sizes, read_manifest
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 
@@ -28,6 +28,10 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     if job.sample_every:
         tokenizer = load_tokenizer(locations.local_copy(locations.join(job.shards, TOKENIZER)))
         check_prompts(tokenizer, model, job.sample_prompts, job.sample_tokens)
+    if job.decoded_prompts:
+        held_out_prompts(
+            ShardReader(job.shards, "held_out"), job.decoded_prompts, model.context_len, job.decoded_tokens
+        )
     job = precise_job(job, manifest, newest)
     memory = estimated_memory(job, model, manifest.row_len)
     count, learned = parameter_count(model), learned_count(model)
@@ -58,7 +62,9 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         },
         "checkpoint_gib": _gib(12 * learned),
         "checkpoints_gib": _gib(
-            12 * learned * (job.keep_checkpoints + (job.keep_best if job.validate_every else 0) + 1)
+            12
+            * learned
+            * (job.keep_checkpoints + (job.keep_best if job.validate_every or job.decoded_prompts else 0) + 1)
         ),
     }
 

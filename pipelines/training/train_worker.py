@@ -4,6 +4,7 @@ Rows -> objective -> engine, step after step, from the cursor of the newest chec
 use Ray: `Surroundings` is its interface to the cluster. torch.distributed is up.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import Checkpoint, CheckpointStore, Cursor, find_checkpoint, read_part
-from pipelines.training.continuations import check_prompts, continued
+from pipelines.training.continuations import check_prompts, continued, held_out_prompts, tokens_per_forward
 from pipelines.training.divergence import Health
 from pipelines.training.train_engine import TrainEngine, from_rank_0, learning_rate
 from pipelines.training.train_metrics import MetricsWindow, loss_metrics
@@ -40,6 +41,8 @@ from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["Surroundings", "end_tokens", "starting_model", "train_worker"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,10 @@ class _Worker:
         self.ends = end_tokens(job, self.manifest, checkpoint)
         if job.sample_every:
             check_prompts(self.tokenizer, self.config, job.sample_prompts, job.sample_tokens)
+        self.prompts: list[tuple[int, ...]] = []
+        if job.decoded_prompts:
+            room = self.config.context_len, job.decoded_tokens
+            self.prompts = held_out_prompts(self.held_out, job.decoded_prompts, *room)
         dual = job.objective == "dual"
         sharers = job.sequence_parallel
         shared = SequenceParallel.among_neighbours(sharers) if sharers > 1 else None
@@ -180,9 +187,11 @@ class _Worker:
                 if job.sample_every and (last or step % job.sample_every == 0):
                     self._sample(step)
                 if saves:
-                    self._save(step, validation_loss)
+                    self._save(step, validation_loss, self._decode(step) if self.prompts else None)
         self.store.wait()
         dist.barrier()
+        if self.prompts:
+            self._return_to_best()
         trained = self.engine.gathered_model()
         if trained is not None:
             self.store.prune()
@@ -263,10 +272,35 @@ class _Worker:
             self.around.keep_text(f"samples/step-{step:08d}.md", continuations.page(step))
             self._log({"sample_tokens_per_forward": continuations.tokens_per_forward}, step)
 
-    def _save(self, step: int, validation_loss: float | None) -> None:
+    def _decode(self, step: int) -> float | None:
+        """Tokens per forward of the held-out prompts. Rank 0 decodes; every worker must call."""
+        job, model, found = self.job, self.engine.gathered_model(), None
+        if model is not None:
+            model = model.to(self.engine.device)
+            found = tokens_per_forward(
+                model, self.prompts, block_len=job.block_len, max_tokens=job.decoded_tokens, end_ids=self.ends.ids
+            )
+            self._log({"held_out_tokens_per_forward": found}, step)
+        return from_rank_0(found)
+
+    def _return_to_best(self) -> None:
+        """Load the weights of the checkpoint that decoded best, unless they are the present ones."""
+        best = from_rank_0(self.store.best() if self.around.rank == 0 else None)
+        if best is None or best.cursor.step == self.job.steps:
+            return
+        logger.info(
+            "the bundle holds the weights of train step %d: %.2f tokens per forward, the most of all checkpoints",
+            best.cursor.step, best.cursor.tokens_per_forward,
+        )  # fmt: skip
+        self.engine.restore(
+            [note.names for note in best.notes], lambda part: read_part(best, best.notes[part]), best.cursor.updates
+        )
+
+    def _save(self, step: int, validation_loss: float | None, tokens_per_forward: float | None) -> None:
         cursor = Cursor(
             step=step, updates=self.engine.updates, run=self.job.run, shards=self.manifest.identity, start=self.start,
-            model=asdict(self.config), validation_loss=validation_loss, ends=asdict(self.ends), base=self.base,
+            model=asdict(self.config), validation_loss=validation_loss, tokens_per_forward=tokens_per_forward,
+            ends=asdict(self.ends), base=self.base,
         )  # fmt: skip
         self.store.write(self.engine.share_of_state(), cursor, part=self.around.rank, parts=self.around.world_size)
 

@@ -32,6 +32,8 @@ def test_each_stage_has_a_valid_job_of_each_size(kind, size):
         (TRAIN + "resume_from: x\n", "shape 'tiny' and resume_from 'x' given; give one of them"),
         (TRAIN.replace("shape: tiny", "init_from: x\nresume_from: y"), "init_from 'x' and resume_from 'y' given"),
         (TRAIN + "checkpoint_every: 15\n", "must be a multiple of log_every, 10"),
+        (TRAIN + "decoded_prompts: 4\nkeep_best: 0\n", "give 1, so that the best checkpoint stays"),
+        (TRAIN + "decoded_prompts: 4\nobjective: ar\n", "objective is ar, which trains no drafts"),
         (TRAIN + "peak_flops: fast\n", "peak_flops"),
         (TRAIN + "weights: int8\n", "unknown key 'weights'"),
         (TRAIN + "workers: 3\n", "multiple of workers x rows_per_forward = 3 x 4"),

@@ -178,3 +178,22 @@ def test_a_worker_killed_while_it_writes_leaves_nothing_that_is_picked(store):
 def test_a_place_without_checkpoints_is_named():
     with pytest.raises(UserError, match=r"/nowhere\.run holds no whole checkpoint"):
         find_checkpoint("/nowhere.run")
+
+
+def test_the_best_checkpoint_is_that_of_most_tokens_per_forward_then_of_least_loss(store):
+    """Checkpoints that were decoded come before all others; of equal ones the newest."""
+    for step, loss, rate in ((1, 0.1, None), (2, 3.0, 1.5), (3, 2.0, 1.4), (4, 2.5, 1.5), (5, None, None)):
+        cursor = replace(CURSOR, step=step, validation_loss=loss, tokens_per_forward=rate)
+        store.write(tensors(step), cursor, part=0, parts=1)
+        store.wait()
+        if step == 1:
+            assert store.best().cursor.step == 1
+    assert store.best().cursor.step == 4
+    store.prune()
+    assert steps(store) == [4, 5]
+
+
+def test_no_checkpoint_is_best_where_nothing_was_measured(store):
+    save(store, 1)
+    save(store, 2, loss=math.nan)
+    assert store.best() is None

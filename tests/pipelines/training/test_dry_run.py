@@ -84,6 +84,7 @@ def test_a_step_on_gpus_is_estimated_from_their_peak_or_not_at_all(shards):
         ({"shape": None, "resume_from": "/nowhere.run"}, UserError, "no whole checkpoint"),
         ({"sample_every": 5, "sample_prompts": [""]}, ConfigError, "sample_prompts"),
         ({"sample_every": 5, "sample_tokens": 500}, ConfigError, "128 at most"),
+        ({"decoded_prompts": 2, "decoded_tokens": 500}, ConfigError, "no held-out row has a prompt that leaves 500"),
         ({"workers": 3, "sequence_parallel": 3}, ConfigError, "3; it must divide the 32 tokens of a row and the 32 of"),
         ({"sequence_parallel": 2, "block_share": 0.3, "block_len": 5}, ConfigError, "row and the 9 of its mask half"),
         ({"workers": 8, "sequence_parallel": 8}, ConfigError, "8; it must divide the model's 4 heads"),

@@ -11,13 +11,14 @@ from hf_folders import save_checkpoint, their_text
 from tiny import save_tiny_shards
 
 from pipelines.jobs import TrainJob
-from pipelines.training.checkpoints import whole_checkpoints
+from pipelines.training.checkpoints import read_part, whole_checkpoints
+from pipelines.training.continuations import held_out_prompts, tokens_per_forward
 from pipelines.training.dry_run import dry_run
 from pipelines.training.train_start import check_start
 from tidar_core.artifacts.model.bundle import load_bundle
 from tidar_core.artifacts.model.bundle_info import model_info, read_bundle_info
 from tidar_core.artifacts.model.drafts_file import DRAFTS
-from tidar_core.artifacts.shards import read_manifest
+from tidar_core.artifacts.shards import ShardReader, read_manifest
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.autoregressive import score
@@ -75,6 +76,8 @@ def runs(tmp_path_factory):
     jobs.append(runs.job("moved", zero_stage=3, resume_from=middle))
     jobs.append(runs.job("bf16", precision="bf16"))
     jobs.append(runs.job("more", init_from=str(runs.folder / "zero-1"), steps=1, rows_per_step=4))
+    jobs.append(runs.job("decoded", init_from=str(runs.folder / "zero-1"), checkpoint_every=1, decoded_prompts=3,
+                         decoded_tokens=16, learning_rate=1e-4, min_learning_rate=3.0, keep_checkpoints=1))  # fmt: skip
     train_on(2, jobs, runs.logs)
     return runs
 
@@ -218,3 +221,24 @@ def test_drafts_of_another_shape_are_refused(runs, changes, message):
     job = runs.job("new", init_from=str(runs.folder / "zero-1"), **changes)
     with pytest.raises(ConfigError, match=message):
         check_start(job, read_manifest(runs.shards))
+
+
+def test_the_bundle_holds_the_checkpoint_that_decodes_best(runs):
+    """The learning rate of this run rises until the drafts are ruined."""
+    job = runs.job("decoded")
+    rates = curve(runs.logs, job, "held_out_tokens_per_forward")
+    best = max(rates, key=lambda step: (rates[step], step))
+    assert list(rates) == list(range(1, STEPS + 1))
+    assert best < STEPS
+    kept = {checkpoint.cursor.step: checkpoint for checkpoint in whole_checkpoints(f"{job.output}.run/checkpoints")}
+    assert kept.keys() == {best, STEPS}
+    assert [kept[step].cursor.tokens_per_forward for step in kept] == [rates[step] for step in kept]
+    model = runs.model("decoded")
+    own = dict(model.named_parameters())
+    for note in kept[best].notes:
+        for name, parts in read_part(kept[best], note).items():
+            assert torch.equal(own[name], parts["weight"]), name
+    prompts = held_out_prompts(ShardReader(runs.shards, "held_out"), 3, model.config.context_len, 16)
+    ends = read_bundle_info(runs.folder / "decoded").eos_ids
+    found = tokens_per_forward(model, prompts, block_len=4, max_tokens=16, end_ids=ends)
+    assert found == pytest.approx(rates[best])
