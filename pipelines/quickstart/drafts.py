@@ -6,7 +6,6 @@ foreign ones; it is published and promoted. A cluster runs the same jobs. Each j
 second run reuses finished jobs and resumes the others.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,12 +65,13 @@ ROWS_PER_STEP = 2
 """Rows of one forward: two rows take 1.3 times as long as one, as every operation of a step has a cost of its own."""
 ANSWER_TOKENS = 64
 """Most tokens of an answer: each is trained several times."""
-PROBE_STEPS = 4
-"""Timed train steps, after one that warms up."""
+PROBE_STEPS = 5
+"""Timed train steps. The shortest counts: the first steps also prepare products for their shapes, which later recur."""
 EVALUATED_AT_ONCE = 5
 """Prompts that the evaluation decodes at a time; the comparison of speeds decodes one."""
-COMPARED_PROMPTS, COMPARED_TOKENS = 10, 48
-"""Prompts of each file, two of each kind, and the most tokens that are generated for each."""
+COMPARED_PROMPTS, COMPARED_TOKENS, COMPARED_TIMES = 10, 48, 2
+"""Prompts of each file, two of each kind, the most tokens that are generated for each, and how often modes are timed in
+turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +111,11 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
     stderr.print("[bold]7 compare[/] with the autoregressive mode and with transformers")
     computed = precision() if training.precision == "auto" else training.precision
     compared = partial(_compared, site, evaluation, computed)
-    same = compared("held_out", (AUTOREGRESSIVE, AUTO), transformers=True)
-    foreign = compared("foreign", (AUTOREGRESSIVE, "single-pass", AUTO), transformers=False)
+    speeds = partial(compared, modes=(AUTOREGRESSIVE, AUTO), batch=1, repeats=COMPARED_TIMES)
+    same, foreign = speeds("held_out", transformers=True), speeds("foreign", transformers=False)
+    drafted = compared(
+        "foreign", (AUTOREGRESSIVE, "single-pass"), batch=EVALUATED_AT_ONCE, repeats=1, transformers=False
+    )
     info, parent = read_bundle_info(site.path("bundle")), report["parent"]
     assert info.drafts is not None, "the job trains drafts of a frozen checkpoint"
     return DraftsQuickstart(
@@ -123,7 +126,7 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
             "greedy_equal": report["greedy_equal"],
             "precision_of_speeds": computed,
             "tokens_per_forward": report["tokens_per_forward"],
-            "tokens_per_forward_foreign": foreign["modes"]["single-pass"]["tokens_per_forward"],
+            "tokens_per_forward_foreign": drafted["modes"]["single-pass"]["tokens_per_forward"],
             "speed_over_ar": same["modes"][AUTO]["over_ar"],
             "speed_over_ar_foreign": foreign["modes"][AUTO]["over_ar"],
             "speed_over_transformers": same["modes"][AUTO]["tokens_per_second"]
@@ -217,21 +220,29 @@ def _evaluate_job(site: Site, base: str) -> EvaluateJob:
 
 
 def _compared(
-    site: Site, job: EvaluateJob, precision: Precision, name: str, modes: tuple[str, ...], *, transformers: bool
+    site: Site,
+    job: EvaluateJob,
+    precision: Precision,
+    name: str,
+    modes: tuple[str, ...],
+    *,
+    batch: int,
+    repeats: int,
+    transformers: bool,
 ) -> dict[str, Any]:
     """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
 
     An earlier run's figures of the same bundle are reused.
     """
-    kept = site.path(f"compared-{name}.json")
+    kept = site.path(f"compared-{name}-{batch}.json")
     if (found := site.kept_figures(kept, job.bundle)) is not None:
         return found
     torch.set_num_threads(site.threads)
     bundle = load_for_decoding(job.bundle, DTYPES[precision])
     requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
     facts = compared_modes(
-        bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=1, repeats=1, uri=job.bundle,
-        transformers=transformers, modes=modes,
+        bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=batch, repeats=repeats,
+        uri=job.bundle, transformers=transformers, modes=modes,
     )  # fmt: skip
     locations.write_json(kept, facts | {"bundle_hash": read_bundle_info(job.bundle).bundle_hash})
     return facts
@@ -255,7 +266,7 @@ def _steps(site: Site, base: str, seconds: float, precision: Precision) -> int:
     objective = Objective(model, dual=True, block_len=BLOCK_LEN, recipe=job.recipe, ragged=True)
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
     times = []
-    for step in range(1 + PROBE_STEPS):
+    for step in range(PROBE_STEPS):
         first = step * ROWS_PER_STEP
         rows = reader.rows([(first + row) % len(reader) for row in range(ROWS_PER_STEP)])
         began = time.perf_counter()
@@ -264,7 +275,7 @@ def _steps(site: Site, base: str, seconds: float, precision: Precision) -> int:
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return steps_within(seconds, statistics.median(times[1:]))
+    return steps_within(seconds, min(times))
 
 
 def _probed_job(site: Site, base: str, precision: Precision) -> TrainJob:

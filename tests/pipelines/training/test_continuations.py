@@ -38,7 +38,5 @@ def test_the_prompt_of_a_conversation_ends_at_its_first_answer():
 
 def test_prompts_leave_room_in_the_context():
     assert held_out_prompts(Rows(None), 9, 17, 16) == [(108,)]
-    with pytest.raises(
-        ConfigError, match="leaves 17 tokens of a context of 17; pack"
-    ):
+    with pytest.raises(ConfigError, match="leaves 17 tokens of a context of 17; pack"):
         held_out_prompts(Rows(None), 9, 17, 17)
