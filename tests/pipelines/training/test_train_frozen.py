@@ -237,7 +237,7 @@ def test_checkpoints_are_decoded_and_the_bundle_has_the_weights_of_the_best(runs
     rates = curve(runs.logs, job, "held_out_tokens_per_forward")
     first, last = whole_checkpoints(f"{job.output}.run/checkpoints")
     assert {kept.cursor.step: kept.cursor.tokens_per_forward for kept in (first, last)} == rates
-    assert first.cursor.tokens_per_forward < last.cursor.tokens_per_forward
+    assert first.cursor.tokens_per_forward <= last.cursor.tokens_per_forward  # of equal ones the newest is best
     model = runs.model("decoded")
     assert equal_weights(model, last)
     assert not equal_weights(model, first)
