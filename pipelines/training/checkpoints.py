@@ -50,7 +50,7 @@ class Cursor:
     """The model's configuration."""
     validation_loss: float | None = None
     tokens_per_forward: float | None = None
-    """Of held-out prompts that this checkpoint continued; None: not measured."""
+    """Mean over held-out prompts that this checkpoint continued; None: not measured."""
     ends: Mapping[str, Any] | None = None
     """Fields of the model's `EndTokens`; None in older checkpoints."""
     base: Mapping[str, str] | None = None

@@ -238,12 +238,13 @@ def test_checkpoints_are_decoded_and_the_bundle_has_the_weights_of_the_best(runs
     first, last = whole_checkpoints(f"{job.output}.run/checkpoints")
     assert {kept.cursor.step: kept.cursor.tokens_per_forward for kept in (first, last)} == rates
     assert first.cursor.tokens_per_forward <= last.cursor.tokens_per_forward  # of equal ones the newest is best
-    model = runs.model("decoded")
+    bundle = load_bundle(runs.folder / "decoded")
+    model = bundle.model
     assert equal_weights(model, last)
     assert not equal_weights(model, first)
     prompts = held_out_prompts(ShardReader(runs.shards, "held_out"), 3, model.config.context_len, 16)
-    ends = read_bundle_info(runs.folder / "decoded").eos_ids
-    assert tokens_per_forward(model, prompts, block_len=4, max_tokens=16, end_ids=ends) == pytest.approx(rates[STEPS])
+    found = tokens_per_forward(model, prompts, block_len=4, max_tokens=16, end_ids=bundle.end_ids)
+    assert found == pytest.approx(rates[STEPS])
     for note in first.notes:  # as if the first had decoded better
         path = Path(first.uri, note.file).with_suffix(".json")
         found = json.loads(path.read_text())
