@@ -48,6 +48,8 @@ LINK_RANK = 256
 """Each draft depends on the draft before it. A rank of 64 gives 1.4 times the tokens per forward
 (docs/experiments.md), and this rank a tenth more. Its cost is negligible with so small a vocabulary.
 A rank of 512 adds nothing."""
+ENGINE_OVERHEAD = 1.3
+"""Time of a train step under the engine, with data and logging, over that of a bare step."""
 PROBE_STEPS = 4
 
 
@@ -190,4 +192,4 @@ def _steps_within(seconds: float, *, dual: bool, shards: str, threads: int) -> i
         optimizer.step()
         optimizer.zero_grad()
         fastest = min(fastest, time.perf_counter() - began)
-    return steps_within(seconds, fastest)
+    return steps_within(seconds, fastest, ENGINE_OVERHEAD)

@@ -17,8 +17,6 @@ __all__ = ["MODEL_NAME", "Site", "steps_within"]
 
 MODEL_NAME = "quickstart"
 """Name in the registry."""
-ENGINE_OVERHEAD = 1.3
-"""Time of a train step under the engine, with data and logging, over the bare step that is probed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +76,10 @@ class Site:
         return found if known else None
 
 
-def steps_within(seconds: float, step_seconds: float) -> int:
+def steps_within(seconds: float, step_seconds: float, overhead: float) -> int:
     """Train steps that fit a budget; at least 10.
 
     step_seconds  a bare step, without the engine
+    overhead      time of a step under the engine, with data and logging, over that of a bare step
     """
-    return max(10, int(seconds / (step_seconds * ENGINE_OVERHEAD)))
+    return max(10, int(seconds / (step_seconds * overhead)))
