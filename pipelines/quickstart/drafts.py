@@ -61,9 +61,9 @@ VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
 ADAPTER_RANK, LINK_RANK = 32, 64
 LEARNING_RATE = 3e-3
-"""High, because the budget allows only about a hundred train steps (docs/experiments.md)."""
+"""High, because the budget allows only one or two hundred train steps (docs/experiments.md)."""
 ROWS_PER_STEP = 1
-"""Twice as many steps of one row teach more than steps of two rows, and take 1.2 times as long."""
+"""Rows of one forward. With two rows a label costs 0.7 times as much, but more steps teach more (docs/LOG.md)."""
 ANSWER_TOKENS = 64
 """Most tokens of an answer: each is trained several times."""
 PROBE_STEPS = 4

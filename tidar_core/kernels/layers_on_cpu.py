@@ -3,7 +3,7 @@
 How does a frozen layer pass gradients without a dozen passes over each tensor?
 
 Between the products of a layer, plain torch reads and writes each tensor several times, and again in the backward pass.
-These functions read it once in each. They serve training alone, and only where the weight of a norm is frozen.
+These functions read it once or twice in each. They serve training alone, and the norm only where its weight is frozen.
 
 Shape letters: B rows, L tokens, H heads, D head width, W features.
 """

@@ -291,8 +291,11 @@ def _in_chunks(
     hidden_NE, _, teacher_NE, before_N = facts
     assert hidden_NE is not None
     with torch.no_grad():
-        held = (teacher_NE, before_N)
-        logits = head(hidden_NE[:1]).shape[-1] * (1 + sum(x is not None for x in held))
+        one = head(hidden_NE[:1])
+    held = [teacher_NE, before_N]
+    if settings and not losses_on_cpu.suits(one):
+        held.append(settings[0])  # plain torch also holds what the loss without the link needs
+    logits = one.shape[-1] * (1 + sum(x is not None for x in held))
     at_once = max(1, logits_at_once // logits)
     if len(hidden_NE) <= at_once:
         return of_chunk(head, *facts, *settings)

@@ -17,7 +17,7 @@ def drawn(*shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def same(function, definition, x, dtype):
+def assert_as_defined(function, definition, x, dtype):
     """Outputs and gradients of `function` are those of `definition` in fp64, up to one rounding."""
     ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     found, expected = function(ours), definition(exact)
@@ -32,7 +32,7 @@ def same(function, definition, x, dtype):
 @pytest.mark.parametrize("width", [1, 24, 64, 577])
 def test_norm(width, dtype):
     weight = drawn(width, dtype=dtype, seed=2)
-    same(
+    assert_as_defined(
         lambda x: layers_on_cpu.rms_norm(x, weight, EPS),
         lambda x: F.rms_norm(x, (width,), weight.double(), EPS),
         3 * drawn(2, 35, width, dtype=dtype),
@@ -47,7 +47,7 @@ def test_gate(width, dtype):
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    same(layers_on_cpu.silu_mul, plain, 4 * drawn(2, 35, 2 * width, dtype=dtype), dtype)
+    assert_as_defined(layers_on_cpu.silu_mul, plain, 4 * drawn(2, 35, 2 * width, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -61,7 +61,7 @@ def test_rotation_of_heads_within_a_wider_tensor(heads, size, dtype):
         cosine, sine = cos.double()[..., : size // 2], sin.double()[..., : size // 2]
         return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
 
-    same(
+    assert_as_defined(
         lambda x: layers_on_cpu.rotated(x[:, :, 1 : 1 + heads], cos, sin),
         plain,
         drawn(2, 35, heads + 2, size, dtype=dtype),
