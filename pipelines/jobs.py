@@ -155,6 +155,9 @@ class TrainJob(Job):
     checkpoint's own tokens do."""
     link_reads_state: bool = False
     """Whether the link of an adapter reads the mask's hidden state beside the token before it (arXiv 2507.11851)."""
+    link_shares_tables: bool = True
+    """Whether the tables of an adapter's link are maps of the checkpoint's own embedding table and head. Otherwise the
+    link has tables of its own, with a row for each token of the vocabulary."""
     base: str | None = None
     """Address of the checkpoint's files, which the bundle of an adapter names instead of holding a copy of them."""
     block_len: Positive = 16
@@ -270,6 +273,7 @@ class TrainJob(Job):
         return AdapterConfig(
             rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places,
             shifted=self.adapter_shifted, link_reads_state=self.link_reads_state,
+            link_shares_tables=self.link_shares_tables,
         )  # fmt: skip
 
     @property
@@ -295,7 +299,14 @@ class TrainJob(Job):
     def one_kind_of_drafts(self) -> Self:
         """Check that the fields fit the kind of drafts that the model learns."""
         kind = type(self).model_fields
-        of_adapters = ("adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state", "base")
+        of_adapters = (
+            "adapter_rank",
+            "adapter_places",
+            "adapter_shifted",
+            "link_reads_state",
+            "link_shares_tables",
+            "base",
+        )
         given = [name for name in (*of_adapters, "alpha", "mask_start", "shape")
                  if getattr(self, name) != kind[name].default]  # fmt: skip
         try:

@@ -78,6 +78,8 @@ class AdapterConfig:
     token of the frozen checkpoint does."""
     link_reads_state: bool = False
     """Whether the link, if there is one, reads the mask's hidden state beside the token before it."""
+    link_shares_tables: bool = False
+    """Whether the link's tables are maps of the checkpoint's embedding table and head."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"adapter rank is {self.rank}; it must be at least 1")

@@ -31,10 +31,14 @@ from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
 
-NOT_RECORDED = asdict(Recipe()) | {
-    name: TrainJob.model_fields[name].default
-    for name in ("drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state")
-}
+NOT_RECORDED = (
+    asdict(Recipe())
+    | {
+        name: TrainJob.model_fields[name].default
+        for name in ("drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state")
+    }
+    | {"link_shares_tables": False}
+)
 """Fields of a run whose checkpoints do not name them, because it began before these fields existed."""
 
 

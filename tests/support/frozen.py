@@ -7,7 +7,7 @@ import torch
 from tidar_core.artifacts.model.bundle import load_bundle, save_frozen_bundle
 from tidar_core.config import AdapterConfig
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter
-from tidar_core.transformer.model import DraftLink
+from tidar_core.transformer.draft_link import DraftLink
 
 
 def save_drafts_bundle(folder, checkpoint, *, seed, base_uri=None, rank=4, link_rank=4, **choices):

@@ -33,12 +33,25 @@ def varied_model(tokenizer, seed=0):
     return wide_model(replace(named_shape("tiny", vocab_len=tokenizer.vocab_len), tied_head=False), seed)
 
 
-def adapted_model(config=None, *, rank=4, block_len=4, shifted=False, link_reads_state=False, seed=0, **choices):
+def adapted_model(
+    config=None,
+    *,
+    rank=4,
+    block_len=4,
+    shifted=False,
+    link_reads_state=False,
+    link_shares_tables=False,
+    seed=0,
+    **choices,
+):
     """A wide model of the `tiny` shape whose draft adapter, and link if it has one, are random too.
 
     choices  further fields of the config
     """
-    adapter = AdapterConfig(rank=rank, block_len=block_len, shifted=shifted, link_reads_state=link_reads_state)
+    adapter = AdapterConfig(
+        rank=rank, block_len=block_len, shifted=shifted, link_reads_state=link_reads_state,
+        link_shares_tables=link_shares_tables,
+    )  # fmt: skip
     config = replace(config or named_shape("tiny"), mask_id=None, adapter=adapter, **choices)
     model = wide_model(config, seed)
     generator = torch.Generator().manual_seed(seed + 1)

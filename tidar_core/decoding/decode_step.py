@@ -33,8 +33,9 @@ from tidar_core.decoding.sampling import (
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import verify_argmax, verify_sampled
 from tidar_core.kernels import Kernels
+from tidar_core.transformer.draft_link import LOOKED_UP_TOKENS
 from tidar_core.transformer.kv_cache import KVCache
-from tidar_core.transformer.model import LOOKED_UP_TOKENS, TidarModel
+from tidar_core.transformer.model import TidarModel
 
 __all__ = ["DEFAULT_TUNING", "DecodeStepRunner", "DecodeTuning", "Outcome"]
 
@@ -85,9 +86,10 @@ class DecodeStepRunner:
         self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         self._forward = DecodeForward(model, cache, positions=positions, block_len=draft.block_len, kernels=kernels)
+        self._link_VR = None if model.link is None else model.link.rows(model.head).detach()
         self._link_VV: Tensor | None = None
         if model.link is not None and model.config.vocab_size <= tuning.looked_up_tokens:
-            self._link_VV = model.link.table()
+            self._link_VV = model.link.table(model.embedding, model.head)
         device = cache.pages.device
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
         """1..K: distances of the tokens of a block from the token before it."""
@@ -101,8 +103,12 @@ class DecodeStepRunner:
     def refresh_drafts(self) -> None:
         """Compute anew, in the same memory, all that was computed of the weights of adapter and link."""
         self._forward.refresh_adapter()
-        if self._link_VV is not None and self.model.link is not None:
-            table_VV = self.model.link.table()
+        link, held_VR = self.model.link, self._link_VR
+        if link is None or held_VR is None:
+            return
+        held_VR.copy_(link.rows(self.model.head))
+        if self._link_VV is not None:
+            table_VV = link.table(self.model.embedding, self.model.head)
             assert table_VV is not None, "a link with a table keeps it"
             self._link_VV.copy_(table_VV)
 
@@ -178,7 +184,7 @@ class DecodeStepRunner:
         if sampling.trusts_ar:
             return ar_BRV
         beta_B11 = sampling.beta_B[:, None, None]
-        diffusion_BRV = self.model.linked(self.model.head(first_masks_BRE), token_BR, first_masks_BRE).float()
+        diffusion_BRV = self.linked(self.model.head(first_masks_BRE), token_BR, first_masks_BRE).float()
         mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * diffusion_BRV
         return torch.where(ar_BRV.isneginf(), ar_BRV, mixed_BRV)
 
@@ -222,7 +228,7 @@ class DecodeStepRunner:
         at_once = drafts if self.model.link is None else 1
         parts = (x.split(at_once, 1) for x in (logits_BRV, masks_BRE, position_BR))
         for logits, masks, position in zip(*parts):
-            linked = self._linked(logits, before_B1, masks)
+            linked = self.linked(logits, before_B1, masks)
             if self.state.proposal is None:
                 before_B1 = likeliest(linked)
                 yield before_B1, linked
@@ -231,11 +237,18 @@ class DecodeStepRunner:
                 before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
                 yield before_B1, proposal
 
-    def _linked(self, logits: Tensor, before: Tensor, masks: Tensor) -> Tensor:
-        """See `TidarModel.linked`; the link's logits are looked up if there is a table of them."""
-        if self._link_VV is None:
-            return self.model.linked(logits, before, masks)
-        return logits + F.embedding(before, self._link_VV)
+    def linked(self, logits: Tensor, before: Tensor, masks: Tensor) -> Tensor:
+        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known.
+
+        The link's logits are looked up if there is a table of them.
+
+        masks  hidden states of the masks [.., E]
+        """
+        if self._link_VV is not None:
+            return logits + F.embedding(before, self._link_VV)
+        if self.model.link is None:
+            return logits
+        return logits + self.model.link(before, masks, self.model.embedding, self.model.head, self._link_VR)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
         """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""

@@ -261,7 +261,7 @@ class Decoder:
         logits_RV = self.model.head(masks_RE)
 
         def linked(mask: int, before_1: Tensor) -> Tensor:
-            return self.model.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
+            return self._runner.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
 
         self.redraft(sequence, sequence.rules.adjust_drafts(logits_RV, linked))
 

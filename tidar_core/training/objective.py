@@ -92,7 +92,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: TrainBatch) -> LossSums:
         """Loss sums over the labels of `batch`."""
-        head, link, attention = self.model.head, self.model.link, self._attention(batch.whole or batch.layout)
+        head, attention = self.model.head, self._attention(batch.whole or batch.layout)
+        link = None if self.model.link is None else self.model.link_logits
         if self._shared is None:
             return loss_sums(
                 self._hidden(batch, attention), head, batch, self.block_len, self.chunk_loss, link,

@@ -16,7 +16,8 @@ from torch import Tensor
 from tidar_core.config import AdapterConfig, ModelConfig
 from tidar_core.errors import ConfigError
 from tidar_core.transformer.draft_adapter import DraftAdapter, freeze
-from tidar_core.transformer.model import DraftLink, TidarModel
+from tidar_core.transformer.draft_link import DraftLink
+from tidar_core.transformer.model import TidarModel
 
 __all__ = [
     "ADAPTER_RECIPE",
@@ -91,8 +92,8 @@ class Recipe:
     of their spread. `normal`: mean and spread of the others. `zero`: zeros. `None`: as in the weights, or `mean` if
     they have no mask token."""
     link_rank: int | None = None
-    """Rank of the link from each draft of a block to the token before it (`tidar_core.transformer.model.DraftLink`).
-    `None`: as in the weights. An AR checkpoint has no link: its drafts are independent."""
+    """Rank of the link from each draft to the token before it (`tidar_core.transformer.draft_link`). `None`: as
+    in the weights. An AR checkpoint has no link: its drafts are independent."""
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 0, f"alpha is {self.alpha}; it must be 0 or more")

@@ -17,11 +17,9 @@ from tidar_core.config import ModelConfig
 from tidar_core.kernels import layers_on_cpu
 from tidar_core.transformer.attention import Attention, SplitAttention
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, LayerAdapter, LowRank
+from tidar_core.transformer.draft_link import DraftLink
 
-__all__ = ["LOOKED_UP_TOKENS", "DraftLink", "TidarModel", "rotary_frequencies"]
-
-LOOKED_UP_TOKENS = 1024
-"""Largest vocabulary for which a decoder keeps a link's logits of every token: 4 MiB in fp32."""
+__all__ = ["TidarModel", "rotary_frequencies"]
 
 
 class TidarModel(nn.Module):
@@ -76,12 +74,14 @@ class TidarModel(nn.Module):
             return checkpoint(layer, hidden, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(hidden, *inputs)
 
-    def linked(self, logits: Tensor, before: Tensor, hidden: Tensor) -> Tensor:
-        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known.
+    def link_logits(self, before: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [.., V] that the link adds to those of masks, once the tokens `before` theirs [..] are known.
 
         hidden  hidden states of the masks [.., E]
         """
-        return logits if self.link is None else logits + self.link(before, hidden)
+        assert self.link is not None, "the model has no link"
+        logits: Tensor = self.link(before, hidden, self.embedding, self.head)
+        return logits
 
     def tie(self) -> None:
         """Use the embedding table as the head, if the config has `tied_head`."""
@@ -150,42 +150,6 @@ class Head(nn.Module):
         bias = like.new_zeros(self.weight.shape[0])
         bias[self.mask_id].fill_(float("-inf"))  # an assigned number would be copied from the host
         return bias
-
-
-class DraftLink(nn.Module):
-    """Logits that a token adds to those of the mask behind it, from a table of low rank.
-
-    The masks of a block cannot know each other's tokens, so their likeliest tokens do not fit together. One product of
-    rank r conditions each draft on the draft before it, like the heads of Hydra (arXiv 2402.05109). The link of an
-    adapter may read the mask's hidden state too, like the sampler of arXiv 2507.11851.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.before = nn.Parameter(torch.empty(config.vocab_size, config.link_rank))
-        self.after = nn.Parameter(torch.empty(config.vocab_size, config.link_rank))
-        self.state: nn.Parameter | None = None
-        if config.adapter is not None and config.adapter.link_reads_state:
-            self.state = nn.Parameter(torch.empty(config.link_rank, config.hidden_size))
-
-    def forward(self, before: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [.., V] to add, given the tokens before [..] and the masks' hidden states [.., E]."""
-        read = F.embedding(before, self.before)
-        if self.state is not None:
-            read = F.silu(read + F.linear(hidden, self.state))
-        return F.linear(read, self.after)
-
-    def table(self) -> Tensor | None:
-        """Logits [V, V] to add after every token; None if they depend on hidden states."""
-        return None if self.state is not None else F.linear(self.before, self.after).detach()
-
-    @torch.no_grad()
-    def start(self, generator: torch.Generator) -> None:
-        """Set weights with which the link adds 0: the model then equals the model without a link."""
-        self.before.copy_(torch.randn(self.before.shape, generator=generator))
-        self.after.zero_()
-        if self.state is not None:
-            self.state.copy_(torch.randn(self.state.shape, generator=generator) / math.sqrt(self.state.shape[1]))
 
 
 class Layer(nn.Module):

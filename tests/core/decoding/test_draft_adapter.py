@@ -31,7 +31,8 @@ K = 4
 SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, top_k=50, seed=6)
 
 
-KINDS = {"plain": {}, "shifted": {"shifted": True}, "link of state": {"link_reads_state": True}}
+KINDS = {"plain": {}, "shifted": {"shifted": True}, "link of state": {"link_reads_state": True},
+         "link through tables": {"link_shares_tables": True}}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)

@@ -118,7 +118,7 @@ def test_the_diffusion_loss_knows_the_token_before_each_label_and_the_ar_loss_do
         hidden = linked(batch.token_BL, batch.layout.position, DenseAttention(batch.layout))
         every = linked.head(hidden)
         table = linked.link.before @ linked.link.after.T
-    sums = loss_sums(hidden, linked.head, batch, 4, link=linked.link)
+    sums = loss_sums(hidden, linked.head, batch, 4, link=linked.link_logits)
     ar = diffusion = 0.0
     for b in range(2):
         for s in range(20):
@@ -189,13 +189,36 @@ def test_a_link_may_read_the_masks_hidden_state_and_learns_to():
     adapted = adapted_model(link_rank=4, link_reads_state=True)
     hidden = torch.randn(5, adapted.config.hidden_size, generator=torch.Generator().manual_seed(2))
     before, target = torch.arange(5), torch.arange(5, 10)
-    loss, *_ = chunk_loss(adapted.head, hidden, target, None, before, None, 0.0, adapted.link)
+    loss, *_ = chunk_loss(adapted.head, hidden, target, None, before, None, 0.0, adapted.link_logits)
     for n in range(5):
         read = adapted.link.before[n] + adapted.link.state @ hidden[n]
         logits = adapted.head.weight @ hidden[n] + adapted.link.after @ (read * read.sigmoid())
         assert loss[n].item() == pytest.approx(-logits.log_softmax(-1)[n + 5].item(), rel=1e-4)
     loss.sum().backward()
     assert adapted.link.state.grad.abs().max() > 0
-    assert adapted.link.table() is None
+    assert adapted.link.table(adapted.embedding, adapted.head) is None
     adapted.link.start(torch.Generator().manual_seed(0))
-    assert adapted.link(before, hidden).abs().max() == 0
+    assert adapted.link_logits(before, hidden).abs().max() == 0
+
+
+@pytest.mark.parametrize("reads_state", [False, True])
+def test_a_link_through_the_checkpoints_tables_learns_maps_of_them_alone(reads_state):
+    shape = replace(named_shape("tiny"), tied_head=False)
+    adapted = adapted_model(shape, link_rank=4, link_shares_tables=True, link_reads_state=reads_state)
+    link, table, head = adapted.link, adapted.embedding.weight, adapted.head.weight
+    assert link.before.shape == link.after.shape == (adapted.config.hidden_size, 4)
+    hidden = torch.randn(5, adapted.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    before = torch.tensor([3, 1, 500, 3, 9])
+    added = adapted.link_logits(before, hidden)
+    for n in range(5):
+        vector = table[before[n]]
+        read = link.before.T @ (vector / vector.square().mean().sqrt())
+        if reads_state:
+            read = F.silu(read + link.state @ hidden[n])
+        torch.testing.assert_close(added[n], head @ (link.after @ read), rtol=1e-4, atol=1e-5)
+    added.sum().backward()
+    assert link.before.grad.abs().max() > 0
+    assert link.after.grad.abs().max() > 0
+    link.start(torch.Generator().manual_seed(0))
+    assert adapted.link_logits(before, hidden).abs().max() == 0
+    assert link.before.std() == pytest.approx(adapted.config.hidden_size**-0.5, rel=0.1)

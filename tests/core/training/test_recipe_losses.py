@@ -279,7 +279,7 @@ def test_a_compiled_loss_is_compiled_once_while_the_annealing_moves(linked):
     compiled = torch.compile(chunk_loss, backend=counter, dynamic=False)
     hidden, target, before = torch.randn(6, 32), torch.arange(6), torch.arange(6)
     for weight in (1.0, 0.7, 0.3):
-        given = (linked.head, hidden, target, None, before, torch.tensor(weight), 0.0, linked.link)
+        given = (linked.head, hidden, target, None, before, torch.tensor(weight), 0.0, linked.link_logits)
         torch.testing.assert_close(compiled(*given)[0], chunk_loss(*given)[0])
     assert counter.frame_count == 1
 

@@ -14,7 +14,8 @@ from tidar_core.artifacts.model.bundle_info import DraftsInfo
 from tidar_core.artifacts.model.hf_files import float_tensors, read_tensor
 from tidar_core.artifacts.model.hf_writer import write_tensors
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, DraftAdapter, require_same_shapes
-from tidar_core.transformer.model import DraftLink, TidarModel
+from tidar_core.transformer.draft_link import DraftLink
+from tidar_core.transformer.model import TidarModel
 
 __all__ = ["DRAFTS", "attach_drafts", "save_drafts"]
 

@@ -22,7 +22,8 @@ from tidar_core.config import ModelConfig
 from tidar_core.errors import WeightsError
 from tidar_core.training.recipe import mask_embedding
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS
-from tidar_core.transformer.model import DraftLink, TidarModel
+from tidar_core.transformer.draft_link import DraftLink
+from tidar_core.transformer.model import TidarModel
 
 __all__ = ["check_weights", "load_model", "require_embeddings", "save_model", "tensor_shapes", "with_mask_token"]
 
