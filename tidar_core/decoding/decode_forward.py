@@ -22,6 +22,7 @@ from torch import Tensor
 from tidar_core.config import ADAPTER_PLACES, ModelConfig
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.kernels import Kernels, kernels_for
+from tidar_core.kernels.low_rank import HeldLowRank
 from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
@@ -48,7 +49,7 @@ class DecodeForward:
         self._kernels = kernels or kernels_for(cache.pages.device, cache.pages.dtype)
         self._masks_KE = _mask_embeddings(model, block_len)
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
-        self._layers = [_LayerWeights.of(*both, model.config) for both in zip(model.layers, adapters)]
+        self._layers = [_LayerWeights.of(*both, model.config, self._kernels) for both in zip(model.layers, adapters)]
 
     @torch.no_grad()
     def refresh_adapter(self) -> None:
@@ -107,24 +108,22 @@ class _Product:
     """A linear map, and what a draft adapter adds to it for masks."""
 
     linear: Callable[[Tensor], Tensor]
-    down: Tensor | None
-    up: Tensor | None
+    added: HeldLowRank | None
     """Holds the adapter's scale."""
 
     @staticmethod
-    def of(linear: Any, adapter: LowRank | None) -> "_Product":
-        if adapter is None:
-            return _Product(linear.forward, None, None)
-        return _Product(linear.forward, adapter.down, adapter.up * ADAPTER_SCALE)
+    def of(linear: Any, adapter: LowRank | None, kernels: Kernels) -> "_Product":
+        added = None if adapter is None else kernels.low_rank(adapter.down, adapter.up * ADAPTER_SCALE)
+        return _Product(linear.forward, added)
 
     def refresh(self, adapter: LowRank | None) -> None:
-        if adapter is not None and self.up is not None:
-            self.up.copy_(adapter.up * ADAPTER_SCALE)
+        if adapter is not None and self.added is not None:
+            self.added.refresh(adapter.down, adapter.up * ADAPTER_SCALE)
 
     def __call__(self, x_BRN: Tensor, clean_len: int) -> Tensor:
         y_BRN = self.linear(x_BRN)
-        if self.down is not None and self.up is not None and x_BRN.shape[1] > clean_len:
-            y_BRN[:, clean_len:] += F.linear(F.linear(x_BRN[:, clean_len:], self.down), self.up)
+        if self.added is not None and x_BRN.shape[1] > clean_len:
+            self.added.add_to(y_BRN, x_BRN, clean_len)
         return y_BRN
 
 
@@ -140,19 +139,19 @@ class _LayerWeights:
     down: _Product
 
     @staticmethod
-    def of(layer: Any, adapter: Any, config: ModelConfig) -> "_LayerWeights":
+    def of(layer: Any, adapter: Any, config: ModelConfig, kernels: Kernels) -> "_LayerWeights":
         attention, mlp, norm = layer.attention, layer.mlp, None
         if attention.q_norm is not None:
             of_heads = ((attention.q_norm, config.heads), (attention.k_norm, config.kv_heads))
             norm = torch.cat([of_head.weight.expand(heads, -1) for of_head, heads in of_heads])
         return _LayerWeights(
             attention_norm=layer.attention_norm.weight,
-            qkv=_Product.of(attention.qkv, adapter and adapter.qkv),
+            qkv=_Product.of(attention.qkv, adapter and adapter.qkv, kernels),
             norm=norm,
-            output=_Product.of(attention.output, adapter and adapter.output),
+            output=_Product.of(attention.output, adapter and adapter.output, kernels),
             mlp_norm=layer.mlp_norm.weight,
-            gate_up=_Product.of(mlp.gate_up, adapter and adapter.gate_up),
-            down=_Product.of(mlp.down, adapter and adapter.down),
+            gate_up=_Product.of(mlp.gate_up, adapter and adapter.gate_up, kernels),
+            down=_Product.of(mlp.down, adapter and adapter.down, kernels),
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels import compiled, on_cpu, reference
+from tidar_core.kernels.low_rank import CompiledLowRank, HeldLowRank, PlainLowRank
 
 __all__ = ["PLAIN", "Kernels", "c_kernels", "kernels_for", "triton_kernels"]
 
@@ -33,6 +34,8 @@ class Kernels:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+    low_rank: Callable[[Tensor, Tensor], HeldLowRank]
+    """Holds the two maps of an adapter, and adds their product to the results of masks."""
 
 
 PLAIN = Kernels(
@@ -41,6 +44,7 @@ PLAIN = Kernels(
     reference.add_rms_norm,
     reference.rotate_and_store,
     reference.silu_mul,
+    PlainLowRank,
 )
 """Plain torch, for any device."""
 
@@ -61,8 +65,9 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype) -> Kernels:
 def c_kernels() -> Kernels:
     """Kernels in C for CPU tensors; only where `compiled.library` has them."""
     return Kernels(
-        on_cpu.paged_attention, on_cpu.gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul
-    )
+        on_cpu.paged_attention, on_cpu.gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
+        CompiledLowRank,
+    )  # fmt: skip
 
 
 def triton_kernels() -> Kernels:
@@ -71,5 +76,6 @@ def triton_kernels() -> Kernels:
 
     attention = paged_attention
     return Kernels(
-        attention.paged_attention, attention.gathering, fused.add_rms_norm, fused.rotate_and_store, fused.silu_mul
-    )
+        attention.paged_attention, attention.gathering, fused.add_rms_norm, fused.rotate_and_store, fused.silu_mul,
+        PlainLowRank,
+    )  # fmt: skip

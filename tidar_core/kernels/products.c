@@ -62,24 +62,35 @@ INLINE F weights_of(enum form form, U word, int j, F step, F least) {
     return __builtin_convertvector((I)(word >> (4 * j) & 15), F) * step + least;
 }
 
-/* Write the results of one token for the 32 channels of a panel. */
-INLINE void put(void *y, long out, long token, long channel, int half, const float *bias, const F *sum) {
+/* Where the results of tokens are added: the last `count` of every `of` rows are theirs. */
+struct rows { long count, of; };
+
+INLINE long row_of(const struct rows *added, long token) {
+    return added ? token / added->count * added->of + added->of - added->count + token % added->count : token;
+}
+
+/* Write the results of one token for the 32 channels of a panel, or add them to what is there. */
+INLINE void put(void *y, long out, long token, long channel, int half, const float *bias, const F *sum,
+                const struct rows *added) {
+    long row = row_of(added, token);
     UNROLL for (int p = 0; p < 2; p++, channel += LANES) {
-        long left = out - channel;
+        long left = out - channel, place = row * out + channel;
         F value = sum[p];
         if (left >= LANES) {
             if (bias) value += load(bias, channel, 0);
-            store(y, token * out + channel, half, value);
+            if (added) value += load(y, place, half);
+            store(y, place, half, value);
         } else if (left > 0) {
             if (bias) value += load_some(bias, channel, 0, left, 0);
-            store_some(y, token * out + channel, half, left, value);
+            if (added) value += load_some(y, place, half, left, 0);
+            store_some(y, place, half, left, value);
         }
     }
 }
 
 /* Products of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
 INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, void *y, long out, long token,
-                 long channel, int half, const float *bias) {
+                 long channel, int half, const float *bias, const struct rows *added) {
     F sum[MOST][2], step[2] = {}, least[2] = {};
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long i = 0; i < padded; i += GROUP) {
@@ -98,7 +109,7 @@ INLINE void tile(enum form form, int tokens, const U *word, long padded, const f
             }
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t]);
+    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t], added);
 }
 
 /* Number of tokens that are computed together, when `left` are left. */
@@ -106,13 +117,13 @@ INLINE long together(long left) { return left >= MOST ? MOST : left >= SOME ? SO
 
 /* Products of panel `n` with all tokens. */
 INLINE void panel(enum form form, const U *weight, long padded, const float *x, void *y, long out, long tokens, long n,
-                  int half, const float *bias) {
+                  int half, const float *bias, const struct rows *added) {
     const U *word = weight + n * 2 * (padded / GROUP * words_of_group(form));
     for (long t = 0, count; t < tokens; t += count, x += count * padded) {
         count = together(tokens - t);
-        if (count == MOST) tile(form, MOST, word, padded, x, y, out, t, n * 32, half, bias);
-        else if (count == SOME) tile(form, SOME, word, padded, x, y, out, t, n * 32, half, bias);
-        else tile(form, 1, word, padded, x, y, out, t, n * 32, half, bias);
+        if (count == MOST) tile(form, MOST, word, padded, x, y, out, t, n * 32, half, bias, added);
+        else if (count == SOME) tile(form, SOME, word, padded, x, y, out, t, n * 32, half, bias, added);
+        else tile(form, 1, word, padded, x, y, out, t, n * 32, half, bias, added);
     }
 }
 
@@ -133,17 +144,17 @@ static float *arranged(const void *x, long tokens, long width, int half) {
 }
 
 #define PRODUCT(name, form)                                                                                        \
-    void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,    \
-              int half) {                                                                                          \
+    static void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens,      \
+                     void *y, int half, const struct rows *added) {                                                \
         long padded = padded_of(width);                                                                            \
         float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, half) : 0;                \
         _Pragma("omp parallel for schedule(static)") for (long n = 0; n < (out + 31) / 32; n++)                    \
-            panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias);                           \
+            panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias, added);                    \
         free(rows);                                                                                                \
     }
-PRODUCT(product_fp32, FP32)
-PRODUCT(product_bf16_of_vectors, BF16)
-PRODUCT(product_int4, INT4)
+PRODUCT(of_fp32, FP32)
+PRODUCT(of_bf16_by_vectors, BF16)
+PRODUCT(of_int4, INT4)
 
 #ifdef __AMX_TILE__
 /* Prepare the thread for `tokens` of 1..16 tokens: tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
@@ -175,7 +186,7 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
 }
 
 static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
-                             void *y, int half) {
+                             void *y, int half, const struct rows *added) {
 #pragma omp parallel
     {
         F sums[2][16];
@@ -186,7 +197,8 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
                 int count = tokens - t < 16 ? tokens - t : 16;
                 if (count != configured) configure(configured = count);
                 tile_sums(0, weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
-                for (int r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]});
+                for (int r = 0; r < count; r++)
+                    put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]}, added);
             }
         if (configured) _tile_release();
     }
@@ -194,20 +206,47 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 #endif
 
 /* Weights in bf16; x in bf16. */
-void product_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
-                  int half) {
+static void of_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                    int half, const struct rows *added) {
 #ifdef __AMX_TILE__
     if (amx) {
         long padded = padded_of(width);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
         for (long t = 0; filled && t < tokens; t++) memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
-        product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half);
+        product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half, added);
         free(filled);
         return;
     }
 #endif
-    product_bf16_of_vectors(weight, bias, out, width, x, tokens, y, half);
+    of_bf16_by_vectors(weight, bias, out, width, x, tokens, y, half, added);
 }
+
+#define EXPORTED(name, of)                                                                                         \
+    void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,    \
+              int half) {                                                                                          \
+        of(weight, bias, out, width, x, tokens, y, half, 0);                                                       \
+    }
+EXPORTED(product_fp32, of_fp32)
+EXPORTED(product_bf16, of_bf16)
+EXPORTED(product_int4, of_int4)
+
+/* Add the product of two maps, of width `rank` between them, to the last `masks` of the `rows` tokens of each sequence.
+ * x [batch, rows, width] and y [batch, rows, out] have the dtype of the maps. */
+#define LOW_RANK(name, of, half)                                                                                   \
+    void name(const void *down, const void *up, long out, long width, long rank, const void *x, void *y,           \
+              long batch, long rows, long masks) {                                                                 \
+        const long size = half ? 2 : 4, tokens = batch * masks, line = width * size;                               \
+        const char *first = (const char *)x + (rows - masks) * line;                                               \
+        char *thin = malloc(tokens * rank * size), *close = batch > 1 ? malloc(tokens * line) : 0;                 \
+        for (long b = 0; close && b < batch; b++)                                                                  \
+            memcpy(close + b * masks * line, first + b * rows * line, masks * line);                               \
+        of(down, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                    \
+        of(up, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                                  \
+        free(close);                                                                                               \
+        free(thin);                                                                                                \
+    }
+LOW_RANK(low_rank_fp32, of_fp32, 0)
+LOW_RANK(low_rank_bf16, of_bf16, 1)
 
 /* Sums, to which the products of four inputs are added; those of x are unsigned. */
 INLINE I dot(I sum, uint32_t x, U word) {
@@ -280,7 +319,7 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
                     UNROLL for (int p = 0; p < 2; p++) {
                         value[p] = __builtin_convertvector(sums[p][r] - of_middle[p], F) * of_channel[p] * step[t + r];
                     }
-                    put(y, out, t + r, n * 32, half, bias, value);
+                    put(y, out, t + r, n * 32, half, bias, value, 0);
                 }
             }
         }

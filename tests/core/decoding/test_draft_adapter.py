@@ -112,10 +112,15 @@ def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted, ru
         masks = adapted.head(hidden)[0, 12:]
         chain = [generate_autoregressive(adapted, every_id, greedy)[0]]
         for j in range(1, K):
-            read = adapted.link.before[chain[-1]]
+            before, after = adapted.link.before, adapted.link.after
+            if adapted.link.shares_tables:
+                vectors = adapted.embedding.weight
+                before = vectors / vectors.square().mean(1, keepdim=True).sqrt() @ before
+                after = adapted.head.weight @ after
+            read = before[chain[-1]]
             if adapted.link.state is not None:
                 read = torch.nn.functional.silu(read + adapted.link.state @ hidden[0, 12 + j])
-            chain.append(int((masks[j] + adapted.link.after @ read).argmax()))
+            chain.append(int((masks[j] + after @ read).argmax()))
     assert drafts == chain
 
 

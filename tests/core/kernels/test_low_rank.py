@@ -1,0 +1,46 @@
+"""What an adapter adds to a linear map: the same in all forms, for masks alone."""
+
+import pytest
+import torch
+
+from tidar_core.kernels.compiled import library
+from tidar_core.kernels.low_rank import CompiledLowRank, PlainLowRank
+
+compiled = pytest.mark.skipif(library() is None, reason="no C compiler works here")
+FORMS = [pytest.param(CompiledLowRank, marks=compiled), PlainLowRank]
+SIZES = [(1, 12, 4, 576, 3072, 32), (5, 20, 4, 100, 70, 4), (1, 8, 0, 64, 32, 16), (3, 41, 1, 1536, 576, 32)]
+"""Sequences, query tokens, clean ones, inputs, outputs, rank."""
+
+
+def drawn(dtype, *shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) / shape[-1] ** 0.5 for shape in shapes]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("B", "R", "clean", "inputs", "outputs", "rank"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_get_the_product_of_both_maps_and_clean_tokens_nothing(form, dtype, B, R, clean, inputs, outputs, rank):
+    down, up, x, y = drawn(dtype, (rank, inputs), (outputs, rank), (B, R, inputs), (B, R, outputs))
+    expected = y.double()
+    expected[:, clean:] += x[:, clean:].double() @ down.double().T @ up.double().T
+    found = y.clone()
+    form(down, up).add_to(found, x, clean)
+    assert torch.equal(found[:, :clean], y[:, :clean])
+    close = 2 ** (-7 if dtype is torch.bfloat16 else -18)
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_maps_take_the_place_of_the_first(form, dtype):
+    """In the same memory: a captured step keeps its addresses."""
+    first, second = drawn(dtype, (4, 40), (70, 4), seed=1), drawn(dtype, (4, 40), (70, 4), seed=2)
+    (x, y) = drawn(dtype, (2, 6, 40), (2, 6, 70), seed=3)
+    held, expected, found = form(*first), y.clone(), y.clone()
+    places = held._down.data_ptr(), held._up.data_ptr()
+    held.refresh(*second)
+    held.add_to(found, x, 2)
+    form(*second).add_to(expected, x, 2)
+    assert torch.equal(found, expected)
+    assert (held._down.data_ptr(), held._up.data_ptr()) == places
