@@ -22,7 +22,7 @@ from torch import Tensor
 from tidar_core.config import ADAPTER_PLACES, ModelConfig
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.kernels import Kernels, kernels_for
-from tidar_core.kernels.low_rank import HeldLowRank
+from tidar_core.kernels.draft_maps import HeldLowRank
 from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
@@ -46,10 +46,10 @@ class DecodeForward:
         self.model, self.cache = model, cache
         position_1L = torch.arange(positions, device=cache.pages.device)[None]
         self._cos_LD, self._sin_LD = (half[0, :, 0] for half in model.rotation(position_1L, cache.pages.dtype))
-        self._kernels = kernels or kernels_for(cache.pages.device, cache.pages.dtype)
+        self.kernels = kernels or kernels_for(cache.pages.device, cache.pages.dtype)
         self._masks_KE = _mask_embeddings(model, block_len)
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
-        self._layers = [_LayerWeights.of(*both, model.config, self._kernels) for both in zip(model.layers, adapters)]
+        self._layers = [_LayerWeights.of(*both, model.config, self.kernels) for both in zip(model.layers, adapters)]
 
     @torch.no_grad()
     def refresh_adapter(self) -> None:
@@ -79,7 +79,7 @@ class DecodeForward:
         prefix_len_B   clean tokens read before
         used_pages     leading pages that hold all of every prefix
         """
-        config, kernels, page_len = self.model.config, self._kernels, self.cache.page_len
+        config, kernels, page_len = self.model.config, self.kernels, self.cache.page_len
         clean_len = clean_BC.shape[1]
         position_BR = prefix_len_B[:, None] + pattern.position_R
         gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, pattern.visible_RR, page_len)

@@ -86,7 +86,7 @@ class DecodeStepRunner:
         self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         self._forward = DecodeForward(model, cache, positions=positions, block_len=draft.block_len, kernels=kernels)
-        self._link_VR = None if model.link is None else model.link.rows(model.head).detach()
+        self._link_after = None if model.link is None else self._forward.kernels.draft_map(model.link.rows(model.head))
         self._link_VV: Tensor | None = None
         if model.link is not None and model.config.vocab_size <= tuning.looked_up_tokens:
             self._link_VV = model.link.table(model.embedding, model.head)
@@ -103,10 +103,10 @@ class DecodeStepRunner:
     def refresh_drafts(self) -> None:
         """Compute anew, in the same memory, all that was computed of the weights of adapter and link."""
         self._forward.refresh_adapter()
-        link, held_VR = self.model.link, self._link_VR
-        if link is None or held_VR is None:
+        link, after = self.model.link, self._link_after
+        if link is None or after is None:
             return
-        held_VR.copy_(link.rows(self.model.head))
+        after.refresh(link.rows(self.model.head))
         if self._link_VV is not None:
             table_VV = link.table(self.model.embedding, self.model.head)
             assert table_VV is not None, "a link with a table keeps it"
@@ -248,7 +248,7 @@ class DecodeStepRunner:
             return logits + F.embedding(before, self._link_VV)
         if self.model.link is None:
             return logits
-        return logits + self.model.link(before, masks, self.model.embedding, self.model.head, self._link_VR)
+        return logits + self.model.link(before, masks, self.model.embedding, self.model.head, self._link_after)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
         """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""

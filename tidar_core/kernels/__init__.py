@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels import compiled, on_cpu, reference
-from tidar_core.kernels.low_rank import CompiledLowRank, HeldLowRank, PlainLowRank
+from tidar_core.kernels.draft_maps import (
+    CompiledLowRank,
+    CompiledMap,
+    HeldLowRank,
+    HeldMap,
+    PlainLowRank,
+    PlainMap,
+)
 
 __all__ = ["PLAIN", "Kernels", "c_kernels", "kernels_for", "triton_kernels"]
 
@@ -34,6 +41,8 @@ class Kernels:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotate_and_store: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+    draft_map: Callable[[Tensor], HeldMap]
+    """Holds a weight of the link."""
     low_rank: Callable[[Tensor, Tensor], HeldLowRank]
     """Holds the two maps of an adapter, and adds their product to the results of masks."""
 
@@ -44,6 +53,7 @@ PLAIN = Kernels(
     reference.add_rms_norm,
     reference.rotate_and_store,
     reference.silu_mul,
+    PlainMap,
     PlainLowRank,
 )
 """Plain torch, for any device."""
@@ -66,7 +76,7 @@ def c_kernels() -> Kernels:
     """Kernels in C for CPU tensors; only where `compiled.library` has them."""
     return Kernels(
         on_cpu.paged_attention, on_cpu.gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
-        CompiledLowRank,
+        CompiledMap, CompiledLowRank,
     )  # fmt: skip
 
 
@@ -77,5 +87,5 @@ def triton_kernels() -> Kernels:
     attention = paged_attention
     return Kernels(
         attention.paged_attention, attention.gathering, fused.add_rms_norm, fused.rotate_and_store, fused.silu_mul,
-        PlainLowRank,
+        PlainMap, PlainLowRank,
     )  # fmt: skip

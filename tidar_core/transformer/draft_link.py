@@ -40,17 +40,22 @@ class DraftLink(nn.Module):
             self.state = nn.Parameter(torch.empty(config.link_rank, config.hidden_size))
 
     def forward(
-        self, before: Tensor, hidden: Tensor, embedding: nn.Module, head: nn.Module, after_VR: Tensor | None = None
+        self,
+        before: Tensor,
+        hidden: Tensor,
+        embedding: nn.Module,
+        head: nn.Module,
+        after: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits [.., V] to add, given the tokens before [..] and the masks' hidden states [.., E].
 
         embedding, head  those of the model
-        after_VR         the result of `rows`, if it is at hand
+        after            multiplies by the result of `rows`; by default `rows` is computed
         """
         read = self._read(before, embedding)
         if self.state is not None:
             read = F.silu(read + F.linear(hidden, self.state))
-        return F.linear(read, self.rows(head) if after_VR is None else after_VR)
+        return F.linear(read, self.rows(head)) if after is None else after(read)
 
     def rows(self, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Row [V, R] of each token that may follow."""

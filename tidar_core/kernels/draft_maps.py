@@ -1,0 +1,124 @@
+"""Maps of adapter and link, in the form that their device multiplies by fastest.
+
+How does a decode step multiply by weights that new drafts may replace?
+
+With kernels in C, weights lie in panels, and one call adds both maps of an adapter to the results of the masks.
+Elsewhere torch multiplies. Other values go into the same memory, as steps that were captured keep its addresses.
+
+Shape letters: B sequences, R query tokens, I inputs, O outputs, K rank of the maps.
+"""
+
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tidar_core.kernels.compiled import needed_library
+from tidar_core.kernels.held_linear import panels
+
+__all__ = ["CompiledLowRank", "CompiledMap", "HeldLowRank", "HeldMap", "PlainLowRank", "PlainMap"]
+
+SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""Ends of the names of functions in C."""
+
+
+class HeldMap(Protocol):
+    """A linear map."""
+
+    def refresh(self, weight_OI: Tensor) -> None:
+        """Take other values of the weight, in the same memory."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., I] to [.., O]."""
+        ...
+
+
+class HeldLowRank(Protocol):
+    """A product of two maps that is added to the results of masks."""
+
+    def refresh(self, down_KI: Tensor, up_OK: Tensor) -> None:
+        """Take other values of the maps, in the same memory."""
+        ...
+
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor, clean_len: int) -> None:
+        """Add the product to the results y of all tokens x from `clean_len` on, in place."""
+        ...
+
+
+class _Panels:
+    """Weights on the CPU, in panels, and a function that reads them (`products.c`)."""
+
+    FUNCTION: ClassVar[str]
+    """Beginning of its name."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        dtype = weights[0].dtype
+        self._together = 4 // dtype.itemsize
+        self._held = [panels(weight.detach(), self._together) for weight in weights]
+        self._addresses = [held.data_ptr() for held in self._held]
+        self._function = getattr(needed_library(), self.FUNCTION + SUFFIXES[dtype])
+
+    def refresh(self, *weights: Tensor) -> None:
+        for held, weight in zip(self._held, weights, strict=True):
+            held.copy_(panels(weight.detach(), self._together))
+
+
+class CompiledMap(_Panels):
+    """A weight on the CPU, in panels."""
+
+    FUNCTION = "product_"
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__(weight_OI)
+        self._out, self._width = weight_OI.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y, half = x.new_empty((*x.shape[:-1], self._out)), x.dtype == torch.bfloat16
+        tokens = x.numel() // self._width
+        self._function(*self._addresses, None, self._out, self._width, x.data_ptr(), tokens, y.data_ptr(), half)
+        return y
+
+
+class CompiledLowRank(_Panels):
+    """Two maps on the CPU, in panels."""
+
+    FUNCTION = "low_rank_"
+
+    def __init__(self, down_KI: Tensor, up_OK: Tensor) -> None:
+        super().__init__(down_KI, up_OK)
+        self._sizes = len(up_OK), down_KI.shape[1], len(down_KI)
+
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor, clean_len: int) -> None:
+        assert y_BRO.is_contiguous(), "results are made as one piece"
+        x_BRI = x_BRI.contiguous()
+        B, R, _ = x_BRI.shape
+        self._function(*self._addresses, *self._sizes, x_BRI.data_ptr(), y_BRO.data_ptr(), B, R, R - clean_len)
+
+
+class _Plain:
+    """Weights as they are, on any device."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        self._held = [weight.detach() for weight in weights]
+
+    def refresh(self, *weights: Tensor) -> None:
+        for held, weight in zip(self._held, weights, strict=True):
+            held.copy_(weight)
+
+
+class PlainMap(_Plain):
+    """A weight as it is, on any device."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._held[0])
+
+
+class PlainLowRank(_Plain):
+    """Two maps as they are, on any device."""
+
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor, clean_len: int) -> None:
+        down_KI, up_OK = self._held
+        y_BRO[:, clean_len:] += F.linear(F.linear(x_BRI[:, clean_len:], down_KI), up_OK)
