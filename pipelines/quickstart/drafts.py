@@ -64,8 +64,8 @@ LEARNING_RATE = 3e-3
 """High, because the budget allows only one or two hundred train steps (docs/experiments.md)."""
 ROWS_PER_STEP = 1
 """Rows of one forward. With two rows a label costs 0.7 times as much, but more steps teach more (docs/LOG.md)."""
-ANSWER_TOKENS = 64
-"""Most tokens of an answer: each is trained several times."""
+ANSWER_TOKENS = 48
+"""Most tokens of an answer. More prompts teach more than longer answers (docs/LOG.md)."""
 PROBE_STEPS = 4
 """Timed train steps, after one that warms up."""
 ENGINE_OVERHEAD = 1.1
@@ -155,8 +155,8 @@ def _answers_job(site: Site, base: str, precision: Callable[[], Precision]) -> A
         tracking_uri=site.tracking_uri,
         max_tokens=ANSWER_TOKENS,
         dtype=precision,
-        batch=32,
-        unit_prompts=64,
+        batch=64,
+        unit_prompts=200,
         cpus_per_worker=site.threads,
     )
 

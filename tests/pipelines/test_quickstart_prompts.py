@@ -20,7 +20,7 @@ def entries(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "kinds"), [("train", 300, KINDS), ("held_out", 40, KINDS), ("foreign", 40, {"foreign"})]
+    ("name", "count", "kinds"), [("train", 800, KINDS), ("held_out", 40, KINDS), ("foreign", 40, {"foreign"})]
 )
 def test_each_file_holds_equally_many_prompts_of_each_of_its_kinds(name, count, kinds):
     found = entries(name)

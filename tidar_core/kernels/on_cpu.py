@@ -4,8 +4,8 @@ How does a tensor reach a C kernel?
 
 `reference` defines what each function computes, `layer.c` computes it. A token's results do not depend, bit for bit, on
 how many tokens a forward has, nor on tokens that it does not see. So a forward of many query tokens has the bits of as
-many forwards of one. A prefill of more than `MOST_QUERIES` query tokens uses torch's attention, which is faster there.
-Its results differ in the last bits.
+many forwards of one. A prefill of more than `MOST_PAIRS` pairs of a query token and a key uses torch's attention, which
+is faster there. Its results differ in the last bits.
 
 All tensors are of one dtype of `DTYPES`; only the weight of a norm may be of the other.
 
@@ -20,7 +20,7 @@ from tidar_core.kernels.compiled import needed_library
 
 __all__ = [
     "DTYPES",
-    "MOST_QUERIES",
+    "MOST_PAIRS",
     "Gathering",
     "add_rms_norm",
     "gathering",
@@ -31,8 +31,10 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes that the kernels take."""
-MOST_QUERIES = 32
-"""Most query tokens of a sequence whose attention is computed where keys and values lie."""
+FEW_QUERIES = 32
+"""Query tokens of a sequence whose attention is always computed where keys and values lie: a decode step's."""
+MOST_PAIRS = 65_536
+"""Most pairs of a query token and a key, of one sequence, in such a prefill: 250 tokens of a prompt."""
 HALF = torch.bfloat16
 
 
@@ -53,7 +55,8 @@ def gathering(
     page_table_BN: Tensor, prefix_len_B: Tensor, own_visible_RR: Tensor, page_len: int
 ) -> "Gathering | reference.Gathering":
     """`paged_attention` for all layers of a forward."""
-    form = Gathering if len(own_visible_RR) <= MOST_QUERIES else reference.Gathering
+    queries, keys = len(own_visible_RR), page_table_BN.shape[1] * page_len + len(own_visible_RR)
+    form = Gathering if queries <= FEW_QUERIES or queries * keys <= MOST_PAIRS else reference.Gathering
     return form(page_table_BN, prefix_len_B, own_visible_RR, page_len)
 
 
