@@ -23,7 +23,7 @@ __all__ = ["library", "needed_library"]
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("numbers.h", "products.c", "layer.c", "loss.c", "gradients.c")
+SOURCES = ("numbers.h", "tiles.h", "products.c", "layer.c", "attention.c", "loss.c", "gradients.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120

@@ -16,7 +16,8 @@
  * those of torch: the library finds torch's OpenMP when it is loaded.
  */
 #include "numbers.h"
-#if defined(__AVX512VNNI__) || defined(__AMX_TILE__)
+#include "tiles.h"
+#ifdef __AVX512VNNI__
 #include <immintrin.h>
 #endif
 #ifdef __AMX_TILE__
@@ -37,14 +38,14 @@
 
 enum form { FP32, BF16, INT4 };
 
-static int amx = 0;
+int matrices = 0;
 
 /* Prepare the processor. Returns whether matrix instructions are used. */
 int start(void) {
 #ifdef __AMX_TILE__
-    amx = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    matrices = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 #endif
-    return amx;
+    return matrices;
 }
 
 INLINE long words_of_group(enum form form) { return form == FP32 ? 32 : form == BF16 ? 16 : 5; }
@@ -157,13 +158,7 @@ PRODUCT(of_bf16_by_vectors, BF16)
 PRODUCT(of_int4, INT4)
 
 #ifdef __AMX_TILE__
-/* Prepare the thread for `tokens` of 1..16 tokens: tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
-static void configure(int tokens) {
-    struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
-    for (int n = 0; n < 5; n++) tiles.bytes[n] = 64, tiles.rows[n] = n < 3 ? tokens : 16;
-    _tile_loadconfig(&tiles);
-}
-
+/* Tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
 /* Sums [2, 16, 16] of a panel with the tokens of a tile, whose lines lie `stride` bytes apart. */
 INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long stride, void *sums) {
     _tile_zero(0);
@@ -195,7 +190,7 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
         for (long n = 0; n < (out + 31) / 32; n++)
             for (long t = 0; t < tokens; t += 16) {
                 int count = tokens - t < 16 ? tokens - t : 16;
-                if (count != configured) configure(configured = count);
+                if (count != configured) configure_tiles(configured = count);
                 tile_sums(0, weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
                 for (int r = 0; r < count; r++)
                     put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]}, added);
@@ -209,7 +204,7 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 static void of_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                     int half, const struct rows *added) {
 #ifdef __AMX_TILE__
-    if (amx) {
+    if (matrices) {
         long padded = padded_of(width);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
         for (long t = 0; filled && t < tokens; t++) memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
@@ -302,9 +297,9 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
             for (long t = 0, count; t < tokens; t += count) {
                 const uint8_t *rows = rounded + t * padded;
 #ifdef __AMX_TILE__
-                if (amx) {
+                if (matrices) {
                     count = tokens - t < 16 ? tokens - t : 16;
-                    if (count != configured) configure(configured = (int)count);
+                    if (count != configured) configure_tiles(configured = (int)count);
                     tile_sums(1, word, padded / 4, (const char *)rows, padded, sums);
                 } else
 #endif

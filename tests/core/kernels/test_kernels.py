@@ -262,10 +262,24 @@ def test_the_gate_of_the_feed_forward_network(kernel_set, shape, dtype):
 
 
 @pytest.mark.skipif(compiled.library() is None, reason="no C compiler works here")
+@pytest.mark.parametrize("size", [32, 40, 64, 96, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (6, 1)])
+def test_the_c_attention_in_bf16_is_within_the_rounding_of_its_weights_and_results(heads, kv_heads, size):
+    call = forward((31, 0, 64), 20, (1, 2), 2, heads=heads, kv_heads=kv_heads, size=size, dtype=torch.bfloat16)
+    call = {name: x.cpu() for name, x in call.items()}
+    expected = PLAIN.paged_attention(**upcast(call))
+    torch.testing.assert_close(c_kernels().paged_attention(**call).float(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C compiler works here")
+@pytest.mark.parametrize("size", [24, 64])
 @pytest.mark.parametrize("dtype", on_cpu.DTYPES)
-def test_the_c_kernels_give_a_token_the_same_bits_alone_and_beside_tokens_that_it_does_not_see(dtype):
-    """Clean tokens of one forward, with masks behind them and other sequences beside, and read one by one."""
-    own, heads, kv_heads, size = c_kernels(), 4, 2, 24
+def test_the_c_kernels_give_a_token_the_same_bits_alone_and_beside_tokens_that_it_does_not_see(dtype, size):
+    """Clean tokens of one forward, with masks behind them and other sequences beside, and read one by one.
+
+    Heads of 64 go through matrix instructions in bf16, where the processor has some.
+    """
+    own, heads, kv_heads = c_kernels(), 4, 2
     call = forward((5, 40), 4, (1, 2, 3, 4), 4, heads=heads, kv_heads=kv_heads, size=size, pages=4, dtype=dtype)
     call = {name: x.cpu() for name, x in call.items()}
     together = own.paged_attention(**call)

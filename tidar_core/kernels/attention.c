@@ -1,0 +1,342 @@
+/* Attention of query tokens over keys and values that lie in pages, and over those of the forward itself.
+ *
+ * A query's results do not depend, bit for bit, on other queries, nor on keys that it does not see: sums have one order,
+ * and what is hidden adds 0. `reference.py` defines the result. Tensors are contiguous unless a stride is given. Sums are in
+ * fp32; results in bf16 are rounded once, and so are weights that matrix instructions multiply.
+ */
+#include "numbers.h"
+#include "tiles.h"
+
+#define QUERIES 16 /* of one key head that share what is read of keys and values */
+#define BLOCK 32 /* keys of a matrix product over keys */
+
+
+struct attention {
+    const void *q, *k, *v, *pages;
+    const int64_t *table, *prefix_len;
+    const uint8_t *visible;
+    void *out;
+    long q_stride, kv_stride, table_stride, table_len, page_len, per_sequence, heads, kv_heads, size;
+};
+
+/* A thread's room: queries and sums [QUERIES, padded], keys or values of a block [16, padded], scores. */
+struct room { float *queries, *sums, *block, *scores; };
+
+/* Queries of one key head: `count` from `first` on, counted token by token. They see at most `keys` keys. */
+struct group { long sequence, head, first, count, prefix, keys, padded; };
+
+INLINE long share_of(const struct attention *a) { return a->heads / a->kv_heads; }
+
+/* Copy up to 16 keys (`values` 0) or values (1) from number `first` on to the block, filled up with zeros. */
+INLINE void read_block(const struct attention *a, const struct group *g, long first, int values, float *block, int half) {
+    long kept = a->kv_heads * a->size, page = first / a->page_len, place = first % a->page_len;
+    const int64_t *table = a->table + g->sequence * a->table_stride;
+    for (long key = first; key < first + LANES; key++, place++, block += g->padded) {
+        const void *from = a->pages;
+        long at = g->head * a->size;
+        if (key >= g->keys) {
+            memset(block, 0, g->padded * sizeof(float));
+            continue;
+        }
+        if (place == a->page_len) page++, place = 0;
+        if (key < g->prefix) at += ((table[page] * a->page_len + place) * 2 + values) * kept;
+        else {
+            from = values ? a->v : a->k;
+            at += (g->sequence * a->per_sequence + key - g->prefix) * a->kv_stride;
+        }
+        for (long d = 0; d < g->padded; d += LANES) *(F *)(block + d) = run(from, at, d, a->size, half);
+    }
+}
+
+INLINE F folded(F x, F y) {
+    return __builtin_shuffle(x, y, (I){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           __builtin_shuffle(x, y, (I){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+}
+
+/* Products of a query with the keys of a block, in lanes. `runs` is padded / 16, a constant where that is common. */
+INLINE F scores_of_block(const float *query, const float *block, long runs) {
+    F part[4];
+    UNROLL for (int n = 0; n < 4; n++) {
+        F four[4];
+        UNROLL for (int m = 0; m < 4; m++) {
+            const float *key = block + (4 * n + m) * runs * LANES;
+            four[m] = (F){};
+            for (long r = 0; r < runs; r++) four[m] += *(const F *)(query + r * LANES) * *(const F *)(key + r * LANES);
+        }
+        part[n] = folded(folded(four[0], four[1]), folded(four[2], four[3]));
+    }
+    return folded(folded(part[0], part[1]), folded(part[2], part[3]));
+}
+
+/* Scores of all keys, -inf for those that are hidden. */
+INLINE void score(const struct attention *a, const struct group *g, const struct room *room, int half) {
+    long wide = (g->keys + LANES - 1) / LANES * LANES, runs = g->padded / LANES;
+    for (long first = 0; first < g->keys; first += LANES) {
+        read_block(a, g, first, 0, room->block, half);
+        for (long n = 0; n < g->count; n++) {
+            const float *query = room->queries + n * g->padded;
+            F value = runs == 4   ? scores_of_block(query, room->block, 4)
+                      : runs == 8 ? scores_of_block(query, room->block, 8)
+                                  : scores_of_block(query, room->block, runs);
+            if (first + LANES > g->prefix) {
+                const uint8_t *seen = a->visible + (g->first + n) / share_of(a) * a->per_sequence;
+                for (long m = 0; m < LANES; m++) {
+                    long own = first + m - g->prefix;
+                    if (own >= 0 && (first + m >= g->keys || !seen[own])) value[m] = -INFINITY;
+                }
+            }
+            *(F *)(room->scores + n * wide + first) = value;
+        }
+    }
+}
+
+/* Softmax in place; `count` is a multiple of 16. */
+INLINE void softmax(float *score, long count) {
+    F most = all(-INFINITY), total = {};
+    for (long n = 0; n < count; n += LANES) most = larger(most, *(F *)(score + n));
+    float largest = most[0];
+    for (int n = 1; n < LANES; n++) largest = fmaxf(largest, most[n]);
+    for (long n = 0; n < count; n += LANES) {
+        F value = exponential(*(F *)(score + n) - largest);
+        *(F *)(score + n) = value;
+        total += value;
+    }
+    F share = all(1 / sum_of(total));
+    for (long n = 0; n < count; n += LANES) *(F *)(score + n) *= share;
+}
+
+/* Sums of values, weighted by the scores. */
+INLINE void weigh(const struct attention *a, const struct group *g, const struct room *room, int half) {
+    long wide = (g->keys + LANES - 1) / LANES * LANES;
+    memset(room->sums, 0, g->count * g->padded * sizeof(float));
+    for (long first = 0; first < g->keys; first += LANES) {
+        read_block(a, g, first, 1, room->block, half);
+        for (long n = 0; n < g->count; n += 4) { /* of the last four, some may be no queries: their sums are not read */
+            const float *weight = room->scores + n * wide + first;
+            for (long d = 0; d < g->padded; d += LANES) {
+                float *sums = room->sums + n * g->padded + d;
+                F sum[4];
+                UNROLL for (int q = 0; q < 4; q++) sum[q] = *(F *)(sums + q * g->padded);
+                UNROLL for (int m = 0; m < LANES; m++) {
+                    F value = *(F *)(room->block + m * g->padded + d);
+                    UNROLL for (int q = 0; q < 4; q++) sum[q] += weight[q * wide + m] * value;
+                }
+                UNROLL for (int q = 0; q < 4; q++) *(F *)(sums + q * g->padded) = sum[q];
+            }
+        }
+    }
+}
+
+#ifdef __AMX_TILE__
+/* Where BLOCK keys (`values` 0) or values (1) lie from number `first` on, in bf16; those past the last are `zeros`. */
+static void find_rows(const struct attention *a, const struct group *g, long first, int values, const uint16_t *zeros,
+                      const uint16_t *row[BLOCK]) {
+    long kept = a->kv_heads * a->size, page = first / a->page_len, place = first % a->page_len, own = first - g->prefix;
+    const int64_t *table = a->table + g->sequence * a->table_stride;
+    const uint16_t *pages = (const uint16_t *)a->pages + g->head * a->size + values * kept;
+    const uint16_t *given = (const uint16_t *)(values ? a->v : a->k) + g->head * a->size +
+                            g->sequence * a->per_sequence * a->kv_stride;
+    for (long n = 0; n < BLOCK; n++, place++, own++) {
+        if (place == a->page_len) page++, place = 0;
+        if (first + n >= g->keys) row[n] = zeros;
+        else row[n] = own < 0 ? pages + (table[page] * a->page_len + place) * 2 * kept : given + own * a->kv_stride;
+    }
+}
+
+/* Exchange rows and columns of a square of words. */
+INLINE void transpose(U word[16]) {
+    UNROLL for (int s = 1; s < 16; s *= 2) {
+        U low = {}, high = {};
+        UNROLL for (int n = 0; n < 16; n++) {
+            low[n] = n & s ? n - s + 16 : n;
+            high[n] = n & s ? n + 16 : n + s;
+        }
+        UNROLL for (int n = 0; n < 16; n++) {
+            if (n & s) continue;
+            U first = word[n], second = word[n + s];
+            word[n] = __builtin_shuffle(first, second, low);
+            word[n + s] = __builtin_shuffle(first, second, high);
+        }
+    }
+}
+
+/* Two vectors of bf16 in words, the first in the low halves. */
+INLINE U paired(U first, U second) { return first | second << 16; }
+
+INLINE U rounded(F value) {
+    U bits = (U)value;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Scores [keys, 16 queries]: products of keys with queries, scaled; -inf for keys that are hidden. */
+static void tile_scores(const struct attention *a, const struct group *g, long wide, const U *queries, uint16_t *rows,
+                        const uint16_t *zeros, F *scores) {
+    F scale = all(1 / sqrtf(a->size));
+    const uint16_t *row[BLOCK];
+    for (long first = 0; first < wide; first += BLOCK) {
+        find_rows(a, g, first, 0, zeros, row);
+        for (long half = 0; half < BLOCK; half += LANES) {
+            F *found = scores + first + half;
+            const uint16_t *keys = row[half];
+            long stride = row[half + 1] - keys;
+            for (long n = 1; n < LANES; n++)
+                if (row[half + n] - row[half + n - 1] != stride) {
+                    for (long m = 0; m < LANES; m++) memcpy(rows + m * a->size, row[half + m], a->size * 2);
+                    keys = rows, stride = a->size;
+                    break;
+                }
+            _tile_zero(6);
+            for (long d = 0; d < a->size; d += 32) {
+                _tile_loadd(4, keys + d, stride * 2);
+                _tile_loadd(5, queries + d / 2, 64);
+                _tile_dpbf16ps(6, 4, 5);
+            }
+            _tile_stored(6, found, 64);
+            for (long m = 0; m < LANES; m++) found[m] *= scale;
+        }
+        if (first + BLOCK <= g->prefix) continue;
+        for (long m = 0; m < BLOCK; m++) {
+            long key = first + m, own = key - g->prefix;
+            for (long n = 0; own >= 0 && n < QUERIES; n++) {
+                long query = (g->first + (n < g->count ? n : 0)) / share_of(a);
+                if (key >= g->keys || !a->visible[query * a->per_sequence + own]) scores[key][n] = -INFINITY;
+            }
+        }
+    }
+}
+
+/* Sums of values [16 queries, size], weighted by exp(score - largest); returns the sums of the weights. */
+static F tile_sums(const struct attention *a, const struct group *g, long wide, F *scores, const uint16_t *zeros,
+                   float *sums) {
+    F most = all(-INFINITY), total = {};
+    const uint16_t *row[BLOCK];
+    U weights[16], values[16][4];
+    for (long key = 0; key < wide; key++) most = larger(most, scores[key]);
+    for (long key = 0; key < wide; key++) {
+        scores[key] = exponential(scores[key] - most);
+        total += scores[key];
+    }
+    for (long from = 0; from < a->size; from += 64) {
+        long columns = a->size - from < 64 ? a->size - from : 64;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long first = 0; first < wide; first += BLOCK) {
+            find_rows(a, g, first, 1, zeros, row);
+            for (long p = 0; p < 16; p++) {
+                weights[p] = paired(rounded(scores[first + 2 * p]), rounded(scores[first + 2 * p + 1]));
+                for (long d = 0; d < columns; d += LANES) {
+                    values[p][d / LANES] = paired(__builtin_convertvector(*(const H *)(row[2 * p] + from + d), U),
+                                                  __builtin_convertvector(*(const H *)(row[2 * p + 1] + from + d), U));
+                }
+            }
+            transpose(weights);
+            _tile_loadd(4, weights, 64);
+            _tile_loadd(5, &values[0][0], 256);
+            _tile_dpbf16ps(0, 4, 5);
+            if (columns > 16) {
+                _tile_loadd(5, &values[0][1], 256);
+                _tile_dpbf16ps(1, 4, 5);
+            }
+            if (columns > 32) {
+                _tile_loadd(5, &values[0][2], 256);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if (columns > 48) {
+                _tile_loadd(5, &values[0][3], 256);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+        }
+        _tile_stored(0, sums + from, g->padded * 4);
+        if (columns > 16) _tile_stored(1, sums + from + 16, g->padded * 4);
+        if (columns > 32) _tile_stored(2, sums + from + 32, g->padded * 4);
+        if (columns > 48) _tile_stored(3, sums + from + 48, g->padded * 4);
+    }
+    return total;
+}
+
+/* As `attend`, in bf16 by matrix instructions; the size of a head is a multiple of 32. */
+static void attend_by_tiles(const struct attention *a, const struct group *g, const struct room *room) {
+    long share = share_of(a), wide = (g->keys + BLOCK - 1) / BLOCK * BLOCK;
+    U *queries = (U *)room->queries;
+    for (long d = 0; d < a->size; d += 2)
+        for (long n = 0; n < QUERIES; n++) {
+            long token = g->sequence * a->per_sequence + (g->first + n) / share, head = g->head * share + (g->first + n) % share;
+            uint32_t word = 0;
+            if (n < g->count) memcpy(&word, (const uint16_t *)a->q + token * a->q_stride + head * a->size + d, 4);
+            queries[d / 2][n] = word;
+        }
+    uint16_t *rows = (uint16_t *)room->block, *zeros = rows + LANES * a->size;
+    memset(zeros, 0, a->size * 2);
+    tile_scores(a, g, wide, queries, rows, zeros, (F *)room->scores);
+    F total = tile_sums(a, g, wide, (F *)room->scores, zeros, room->sums);
+    for (long n = 0; n < g->count; n++)
+        for (long d = 0; d < a->size; d += LANES) *(F *)(room->sums + n * g->padded + d) /= total[n];
+}
+#endif
+
+INLINE void attend_by_vectors(const struct attention *a, const struct group *g, const struct room *room, int half) {
+    long share = share_of(a), wide = (g->keys + LANES - 1) / LANES * LANES;
+    float scale = 1 / sqrtf(a->size);
+    for (long n = 0; n < g->count; n++) {
+        long token = g->sequence * a->per_sequence + (g->first + n) / share, head = g->head * share + (g->first + n) % share;
+        for (long d = 0; d < g->padded; d += LANES)
+            *(F *)(room->queries + n * g->padded + d) = run(a->q, token * a->q_stride + head * a->size, d, a->size, half) * scale;
+    }
+    score(a, g, room, half);
+    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide);
+    weigh(a, g, room, half);
+}
+
+INLINE void attend(const struct attention *a, struct group g, const struct room *room, int half, int tiles) {
+    long share = share_of(a), own = 0;
+    g.prefix = a->prefix_len[g.sequence];
+    if (g.prefix > a->table_len * a->page_len) g.prefix = a->table_len * a->page_len; /* a slot that is not in use */
+    for (long n = 0; n < g.count; n++)
+        for (long key = a->per_sequence, query = (g.first + n) / share; key > own; key--)
+            if (a->visible[query * a->per_sequence + key - 1]) own = key;
+    g.keys = g.prefix + own;
+#ifdef __AMX_TILE__
+    if (tiles) attend_by_tiles(a, &g, room);
+    else
+#endif
+    if (half) attend_by_vectors(a, &g, room, 1);
+    else attend_by_vectors(a, &g, room, 0);
+    (void)tiles;
+    for (long n = 0; n < g.count; n++) {
+        long token = g.sequence * a->per_sequence + (g.first + n) / share, head = g.head * share + (g.first + n) % share;
+        for (long d = 0; d < a->size; d += LANES)
+            put_run(a->out, (token * a->heads + head) * a->size, d, a->size, half, *(F *)(room->sums + n * g.padded + d));
+    }
+}
+
+/* Strides are those of a token, in entries; k and v have the same. */
+void paged_attention(const void *q, const void *k, const void *v, long q_stride, long kv_stride, const void *pages,
+                     long page_len, const int64_t *table, long table_stride, long table_len, const int64_t *prefix_len,
+                     const uint8_t *visible, long sequences, long per_sequence, long heads, long kv_heads, long size,
+                     int half, void *out) {
+    struct attention a = {q, k, v, pages, table, prefix_len, visible, out, q_stride, kv_stride, table_stride, table_len,
+                          page_len, per_sequence, heads, kv_heads, size};
+    long padded = (size + LANES - 1) / LANES * LANES, queries = per_sequence * share_of(&a);
+    long groups = (queries + QUERIES - 1) / QUERIES, wide = table_len * page_len + per_sequence + BLOCK;
+    int tiles = matrices && half && size % 32 == 0;
+#pragma omp parallel
+    {
+#ifdef __AMX_TILE__
+        if (tiles) configure_tiles(16);
+#endif
+        float *all = malloc((2 * QUERIES * padded + LANES * padded + QUERIES * wide) * sizeof(float));
+        struct room room = {all, all + QUERIES * padded, all + 2 * QUERIES * padded, all + (2 * QUERIES + LANES) * padded};
+#pragma omp for schedule(static)
+        for (long n = 0; n < sequences * kv_heads * groups; n++) {
+            long first = n % groups * QUERIES, count = queries - first < QUERIES ? queries - first : QUERIES;
+            struct group g = {n / groups / kv_heads, n / groups % kv_heads, first, count, 0, 0, padded};
+            attend(&a, g, &room, half, tiles);
+        }
+        free(all);
+#ifdef __AMX_TILE__
+        if (tiles) _tile_release();
+#endif
+    }
+}
