@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quickstart"]
 
-DRAFTS_SECONDS, SCRATCH_SECONDS = 270, 480
+DRAFTS_SECONDS, SCRATCH_SECONDS = 240, 480
 """Training time by default."""
 TIMING_SECONDS, TIMING_SHARE = 20.0, 0.1
 """Time for which the service times its decode steps, and the most of it in shares of the training time."""
@@ -50,7 +50,8 @@ def quickstart(
     finally:
         shutdown()
     print_facts(facts | {"elapsed_seconds": time.perf_counter() - began}, as_json)
-    serve_again = f"{sys.executable} -m tidar serve {model} --tracking-uri {tracking_uri}"
+    dtype = facts.get("precision_of_speeds", "fp32")
+    serve_again = f"{sys.executable} -m tidar serve {model} --dtype {dtype} --tracking-uri {tracking_uri}"
     route = "completions"
     request: dict[str, Any] = {"prompt": "def main("}
     if not from_scratch:
@@ -67,7 +68,8 @@ def _drafts(workdir: Path, seconds: int, settings: "ServeSettings", as_json: boo
 
     result = flow(workdir, seconds)
     stderr.print("[bold]8 serve[/] the champion and send three questions over HTTP, with drafts and without")
-    settings = settings.model_copy(update={"tracking_uri": result.tracking_uri})
+    served = {"tracking_uri": result.tracking_uri, "dtype": result.summary["precision_of_speeds"]}
+    settings = settings.model_copy(update=served)
     answered = chat_over_http(settings, QUESTIONS, max_tokens=96)
     if as_json:
         return result.summary | {"answers": [asdict(one) for one in answered]}, result.tracking_uri

@@ -160,6 +160,7 @@ def serve(
     rows: Annotated[int | None, typer.Option(min=1, help="Sequences that a replica decodes together; 8.")] = None,
     context_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and completion together.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="auto by default.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Type of weights and arithmetic; fp32 by default.")] = None,
     weights: Weights = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores but one.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help=TRACKING)] = None,
@@ -175,7 +176,7 @@ def serve(
         settings,
         defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
         given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
-               "mode": None if mode is None else mode.value,
+               "mode": None if mode is None else mode.value, "dtype": None if dtype is None else dtype.value,
                "weights": None if weights is None else weights.value, "threads": threads, "tracking_uri": tracking_uri},
     )  # fmt: skip
     if dry_run:

@@ -170,7 +170,7 @@ def _pack_job(site: Site, base: str) -> PackJob:
         output=site.path("shards"),
         tokenizer=base,
         row_len=ROW_LEN,
-        held_out=0.06,
+        held_out=0.02,
         workers=site.threads,
     )
 

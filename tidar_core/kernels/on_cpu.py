@@ -2,10 +2,10 @@
 
 How does a tensor reach a C kernel?
 
-`reference` defines what each function computes, `layer.c` and `attention.c` compute it. A token's results do not depend, bit for bit, on
-how many tokens a forward has, nor on tokens that it does not see. So a forward of many query tokens has the bits of as
-many forwards of one. A prefill of more than `MOST_PAIRS` pairs of a query token and a key uses torch's attention, which
-is faster there. Its results differ in the last bits.
+`reference` defines what each function computes; `layer.c` and `attention.c` compute it. A token's results do not
+depend, bit for bit, on how many tokens a forward has, nor on tokens that it does not see. So a forward of many query
+tokens has the bits of as many forwards of one. A prefill of more than `MOST_PAIRS` pairs of a query token and a key
+uses torch's attention, which is faster there. Its results differ in the last bits.
 
 All tensors are of one dtype of `DTYPES`; only the weight of a norm may be of the other.
 

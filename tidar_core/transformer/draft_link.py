@@ -25,7 +25,7 @@ class DraftLink(nn.Module):
     """Logits that a token adds to those of the mask behind it.
 
     A link has one table of low rank for the tokens before, and one for the tokens that follow. The tables may be maps
-    of the model's embedding table and head instead: such a link has V / E times fewer weights, and each label trains
+    of the model's embedding table and head instead. Such a link has V / E times fewer weights, and each label trains
     all of them. The link of an adapter may read the mask's hidden state too, like the sampler of arXiv 2507.11851.
     """
 
