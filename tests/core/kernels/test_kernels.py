@@ -301,6 +301,23 @@ def test_the_c_kernels_give_a_token_the_same_bits_alone_and_beside_tokens_that_i
     assert torch.equal(torch.cat([own.silu_mul(x[n : n + 1]) for n in range(40)]), own.silu_mul(x))
 
 
+@pytest.mark.skipif(compiled.library() is None, reason="no C compiler works here")
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+@pytest.mark.parametrize("length", [40, 100, 150, 240])
+def test_a_short_prompt_has_the_same_bits_with_and_without_masks_behind_it(length, dtype):
+    """So a text that begins with it is the same with and without drafts, in bf16 too."""
+    call = forward((0,), length, (length,), 8, heads=9, kv_heads=3, size=64, pages=1, dtype=dtype)
+    call = {name: x.cpu() for name, x in call.items()} | {"page_table_BN": torch.zeros(1, 0, dtype=torch.long)}
+    alone = call | {name: call[name][:, :length] for name in ("q_BRHD", "k_BRGD", "v_BRGD")}
+    alone["own_visible_RR"] = call["own_visible_RR"][:length, :length]
+    shared = ("page_table_BN", "prefix_len_B", "own_visible_RR")
+    beside, alone = (
+        on_cpu.gathering(*(x[name] for name in shared), PAGE_LEN)(*(x[n] for n in x if n not in shared))
+        for x in (call, alone)
+    )
+    assert torch.equal(beside[:, :length], alone)
+
+
 def test_rotation_is_the_model_s_own():
     from tiny import wide_model
 
