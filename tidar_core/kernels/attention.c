@@ -217,7 +217,7 @@ static F tile_sums(const struct attention *a, const struct group *g, long wide, 
         total += scores[key];
     }
     for (long from = 0; from < a->size; from += 64) {
-        long columns = a->size - from < 64 ? a->size - from : 64;
+        long columns = a->size - from < 64 ? 32 : 64;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -226,32 +226,27 @@ static F tile_sums(const struct attention *a, const struct group *g, long wide, 
             find_rows(a, g, first, 1, zeros, row);
             for (long p = 0; p < 16; p++) {
                 weights[p] = paired(rounded(scores[first + 2 * p]), rounded(scores[first + 2 * p + 1]));
-                for (long d = 0; d < columns; d += LANES) {
+                for (long d = 0; d < columns; d += LANES)
                     values[p][d / LANES] = paired(__builtin_convertvector(*(const H *)(row[2 * p] + from + d), U),
                                                   __builtin_convertvector(*(const H *)(row[2 * p + 1] + from + d), U));
-                }
             }
             transpose(weights);
             _tile_loadd(4, weights, 64);
             _tile_loadd(5, &values[0][0], 256);
+            _tile_loadd(6, &values[0][1], 256);
             _tile_dpbf16ps(0, 4, 5);
-            if (columns > 16) {
-                _tile_loadd(5, &values[0][1], 256);
-                _tile_dpbf16ps(1, 4, 5);
-            }
-            if (columns > 32) {
-                _tile_loadd(5, &values[0][2], 256);
-                _tile_dpbf16ps(2, 4, 5);
-            }
-            if (columns > 48) {
-                _tile_loadd(5, &values[0][3], 256);
-                _tile_dpbf16ps(3, 4, 5);
-            }
+            _tile_dpbf16ps(1, 4, 6);
+            if (columns == 32) continue;
+            _tile_loadd(5, &values[0][2], 256);
+            _tile_loadd(6, &values[0][3], 256);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_dpbf16ps(3, 4, 6);
         }
         _tile_stored(0, sums + from, g->padded * 4);
-        if (columns > 16) _tile_stored(1, sums + from + 16, g->padded * 4);
-        if (columns > 32) _tile_stored(2, sums + from + 32, g->padded * 4);
-        if (columns > 48) _tile_stored(3, sums + from + 48, g->padded * 4);
+        _tile_stored(1, sums + from + 16, g->padded * 4);
+        if (columns == 32) continue;
+        _tile_stored(2, sums + from + 32, g->padded * 4);
+        _tile_stored(3, sums + from + 48, g->padded * 4);
     }
     return total;
 }
