@@ -42,12 +42,15 @@ def completions_over_http(settings: ServeSettings, prompts: Sequence[str], *, ma
 def chat_over_http(settings: ServeSettings, questions: Sequence[str], *, max_tokens: int) -> list[Answered]:
     """Start the service and send each question twice, with drafts and without; return both greedy answers.
 
+    A request for one token comes before: the service then has read the question for both, so neither time contains it.
     The service keeps running; `serve_apps.app.shutdown` ends it.
     """
     run(settings, blocking=False)
     answered = []
     for question in questions:
-        body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
+        _sent(settings, "chat/completions", **body, max_tokens=1)
+        body["max_tokens"] = max_tokens
         (drafted, seconds), (plain, seconds_plain) = (
             _sent(settings, "chat/completions", **body, speculative=speculative) for speculative in (True, False)
         )
