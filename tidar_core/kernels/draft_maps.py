@@ -99,10 +99,10 @@ class CompiledLowRank(_Panels):
 
 
 class _Plain:
-    """Weights as they are, on any device."""
+    """Copies of the weights, on any device. They are counted where the memory of a decoder is bounded."""
 
     def __init__(self, *weights: Tensor) -> None:
-        self._held = [weight.detach() for weight in weights]
+        self._held = [weight.detach().clone() for weight in weights]
 
     def refresh(self, *weights: Tensor) -> None:
         for held, weight in zip(self._held, weights, strict=True):
