@@ -65,7 +65,7 @@ LEARNING_RATE = 3e-3
 ROWS_PER_STEP = 1
 """Rows of one forward. With two rows a label costs 0.7 times as much, but more steps teach more (docs/LOG.md)."""
 ANSWER_TOKENS = 48
-"""Most tokens of an answer. More prompts teach more than longer answers (docs/LOG.md)."""
+"""Most tokens of an answer; the comparisons continue a prompt by as many."""
 PROBE_STEPS = 4
 """Timed train steps, after one that warms up."""
 ENGINE_OVERHEAD = 1.1

@@ -31,14 +31,12 @@ from tidar_core.transformer.shapes import named_shape
 
 __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
 
-NOT_RECORDED = (
-    asdict(Recipe())
-    | {
-        name: TrainJob.model_fields[name].default
-        for name in ("drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state")
-    }
-    | {"link_shares_tables": False}
-)
+NOT_RECORDED = asdict(Recipe()) | {
+    name: TrainJob.model_fields[name].default
+    for name in (
+        "drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state", "link_shares_tables",
+    )
+}  # fmt: skip
 """Fields of a run whose checkpoints do not name them, because it began before these fields existed."""
 
 
@@ -115,7 +113,9 @@ def refuse_other_run(job: TrainJob, checkpoint: Checkpoint, manifest: Manifest) 
             f"{checkpoint.uri} was trained on other shards than {job.shards} holds now; give the job another output, "
             "or the shards it began with"
         )
-    before = {**NOT_RECORDED, **cursor.run}
+    adapter = model_config(cursor).adapter
+    held = {} if adapter is None else {"link_shares_tables": adapter.link_shares_tables}
+    before = {**NOT_RECORDED, **held, **cursor.run}
     for name, value in _as_recorded(job.run, before).items():
         if _plain(before.get(name)) != value:
             raise ConfigError(

@@ -48,9 +48,8 @@ def chat_over_http(settings: ServeSettings, questions: Sequence[str], *, max_tok
     run(settings, blocking=False)
     answered = []
     for question in questions:
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
-        _sent(settings, "chat/completions", **body, max_tokens=1)
-        body["max_tokens"] = max_tokens
+        body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+        _sent(settings, "chat/completions", **body | {"max_tokens": 1})
         (drafted, seconds), (plain, seconds_plain) = (
             _sent(settings, "chat/completions", **body, speculative=speculative) for speculative in (True, False)
         )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipelines.jobs import TrainJob, read_job
 from pipelines.training.checkpoints import CheckpointStore, Cursor
 from pipelines.training.dry_run import dry_run
 from pipelines.training.memory import activation_bytes, estimated_memory, parameter_count
+from pipelines.training.train_start import refuse_other_run
 from pipelines.training.train_step_time import estimated_step, sample_seconds
 from tidar_core.errors import BundleError, ConfigError, ShardError, UserError, WeightsError
 from tidar_core.training.objective import Objective
@@ -189,6 +191,29 @@ def test_a_run_that_began_before_a_choice_existed_goes_on_without_it(shards, sto
     with pytest.raises(ConfigError, match="random_phase is True and was False in the run"):
         dry_run(stopped_run)
     assert dry_run(stopped_run.model_copy(update={"random_phase": False}))["begins_at_step"] == 5
+
+
+def test_a_run_of_whole_drafts_that_began_before_links_had_tables_of_the_checkpoint_goes_on(shards, stopped_run):
+    path = Path(stopped_run.checkpoints, "step-00000005/part-00000-of-00001.json")
+    note = json.loads(path.read_text())
+    del note["cursor"]["run"]["link_shares_tables"]
+    path.write_text(json.dumps(note))
+    assert dry_run(stopped_run)["begins_at_step"] == 5
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_run_of_an_adapter_that_did_not_record_its_links_tables_goes_on_with_those_of_its_model(shards, held):
+    jobs = {
+        shares: job(shards, shape=None, init_from="base", drafts="adapter", link_rank=4, link_shares_tables=shares)
+        for shares in (True, False)
+    }
+    run = {name: value for name, value in jobs[held].run.items() if name != "link_shares_tables"}
+    model = asdict(replace(named_shape("tiny"), mask_id=None, adapter=jobs[held].adapter, link_rank=4))
+    cursor = Cursor(step=5, updates=5, run=run, shards="tiny-0", start="w", model=model)
+    checkpoint, manifest = SimpleNamespace(uri="old", cursor=cursor), SimpleNamespace(identity="tiny-0")
+    refuse_other_run(jobs[held], checkpoint, manifest)
+    with pytest.raises(ConfigError, match=f"link_shares_tables is {not held} and was {held} in the run of old"):
+        refuse_other_run(jobs[not held], checkpoint, manifest)
 
 
 def test_a_run_of_other_shards_is_not_gone_on_with(stopped_run, tmp_path):
