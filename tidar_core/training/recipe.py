@@ -7,7 +7,7 @@ Shape letters: B rows, S tokens of a row, E embedding, R entries of a table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -236,8 +236,10 @@ def adapted_config(config: ModelConfig, adapter: AdapterConfig) -> ModelConfig:
         config.mask_id is None,
         "the weights of the model have a mask token of their own; drafts: adapter needs an AR checkpoint",
     )
-    held = config.adapter
-    _require(held in (None, adapter), f"the drafts have {held}; this job has {adapter}; give it the same fields")
+    if config.adapter is not None:
+        for name, given in asdict(adapter).items():
+            held = getattr(config.adapter, name)
+            _require(held == given, f"the drafts have {name} {held}; this job has {given}; give it the same")
     return replace(config, adapter=adapter)
 
 

@@ -214,7 +214,7 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_rank": 8}, "give it the same fields"),
+        ({"adapter_rank": 8}, "the drafts have rank 4; this job has 8; give it the same"),
         ({"drafts": "whole", "adapter_rank": 32}, "the drafts of a frozen checkpoint"),
     ],
 )
