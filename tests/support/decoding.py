@@ -18,8 +18,12 @@ class RandomPlanner:
     def __init__(self, seed, block_len):
         self.random, self.block_len = random.Random(seed), block_len
 
-    def begin_prefill(self):
+    @property
+    def drafts_first_blocks(self):
         return self.random.random() < 0.5
+
+    def begin_prefill(self):
+        pass
 
     def end_prefill(self):
         pass
@@ -29,7 +33,7 @@ class RandomPlanner:
         groups = [g for g in range(1, clean_len + 1) if self.random.random() < 0.4]
         return StepPlan(clean_len, tuple(groups), self.random.randint(1, self.block_len) if groups else 0)
 
-    def observe(self, steps):
+    def observe(self, steps, *, beside=False):
         assert steps
 
 

@@ -1,5 +1,8 @@
 """Computes the hidden states of the query tokens of one decoder forward.
 
+A forward may have several parts: the sequences of a decode step, and chunks of prompts. They share each product, so
+that weights are read once for all of them.
+
 It is the transformer of `model`, in the order that suits a decode step. Each residual sum is computed together with the
 norm that follows it. Keys and values go straight to their pages, and one gathering serves all layers. The functions it
 runs come from `kernels`, so that a CPU and a GPU differ in nothing else.
@@ -21,13 +24,27 @@ from torch import Tensor
 
 from tidar_core.config import ADAPTER_PLACES, ModelConfig
 from tidar_core.decoding.plan_tensors import QueryPattern
-from tidar_core.kernels import Kernels, kernels_for
+from tidar_core.kernels import Gather, Kernels, kernels_for
 from tidar_core.kernels.draft_maps import HeldLowRank
 from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["DecodeForward"]
+__all__ = ["DecodeForward", "QueryTokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTokens:
+    """Query tokens of sequences that have the same pattern."""
+
+    page_table_BN: Tensor
+    """Pages of each sequence, with room for the prefix and the clean tokens."""
+    prefix_len_B: Tensor
+    """Clean tokens read before."""
+    clean_BC: Tensor
+    pattern: QueryPattern
+    used_pages: int
+    """Leading pages that hold all of every prefix."""
 
 
 class DecodeForward:
@@ -61,46 +78,85 @@ class DecodeForward:
             for place in ADAPTER_PLACES:
                 getattr(layer, place).refresh(getattr(adapter, place))
 
-    def __call__(
-        self,
-        page_table_BN: Tensor,
-        prefix_len_B: Tensor,
-        clean_BC: Tensor,
-        pattern: QueryPattern,
-        used_pages: int,
-    ) -> Tensor:
-        """Compute hidden states [B, R, E] of the query tokens of the pattern: the clean tokens, then the masks.
+    def __call__(self, *parts: QueryTokens) -> list[Tensor]:
+        """Compute hidden states [B, R, E] of the query tokens of each part: the clean tokens, then the masks.
 
         Every query token sees the whole prefix of its sequence, since no horizon lies before the prefix's end. Among
-        the query tokens of the forward, visibility is the same for all sequences. Afterwards the cache holds keys and
-        values of the clean tokens; keys and values of masks are not kept.
-
-        page_table_BN  pages of each sequence, with room for the prefix and the clean tokens
-        prefix_len_B   clean tokens read before
-        used_pages     leading pages that hold all of every prefix
+        the query tokens of a part, visibility is the same for all sequences. Afterwards the cache holds keys and
+        values of the clean tokens; keys and values of masks are not kept. No sequence may be in two parts.
         """
-        config, kernels, page_len = self.model.config, self.kernels, self.cache.page_len
-        clean_len = clean_BC.shape[1]
+        config, kernels = self.model.config, self.kernels
+        prepared, first = [], 0
+        for tokens in parts:
+            prepared.append(self._prepared(tokens, first if len(parts) > 1 else None))
+            first += len(tokens.prefix_len_B) * len(tokens.pattern.position_R)
+        x = _joined([part.embedded for part in prepared])
+        eps, residual = config.norm_eps, None
+        for layer, pages in zip(self._layers, self.cache.pages.unbind()):
+            x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
+            qkv, gathered = layer.qkv(x, prepared), []
+            for part in prepared:
+                q, k, v = kernels.rotate_and_store(
+                    part.of(qkv), layer.norm, part.cos, part.sin, pages, part.page_slot_BC, eps=eps, heads=config.heads
+                )
+                gathered.append(part.gather(q, k, v, pages).flatten(2))
+            x = layer.output(_joined(gathered), prepared)
+            x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = layer.down(kernels.silu_mul(layer.gate_up(x, prepared)), prepared)
+        hidden = kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)[0]
+        return [part.of(hidden) for part in prepared]
+
+    def _prepared(self, tokens: QueryTokens, first: int | None) -> "_Part":
+        """What all layers share.
+
+        first  number of query tokens of the parts before; None: the forward has one part
+        """
+        page_len, pattern, clean_BC = self.cache.page_len, tokens.pattern, tokens.clean_BC
+        table_BN, prefix_len_B, clean_len = tokens.page_table_BN, tokens.prefix_len_B, clean_BC.shape[1]
         position_BR = prefix_len_B[:, None] + pattern.position_R
-        gather = kernels.gathering(page_table_BN[:, :used_pages], prefix_len_B, pattern.visible_RR, page_len)
         clean_position_BC = position_BR[:, :clean_len]
-        page_slot_BC = page_table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len
         x = F.embedding(clean_BC, self.model.embedding.weight)
         if pattern.masks:
             masks_ME = F.embedding(pattern.offset_M, self._masks_KE)
             x = torch.cat([x, masks_ME.expand(len(x), -1, -1)], 1)
         turned_BR = position_BR if self.model.adapter is None else self.model.adapter.turned(position_BR, clean_len)
-        cos, sin = F.embedding(turned_BR, self._cos_LD), F.embedding(turned_BR, self._sin_LD)
-        eps, residual = config.norm_eps, None
-        for layer, pages in zip(self._layers, self.cache.pages.unbind()):
-            x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
-            q, k, v = kernels.rotate_and_store(
-                layer.qkv(x, clean_len), layer.norm, cos, sin, pages, page_slot_BC, eps=eps, heads=config.heads
-            )
-            x = layer.output(gather(q, k, v, pages).flatten(2), clean_len)
-            x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(kernels.silu_mul(layer.gate_up(x, clean_len)), clean_len)
-        return kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)[0]
+        return _Part(
+            embedded=x,
+            clean_len=clean_len,
+            masks=pattern.masks,
+            rows=None if first is None else slice(first, first + position_BR.numel()),
+            gather=self.kernels.gathering(table_BN[:, : tokens.used_pages], prefix_len_B, pattern.visible_RR, page_len),
+            page_slot_BC=table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len,
+            cos=F.embedding(turned_BR, self._cos_LD),
+            sin=F.embedding(turned_BR, self._sin_LD),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Query tokens with what all layers share."""
+
+    embedded: Tensor
+    """[B, R, E]"""
+    clean_len: int
+    masks: int
+    """Masks of a sequence."""
+    rows: slice | None
+    """Place of the tokens among those of the forward; None: they are all there are."""
+    gather: Gather
+    page_slot_BC: Tensor
+    """Places of the clean tokens in the cache."""
+    cos: Tensor
+    sin: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part's entries [B, R, N] of a tensor of all tokens, as a view."""
+        return x if self.rows is None else x[self.rows].view(*self.embedded.shape[:2], -1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of the entries [B, R, N] of all parts: [tokens, N], if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +176,13 @@ class _Product:
         if adapter is not None and self.added is not None:
             self.added.refresh(adapter.down, adapter.up * ADAPTER_SCALE)
 
-    def __call__(self, x_BRN: Tensor, clean_len: int) -> Tensor:
-        y_BRN = self.linear(x_BRN)
-        if self.added is not None and x_BRN.shape[1] > clean_len:
-            self.added.add_to(y_BRN, x_BRN, clean_len)
-        return y_BRN
+    def __call__(self, x: Tensor, parts: list[_Part]) -> Tensor:
+        y = self.linear(x)
+        if self.added is not None:
+            for part in parts:
+                if part.masks:
+                    self.added.add_to(part.of(y), part.of(x), part.clean_len)
+        return y
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ host. So a forward can be captured and replayed.
 Shape letters: B sequences, C clean tokens, K block length, R query tokens of a forward, E embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
-from tidar_core.decoding.decode_forward import DecodeForward
+from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.plan_tensors import PlanTensors
 from tidar_core.decoding.sampling import (
     ACCEPT,
@@ -67,6 +67,8 @@ class Outcome:
     """[B, C, V]: logits of the autoregressive mode, from the head; None for a captured step that is not scored."""
     hidden: Tensor | None
     """[B, R, E]; None for a captured step."""
+    beside: Sequence[Tensor] = ()
+    """Hidden states [1, R, E] of each chunk that was read in the same forward."""
 
 
 class DecodeStepRunner:
@@ -112,14 +114,16 @@ class DecodeStepRunner:
             assert table_VV is not None, "a link with a table keeps it"
             self._link_VV.copy_(table_VV)
 
-    def read(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> Tensor:
-        """Read a chunk of one sequence whose first token has position `start`.
-
-        Returns hidden states [1, R, E] of the chunk, then of a block of masks for each group of the plan.
-        """
+    def chunk(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> QueryTokens:
+        """A chunk of one sequence whose first token has position `start`, and a block of masks for each group of the
+        plan."""
         prefix_len = torch.tensor([start], device=chunk_1C.device)
         pattern = self._tensors_of_prefill(plan).pattern
-        return self._forward(page_table_1N, prefix_len, chunk_1C, pattern, -(-start // self.cache.page_len))
+        return QueryTokens(page_table_1N, prefix_len, chunk_1C, pattern, -(-start // self.cache.page_len))
+
+    def read(self, chunks: Sequence[QueryTokens]) -> list[Tensor]:
+        """Read chunks of different sequences; returns hidden states [1, R, E] of each."""
+        return self._forward(*chunks)
 
     def begin(self, slots: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
         """Choose the first token [1] of a sequence that was read to its end, and draft the block after it.
@@ -133,20 +137,27 @@ class DecodeStepRunner:
         return first
 
     def step(
-        self, batch: int, tensors: PlanTensors, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
+        self,
+        batch: int,
+        tensors: PlanTensors,
+        used_pages: int,
+        adjust: Callable[[Tensor], Tensor] | None = None,
+        beside: Sequence[QueryTokens] = (),
     ) -> Outcome:
         """Verify and draft for the first `batch` slots.
 
         tensors     tensors of the plan, from `tensors_of`
         used_pages  leading pages that hold all of every prefix
         adjust      changes the target logits [B, C, V] by the rules of the requests
+        beside      chunks of sequences without a slot, to be read in the same forward
         """
         plan, state = tensors.plan, self.state
         B, C = batch, plan.clean_len
         sampling = state.sampling(slice(0, B))
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
         read_BC = draft_BC.clamp(min=0)  # NO_DRAFT is rejected, whatever is read in its place
-        hidden_BRE = self._forward(state.page_table[:B], prefix_B, read_BC, tensors.pattern, used_pages)
+        batch_tokens = QueryTokens(state.page_table[:B], prefix_B, read_BC, tensors.pattern, used_pages)
+        hidden_BRE, *others = self._forward(batch_tokens, *beside)
         together = bool(plan.groups) and plan.query_tokens(self.draft.block_len) <= self._tuning.one_product_tokens
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]
@@ -170,7 +181,7 @@ class DecodeStepRunner:
         self._propose(
             slice(0, B), verdict.next_B, accepted_B, hidden_BRE, tensors, sampling, logits_BRV if together else None
         )
-        return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
+        return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE, others)
 
     def target_logits(
         self, ar_BRV: Tensor, first_masks_BRE: Tensor, token_BR: Tensor, sampling: SamplingTensors

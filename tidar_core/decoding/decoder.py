@@ -1,6 +1,6 @@
 """Runs step plans for the sequences in its slots, on one model and one cache.
 
-`read` and `begin` read a prompt and give its first token. `decode_step` verifies each sequence's draft block. In the
+`read` and `begin` read prompts and give their first tokens. `decode_step` verifies each sequence's draft block. In the
 same forward it drafts the next block for the outcomes of the verification that the plan names (TiDAR, section 3.2; the
 plans: `step_plan`). With one pending token and no group it is the autoregressive mode, through the same code.
 
@@ -12,7 +12,7 @@ The decoder keeps no waiting line and owns no pages: `scheduler` decides which s
 `decode_step` computes a forward.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.cuda_graphs import CudaRecorder, StepGraphs
+from tidar_core.decoding.decode_forward import QueryTokens
 from tidar_core.decoding.decode_step import DEFAULT_TUNING, DecodeStepRunner, DecodeTuning, Outcome
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.logit_rules import adjusting
@@ -30,7 +31,8 @@ from tidar_core.decoding.page_pool import PAGE_LEN, page_count
 from tidar_core.decoding.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.decoding.request import DecodeStep, Request, check_request
 from tidar_core.decoding.sampling import SamplingTensors
-from tidar_core.decoding.sequence import Sequence
+from tidar_core.decoding.sequence import Chunk
+from tidar_core.decoding.sequence import Sequence as RunningSequence
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, require_same_shapes
@@ -71,7 +73,7 @@ class Decoder:
         self._graphs: StepGraphs | None = None
         if self.device.type == "cuda":
             self._graphs = StepGraphs(self._runner, CudaRecorder(self.device))
-        self.running: list[Sequence] = []
+        self.running: list[RunningSequence] = []
         """The running sequences by slot; they always take the first slots."""
         self._moved = False
         """Whether sequences took or left slots since the last step."""
@@ -81,6 +83,11 @@ class Decoder:
     def captures(self) -> bool:
         """Whether each shape of decode step is captured as a CUDA graph when it is first met, which takes a while."""
         return self._graphs is not None
+
+    @property
+    def reads_beside(self) -> bool:
+        """Whether a decode step may read chunks of prompts in its forward. A captured step reads nothing else."""
+        return self._graphs is None
 
     def computed_slots(self, batch: int) -> int:
         """Slots that a step of `batch` sequences computes: more than `batch` if few shapes are captured."""
@@ -112,31 +119,19 @@ class Decoder:
         self._runner.refresh_drafts()
 
     @torch.inference_mode()
-    def read(self, sequence: Sequence, plan: StepPlan) -> Tensor:
-        """Read the next `plan.clean_len` tokens of a sequence that has no slot yet.
-
-        Returns hidden states [1, R, E]: of those tokens, then of the masks that the plan names.
-        """
-        self._has_read = True
-        start, stop = sequence.read, sequence.read + plan.clean_len
-        chunk = torch.tensor([sequence.tokens[start:stop]], device=self.device)
-        pages = torch.tensor([sequence.pages.ids], device=self.device)
-        hidden = self._runner.read(pages, start, chunk, plan)
-        sequence.read = stop
-        sampling, following = sequence.request.sampling, sequence.tokens[start + 1 : stop + 1]
-        if sampling.prompt_logprobs and following and not sequence.emitted:
-            logits = self.model.head(hidden[0, : len(following)])
-            sequence.prompt_logprobs += token_logprobs(logits, following, sampling.logprobs or 0)
-        return hidden
+    def read(self, chunks: Sequence[Chunk]) -> None:
+        """Read chunks of different sequences that have no slot yet."""
+        for chunk, hidden in zip(chunks, self._runner.read([self._query_tokens(chunk) for chunk in chunks])):
+            self._has_been_read(chunk, hidden)
 
     @torch.inference_mode()
-    def begin(self, sequence: Sequence, hidden: Tensor, plan: StepPlan) -> DecodeStep:
-        """Put a sequence whose prompt was read to the end into the next slot.
+    def begin(self, chunk: Chunk) -> DecodeStep:
+        """Put a sequence into the next slot, after the chunk that ends its prompt was read.
 
         Returns the first token of its completion, and drafts the block after it.
-
-        hidden  what `read` returned for the last tokens of the prompt, with the same `plan`
         """
+        sequence, plan, hidden = chunk.sequence, chunk.plan, chunk.hidden
+        assert hidden is not None, "the last token of a prompt is always read"
         slot, C = self._take_slot(sequence), plan.clean_len
         sampling = SamplingTensors.of([sequence.request.sampling], self.device)
         ar_logits = self.model.head(hidden[:, C - 1 : C])
@@ -153,7 +148,7 @@ class Decoder:
         return step
 
     @torch.inference_mode()
-    def resume(self, sequence: Sequence) -> None:
+    def resume(self, sequence: RunningSequence) -> None:
         """Put a sequence that was read again, completion included, into the next slot; its last token is pending."""
         slot = self._take_slot(sequence)
         sequence.set_block(1, sequence.mask_offset)
@@ -161,11 +156,13 @@ class Decoder:
         self._runner.fill_with_point_mass(slice(slot, slot + 1), last)
 
     @torch.inference_mode()
-    def decode_step(self, plan: StepPlan) -> list[DecodeStep]:
+    def decode_step(self, plan: StepPlan, beside: Sequence[Chunk] = ()) -> list[DecodeStep]:
         """Run one forward for all running sequences; returns one step for each, by slot.
 
         Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added. The
         caller has given the pages that `plan.clean_len` more tokens take.
+
+        beside  chunks to read in the same forward, where `reads_beside` allows it
         """
         if any(sequence.request.sampling.beta < 1 for sequence in self.running):
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
@@ -175,7 +172,9 @@ class Decoder:
             self._moved = False
         ruled = {slot: sequence.rules for slot, sequence in enumerate(self.running) if sequence.rules is not None}
         adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len].clamp(min=0)) if ruled else None
-        outcome = self._launch(batch, plan, used_pages, adjust)
+        outcome = self._launch(batch, plan, used_pages, adjust, [self._query_tokens(chunk) for chunk in beside])
+        for chunk, hidden in zip(beside, outcome.beside, strict=True):
+            self._has_been_read(chunk, hidden)
         blocks, logits = blocks_after(plan, self.draft.block_len), outcome.ar_logits
         steps = []
         for slot, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
@@ -192,7 +191,7 @@ class Decoder:
         """Pass the pages of the slot's sequence on to the device, from its page `first` on."""
         self._state.give_pages(slot, first, self.running[slot].pages.ids[first:])
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: RunningSequence) -> None:
         """Free the slot of a sequence; the sequence of the last taken slot moves there."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         self.running[slot] = self.running[last]
@@ -200,7 +199,7 @@ class Decoder:
         self._state.free(slot, last)
         self._moved = True
 
-    def redraft(self, sequence: Sequence, tokens: list[int]) -> None:
+    def redraft(self, sequence: RunningSequence, tokens: list[int]) -> None:
         """Replace the first drafts of a running sequence, as if the model had proposed `tokens` outright.
 
         No more drafts are pending. Any proposals leave the text the same; only the number of forwards changes.
@@ -238,14 +237,35 @@ class Decoder:
             state.gather_sampling([])
 
     def _launch(
-        self, batch: int, plan: StepPlan, used_pages: int, adjust: Callable[[Tensor], Tensor] | None = None
+        self,
+        batch: int,
+        plan: StepPlan,
+        used_pages: int,
+        adjust: Callable[[Tensor], Tensor] | None = None,
+        beside: Sequence[QueryTokens] = (),
     ) -> Outcome:
         if self._graphs is None or adjust is not None:
-            return self._runner.step(batch, self._runner.tensors_of(plan), used_pages, adjust)
+            return self._runner.step(batch, self._runner.tensors_of(plan), used_pages, adjust, beside)
+        assert not beside, "a captured step reads no chunks"
         scored = any(sequence.request.sampling.logprobs is not None for sequence in self.running)
         return self._graphs.step(batch, plan, used_pages, scored=scored)
 
-    def _take_slot(self, sequence: Sequence) -> int:
+    def _query_tokens(self, chunk: Chunk) -> QueryTokens:
+        self._has_read = True
+        sequence, start = chunk.sequence, chunk.sequence.read
+        tokens = torch.tensor([sequence.tokens[start : start + chunk.plan.clean_len]], device=self.device)
+        pages = torch.tensor([sequence.pages.ids], device=self.device)
+        return self._runner.chunk(pages, start, tokens, chunk.plan)
+
+    def _has_been_read(self, chunk: Chunk, hidden: Tensor) -> None:
+        sequence, start = chunk.sequence, chunk.sequence.read
+        sequence.read, chunk.hidden = start + chunk.plan.clean_len, hidden
+        sampling, following = sequence.request.sampling, sequence.tokens[start + 1 : sequence.read + 1]
+        if sampling.prompt_logprobs and following and not sequence.emitted:
+            logits = self.model.head(hidden[0, : len(following)])
+            sequence.prompt_logprobs += token_logprobs(logits, following, sampling.logprobs or 0)
+
+    def _take_slot(self, sequence: RunningSequence) -> int:
         slot = len(self.running)
         self.running.append(sequence)
         self._state.begin(slot, sequence.read)

@@ -1,6 +1,6 @@
 """Paces the reading of prompts beside running requests.
 
-How many prompt tokens may be read between two decode steps?
+How many prompt tokens may be read from one decode step to the next?
 
 A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take as long as a decode step,
 so that no gap is longer than two steps. If more requests arrive than run, it may take longer by that factor. A gap
@@ -11,8 +11,11 @@ from tidar_core.timing import Clock
 
 __all__ = ["PrefillPace"]
 
-FIRST_TOKENS, LEAST_TOKENS = 64, 16
-"""Tokens of a chunk before any gap was measured, and the fewest: a product of fewer tokens takes nearly as long."""
+FIRST_TOKENS = 64
+"""Tokens of a chunk before any gap was measured."""
+LEAST_ALONE, LEAST_BESIDE = 16, 8
+"""Fewest tokens of a chunk with a forward of its own, where fewer take nearly as long, and of a chunk in the forward of
+a decode step."""
 STEP_GAIN = 0.2
 """Share of a new gap in the mean gap without a chunk."""
 LARGEST_CHANGE = 2.0
@@ -22,11 +25,12 @@ LARGEST_CHANGE = 2.0
 class PrefillPace:
     """Length of the next chunk of one scheduler."""
 
-    def __init__(self, most: int, clock: Clock) -> None:
+    def __init__(self, most: int, clock: Clock, *, least: int = LEAST_ALONE) -> None:
         """most   most tokens of a chunk
         clock  seconds, ascending
+        least  fewest tokens of a chunk, unless `most` is less
         """
-        self._most, self._clock = most, clock
+        self._most, self._least, self._clock = most, min(least, most), clock
         self._tokens = float(min(FIRST_TOKENS, most))
         self._ended: float | None = None
         self._bare = 0.0
@@ -56,4 +60,4 @@ class PrefillPace:
             allowed = self._bare * max(1.0, share)
             change = allowed / max(gap - self._bare, 1e-9)
             self._tokens *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
-            self._tokens = min(max(self._tokens, min(LEAST_TOKENS, self._most)), self._most)
+            self._tokens = min(max(self._tokens, self._least), self._most)

@@ -1,7 +1,8 @@
 """Decides which requests run on a decoder, on which pages, and with which plan.
 
 Requests wait in one line. Between two forwards the first of them take the free slots, and leave when they have
-finished. Prompts are read in chunks between decode steps, so that a long prompt does not hold up running requests.
+finished. Prompts are read in chunks, so that a long prompt does not hold up running requests. A chunk is read in the
+forward of a decode step, which reads the weights anyway; where steps are captured, it is read after the step.
 Where pages run out, the youngest sequence gives its pages up, returns to the head of the line, and is read again later.
 
 No threads: the owner calls `advance` for as long as `busy`. The only clock paces prefills (`prefill_pace`).
@@ -16,9 +17,9 @@ from torch import Tensor
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.page_pool import PagePool, SequencePages
-from tidar_core.decoding.prefill_pace import PrefillPace
+from tidar_core.decoding.prefill_pace import LEAST_ALONE, LEAST_BESIDE, PrefillPace
 from tidar_core.decoding.request import DecodeStep, Request
-from tidar_core.decoding.sequence import Sequence
+from tidar_core.decoding.sequence import Chunk, Sequence
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.errors import CapacityError, RequestError
@@ -61,7 +62,8 @@ class Scheduler:
         self.shared_tokens = 0
         """Prompt tokens that the cache held already."""
         self._share_prefixes, self._prefill_tokens = share_prefixes, prefill_tokens
-        self._pace, self._read = PrefillPace(prefill_tokens, clock), 0
+        least = LEAST_BESIDE if decoder.reads_beside else LEAST_ALONE
+        self._pace, self._read = PrefillPace(prefill_tokens, clock, least=least), 0
         self._sequences: dict[str, Sequence] = {}
         """All requests that wait or run, by id."""
         self._line: deque[Sequence] = deque()
@@ -151,20 +153,26 @@ class Scheduler:
         return set(self._sequences)
 
     def advance(self) -> list[DecodeStep]:
-        """Run one decode step for all running requests, then read a chunk of the prompts that are next."""
-        steps: list[DecodeStep] = []
-        if running := len(self.decoder.running):
-            steps = self.decode_step(self._plan())
-            self.planner.observe(steps)
-            self._pace.step_ended(self._read, min(len(self._line), self._free) / running)
-        else:
+        """Run one decode step for all running requests, and read chunks of the prompts that are next."""
+        if not self.decoder.running:
             self._pace.idle()
+            self._read = 0
+            return self._prefill()
+        running, plan = len(self.decoder.running), self._plan()
+        self._make_room(plan.clean_len)
+        chunks: list[Chunk] = []
+        if self.decoder.reads_beside and self.decoder.running:
+            chunks = self._next_chunks(self._pace.tokens(running), drafts=self.planner.drafts_first_blocks)
+        steps = self._stepped(plan, chunks)
+        self.planner.observe(steps, beside=any(chunk.plan.clean_len for chunk in chunks))
+        self._pace.step_ended(self._read, min(len(self._line), self._free) / running)
         self._read = 0
-        if self._line and self._free:
-            drafts = self.planner.begin_prefill()
-            most = self._pace.tokens(len(self.decoder.running))
-            steps += self.prefill(max_tokens=most, drafts=drafts)
+        if chunks:
+            self.planner.begin_prefill()
+            steps += self._settle(self._begun(chunks))
             self.planner.end_prefill()
+        elif not self.decoder.reads_beside or not self.decoder.running:
+            steps += self._prefill()
         return steps
 
     def load_drafts(self, weights: Mapping[str, Tensor]) -> None:
@@ -178,7 +186,7 @@ class Scheduler:
         Where pages run out, the youngest sequences are preempted first and bring no step.
         """
         self._make_room(plan.clean_len)
-        return self._settle(self.decoder.decode_step(plan)) if self.decoder.running else []
+        return self._stepped(plan)
 
     def prefill(self, max_tokens: int | None = None, *, drafts: bool = True) -> list[DecodeStep]:
         """Read up to `max_tokens` tokens of the prompts that have a slot, in order.
@@ -191,25 +199,10 @@ class Scheduler:
         """
         left = self._prefill_tokens if max_tokens is None else max_tokens
         steps: list[DecodeStep] = []
-        while left > 0 and self._line and self._free:
-            sequence = self._line[0]
-            if not self._hold(sequence):
-                break
-            count = min(left, self._prefill_tokens, sequence.goal - sequence.read)
-            left, self._read = left - count, self._read + count
-            request, last = sequence.request, sequence.read + count == sequence.goal
-            masked = last and not sequence.emitted and ((drafts and request.speculative) or request.sampling.beta < 1)
-            plan = StepPlan(count, (count,) if masked else ())
-            hidden = self.decoder.read(sequence, plan) if count else None
-            self.pool.commit(sequence.pages, sequence.tokens, sequence.read)
-            if not last:
-                continue
-            self._line.popleft()
-            if sequence.emitted:
-                self.decoder.resume(sequence)
-            else:
-                assert hidden is not None, "the last token of a prompt is always read"
-                steps.append(self.decoder.begin(sequence, hidden, plan))
+        while left > 0 and (chunks := self._next_chunks(min(left, self._prefill_tokens), drafts=drafts)):
+            left -= sum(chunk.plan.clean_len for chunk in chunks)
+            self.decoder.read([chunk for chunk in chunks if chunk.plan.clean_len])
+            steps += self._begun(chunks)
         return self._settle(steps)
 
     def redraft(self, request_id: str, tokens: list[int]) -> None:
@@ -224,6 +217,63 @@ class Scheduler:
     def _free(self) -> int:
         """Slots without a running sequence."""
         return self.decoder.slots - len(self.decoder.running)
+
+    def _prefill(self) -> list[DecodeStep]:
+        """Read what comes next of the line, if anything, in forwards of its own."""
+        if not self._line or not self._free:
+            return []
+        self.planner.begin_prefill()
+        most = self._pace.tokens(len(self.decoder.running))
+        steps = self.prefill(max_tokens=most, drafts=self.planner.drafts_first_blocks)
+        self.planner.end_prefill()
+        return steps
+
+    def _stepped(self, plan: StepPlan, beside: list[Chunk] | None = None) -> list[DecodeStep]:
+        """Steps of all running requests, for which there is room."""
+        if not self.decoder.running:
+            return []
+        return self._settle(self.decoder.decode_step(plan, [c for c in beside or () if c.plan.clean_len]))
+
+    def _next_chunks(self, most: int, *, drafts: bool) -> list[Chunk]:
+        """The next tokens of the line, `most` together, for one forward; all chunks but the last end a prompt.
+
+        drafts  draft first blocks in the same forward
+        """
+        chunks: list[Chunk] = []
+        for sequence in tuple(self._line)[: self._free]:
+            if most <= 0 or (chunks and self._shares_later(sequence, chunks)) or not self._hold(sequence):
+                break
+            count = min(most, sequence.goal - sequence.read)
+            most, self._read = most - count, self._read + count
+            request, last = sequence.request, sequence.read + count == sequence.goal
+            masked = last and not sequence.emitted and ((drafts and request.speculative) or request.sampling.beta < 1)
+            chunks.append(Chunk(sequence, StepPlan(count, (count,) if masked else ())))
+        return chunks
+
+    def _shares_later(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """Whether a sequence without pages would share more of them once these chunks are read."""
+        if not self._share_prefixes or sequence.pages.ids or sequence.request.sampling.prompt_logprobs:
+            return False
+        shared = self.pool.share(sequence.tokens[:-1])
+        beyond = (shared.full + 1) * self.pool.page_len
+        self.pool.release(shared)
+        beginning = sequence.tokens[:beyond]
+        return beyond < len(sequence.tokens) and any(chunk.sequence.tokens[:beyond] == beginning for chunk in chunks)
+
+    def _begun(self, chunks: list[Chunk]) -> list[DecodeStep]:
+        """Publish the pages of chunks that were read; first tokens of the prompts that they end."""
+        steps: list[DecodeStep] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self.pool.commit(sequence.pages, sequence.tokens, sequence.read)
+            if sequence.read < sequence.goal:
+                continue
+            self._line.popleft()
+            if sequence.emitted:
+                self.decoder.resume(sequence)
+            else:
+                steps.append(self.decoder.begin(chunk))
+        return steps
 
     def _plan(self) -> StepPlan:
         """The autoregressive plan if no request wants drafts, else the planner's.

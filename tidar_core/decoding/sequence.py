@@ -1,12 +1,15 @@
-"""State of a request on its way through the decoder: tokens, pages, rules, and its draft block."""
+"""State of a request on its way through the decoder: tokens, pages, rules, its draft block, the next chunk to read."""
 
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.page_pool import SequencePages
 from tidar_core.decoding.request import DecodeStep, Request, TokenLogprob
+from tidar_core.decoding.step_plan import StepPlan
 
-__all__ = ["Sequence"]
+__all__ = ["Chunk", "Sequence"]
 
 
 @dataclass(slots=True, eq=False)
@@ -69,3 +72,14 @@ class Sequence:
             self.request.request_id, tuple(tokens), reason, self.pending, accepted, verified,
             mask_offset=mask_offset, cached=cached,
         )  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """The next tokens of a sequence without a slot, to be read by one forward."""
+
+    sequence: Sequence
+    plan: StepPlan
+    """Number of the tokens, and the masks behind them."""
+    hidden: Tensor | None = None
+    """Hidden states [1, R, E] of tokens and masks, after the forward."""

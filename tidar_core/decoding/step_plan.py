@@ -48,8 +48,13 @@ class StepPlan:
 class Planner(Protocol):
     """Chooses the plan of each decode step."""
 
-    def begin_prefill(self) -> bool:
-        """Called before a prefill; returns whether it drafts the first block."""
+    @property
+    def drafts_first_blocks(self) -> bool:
+        """Whether the forward that ends a prompt drafts the first block."""
+        ...
+
+    def begin_prefill(self) -> None:
+        """Called before a prefill."""
         ...
 
     def end_prefill(self) -> None:
@@ -64,8 +69,11 @@ class Planner(Protocol):
         """
         ...
 
-    def observe(self, steps: "Sequence[DecodeStep]") -> None:
-        """Learn from the steps of the plan; a sequence that was preempted brought no step."""
+    def observe(self, steps: "Sequence[DecodeStep]", *, beside: bool = False) -> None:
+        """Learn from the steps of the plan; a sequence that was preempted brought no step.
+
+        beside  whether their forward read prompts too
+        """
         ...
 
     def forget_drafts(self) -> None:
@@ -92,9 +100,13 @@ class FixedMode:
         if self.groups != tuple(sorted(set(self.groups) & set(range(1, self.block_len + 1)))):
             raise ConfigError(f"groups are {self.groups}; they must ascend within 1..{self.block_len}")
 
-    def begin_prefill(self) -> bool:
-        """Drafts in single-pass mode; in two-pass mode the first step drafts, so that all sequences stay in step."""
+    @property
+    def drafts_first_blocks(self) -> bool:
+        """Only in single-pass mode; in two-pass mode the first step drafts, so that all sequences stay in step."""
         return self.mode == "single-pass" and self.block_len > 1
+
+    def begin_prefill(self) -> None:
+        """A fixed mode does not time its prefills."""
 
     def end_prefill(self) -> None:
         """A fixed mode does not time its prefills."""
@@ -107,7 +119,7 @@ class FixedMode:
             return StepPlan(self.block_len, self.groups or tuple(range(1, self.block_len + 1)))
         return StepPlan(self.block_len) if max(pending.values()) > 1 else StepPlan(1, (1,))
 
-    def observe(self, steps: "Sequence[DecodeStep]") -> None:
+    def observe(self, steps: "Sequence[DecodeStep]", *, beside: bool = False) -> None:
         """A fixed mode has nothing to learn."""
 
     def forget_drafts(self) -> None:

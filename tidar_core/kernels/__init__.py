@@ -23,7 +23,7 @@ from tidar_core.kernels.draft_maps import (
     PlainMap,
 )
 
-__all__ = ["PLAIN", "Kernels", "c_kernels", "kernels_for", "triton_kernels"]
+__all__ = ["PLAIN", "Gather", "Kernels", "c_kernels", "kernels_for", "triton_kernels"]
 
 
 Gather = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

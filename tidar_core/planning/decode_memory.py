@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tidar_core.config import DraftConfig, ModelConfig, SamplingConfig
 from tidar_core.decoding.batch_state import BatchState
+from tidar_core.decoding.decode_forward import QueryTokens
 from tidar_core.decoding.decode_step import DEFAULT_TUNING, DecodeStepRunner
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.scheduler import PREFILL_TOKENS
@@ -105,7 +106,7 @@ class _Tested:
     """Device side of a decoder with a full batch, on tensors without memory."""
 
     def __init__(self, model: TidarModel, draft: DraftConfig, size: DecoderSize, cuda: bool) -> None:
-        self.model, self.size, self.block_len = model, size, draft.block_len
+        self.model, self.size, self.block_len, self.cuda = model, size, draft.block_len, cuda
         config, dtype = model.config, model.embedding.weight.dtype
         cache = KVCache(config, pages=size.pages, page_len=size.page_len, dtype=dtype, device=META)
         vocab = config.vocab_size if draft.kind == "sampled" else None
@@ -126,20 +127,28 @@ class _Tested:
     def step(
         self, plan: StepPlan, sampling: SamplingConfig, adjust: Callable[[Tensor], Tensor] | None = None
     ) -> object:
-        """One decode step of the whole batch."""
-        state = self.stepper.state
+        """One decode step of the whole batch; on a CPU, its forward reads a chunk too."""
+        state, beside = self.stepper.state, [] if self.cuda else [self.chunk()]
         state.gather_sampling([sampling] * state.slots)
-        copies = state.snapshot()  # as before a capture
-        return copies, self.stepper.step(state.slots, self.stepper.tensors_of(plan), self.size.max_pages, adjust)
+        copies, tensors = state.snapshot(), self.stepper.tensors_of(plan)  # copies as before a capture
+        outcome = self.stepper.step(state.slots, tensors, self.size.max_pages, adjust, beside)
+        return copies, outcome, [self.scores(hidden[0]) for hidden in outcome.beside]
 
     def prefill(self) -> object:
         """The last chunk of the longest prompt, with every token scored."""
+        (hidden,) = self.stepper.read([self.chunk()])
+        return self.scores(hidden[0])
+
+    def chunk(self) -> QueryTokens:
+        """The last chunk of the longest prompt."""
         count = min(PREFILL_TOKENS, self.size.context_len - 1)
         pages = torch.zeros((1, self.size.max_pages), dtype=torch.long, device=META)
-        chunk = torch.zeros((1, count), dtype=torch.long, device=META)
-        plan = StepPlan(count, (count,))
-        hidden = self.stepper.read(pages, self.size.context_len - count, chunk, plan)
-        logprob = self.model.head(hidden[0, :count]).float().log_softmax(-1)
+        tokens = torch.zeros((1, count), dtype=torch.long, device=META)
+        return self.stepper.chunk(pages, self.size.context_len - count, tokens, StepPlan(count, (count,)))
+
+    def scores(self, hidden_RE: Tensor) -> object:
+        """Log-probabilities of the tokens of a chunk."""
+        logprob = self.model.head(hidden_RE[: -self.block_len]).float().log_softmax(-1)
         return logprob.topk(min(MOST_TOP, logprob.shape[-1]), -1)
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from tidar_core.decoding.decode_forward import DecodeForward
+from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.page_pool import page_count
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.planning.latency_formula import LatencyFormula, LatencyPoint
@@ -89,8 +89,7 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
     pattern = QueryPattern.of(rows, (), 1, weight.device)
 
     def forward() -> None:
-        used_pages = page_count(context, page_len)
-        hidden = read(page_table_BN, prefix_B, token_BR, pattern, used_pages)
+        (hidden,) = read(QueryTokens(page_table_BN, prefix_B, token_BR, pattern, page_count(context, page_len)))
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
     return median_seconds([forward], repeats)[0]

@@ -146,13 +146,14 @@ class AutoPlanner:
         self._steps = self._since_drafts = self._probes = 0
         self._next_comparison = FIRST_COMPARISON
 
-    def begin_prefill(self) -> bool:
-        """Whether the prefill drafts the first block: in single-pass mode only.
-
-        Two-pass rounds keep one rhythm for the whole batch.
-        """
-        self._free_since = self._clock()
+    @property
+    def drafts_first_blocks(self) -> bool:
+        """Only in single-pass mode: two-pass rounds keep one rhythm for the whole batch."""
         return self.choice.mode == "single-pass"
+
+    def begin_prefill(self) -> None:
+        """Note the time."""
+        self._free_since = self._clock()
 
     def end_prefill(self) -> None:
         """Count the time since `begin_prefill`."""
@@ -171,13 +172,21 @@ class AutoPlanner:
         self._launched = _Launched(plan, frozenset(pending), context, bool(self._served), self._clock())
         return plan
 
-    def observe(self, steps: Sequence[DecodeStep]) -> None:
-        """Learn the time of the step that `next_plan` planned, and which drafts were accepted."""
+    def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
+        """Learn the time of the step that `next_plan` planned, and which drafts were accepted.
+
+        beside  whether its forward read prompts too: time beyond the forecast then counts as theirs
+        """
         self._free_since = self._clock()
         if (launched := self._launched) is not None:
             plan, seconds = launched.plan, self._free_since - launched.began
             rows, batch = plan.query_tokens(self.block_len), self._computed_slots(len(launched.requests))
-            if launched.alone or not self._queued:
+            if beside:
+                forecast = self.latency.seconds(rows, batch, launched.context, drafts=bool(plan.groups))
+                forecast = min(seconds, forecast * self.latency.slowdown)
+                self.loop.add_prefill(seconds - forecast)
+                seconds = forecast
+            elif launched.alone or not self._queued:
                 self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
             self._seconds += seconds
             self._launched, self._served = None, launched.requests

@@ -11,7 +11,7 @@ from tiny import wide_model
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.completion import complete
-from tidar_core.decoding.decode_forward import DecodeForward
+from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.decoding.request import Request
@@ -117,9 +117,8 @@ def group_hidden(model, prompt, drafts, block_len):
         for tokens, start, groups in ((prompt, 0, ()), (drafts, len(prompt), tuple(range(1, block_len + 1)))):
             prefix, rows = torch.tensor([start]), torch.tensor([tokens])
             pattern = QueryPattern.of(rows.shape[1], groups, block_len, rows.device)
-            hidden = DecodeForward(model, cache, positions=40, block_len=4)(
-                table, prefix, rows, pattern, -(-start // 4)
-            )
+            read = DecodeForward(model, cache, positions=40, block_len=4)
+            (hidden,) = read(QueryTokens(table, prefix, rows, pattern, -(-start // 4)))
     return hidden[0]
 
 

@@ -12,7 +12,7 @@ from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.completion import complete
 from tidar_core.decoding.cuda_graphs import StepGraphs
-from tidar_core.decoding.decode_forward import DecodeForward
+from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.decode_step import DecodeTuning
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.plan_tensors import QueryPattern
@@ -47,7 +47,8 @@ def test_a_forward_over_the_cache_equals_a_fresh_forward_of_text_and_one_block(a
     read = DecodeForward(adapted, cache, positions=40, block_len=K)
     for tokens, start, groups in ((prompt, 0, ()), (drafts, 9, (1, 2, 3, 4))):
         pattern = QueryPattern.of(len(tokens), groups, K, table.device)
-        hidden = read(table, torch.tensor([start]), torch.tensor([tokens]), pattern, -(-start // 4))[0]
+        rows = QueryTokens(table, torch.tensor([start]), torch.tensor([tokens]), pattern, -(-start // 4))
+        hidden = read(rows)[0][0]
     for g in range(1, K + 1):
         text = (*prompt, *drafts[:g])
         fresh = decode_layout(torch.tensor([0]), len(text), (len(text),), K)
@@ -134,8 +135,10 @@ class Watched:
     def __init__(self, decoder, exchanges=None):
         self.decoder, self.exchanges, self.drafts = decoder, exchanges or {}, []
 
+    drafts_first_blocks = True
+
     def begin_prefill(self):
-        return True
+        pass
 
     def end_prefill(self):
         pass
@@ -146,7 +149,7 @@ class Watched:
         self.drafts.append(self.decoder._state.draft[: len(self.decoder.running)].tolist())
         return StepPlan(K, tuple(range(1, K + 1)))
 
-    def observe(self, steps):
+    def observe(self, steps, *, beside=False):
         pass
 
 

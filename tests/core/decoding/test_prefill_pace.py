@@ -10,7 +10,7 @@ from tiny import wide_model
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.prefill_pace import FIRST_TOKENS, LEAST_TOKENS, PrefillPace
+from tidar_core.decoding.prefill_pace import FIRST_TOKENS, LEAST_ALONE, LEAST_BESIDE, PrefillPace
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.transformer.shapes import named_shape
@@ -42,9 +42,9 @@ def test_after_the_first_chunks_a_gap_is_two_steps_at_most(token, intercept):
 
 
 def test_chunks_have_a_least_and_a_most_length():
-    for token, length in ((1.0, LEAST_TOKENS), (1e-6, 512)):
+    for token, least, length in ((1.0, LEAST_ALONE, 16), (1.0, LEAST_BESIDE, 8), (1e-6, LEAST_ALONE, 512)):
         clock = Clock()
-        pace = PrefillPace(512, clock)
+        pace = PrefillPace(512, clock, least=least)
         paced(pace, clock, step=1.0, token=token)
         assert pace.tokens(1) == length
     assert PrefillPace(8, clock).tokens(1) == 8
@@ -69,20 +69,20 @@ def test_a_pause_without_running_requests_is_no_gap():
 
 
 def test_a_scheduler_reads_a_long_prompt_in_chunks_that_running_requests_hardly_notice(monkeypatch):
-    """A decode step takes 1 s and a prompt token 0.03 s, so a chunk has 33 tokens at most."""
+    """A decode step takes 1 s and a prompt token in its forward 0.03 s, so a chunk has 33 tokens at most."""
     model = wide_model(replace(named_shape("tiny"), context_len=512))
     decoder, clock = Decoder(model, DraftConfig(block_len=4), slots=2), Clock()
     read, step, chunks, ends = decoder.read, decoder.decode_step, [], []
 
-    def slow_read(sequence, plan):
-        clock.run(0.03 * plan.clean_len)
-        chunks.append(plan.clean_len)
-        return read(sequence, plan)
+    def slow_read(some):
+        chunks.extend(chunk.plan.clean_len for chunk in some)
+        return read(some)
 
-    def slow_step(plan):
-        clock.run(1.0)
+    def slow_step(plan, beside):
+        chunks.extend(chunk.plan.clean_len for chunk in beside)
+        clock.run(1.0 + 0.03 * sum(chunk.plan.clean_len for chunk in beside))
         ends.append(clock())
-        return step(plan)
+        return step(plan, beside)
 
     monkeypatch.setattr(decoder, "read", slow_read)
     monkeypatch.setattr(decoder, "decode_step", slow_step)

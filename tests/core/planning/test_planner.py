@@ -287,7 +287,7 @@ def test_auto_gives_the_autoregressive_text_whatever_it_chooses(model, row_cost)
 def test_auto_with_a_block_of_one_token_has_nothing_to_draft_or_probe(model, rows):
     texts, decoder = prompts(5, 12, 3, 8), Decoder(model, DraftConfig(block_len=1), slots=rows)
     planner = planner_of("auto", decoder, decoding_latency(decoder, context_len=16, repeats=1))
-    assert not planner.begin_prefill()
+    assert not planner.drafts_first_blocks
     found = [tuple(c.token_ids) for c in complete(Scheduler(decoder, planner), requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
     assert planner.facts()["plans"] == [{"verified": 1, "groups": [], "masks": 1}]
