@@ -17,7 +17,7 @@
  */
 #include "numbers.h"
 #include "tiles.h"
-#ifdef __AVX512VNNI__
+#if defined __AVX512VNNI__ || defined __AVX512BF16__
 #include <immintrin.h>
 #endif
 #ifdef __AMX_TILE__
@@ -200,6 +200,55 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 }
 #endif
 
+#ifdef __AVX512BF16__
+/* Products of a panel with `tokens` tokens, a constant, two inputs at a time. x is [padded / 2, tokens]. */
+INLINE void tile_of_pairs(int tokens, const U *word, long padded, const uint32_t *x, void *y, long out, long token,
+                          long channel, int half, const float *bias, const struct rows *added) {
+    F sum[MOST][2];
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (long k = 0; k < padded / 2; k++, word += 2, x += tokens) {
+        fetch(word, 128);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[t]);
+            UNROLL for (int p = 0; p < 2; p++)
+                sum[t][p] = (F)_mm512_dpbf16_ps((__m512)sum[t][p], pair, (__m512bh)word[p]);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t], added);
+}
+
+/* Pairs of inputs of all tokens, filled up with zeros, those of a tile next to each other. Free them. */
+static uint32_t *paired(const uint16_t *x, long tokens, long width, long padded) {
+    uint32_t *rows = aligned_alloc(64, (tokens * padded * 2 + 63) / 64 * 64);
+    for (long t = 0, count; t < tokens; t += count) {
+        count = together(tokens - t);
+        uint16_t *block = (uint16_t *)(rows + t * padded / 2);
+        for (long n = 0; n < count; n++)
+            for (long i = 0; i < padded; i++)
+                block[(i / 2 * count + n) * 2 + i % 2] = i < width ? x[(t + n) * width + i] : 0;
+    }
+    return rows;
+}
+
+static void of_bf16_by_pairs(const void *weight, const float *bias, long out, long width, const void *x, long tokens,
+                             void *y, int half, const struct rows *added) {
+    long padded = padded_of(width);
+    uint32_t *rows = paired(x, tokens, width, padded);
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < (out + 31) / 32; n++) {
+        const U *word = (const U *)weight + n * padded;
+        const uint32_t *tile = rows;
+        for (long t = 0, count; t < tokens; t += count, tile += count * padded / 2) {
+            count = together(tokens - t);
+            if (count == MOST) tile_of_pairs(MOST, word, padded, tile, y, out, t, n * 32, half, bias, added);
+            else if (count == SOME) tile_of_pairs(SOME, word, padded, tile, y, out, t, n * 32, half, bias, added);
+            else tile_of_pairs(1, word, padded, tile, y, out, t, n * 32, half, bias, added);
+        }
+    }
+    free(rows);
+}
+#endif
+
 /* Weights in bf16; x in bf16. */
 static void of_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                     int half, const struct rows *added) {
@@ -213,7 +262,11 @@ static void of_bf16(const void *weight, const float *bias, long out, long width,
         return;
     }
 #endif
+#ifdef __AVX512BF16__
+    of_bf16_by_pairs(weight, bias, out, width, x, tokens, y, half, added);
+#else
     of_bf16_by_vectors(weight, bias, out, width, x, tokens, y, half, added);
+#endif
 }
 
 #define EXPORTED(name, of)                                                                                         \
