@@ -107,7 +107,7 @@ class DecodeForward:
         return [part.of(hidden) for part in prepared]
 
     def _prepared(self, tokens: QueryTokens, first: int | None) -> "_Part":
-        """What all layers share.
+        """Make what all layers share.
 
         first  number of query tokens of the parts before; None: the forward has one part
         """
@@ -137,7 +137,7 @@ class _Part:
     """Query tokens with what all layers share."""
 
     embedded: Tensor
-    """[B, R, E]"""
+    """Embeddings [B, R, E]."""
     clean_len: int
     masks: int
     """Masks of a sequence."""

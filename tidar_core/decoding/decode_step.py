@@ -7,7 +7,7 @@ host. So a forward can be captured and replayed.
 Shape letters: B sequences, C clean tokens, K block length, R query tokens of a forward, E embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -121,7 +121,7 @@ class DecodeStepRunner:
         pattern = self._tensors_of_prefill(plan).pattern
         return QueryTokens(page_table_1N, prefix_len, chunk_1C, pattern, -(-start // self.cache.page_len))
 
-    def read(self, chunks: Sequence[QueryTokens]) -> list[Tensor]:
+    def read(self, chunks: Collection[QueryTokens]) -> list[Tensor]:
         """Read chunks of different sequences; returns hidden states [1, R, E] of each."""
         return self._forward(*chunks)
 
@@ -142,7 +142,7 @@ class DecodeStepRunner:
         tensors: PlanTensors,
         used_pages: int,
         adjust: Callable[[Tensor], Tensor] | None = None,
-        beside: Sequence[QueryTokens] = (),
+        beside: Collection[QueryTokens] = (),
     ) -> Outcome:
         """Verify and draft for the first `batch` slots.
 

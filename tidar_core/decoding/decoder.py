@@ -12,7 +12,7 @@ The decoder keeps no waiting line and owns no pages: `scheduler` decides which s
 `decode_step` computes a forward.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,8 +31,7 @@ from tidar_core.decoding.page_pool import PAGE_LEN, page_count
 from tidar_core.decoding.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.decoding.request import DecodeStep, Request, check_request
 from tidar_core.decoding.sampling import SamplingTensors
-from tidar_core.decoding.sequence import Chunk
-from tidar_core.decoding.sequence import Sequence as RunningSequence
+from tidar_core.decoding.sequence import Chunk, Sequence
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, require_same_shapes
@@ -73,7 +72,7 @@ class Decoder:
         self._graphs: StepGraphs | None = None
         if self.device.type == "cuda":
             self._graphs = StepGraphs(self._runner, CudaRecorder(self.device))
-        self.running: list[RunningSequence] = []
+        self.running: list[Sequence] = []
         """The running sequences by slot; they always take the first slots."""
         self._moved = False
         """Whether sequences took or left slots since the last step."""
@@ -119,7 +118,7 @@ class Decoder:
         self._runner.refresh_drafts()
 
     @torch.inference_mode()
-    def read(self, chunks: Sequence[Chunk]) -> None:
+    def read(self, chunks: Collection[Chunk]) -> None:
         """Read chunks of different sequences that have no slot yet."""
         for chunk, hidden in zip(chunks, self._runner.read([self._query_tokens(chunk) for chunk in chunks])):
             self._has_been_read(chunk, hidden)
@@ -148,7 +147,7 @@ class Decoder:
         return step
 
     @torch.inference_mode()
-    def resume(self, sequence: RunningSequence) -> None:
+    def resume(self, sequence: Sequence) -> None:
         """Put a sequence that was read again, completion included, into the next slot; its last token is pending."""
         slot = self._take_slot(sequence)
         sequence.set_block(1, sequence.mask_offset)
@@ -156,7 +155,7 @@ class Decoder:
         self._runner.fill_with_point_mass(slice(slot, slot + 1), last)
 
     @torch.inference_mode()
-    def decode_step(self, plan: StepPlan, beside: Sequence[Chunk] = ()) -> list[DecodeStep]:
+    def decode_step(self, plan: StepPlan, beside: Collection[Chunk] = ()) -> list[DecodeStep]:
         """Run one forward for all running sequences; returns one step for each, by slot.
 
         Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added. The
@@ -191,7 +190,7 @@ class Decoder:
         """Pass the pages of the slot's sequence on to the device, from its page `first` on."""
         self._state.give_pages(slot, first, self.running[slot].pages.ids[first:])
 
-    def leave(self, sequence: RunningSequence) -> None:
+    def leave(self, sequence: Sequence) -> None:
         """Free the slot of a sequence; the sequence of the last taken slot moves there."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         self.running[slot] = self.running[last]
@@ -199,7 +198,7 @@ class Decoder:
         self._state.free(slot, last)
         self._moved = True
 
-    def redraft(self, sequence: RunningSequence, tokens: list[int]) -> None:
+    def redraft(self, sequence: Sequence, tokens: list[int]) -> None:
         """Replace the first drafts of a running sequence, as if the model had proposed `tokens` outright.
 
         No more drafts are pending. Any proposals leave the text the same; only the number of forwards changes.
@@ -242,7 +241,7 @@ class Decoder:
         plan: StepPlan,
         used_pages: int,
         adjust: Callable[[Tensor], Tensor] | None = None,
-        beside: Sequence[QueryTokens] = (),
+        beside: Collection[QueryTokens] = (),
     ) -> Outcome:
         if self._graphs is None or adjust is not None:
             return self._runner.step(batch, self._runner.tensors_of(plan), used_pages, adjust, beside)
@@ -265,7 +264,7 @@ class Decoder:
             logits = self.model.head(hidden[0, : len(following)])
             sequence.prompt_logprobs += token_logprobs(logits, following, sampling.logprobs or 0)
 
-    def _take_slot(self, sequence: RunningSequence) -> int:
+    def _take_slot(self, sequence: Sequence) -> int:
         slot = len(self.running)
         self.running.append(sequence)
         self._state.begin(slot, sequence.read)

@@ -14,8 +14,8 @@ __all__ = ["PrefillPace"]
 FIRST_TOKENS = 64
 """Tokens of a chunk before any gap was measured."""
 LEAST_ALONE, LEAST_BESIDE = 16, 8
-"""Fewest tokens of a chunk with a forward of its own, where fewer take nearly as long, and of a chunk in the forward of
-a decode step."""
+"""Fewest tokens of a chunk that has a forward of its own, where fewer take nearly as long. The second number is for a
+chunk in the forward of a decode step."""
 STEP_GAIN = 0.2
 """Share of a new gap in the mean gap without a chunk."""
 LARGEST_CHANGE = 2.0

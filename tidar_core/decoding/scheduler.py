@@ -1,8 +1,8 @@
 """Decides which requests run on a decoder, on which pages, and with which plan.
 
 Requests wait in one line. Between two forwards the first of them take the free slots, and leave when they have
-finished. Prompts are read in chunks, so that a long prompt does not hold up running requests. A chunk is read in the
-forward of a decode step, which reads the weights anyway; where steps are captured, it is read after the step.
+finished. Prompts are read in chunks, so that a long prompt does not hold up running requests. The forward of a decode
+step reads the weights anyway, so it reads a chunk too. Only where steps are captured has a chunk its own forward.
 Where pages run out, the youngest sequence gives its pages up, returns to the head of the line, and is read again later.
 
 No threads: the owner calls `advance` for as long as `busy`. The only clock paces prefills (`prefill_pace`).

@@ -6,6 +6,9 @@
  */
 #include "numbers.h"
 #include "tiles.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define QUERIES 16 /* of one key head that share what is read of keys and values */
 #define BLOCK 32 /* keys of a matrix product over keys */
@@ -68,6 +71,17 @@ INLINE F scores_of_block(const float *query, const float *block, long runs) {
     return folded(folded(part[0], part[1]), folded(part[2], part[3]));
 }
 
+/* Hide own keys from number `first` on from a query, in a vector of its scores. */
+INLINE F hide(const struct attention *a, const struct group *g, long n, long first, F value) {
+    if (first + LANES <= g->prefix) return value;
+    const uint8_t *seen = a->visible + (g->first + n) / share_of(a) * a->per_sequence;
+    for (long m = 0; m < LANES; m++) {
+        long own = first + m - g->prefix;
+        if (own >= 0 && (first + m >= g->keys || !seen[own])) value[m] = -INFINITY;
+    }
+    return value;
+}
+
 /* Scores of all keys, -inf for those that are hidden. */
 INLINE void score(const struct attention *a, const struct group *g, const struct room *room, int half) {
     long wide = (g->keys + LANES - 1) / LANES * LANES, runs = g->padded / LANES;
@@ -78,14 +92,7 @@ INLINE void score(const struct attention *a, const struct group *g, const struct
             F value = runs == 4   ? scores_of_block(query, room->block, 4)
                       : runs == 8 ? scores_of_block(query, room->block, 8)
                                   : scores_of_block(query, room->block, runs);
-            if (first + LANES > g->prefix) {
-                const uint8_t *seen = a->visible + (g->first + n) / share_of(a) * a->per_sequence;
-                for (long m = 0; m < LANES; m++) {
-                    long own = first + m - g->prefix;
-                    if (own >= 0 && (first + m >= g->keys || !seen[own])) value[m] = -INFINITY;
-                }
-            }
-            *(F *)(room->scores + n * wide + first) = value;
+            *(F *)(room->scores + n * wide + first) = hide(a, g, n, first, value);
         }
     }
 }
@@ -127,7 +134,7 @@ INLINE void weigh(const struct attention *a, const struct group *g, const struct
     }
 }
 
-#ifdef __AMX_TILE__
+#if defined __AMX_TILE__ || defined __AVX512BF16__
 /* Where BLOCK keys (`values` 0) or values (1) lie from number `first` on, in bf16; those past the last are `zeros`. */
 static void find_rows(const struct attention *a, const struct group *g, long first, int values, const uint16_t *zeros,
                       const uint16_t *row[BLOCK]) {
@@ -168,6 +175,9 @@ INLINE U rounded(F value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+#endif
+
+#ifdef __AMX_TILE__
 /* Scores [keys, 16 queries]: products of keys with queries, scaled; -inf for keys that are hidden. */
 static void tile_scores(const struct attention *a, const struct group *g, long wide, const U *queries, uint16_t *rows,
                         const uint16_t *zeros, F *scores) {
@@ -271,6 +281,85 @@ static void attend_by_tiles(const struct attention *a, const struct group *g, co
 }
 #endif
 
+#ifdef __AVX512BF16__
+INLINE F pair_products(F sum, uint32_t pair, U pairs) {
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)pairs);
+}
+
+/* Scores of all keys, as `score`. Keys lie in lanes; queries hold pairs of inputs [QUERIES, size / 2]. */
+static void pair_scores(const struct attention *a, const struct group *g, long wide, const uint32_t *queries,
+                        const uint16_t *zeros, U *block, float *scores) {
+    float scale = 1 / sqrtf(a->size);
+    const uint16_t *row[BLOCK];
+    for (long first = 0; first < wide; first += BLOCK) {
+        find_rows(a, g, first, 0, zeros, row);
+        for (long half = 0; half < BLOCK; half += LANES) {
+            for (long d = 0; d < a->size; d += 32) {
+                U word[16];
+                UNROLL for (int m = 0; m < LANES; m++) word[m] = *(const U *)(row[half + m] + d);
+                transpose(word);
+                UNROLL for (int m = 0; m < LANES; m++) block[d / 2 + m] = word[m];
+            }
+            for (long n = 0; n < g->count; n += 4) { /* of the last four, some may be no queries: they are not read */
+                F sum[4][2] = {};
+                for (long p = 0; p < a->size / 2; p += 2)
+                    UNROLL for (int m = 0; m < 4; m++) {
+                        const uint32_t *query = queries + (n + m) * (a->size / 2) + p;
+                        sum[m][0] = pair_products(sum[m][0], query[0], block[p]);
+                        sum[m][1] = pair_products(sum[m][1], query[1], block[p + 1]);
+                    }
+                for (long m = 0; m < 4; m++)
+                    *(F *)(scores + (n + m) * wide + first + half) =
+                        hide(a, g, n + m < g->count ? n + m : n, first + half, (sum[m][0] + sum[m][1]) * scale);
+            }
+        }
+    }
+}
+
+/* Sums of values [QUERIES, size], weighted by pairs of bf16 weights [QUERIES, wide / 2]. */
+static void pair_sums(const struct attention *a, const struct group *g, long wide, const uint32_t *weights,
+                      const uint16_t *zeros, U *block, float *sums) {
+    long runs = a->size / LANES;
+    const uint16_t *row[BLOCK];
+    memset(sums, 0, QUERIES * a->size * sizeof(float));
+    for (long first = 0; first < wide; first += BLOCK) {
+        find_rows(a, g, first, 1, zeros, row);
+        for (long p = 0; p < BLOCK / 2; p++)
+            for (long r = 0; r < runs; r++)
+                block[r * (BLOCK / 2) + p] = paired(__builtin_convertvector(*(const H *)(row[2 * p] + r * LANES), U),
+                                                    __builtin_convertvector(*(const H *)(row[2 * p + 1] + r * LANES), U));
+        for (long n = 0; n < g->count; n += 4)
+            for (long r = 0; r < runs; r += 2) {
+                F sum[4][2];
+                UNROLL for (int m = 0; m < 8; m++)
+                    sum[m / 2][m % 2] = *(F *)(sums + (n + m / 2) * a->size + (r + m % 2) * LANES);
+                UNROLL for (int p = 0; p < BLOCK / 2; p++)
+                    UNROLL for (int m = 0; m < 8; m++)
+                        sum[m / 2][m % 2] = pair_products(sum[m / 2][m % 2], weights[(n + m / 2) * (wide / 2) + first / 2 + p],
+                                                          block[(r + m % 2) * (BLOCK / 2) + p]);
+                UNROLL for (int m = 0; m < 8; m++)
+                    *(F *)(sums + (n + m / 2) * a->size + (r + m % 2) * LANES) = sum[m / 2][m % 2];
+            }
+    }
+}
+
+/* As `attend`, in bf16, two numbers an instruction; the size of a head is a multiple of 32. */
+static void attend_by_pairs(const struct attention *a, const struct group *g, const struct room *room) {
+    long share = share_of(a), wide = (g->keys + BLOCK - 1) / BLOCK * BLOCK;
+    uint16_t *queries = (uint16_t *)room->queries, *zeros = queries + QUERIES * a->size;
+    memset(queries, 0, 2 * QUERIES * a->size * 2);
+    for (long n = 0; n < g->count; n++) {
+        long token = g->sequence * a->per_sequence + (g->first + n) / share, head = g->head * share + (g->first + n) % share;
+        memcpy(queries + n * a->size, (const uint16_t *)a->q + token * a->q_stride + head * a->size, a->size * 2);
+    }
+    pair_scores(a, g, wide, (const uint32_t *)queries, zeros, (U *)room->block, room->scores);
+    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide);
+    for (long key = 0; key < QUERIES * wide; key += LANES) /* in place: what is read lies behind what is written */
+        store(room->scores, key, 1, load(room->scores, key, 0));
+    pair_sums(a, g, wide, (const uint32_t *)room->scores, zeros, (U *)room->block, room->sums);
+}
+#endif
+
 INLINE void attend_by_vectors(const struct attention *a, const struct group *g, const struct room *room, int half) {
     long share = share_of(a), wide = (g->keys + LANES - 1) / LANES * LANES;
     float scale = 1 / sqrtf(a->size);
@@ -294,6 +383,10 @@ INLINE void attend(const struct attention *a, struct group g, const struct room 
     g.keys = g.prefix + own;
 #ifdef __AMX_TILE__
     if (tiles) attend_by_tiles(a, &g, room);
+    else
+#endif
+#ifdef __AVX512BF16__
+    if (half && a->size % 32 == 0) attend_by_pairs(a, &g, room);
     else
 #endif
     if (half) attend_by_vectors(a, &g, room, 1);

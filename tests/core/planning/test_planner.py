@@ -346,3 +346,14 @@ def test_a_step_that_waits_for_a_prefill_teaches_nothing_about_its_plan(queued):
         clock.run((1.0 + 0.1 * plan.query_tokens(K)) * (3.0 if prefilled else 1.0))
         planner.observe([DecodeStep("r", (1,), None, 1, 1, 1)])
     assert (planner.latency.slowdown < 1.05) == queued
+
+
+def test_a_forward_that_read_prompts_teaches_their_time_and_not_that_of_its_plan():
+    clock = Clock()
+    planner = AutoPlanner(table_of(lambda rows: 1.0 + 0.1 * rows), K, clock=clock)
+    for beside in [False, True] * 20:
+        plan = planner.next_plan({"r": 1}, 10)
+        clock.run((1.0 + 0.1 * plan.query_tokens(K)) + 2.0 * beside)
+        planner.observe([DecodeStep("r", (1,), None, 1, 1, 1)], beside=beside)
+    assert planner.latency.slowdown == pytest.approx(1.0, abs=0.02)
+    assert planner.loop.token_seconds == pytest.approx(1.0, rel=0.05), "two seconds for every second token"

@@ -1,0 +1,108 @@
+"""Prompts are read in the forward of a decode step, several at a time; each gives the numbers that it gives alone."""
+
+import pytest
+import torch
+from decoding import GREEDY, expected_texts, prompts, requests
+
+from tidar_core.config import DraftConfig
+from tidar_core.decoding.completion import complete
+from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.plan_tensors import QueryPattern
+from tidar_core.decoding.scheduler import Scheduler
+from tidar_core.decoding.step_plan import FixedMode
+from tidar_core.kernels import PLAIN, c_kernels, compiled
+from tidar_core.kernels.linear import prepare_for_decoding
+from tidar_core.transformer.kv_cache import KVCache
+
+K = 4
+
+
+def query_tokens(page_table, texts, groups):
+    rows = torch.tensor(texts)
+    pattern = QueryPattern.of(rows.shape[1], groups, K, rows.device)
+    return QueryTokens(torch.tensor(page_table), torch.zeros(len(texts), dtype=torch.long), rows, pattern, 0)
+
+
+PARTS = (
+    query_tokens([[1, 2], [3, 4]], prompts(4, 4), (1, 2, 3, 4)),  # a decode step of two sequences
+    query_tokens([[5, 6]], prompts(7, seed=1), (7,)),  # the end of a prompt, with masks
+    query_tokens([[7, 8]], prompts(8, seed=2), ()),  # the middle of another
+)
+
+
+def hidden_states(model, kernels, *forwards):
+    """Hidden states of the parts of all forwards, in order."""
+    read = DecodeForward(model, KVCache(model.config, pages=8, page_len=4), positions=40, block_len=K, kernels=kernels)
+    with torch.no_grad():
+        return [hidden for parts in forwards for hidden in read(*parts)]
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
+def test_with_kernels_in_c_parts_of_a_forward_have_the_bits_that_each_has_alone(model):
+    prepare_for_decoding(model)
+    together = hidden_states(model, c_kernels(), PARTS)
+    alone = hidden_states(model, c_kernels(), *([part] for part in PARTS))
+    assert all(map(torch.equal, together, alone))
+
+
+def test_with_plain_torch_parts_differ_by_rounding_alone(model):
+    together = hidden_states(model, PLAIN, PARTS)
+    alone = hidden_states(model, PLAIN, *([part] for part in PARTS))
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=4e-5)  # products of other shapes sum in another order
+
+
+class Watched(Scheduler):
+    """A scheduler that notes the prompt tokens of each forward: those of chunks beside a step, or alone."""
+
+    def __init__(self, model, *, slots, **settings):
+        super().__init__(Decoder(model, DraftConfig(block_len=K), slots=slots, context_len=64, page_len=4), **settings)
+        self.alone, self.beside = [], []
+        read, step = self.decoder.read, self.decoder.decode_step
+
+        def watched_read(chunks):
+            self.alone.append([chunk.plan.clean_len for chunk in chunks])
+            read(chunks)
+
+        def watched_step(plan, beside):
+            self.beside.append([chunk.plan.clean_len for chunk in beside])
+            return step(plan, beside)
+
+        self.decoder.read, self.decoder.decode_step = watched_read, watched_step
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "single-pass", "two-pass"])
+def test_prompts_that_arrive_together_are_read_in_one_forward(model, mode):
+    texts = prompts(9, 5, 12, 3)
+    scheduler = Watched(model, slots=4, planner=FixedMode(mode, K))
+    found = [tuple(c.token_ids) for c in complete(scheduler, requests(texts, GREEDY))]
+    assert found == expected_texts(model, texts, GREEDY)
+    assert scheduler.alone == [[9, 5, 12, 3]]
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "single-pass", "two-pass"])
+def test_a_prompt_that_arrives_later_is_read_beside_the_steps_of_others(model, mode):
+    texts = prompts(9, 5, 12)
+    scheduler = Watched(model, slots=3, planner=FixedMode(mode, K), prefill_tokens=10)
+    first, *others = requests(texts, GREEDY)
+    scheduler.submit(first)
+    emitted = {request.request_id: () for request in (first, *others)}
+    while scheduler.busy:
+        for step in scheduler.advance():
+            emitted[step.request_id] += step.token_ids
+        if len(scheduler.beside) == 1:
+            scheduler.submit(others.pop(0))
+            scheduler.submit(others.pop(0))
+    assert list(emitted.values()) == expected_texts(model, texts, GREEDY)
+    assert scheduler.alone == [[9]]
+    assert [chunks for chunks in scheduler.beside if chunks] == [[5, 5], [7]]
+
+
+def test_prompts_that_begin_alike_wait_for_the_pages_of_the_first(model):
+    common, ends = prompts(9)[0], prompts(3, 5, 4, seed=1)
+    scheduler = Watched(model, slots=3)
+    done = complete(scheduler, requests([common + end for end in ends], GREEDY))
+    assert [tuple(c.token_ids) for c in done] == expected_texts(model, [common + end for end in ends], GREEDY)
+    assert scheduler.alone == [[12], [6, 5]]
+    assert scheduler.shared_tokens == 2 * 8
