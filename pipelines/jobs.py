@@ -153,6 +153,8 @@ class TrainJob(Job):
     adapter_shifted: bool = False
     """Whether masks have the rotary phase of the position before theirs, and so predict the next token as the
     checkpoint's own tokens do."""
+    adapter_causal: bool = False
+    """Whether masks of an adapter see no later mask of their block, as the checkpoint's own tokens see no later one."""
     link_reads_state: bool = False
     """Whether the link of an adapter reads the mask's hidden state beside the token before it (arXiv 2507.11851)."""
     link_shares_tables: bool = True
@@ -272,7 +274,7 @@ class TrainJob(Job):
             return None
         return AdapterConfig(
             rank=self.adapter_rank, block_len=self.block_len, places=self.adapter_places,
-            shifted=self.adapter_shifted, link_reads_state=self.link_reads_state,
+            shifted=self.adapter_shifted, causal=self.adapter_causal, link_reads_state=self.link_reads_state,
             link_shares_tables=self.link_shares_tables,
         )  # fmt: skip
 
@@ -303,6 +305,7 @@ class TrainJob(Job):
             "adapter_rank",
             "adapter_places",
             "adapter_shifted",
+            "adapter_causal",
             "link_reads_state",
             "link_shares_tables",
             "base",

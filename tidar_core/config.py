@@ -76,6 +76,8 @@ class AdapterConfig:
     shifted: bool = False
     """Whether a mask has the rotary phase of the position before its own. It then predicts the next token, as each
     token of the frozen checkpoint does."""
+    causal: bool = False
+    """Whether a mask sees no later mask of its block, as no token of the frozen checkpoint sees a later one."""
     link_reads_state: bool = False
     """Whether the link, if there is one, reads the mask's hidden state beside the token before it."""
     link_shares_tables: bool = False
@@ -124,6 +126,11 @@ class ModelConfig:
     def drafting(self) -> bool:
         """Whether the model has mask tokens; without them it decodes in autoregressive mode alone."""
         return self.mask_id is not None or self.adapter is not None
+
+    @property
+    def causal_masks(self) -> bool:
+        """Whether a mask token sees no later mask token."""
+        return self.adapter is not None and self.adapter.causal
 
     def __post_init__(self) -> None:
         _require(

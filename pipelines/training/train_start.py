@@ -34,7 +34,8 @@ __all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "re
 NOT_RECORDED = asdict(Recipe()) | {
     name: TrainJob.model_fields[name].default
     for name in (
-        "drafts", "adapter_rank", "adapter_places", "adapter_shifted", "link_reads_state", "link_shares_tables",
+        "drafts", "adapter_rank", "adapter_places", "adapter_shifted", "adapter_causal", "link_reads_state",
+        "link_shares_tables",
     )
 }  # fmt: skip
 """Fields of a run whose checkpoints do not name them, because it began before these fields existed."""

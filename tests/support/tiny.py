@@ -39,6 +39,7 @@ def adapted_model(
     rank=4,
     block_len=4,
     shifted=False,
+    causal=False,
     link_reads_state=False,
     link_shares_tables=False,
     seed=0,
@@ -49,7 +50,7 @@ def adapted_model(
     choices  further fields of the config
     """
     adapter = AdapterConfig(
-        rank=rank, block_len=block_len, shifted=shifted, link_reads_state=link_reads_state,
+        rank=rank, block_len=block_len, shifted=shifted, causal=causal, link_reads_state=link_reads_state,
         link_shares_tables=link_shares_tables,
     )  # fmt: skip
     config = replace(config or named_shape("tiny"), mask_id=None, adapter=adapter, **choices)

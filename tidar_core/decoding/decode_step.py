@@ -96,7 +96,8 @@ class DecodeStepRunner:
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
         """1..K: distances of the tokens of a block from the token before it."""
         of, of_prefill = (
-            partial(make, block_len=draft.block_len, device=device) for make in (PlanTensors.of, PlanTensors.of_prefill)
+            partial(make, block_len=draft.block_len, device=device, causal_masks=model.config.causal_masks)
+            for make in (PlanTensors.of, PlanTensors.of_prefill)
         )
         self.tensors_of = lru_cache(maxsize=PLANS_KEPT)(of)
         """Tensors of a decode step's plan. A captured step must keep its own: other plans evict them from here."""

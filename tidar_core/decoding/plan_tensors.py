@@ -46,9 +46,11 @@ class QueryPattern:
     """True where a query token sees another."""
 
     @staticmethod
-    def of(clean_len: int, groups: tuple[int, ...], width: int, device: torch.device) -> "QueryPattern":
+    def of(
+        clean_len: int, groups: tuple[int, ...], width: int, device: torch.device, *, causal_masks: bool = False
+    ) -> "QueryPattern":
         """The pattern of `clean_len` clean tokens, then `width` masks for each group."""
-        layout = decode_rows(clean_len, groups, width, device)
+        layout = decode_rows(clean_len, groups, width, device, causal_masks=causal_masks)
         return QueryPattern(
             len(groups) * width, layout.offset[clean_len:], layout.position, dense_visibility(layout, layout)
         )
@@ -67,14 +69,16 @@ class PlanTensors:
     """Whether the mask exists."""
 
     @staticmethod
-    def of(plan: StepPlan, block_len: int, device: torch.device) -> "PlanTensors":
+    def of(plan: StepPlan, block_len: int, device: torch.device, *, causal_masks: bool = False) -> "PlanTensors":
         """Tensors of a decode step; its outcomes are the accepted lengths 0..C."""
-        return _plan_tensors(plan, block_len, device, blocks_after(plan, block_len))
+        return _plan_tensors(plan, block_len, device, causal_masks, blocks_after(plan, block_len))
 
     @staticmethod
-    def of_prefill(plan: StepPlan, block_len: int, device: torch.device) -> "PlanTensors":
+    def of_prefill(
+        plan: StepPlan, block_len: int, device: torch.device, *, causal_masks: bool = False
+    ) -> "PlanTensors":
         """Tensors of a prefill; its only outcome is that all C tokens are accepted."""
-        return _plan_tensors(plan, block_len, device, [block_after(plan, block_len, plan.clean_len)])
+        return _plan_tensors(plan, block_len, device, causal_masks, [block_after(plan, block_len, plan.clean_len)])
 
 
 def block_after(plan: StepPlan, block_len: int, accepted: int) -> NextBlock:
@@ -95,7 +99,9 @@ def blocks_after(plan: StepPlan, block_len: int) -> tuple[NextBlock, ...]:
     return (NextBlock(0, 1, 0), *(block_after(plan, block_len, n) for n in range(1, plan.clean_len + 1)))
 
 
-def _plan_tensors(plan: StepPlan, block_len: int, device: torch.device, blocks: Sequence[NextBlock]) -> PlanTensors:
+def _plan_tensors(
+    plan: StepPlan, block_len: int, device: torch.device, causal_masks: bool, blocks: Sequence[NextBlock]
+) -> PlanTensors:
     width, indices, guessed = plan.masks(block_len), [], []
     for block in blocks:
         there = [offset < block.pending for offset in range(1, width)]
@@ -103,7 +109,7 @@ def _plan_tensors(plan: StepPlan, block_len: int, device: torch.device, blocks: 
         guessed.append(there)
     return PlanTensors(
         plan,
-        QueryPattern.of(plan.clean_len, plan.groups, width, device),
+        QueryPattern.of(plan.clean_len, plan.groups, width, device, causal_masks=causal_masks),
         torch.tensor(indices, dtype=torch.long, device=device),
         torch.tensor(guessed, dtype=torch.bool, device=device),
     )

@@ -81,6 +81,7 @@ def dual_mode_batch(
     share: float = 0.0,
     ragged: bool = False,
     multiple: int = 1,
+    causal_masks: bool = False,
 ) -> TrainBatch:
     """Packed rows, doubled: clean tokens, then mask tokens at the same positions, once for each visit of the recipe.
 
@@ -92,6 +93,7 @@ def dual_mode_batch(
     ragged       leave out blocks without a label: M is then the most mask tokens that a row of this batch needs,
                  rounded up. No block sees another, so losses and gradients stay. Waits for the device.
     multiple     M is a multiple of this number, if it is `ragged`; it must divide S
+    causal_masks  a mask token sees no later mask token
     """
     recipe = recipe or Recipe()
     S, device = input_ids_BS.shape[1], input_ids_BS.device
@@ -100,7 +102,7 @@ def dual_mode_batch(
     label_BS = _labels(input_ids_BS, trained_BS)
     weights, weighs = recipe.weights_at(share), recipe.weighs(share)
     halves, kept, totals = [], [], []
-    for visit, layout in enumerate(_mask_layouts(document_BS, block_len, recipe, draws)):
+    for visit, layout in enumerate(_mask_layouts(document_BS, block_len, recipe, draws, causal_masks)):
         masks = _MaskHalf.of(layout, label_BS, mask_id)
         if weighs:
             decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
@@ -131,14 +133,17 @@ def dual_mode_batch(
     )
 
 
-def _mask_layouts(document_BS: Tensor, block_len: int, recipe: Recipe, draws: Draws | None) -> Iterator[TokenLayout]:
+def _mask_layouts(
+    document_BS: Tensor, block_len: int, recipe: Recipe, draws: Draws | None, causal_masks: bool
+) -> Iterator[TokenLayout]:
     """Layout of the mask half of each visit [B, S]."""
     drawn_len = _block_len(recipe, block_len, draws)
     for visit in range(recipe.visits):
         phase: int | Tensor = 0
         if draws is not None and recipe.random_phase:
             phase = ((draws.phase_B1 + visit / recipe.visits) % 1 * drawn_len).long()
-        yield training_layout(document_BS, drawn_len, phase)[..., document_BS.shape[1] :]
+        layout = training_layout(document_BS, drawn_len, phase, causal_masks=causal_masks)
+        yield layout[..., document_BS.shape[1] :]
 
 
 def _block_len(recipe: Recipe, block_len: int, draws: Draws | None) -> int | Tensor:
@@ -267,6 +272,7 @@ class _MaskHalf:
             picked(self.layout.position, 0),
             picked(self.layout.horizon, -1),
             picked(self.layout.block, 0),
+            picked(self.layout.reach, 0),
         )
         weight = self.weight.expand_as(chosen).gather(1, index)
         place = self.place.gather(1, index)

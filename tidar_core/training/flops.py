@@ -37,8 +37,10 @@ def visible_pairs(document_BS: Tensor, block_len: int | None = None) -> int:
 
 def layout_pairs(layout: TokenLayout) -> Tensor:
     """`visible_pairs` of a training layout, as a tensor on the device."""
-    offset = layout.position - layout.horizon - 1  # a block of n masks sees n^2 pairs: the first n odd numbers
-    in_block = torch.where(layout.block != CLEAN, 2 * offset + 1, 0)
+    before = (
+        layout.position - layout.horizon
+    )  # a block of n masks that see it all has n^2 pairs: the first n odd numbers
+    in_block = torch.where(layout.reach == layout.position, before, 2 * before - 1) * (layout.block != CLEAN)
     return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
 
 

@@ -77,6 +77,7 @@ class Objective(nn.Module):
             batch = dual_mode_batch(
                 input_ids_BS, document_BS, self.block_len, mask_id, trained_BS, recipe=self.recipe, seed_B=seed_B,
                 share=share, ragged=self._ragged, multiple=self._shared.workers if self._shared else 1,
+                causal_masks=self.model.config.causal_masks,
             )  # fmt: skip
             if self.model.adapter is not None:
                 batch = replace(batch, ar_target_BS=torch.full_like(batch.ar_target_BS, IGNORED), frozen=True)

@@ -16,13 +16,14 @@ __all__ = ["dense_visibility", "flex_rule", "sees"]
 def sees(query: TokenLayout, key: TokenLayout) -> Tensor:
     """Whether each query token may attend to each key token.
 
-    A token sees the clean tokens of its document up to its horizon; a mask token also sees its own block.
+    A token sees the clean tokens of its document up to its horizon; a mask token also sees its own block, up to its
+    reach.
 
     query, key  facts that broadcast against each other
     """
     same_document = query.document == key.document
     known = (key.block == CLEAN) & (key.position <= query.horizon)
-    own_block = (query.block != CLEAN) & (query.block == key.block)
+    own_block = (query.block != CLEAN) & (query.block == key.block) & (key.position <= query.reach)
     return same_document & (known | own_block)
 
 

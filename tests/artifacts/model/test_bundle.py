@@ -110,7 +110,13 @@ def test_a_bundle_on_an_object_store_is_the_same_bundle(s3_bucket, model, tokeni
 
 def test_choices_of_an_adapter_are_read_as_they_were_written(tokenizer, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "base", tokenizer)
-    choices = {"shifted": True, "link_reads_state": True, "link_shares_tables": True, "places": ("qkv", "down")}
+    choices = {
+        "shifted": True,
+        "causal": True,
+        "link_reads_state": True,
+        "link_shares_tables": True,
+        "places": ("qkv", "down"),
+    }
     loaded = load_bundle(save_drafts_bundle(tmp_path / "bundle", checkpoint, seed=1, **choices)).model
     assert {name: getattr(loaded.config.adapter, name) for name in choices} == choices
     assert loaded.link.state.shape == (4, loaded.config.hidden_size)

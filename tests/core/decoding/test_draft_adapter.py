@@ -31,8 +31,8 @@ K = 4
 SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, top_k=50, seed=6)
 
 
-KINDS = {"plain": {}, "shifted": {"shifted": True}, "link of state": {"link_reads_state": True},
-         "link through tables": {"link_shares_tables": True}}  # fmt: skip
+KINDS = {"plain": {}, "shifted": {"shifted": True}, "causal": {"causal": True},
+         "link of state": {"link_reads_state": True}, "link through tables": {"link_shares_tables": True}}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
@@ -46,12 +46,12 @@ def test_a_forward_over_the_cache_equals_a_fresh_forward_of_text_and_one_block(a
     cache, table = KVCache(adapted.config, pages=8, page_len=4), torch.tensor([[7, 2, 5, 1, 8]])
     read = DecodeForward(adapted, cache, positions=40, block_len=K)
     for tokens, start, groups in ((prompt, 0, ()), (drafts, 9, (1, 2, 3, 4))):
-        pattern = QueryPattern.of(len(tokens), groups, K, table.device)
+        pattern = QueryPattern.of(len(tokens), groups, K, table.device, causal_masks=adapted.config.causal_masks)
         rows = QueryTokens(table, torch.tensor([start]), torch.tensor([tokens]), pattern, -(-start // 4))
         hidden = read(rows)[0][0]
     for g in range(1, K + 1):
         text = (*prompt, *drafts[:g])
-        fresh = decode_layout(torch.tensor([0]), len(text), (len(text),), K)
+        fresh = decode_layout(torch.tensor([0]), len(text), (len(text),), K, causal_masks=adapted.config.causal_masks)
         rows = torch.tensor([[*text, *[0] * K]])
         expected = adapted.adapted(rows, fresh.position, DenseAttention(fresh), torch.arange(K)[None])[0]
         # fp32, keys and products summed in another order
@@ -107,7 +107,7 @@ def test_a_text_may_hold_any_id_and_drafts_depend_on_it_as_on_a_text(adapted, ru
     prefilled(scheduler, requests([every_id], greedy)[0])
     drafts = decoder._state.draft[0].tolist()
     with torch.no_grad():
-        layout = decode_layout(torch.tensor([0]), 12, (12,), K)
+        layout = decode_layout(torch.tensor([0]), 12, (12,), K, causal_masks=adapted.config.causal_masks)
         rows = torch.tensor([[*every_id, *[0] * K]])
         hidden = adapted.adapted(rows, layout.position, DenseAttention(layout), torch.arange(K)[None])
         masks = adapted.head(hidden)[0, 12:]

@@ -106,7 +106,7 @@ def gathered_by_the_rule(call, clean_len, groups, block_len):
         values = torch.cat([stored[:, 1], call["v_BRGD"][b]])
         rows = decode_layout(torch.tensor([length], device=DEVICE), clean_len, groups, block_len)[0]
         index = torch.arange(length, device=DEVICE)
-        prefix = TokenLayout(torch.zeros_like(index), index, index, torch.full_like(index, CLEAN))
+        prefix = TokenLayout(torch.zeros_like(index), index, index, torch.full_like(index, CLEAN), index)
         everyone = prefix.then(rows)
         for r in range(out.shape[1]):
             seen = [n for n in range(len(keys)) if sees(rows[r], everyone[n])]

@@ -13,6 +13,7 @@ from tidar_core.transformer.visibility import dense_visibility
 DOCUMENTS = torch.cat([documents_row(20, 13, 7), documents_row(40), documents_row(3, 30, padding=7)])
 LAYOUTS = {"next-token": causal_layout(DOCUMENTS), "mixed": training_layout(DOCUMENTS, torch.tensor([[2], [8], [5]]))}
 LAYOUTS["phases"] = training_layout(DOCUMENTS, 8, torch.tensor([[7], [0], [3]]))
+LAYOUTS["causal masks"] = training_layout(DOCUMENTS, 8, torch.tensor([[7], [0], [3]]), causal_masks=True)
 LAYOUTS |= {f"blocks of {n}": training_layout(DOCUMENTS, n) for n in (1, 2, 4, 7, 16, 64)}
 
 

@@ -136,7 +136,9 @@ def test_the_adapter_alone_gets_gradients_and_the_clean_half_keeps_keys_and_valu
     learned = {name for name, gradient in gradients[True].items() if gradient is not None}
     assert learned == {name for name in gradients[True] if name.startswith(("adapter.", "link."))}
     for name in learned:
-        torch.testing.assert_close(gradients[True][name], gradients[False][name], rtol=1e-4, atol=1e-5, msg=name)
+        expected = gradients[False][name]
+        rounding = 1e-4 * expected.abs().max()  # fp32; norms and gates of frozen layers are computed by other kernels
+        torch.testing.assert_close(gradients[True][name], expected, rtol=1e-4, atol=float(rounding))
     assert kept[True][0] < share * kept[False][0]
 
 

@@ -34,6 +34,16 @@ DECODE_PICTURE = """
 """
 
 
+CAUSAL_PICTURE = """
+1 1 1 1 . . . . .
+1 1 1 1 1 . . . .
+1 1 1 1 . 1 . . .
+1 1 1 1 . 1 1 . .
+1 1 1 1 1 . . 1 .
+1 1 1 1 1 . . 1 1
+"""
+
+
 def picture(text):
     return torch.tensor([[cell == "1" for cell in line.split()] for line in text.strip().splitlines()])
 
@@ -43,10 +53,10 @@ def training_square(documents, block_len, phase=0):
     return dense_visibility(layout, layout)[0]
 
 
-def decode_columns(prefix_len, block_len):
+def decode_columns(prefix_len, block_len, *, causal_masks=False):
     """Query tokens of a decode step against prefix tokens, drafts and masks, in that order."""
     prefix = torch.tensor([prefix_len])
-    rows = decode_layout(prefix, block_len, range(1, block_len + 1), block_len)
+    rows = decode_layout(prefix, block_len, range(1, block_len + 1), block_len, causal_masks=causal_masks)
     keys = decode_layout(torch.tensor([0]), prefix_len, (), 1).then(rows)
     return dense_visibility(rows, keys)[0]
 
@@ -57,6 +67,19 @@ def test_the_doubled_row_is_the_picture_of_six_tokens_in_blocks_of_three():
 
 def test_a_decode_step_is_the_picture_of_two_drafts_and_two_groups():
     assert torch.equal(decode_columns(3, 2), picture(DECODE_PICTURE))
+
+
+def test_of_causal_masks_none_sees_a_later_one_in_a_decode_step():
+    assert torch.equal(decode_columns(3, 2, causal_masks=True), picture(CAUSAL_PICTURE))
+
+
+@pytest.mark.parametrize("phase", [0, 2])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_of_causal_masks_none_sees_a_later_one_in_a_doubled_row(documents, phase):
+    layout = training_layout(documents_row(*documents), 4, phase, causal_masks=True)
+    token = torch.arange(2 * sum(documents))  # masks come last, in the order of their positions
+    later = (token >= sum(documents)) & (token > token[:, None])
+    assert torch.equal(dense_visibility(layout, layout)[0], training_visibility(documents, 4, phase) & ~later)
 
 
 @pytest.mark.parametrize("block_len", BLOCK_LENS)
