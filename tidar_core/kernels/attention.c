@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#define QUERIES 16 /* of one key head that share what is read of keys and values */
+#define QUERIES 32 /* of one key head that share what is read of keys and values */
+#define COLUMNS 16 /* of them in a matrix product */
 #define BLOCK 32 /* keys of a matrix product over keys */
 
 
@@ -148,6 +149,12 @@ static void find_rows(const struct attention *a, const struct group *g, long fir
         if (first + n >= g->keys) row[n] = zeros;
         else row[n] = own < 0 ? pages + (table[page] * a->page_len + place) * 2 * kept : given + own * a->kv_stride;
     }
+    for (long n = 0; n < BLOCK; n++, place++) { /* request the next block from memory */
+        if (place == a->page_len) page++, place = 0;
+        if (first + BLOCK + n >= g->prefix) break;
+        const uint16_t *next = pages + (table[page] * a->page_len + place) * 2 * kept;
+        for (long d = 0; d < a->size; d += 32) __builtin_prefetch(next + d);
+    }
 }
 
 /* Exchange rows and columns of a square of words. */
@@ -207,7 +214,7 @@ static void tile_scores(const struct attention *a, const struct group *g, long w
         if (first + BLOCK <= g->prefix) continue;
         for (long m = 0; m < BLOCK; m++) {
             long key = first + m, own = key - g->prefix;
-            for (long n = 0; own >= 0 && n < QUERIES; n++) {
+            for (long n = 0; own >= 0 && n < COLUMNS; n++) {
                 long query = (g->first + (n < g->count ? n : 0)) / share_of(a);
                 if (key >= g->keys || !a->visible[query * a->per_sequence + own]) scores[key][n] = -INFINITY;
             }
@@ -266,7 +273,7 @@ static void attend_by_tiles(const struct attention *a, const struct group *g, co
     long share = share_of(a), wide = (g->keys + BLOCK - 1) / BLOCK * BLOCK;
     U *queries = (U *)room->queries;
     for (long d = 0; d < a->size; d += 2)
-        for (long n = 0; n < QUERIES; n++) {
+        for (long n = 0; n < COLUMNS; n++) {
             long token = g->sequence * a->per_sequence + (g->first + n) / share, head = g->head * share + (g->first + n) % share;
             uint32_t word = 0;
             if (n < g->count) memcpy(&word, (const uint16_t *)a->q + token * a->q_stride + head * a->size + d, 4);
@@ -354,7 +361,7 @@ static void attend_by_pairs(const struct attention *a, const struct group *g, co
     }
     pair_scores(a, g, wide, (const uint32_t *)queries, zeros, (U *)room->block, room->scores);
     for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide);
-    for (long key = 0; key < QUERIES * wide; key += LANES) /* in place: what is read lies behind what is written */
+    for (long key = 0; key < g->count * wide; key += LANES) /* in place: what is read lies behind what is written */
         store(room->scores, key, 1, load(room->scores, key, 0));
     pair_sums(a, g, wide, (const uint32_t *)room->scores, zeros, (U *)room->block, room->sums);
 }
@@ -407,8 +414,9 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
     struct attention a = {q, k, v, pages, table, prefix_len, visible, out, q_stride, kv_stride, table_stride, table_len,
                           page_len, per_sequence, heads, kv_heads, size};
     long padded = (size + LANES - 1) / LANES * LANES, queries = per_sequence * share_of(&a);
-    long groups = (queries + QUERIES - 1) / QUERIES, wide = table_len * page_len + per_sequence + BLOCK;
     int tiles = matrices && half && size % 32 == 0;
+    long most = tiles ? COLUMNS : QUERIES, groups = (queries + most - 1) / most;
+    long wide = table_len * page_len + per_sequence + BLOCK;
 #pragma omp parallel
     {
 #ifdef __AMX_TILE__
@@ -418,7 +426,7 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
         struct room room = {all, all + QUERIES * padded, all + 2 * QUERIES * padded, all + (2 * QUERIES + LANES) * padded};
 #pragma omp for schedule(static)
         for (long n = 0; n < sequences * kv_heads * groups; n++) {
-            long first = n % groups * QUERIES, count = queries - first < QUERIES ? queries - first : QUERIES;
+            long first = n % groups * most, count = queries - first < most ? queries - first : most;
             struct group g = {n / groups / kv_heads, n / groups % kv_heads, first, count, 0, 0, padded};
             attend(&a, g, &room, half, tiles);
         }

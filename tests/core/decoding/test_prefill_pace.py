@@ -42,7 +42,7 @@ def test_after_the_first_chunks_a_gap_is_two_steps_at_most(token, intercept):
 
 
 def test_chunks_have_a_least_and_a_most_length():
-    for token, least, length in ((1.0, LEAST_ALONE, 16), (1.0, LEAST_BESIDE, 8), (1e-6, LEAST_ALONE, 512)):
+    for token, least, length in ((1.0, LEAST_ALONE, 16), (1.0, LEAST_BESIDE, 4), (1e-6, LEAST_ALONE, 512)):
         clock = Clock()
         pace = PrefillPace(512, clock, least=least)
         paced(pace, clock, step=1.0, token=token)
