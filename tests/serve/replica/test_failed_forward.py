@@ -53,24 +53,28 @@ def crowded(model):
     return Scheduler(decoder, FixedMode("autoregressive", 4), share_prefixes=False)
 
 
-def failing_once(scheduler, monkeypatch, name, when):
-    """One forward fails, the first for which `when` holds; ids of the texts that had given up their pages then."""
-    real, preempted = getattr(scheduler.decoder, name), []
+def failing_once(scheduler, monkeypatch, *, reads):
+    """One forward fails: the first that reads prompts while a text lacks its pages, or one that reads none while two do.
 
-    def forward(*args, **kwargs):
+    Returns the ids of these texts.
+    """
+    decoder, preempted = scheduler.decoder, []
+    step, read = decoder.decode_step, decoder.read
+
+    def fail_if_due(chunks):
         emitted = [s.request.request_id for s in scheduler._line if s.emitted and not s.pages.ids]
-        if not preempted and when(emitted):
+        if not preempted and len(emitted) >= 2 - reads and bool(chunks) == reads:
             preempted.extend(emitted)
-            return 1 / 0
-        return real(*args, **kwargs)
+            raise ZeroDivisionError
 
-    monkeypatch.setattr(scheduler.decoder, name, forward)
+    monkeypatch.setattr(decoder, "decode_step", lambda plan, beside: fail_if_due(beside) or step(plan, beside))
+    monkeypatch.setattr(decoder, "read", lambda chunks: fail_if_due(chunks) or read(chunks))
     return preempted
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["free", "grammar"])
-@pytest.mark.parametrize("name", ["decode_step", "read"])
-def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, model, monkeypatch, name, constrained):
+@pytest.mark.parametrize("reads", [False, True], ids=["step", "step that reads a prompt"])
+def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, model, monkeypatch, reads, constrained):
     sampling = SamplingConfig(max_tokens=60)
     requests = [
         Request(
@@ -82,7 +86,7 @@ def test_after_a_failed_forward_a_text_goes_on_where_it_was_or_fails(crowded, mo
     whole = [
         generate_autoregressive(model, r.prompt, sampling, Alternating() if constrained else None) for r in requests
     ]
-    preempted = failing_once(crowded, monkeypatch, name, lambda emitted: len(emitted) >= 2 - (name == "read"))
+    preempted = failing_once(crowded, monkeypatch, reads=reads)
     loop = DecodeLoop(crowded)
 
     async def together():
