@@ -112,9 +112,9 @@ class PackJob(Job):
 
 
 NOT_OF_THE_RUN = {
-    "shards", "output", "init_from", "base", "shape", "resume_from", "mask_start", "steps", "rows_per_forward",
-    "workers", "sequence_parallel", "gpus_per_worker", "cpus_per_worker", "zero_stage", "offload_optimizer",
-    "activation_checkpointing",
+    "shards", "output", "init_from", "drafts_from", "base", "shape", "resume_from", "mask_start", "steps",
+    "rows_per_forward", "workers", "sequence_parallel", "gpus_per_worker", "cpus_per_worker", "zero_stage",
+    "offload_optimizer", "activation_checkpointing",
     "checkpoint_every", "keep_checkpoints", "keep_best", "decoded_prompts", "decoded_tokens",
     "validate_every", "validation_rows", "sample_every",
     "sample_prompts", "sample_tokens", "max_failures", "max_skipped_updates", "log_every", "system_metrics_every",
@@ -146,6 +146,9 @@ class TrainJob(Job):
     drafts: Literal["whole", "adapter"] = "whole"
     """`whole`: all weights are trained, in both modes, as in the paper. `adapter`: the checkpoint of `init_from` stays
     as it is, bit for bit, and an adapter of its mask tokens is trained (`tidar_core.transformer.draft_adapter`)."""
+    drafts_from: str | None = None
+    """Folder of drafts that training starts from: a bundle, or tidar.json and the drafts of one without the rest. They
+    must have been trained for the same checkpoint, in the shape that this job names."""
     adapter_rank: Positive = 32
     """Rank of the adapter's maps: about a sixteenth of the model's width."""
     adapter_places: tuple[str, ...] = ADAPTER_PLACES
@@ -302,6 +305,7 @@ class TrainJob(Job):
         """Check that the fields fit the kind of drafts that the model learns."""
         kind = type(self).model_fields
         of_adapters = (
+            "drafts_from",
             "adapter_rank",
             "adapter_places",
             "adapter_shifted",
@@ -320,6 +324,8 @@ class TrainJob(Job):
         for name in given:
             if (name in of_adapters) == (self.drafts == "whole"):
                 raise ValueError(f"{name} is given and drafts is {self.drafts}, which has no use for it; leave it out")
+        if self.drafts_from is not None and self.init_from is None:
+            raise ValueError(f"drafts_from is {self.drafts_from} and there is no init_from; give the checkpoint")
         if self.link_reads_state and self.link_rank is None:
             raise ValueError("link_reads_state is true and there is no link_rank; give the rank of the link")
         if self.adapter is not None and self.objective == "ar":

@@ -10,6 +10,7 @@ from tidar_core.artifacts.model import bundle_info
 from tidar_core.artifacts.model.bundle_info import (
     BUNDLE_JSON,
     BundleInfo,
+    DraftsInfo,
     base_location,
     is_bundle,
     model_info,
@@ -29,7 +30,15 @@ from tidar_core.training.recipe import Recipe, adapted_config, linked_config
 from tidar_core.training.sequence_parallel import require_equal_heads, require_equal_runs
 from tidar_core.transformer.shapes import named_shape
 
-__all__ = ["absolute_job", "check_start", "finished_bundle", "model_config", "refuse_other_run", "starting_config"]
+__all__ = [
+    "absolute_job",
+    "check_start",
+    "finished_bundle",
+    "model_config",
+    "refuse_other_run",
+    "require_drafts_of_start",
+    "starting_config",
+]
 
 NOT_RECORDED = asdict(Recipe()) | {
     name: TrainJob.model_fields[name].default
@@ -45,7 +54,7 @@ def absolute_job(job: TrainJob) -> TrainJob:
     """The same job with every location absolute: workers run in other folders."""
     changed: dict[str, Any] = {
         name: locations.absolute(getattr(job, name))
-        for name in ("shards", "output", "init_from", "base", "resume_from")
+        for name in ("shards", "output", "init_from", "drafts_from", "base", "resume_from")
         if getattr(job, name) is not None
     }
     return job.model_copy(update=changed | {"tracking_uri": model_registry.absolute_tracking_uri(job.tracking_uri)})
@@ -144,6 +153,8 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
     else:
         assert job.init_from is not None
         config = bundle_info.model_config(job.init_from)
+    if job.drafts_from is not None:
+        config = require_drafts_of_start(job).config(config)
     if job.adapter is not None:
         config = adapted_config(config, job.adapter)
     elif config.adapter is not None:
@@ -152,6 +163,27 @@ def starting_config(job: TrainJob, manifest: Manifest) -> ModelConfig:
             "adapter, or its checkpoint"
         )
     return config if job.link_rank is None else linked_config(config, job.link_rank)
+
+
+def require_drafts_of_start(job: TrainJob) -> DraftsInfo:
+    """The shape of the drafts that a job starts from.
+
+    Raises ConfigError for a folder without drafts, for drafts of another checkpoint, and for a start that has its own.
+    """
+    assert job.init_from is not None and job.drafts_from is not None, "the job checks that it names both"
+    if bundle_info.model_config(job.init_from).drafting:
+        raise ConfigError(f"drafts_from is {job.drafts_from} and {job.init_from} drafts already; leave drafts_from out")
+    drafts, found = read_bundle_info(job.drafts_from).drafts, model_info(job.init_from).bundle_hash
+    if drafts is None:
+        raise ConfigError(
+            f"drafts_from is {job.drafts_from}, whose drafts are not of a frozen checkpoint; leave it out"
+        )
+    if drafts.base_hash != found:
+        raise ConfigError(
+            f"drafts_from is {job.drafts_from}, trained for the checkpoint {drafts.base_hash[:12]}; {job.init_from} is "
+            f"{found[:12]}; give that checkpoint, or leave drafts_from out"
+        )
+    return drafts
 
 
 def _as_recorded(fields: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,10 +212,12 @@ def _check_fit(job: TrainJob, model: ModelConfig, manifest: Manifest) -> None:
 
 
 def _check_source(job: TrainJob, folder: str, manifest: Manifest) -> None:
-    if not locations.exists(locations.join(folder, "config.json")):
-        raise ConfigError(f"init_from is {folder}; it has no config.json; give a model folder or a bundle")
     if is_bundle(folder):
         verify_bundle(folder)
+    elif not locations.exists(locations.join(folder, "config.json")):
+        raise ConfigError(f"init_from is {folder}; it has no config.json; give a model folder or a bundle")
+    if job.drafts_from is not None:
+        verify_bundle(job.drafts_from)
     base = base_location(folder, model_info(folder))
     if job.base is not None and model_info(job.base).bundle_hash != model_info(base).bundle_hash:
         raise ConfigError(

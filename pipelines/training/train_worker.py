@@ -19,9 +19,9 @@ from pipelines.training.continuations import check_prompts, continued, held_out_
 from pipelines.training.divergence import Health
 from pipelines.training.train_engine import TrainEngine, from_rank_0, learning_rate
 from pipelines.training.train_metrics import MetricsWindow, loss_metrics
-from pipelines.training.train_start import model_config, refuse_other_run
+from pipelines.training.train_start import model_config, refuse_other_run, require_drafts_of_start
 from tidar_core.artifacts.model.bundle import save_bundle, save_frozen_bundle
-from tidar_core.artifacts.model.bundle_info import base_location, model_info
+from tidar_core.artifacts.model.bundle_info import base_location, model_info, read_bundle_info
 from tidar_core.artifacts.model.drafts_file import attach_drafts
 from tidar_core.artifacts.model.hf_weights import load_model, with_mask_token
 from tidar_core.artifacts.shards import TOKENIZER, Manifest, ShardReader
@@ -72,6 +72,9 @@ def starting_model(job: TrainJob, manifest: Manifest) -> tuple[TidarModel, str]:
     folder, info = locations.local_copy(job.init_from), model_info(job.init_from)
     model = load_model(locations.local_copy(base_location(folder, info)), mask_id=info.mask_id)
     if job.adapter is not None:
+        if job.drafts_from is not None:
+            require_drafts_of_start(job)
+            folder, info = locations.local_copy(job.drafts_from), read_bundle_info(job.drafts_from)
         if info.drafts is not None:
             attach_drafts(model, folder, info.drafts)
         start_draft_adapter(model, job.adapter, seed=job.seed)

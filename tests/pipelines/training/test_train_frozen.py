@@ -78,6 +78,8 @@ def runs(tmp_path_factory):
     jobs.append(runs.job("moved", zero_stage=3, resume_from=middle))
     jobs.append(runs.job("bf16", precision="bf16"))
     jobs.append(runs.job("more", init_from=str(runs.folder / "zero-1"), steps=1, rows_per_step=4))
+    jobs.append(runs.job("further", drafts_from=str(runs.folder / "zero-1"), steps=1, rows_per_step=4))
+    jobs.append(runs.job("without a copy", init_from=str(runs.folder / "recomputed"), steps=1, rows_per_step=4))
     jobs.append(runs.job("decoded", **DECODED))
     train_on(2, jobs, runs.logs)
     return runs
@@ -152,6 +154,14 @@ def test_drafts_of_a_bundle_are_trained_on(runs):
     assert 0 < max(changes) < 0.1
 
 
+@pytest.mark.parametrize("name", ["further", "without a copy"])
+def test_drafts_from_a_folder_and_a_bundle_that_names_its_checkpoint_are_trained_on_too(runs, name):
+    expected = runs.model("more").state_dict()
+    for weight, value in runs.model(name).state_dict().items():
+        torch.testing.assert_close(value, expected[weight], rtol=0, atol=1e-3)  # "recomputed" sums in another order
+        assert name == "without a copy" or torch.equal(value, expected[weight])
+
+
 def test_bf16_trains_too(runs):
     loss = runs.losses("bf16")[0]
     assert loss[STEPS] < loss[1]
@@ -202,6 +212,8 @@ def test_another_checkpoint_under_the_drafts_is_refused(runs, tmp_path):
         ({"masking": "random"}, "give full"),
         ({"adapter_places": ["head"]}, "name some of"),
         ({"drafts": "whole"}, "adapter_rank is given"),
+        ({"drafts_from": "d", "drafts": "whole", "adapter_rank": 32}, "drafts_from is given and drafts is whole"),
+        ({"drafts_from": "d", "init_from": None, "resume_from": "r"}, "there is no init_from"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(tmp_path, changes, message):
@@ -222,6 +234,17 @@ def test_drafts_of_another_shape_are_refused(runs, changes, message):
     job = runs.job("new", init_from=str(runs.folder / "zero-1"), **changes)
     with pytest.raises(ConfigError, match=message):
         check_start(job, read_manifest(runs.shards))
+
+
+def test_drafts_from_a_folder_are_of_the_same_checkpoint_and_shape_and_the_only_ones(runs, tmp_path):
+    other, kept = changed_base(runs, tmp_path / "other"), str(runs.folder / "zero-1")
+    for changes, message in (
+        ({"init_from": str(other)}, "give that checkpoint, or leave drafts_from out"),
+        ({"init_from": kept}, "drafts already; leave drafts_from out"),
+        ({"adapter_rank": 8}, "the drafts have rank 4; this job has 8; give it the same"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_start(runs.job("new", **{"drafts_from": kept, **changes}), read_manifest(runs.shards))
 
 
 def equal_weights(model, checkpoint):

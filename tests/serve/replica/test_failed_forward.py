@@ -54,7 +54,7 @@ def crowded(model):
 
 
 def failing_once(scheduler, monkeypatch, *, reads):
-    """One forward fails: the first that reads prompts while a text lacks its pages, or one that reads none while two do.
+    """One forward fails: the first that reads prompts while a text lacks its pages, or none while two lack theirs.
 
     Returns the ids of these texts.
     """
