@@ -27,6 +27,7 @@ from pipelines.evaluation.publish import publish
 from pipelines.importing.import_model import import_model
 from pipelines.jobs import PackJob, TrainJob
 from pipelines.packing.pack import pack
+from pipelines.quickstart.shipped import drafts_of
 from pipelines.quickstart.site import MODEL_NAME, Site, steps_within
 from pipelines.training.precision import fastest_job
 from pipelines.training.train import train
@@ -59,7 +60,7 @@ BLOCK_LEN = 8
 ROW_LEN = 256
 VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
-ADAPTER_RANK, LINK_RANK = 32, 64
+ADAPTER_RANK, LINK_RANK = 16, 64
 LEARNING_RATE = 3e-3
 """High, because the budget allows only one or two hundred train steps (docs/experiments.md)."""
 ROWS_PER_STEP = 1
@@ -136,6 +137,7 @@ def flow(workdir: Path, budget_seconds: int) -> DraftsQuickstart:
             / same["transformers"]["tokens_per_second"],
             "ar_over_transformers": same["transformers"]["ar_over"],
             "answers_trained_on": answers.conversations,
+            "trained_from": "the drafts that the project ships" if training.drafts_from else "no drafts",
             "bundle": site.path("bundle"),
             "report": site.path("report"),
             "registry_version": version,
@@ -192,6 +194,8 @@ def _train_job(site: Site, base: str, seconds: float, precision: Callable[[], Pr
         rows_per_step=ROWS_PER_STEP,
         rows_per_forward=ROWS_PER_STEP,
         adapter_shifted=True,
+        adapter_causal=True,
+        drafts_from=lambda: drafts_of(base),
         learning_rate=LEARNING_RATE,
         min_learning_rate=LEARNING_RATE / 10,
         warmup=0.05,
@@ -285,6 +289,7 @@ def _probed_job(site: Site, base: str, precision: Precision) -> TrainJob:
     """A job that trains what the quickstart trains, for timing alone."""
     return TrainJob(
         shards=site.path("shards"), output=site.path("bundle"), init_from=base, drafts="adapter",
-        adapter_rank=ADAPTER_RANK, block_len=BLOCK_LEN, visits=VISITS, steps=1, rows_per_step=ROWS_PER_STEP,
-        rows_per_forward=ROWS_PER_STEP, cpus_per_worker=site.threads, precision=precision,
+        adapter_rank=ADAPTER_RANK, adapter_shifted=True, adapter_causal=True, block_len=BLOCK_LEN, visits=VISITS,
+        steps=1, rows_per_step=ROWS_PER_STEP, rows_per_forward=ROWS_PER_STEP, cpus_per_worker=site.threads,
+        precision=precision,
     )  # fmt: skip

@@ -170,7 +170,8 @@ def require_drafts_of_start(job: TrainJob) -> DraftsInfo:
 
     Raises ConfigError for a folder without drafts, for drafts of another checkpoint, and for a start that has its own.
     """
-    assert job.init_from is not None and job.drafts_from is not None, "the job checks that it names both"
+    assert job.init_from is not None, "the job checks that it names both"
+    assert job.drafts_from is not None
     if bundle_info.model_config(job.init_from).drafting:
         raise ConfigError(f"drafts_from is {job.drafts_from} and {job.init_from} drafts already; leave drafts_from out")
     drafts, found = read_bundle_info(job.drafts_from).drafts, model_info(job.init_from).bundle_hash

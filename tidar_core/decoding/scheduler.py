@@ -163,8 +163,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         if self.decoder.reads_beside and self.decoder.running:
             chunks = self._next_chunks(self._pace.tokens(running), drafts=self.planner.drafts_first_blocks)
-        steps = self._stepped(plan, chunks)
-        self.planner.observe(steps, beside=any(chunk.plan.clean_len for chunk in chunks))
+        unread = _with_tokens(chunks)
+        steps = self._stepped(plan, unread)
+        self.planner.observe(steps, beside=bool(unread))
         self._pace.step_ended(self._read, min(len(self._line), self._free) / running)
         self._read = 0
         if chunks:
@@ -201,7 +202,8 @@ class Scheduler:
         steps: list[DecodeStep] = []
         while left > 0 and (chunks := self._next_chunks(min(left, self._prefill_tokens), drafts=drafts)):
             left -= sum(chunk.plan.clean_len for chunk in chunks)
-            self.decoder.read([chunk for chunk in chunks if chunk.plan.clean_len])
+            if unread := _with_tokens(chunks):
+                self.decoder.read(unread)
             steps += self._begun(chunks)
         return self._settle(steps)
 
@@ -232,7 +234,7 @@ class Scheduler:
         """Steps of all running requests, for which there is room."""
         if not self.decoder.running:
             return []
-        return self._settle(self.decoder.decode_step(plan, [c for c in beside or () if c.plan.clean_len]))
+        return self._settle(self.decoder.decode_step(plan, beside or []))
 
     def _next_chunks(self, most: int, *, drafts: bool) -> list[Chunk]:
         """The next tokens of the line, `most` together, for one forward; all chunks but the last end a prompt.
@@ -346,3 +348,8 @@ class Scheduler:
     def _drop_pages(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.read, sequence.prompt_logprobs = SequencePages(), 0, []
+
+
+def _with_tokens(chunks: list[Chunk]) -> list[Chunk]:
+    """Those that have tokens to read: a text that was preempted may find all of its pages in the cache."""
+    return [chunk for chunk in chunks if chunk.plan.clean_len]

@@ -106,3 +106,24 @@ def test_prompts_that_begin_alike_wait_for_the_pages_of_the_first(model):
     assert [tuple(c.token_ids) for c in done] == expected_texts(model, [common + end for end in ends], GREEDY)
     assert scheduler.alone == [[12], [6, 5]]
     assert scheduler.shared_tokens == 2 * 8
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_text_that_finds_all_of_its_pages_again_goes_on_without_a_read(model, others):
+    texts = prompts(9, 5)[: 1 + others]
+    scheduler = Watched(model, slots=2, planner=FixedMode("autoregressive", K))
+    emitted = {str(n): () for n in range(len(texts))}
+    for request in requests(texts, GREEDY):
+        scheduler.submit(request)
+    preempted = False
+    while scheduler.busy:
+        for step in scheduler.advance():
+            emitted[step.request_id] += step.token_ids
+        if not preempted and len(emitted["0"]) == 8:  # 16 tokens were read: four whole pages
+            preempted, sequence = True, scheduler._sequences["0"]
+            scheduler._leave(sequence)
+            scheduler._line.appendleft(sequence)
+    assert list(emitted.values()) == expected_texts(model, texts, GREEDY)
+    assert preempted
+    assert scheduler.alone == [[len(text) for text in texts]]
+    assert not any(scheduler.beside)
