@@ -157,23 +157,6 @@ static void find_rows(const struct attention *a, const struct group *g, long fir
     }
 }
 
-/* Exchange rows and columns of a square of words. */
-INLINE void transpose(U word[16]) {
-    UNROLL for (int s = 1; s < 16; s *= 2) {
-        U low = {}, high = {};
-        UNROLL for (int n = 0; n < 16; n++) {
-            low[n] = n & s ? n - s + 16 : n;
-            high[n] = n & s ? n + 16 : n + s;
-        }
-        UNROLL for (int n = 0; n < 16; n++) {
-            if (n & s) continue;
-            U first = word[n], second = word[n + s];
-            word[n] = __builtin_shuffle(first, second, low);
-            word[n + s] = __builtin_shuffle(first, second, high);
-        }
-    }
-}
-
 /* Two vectors of bf16 in words, the first in the low halves. */
 INLINE U paired(U first, U second) { return first | second << 16; }
 

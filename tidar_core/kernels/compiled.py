@@ -23,13 +23,14 @@ __all__ = ["library", "needed_library"]
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("numbers.h", "tiles.h", "products.c", "layer.c", "attention.c", "loss.c", "gradients.c")
+SOURCES = ("numbers.h", "tiles.h", "products.c", "layer.c", "attention.c", "loss.c", "gradients.c", "mask_attention.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 """Time that a compiler may take."""
 P, N, B, X = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 PRODUCT = (P, P, N, N, P, N, P, B)
+MASKS = (*5 * (P,), *5 * (N,), P, P, *6 * (N,), B)
 SIGNATURES = {
     "product_fp32": PRODUCT,
     "product_bf16": PRODUCT,
@@ -45,6 +46,8 @@ SIGNATURES = {
     "rms_norm_gradient": (P, P, P, X, N, N, B, P),
     "silu_mul_gradient": (P, P, N, N, B, P),
     "rotate": (P, N, P, P, N, N, N, X, B, P),
+    "mask_attention": (*MASKS, P, P),
+    "mask_attention_gradient": (*MASKS, *6 * (P,)),
     "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
 }
 """Types of the arguments of each function; no function returns anything."""

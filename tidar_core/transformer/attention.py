@@ -4,8 +4,8 @@ How do query tokens gather values under a visibility?
 
 `DenseAttention` is the plain form and the oracle. `PiecewiseAttention` gives the same numbers without computing the
 whole square of scores. It takes query tokens in chunks, each against the run of clean tokens and the run of masks that
-any token of the chunk sees. Next-token rows and the doubled training row use the same form: their layouts differ, the
-rule does not.
+any token of the chunk sees. On a CPU, masks of a frozen checkpoint go through a kernel in C instead. Next-token rows
+and the doubled training row use the same form: their layouts differ, the rule does not.
 
 Shape letters: B sequences, L tokens, S clean tokens of a row, H heads, G key heads, R query heads of a key head,
 D head width, P query tokens of a chunk, W keys that they may see.
@@ -13,13 +13,15 @@ D head width, P query tokens of a chunk, W keys that they may see.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_core.transformer.layout import CLEAN, LENGTH_STEP, TokenLayout
+from tidar_core.kernels.mask_attention import MaskRuns, mask_attention, suits
+from tidar_core.transformer.layout import CLEAN, LENGTH_STEP, PADDING, TokenLayout
 from tidar_core.transformer.visibility import dense_visibility
 
 __all__ = ["Attention", "DenseAttention", "PiecewiseAttention", "SplitAttention", "attend"]
@@ -109,15 +111,13 @@ class PiecewiseAttention:
         clean, masks = facts[:, :S], facts[:, S:]
         self._clean_len, self._mask_chunk = S, mask_chunk
         self._clean = [_Chunk.of(clean[:, queries], queries, (clean,)) for queries in _cut(S, clean_chunk)]
-        self._masks = [_Chunk.of(masks[:, queries], queries, (clean, masks)) for queries in _cut(L - S, mask_chunk)]
-        self._bias = [torch.zeros_like(p.visible_BPW, dtype=dtype).masked_fill_(~p.visible_BPW, float("-inf"))
-                      for p in self._masks]  # fmt: skip
+        self._halves, self._mask_len, self._dtype = (clean, masks), L - S, dtype
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
         S = self._clean_len
         gathered = [self.clean(layer, q_BLHD[:, :S], k_BLHD[:, :S], v_BLHD[:, :S])]
-        if self._masks:
+        if self._mask_len:
             gathered.append(self.masks(layer, q_BLHD[:, S:], k_BLHD[:, S:], v_BLHD[:, S:]))
         del self._kept[layer]
         return torch.cat(gathered, 1)
@@ -135,14 +135,33 @@ class PiecewiseAttention:
     def masks(self, layer: int, q_BMHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
         """Gathered values of masks, as `SplitAttention` defines them."""
         clean_k, clean_v = self._kept[layer]
+        if suits(q_BMHD, clean_k, clean_v) and self._runs is not None:
+            return mask_attention(q_BMHD, k_BMHD, v_BMHD, clean_k, clean_v, self._runs)
         q, *halves = (x.transpose(1, 2) for x in (q_BMHD, clean_k, k_BMHD, clean_v, v_BMHD))
         k, v = halves[:2], halves[2:]
         q = q.unflatten(1, (k[0].shape[1], -1)) * q.shape[-1] ** -0.5
         gathered = [
             _attend(part, [r.of(k) for r in chunk.runs], [r.of(v) for r in chunk.runs], bias_BPW)
-            for part, chunk, bias_BPW in zip(q.split(self._mask_chunk, 3), self._masks, self._bias, strict=True)
+            for part, (chunk, bias_BPW) in zip(q.split(self._mask_chunk, 3), self._pieces, strict=True)
         ]
         return torch.cat(gathered, 2).transpose(1, 2)
+
+    @cached_property
+    def _pieces(self) -> "list[tuple[_Chunk, Tensor]]":
+        """Chunks of masks, with what hides keys from them."""
+        masks = self._halves[1]
+        chunks = [
+            _Chunk.of(masks[:, queries], queries, self._halves) for queries in _cut(self._mask_len, self._mask_chunk)
+        ]
+        return [
+            (x, torch.zeros_like(x.visible_BPW, dtype=self._dtype).masked_fill_(~x.visible_BPW, float("-inf")))
+            for x in chunks
+        ]
+
+    @cached_property
+    def _runs(self) -> MaskRuns | None:
+        clean, masks = self._halves
+        return MaskRuns.of(dense_visibility(masks, clean.then(masks)), self._clean_len, masks.document != PADDING)
 
 
 def _attend(q_BGRPD: Tensor, k_BGWD: Sequence[Tensor], v_BGWD: Sequence[Tensor], bias_BPW: Tensor) -> Tensor:
