@@ -43,6 +43,8 @@ class MaskRuns:
         if clean is None or own is None:
             return None
         seen_BM4, number_M = torch.stack([*clean, *own], -1), torch.arange(real_BM.shape[1])
+        if not bool(real_BM.any()):
+            return MaskRuns(seen_BM4.int().contiguous(), torch.zeros(0, 3, dtype=torch.int32))
         same_BM = (seen_BM4[:, 1:, :2] == seen_BM4[:, :-1, :2]).all(-1) & real_BM[:, 1:] & real_BM[:, :-1]
         reached_BM = (seen_BM4[..., 2] + seen_BM4[..., 3]).cummax(1).values
         begins_BM = real_BM.clone()

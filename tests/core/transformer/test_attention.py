@@ -88,6 +88,18 @@ def test_masks_of_a_frozen_checkpoint_equal_the_dense_square_forward_and_backwar
         torch.testing.assert_close(ours, dense, rtol=rounding, atol=rounding * float(dense.abs().max()))
 
 
+@pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
+def test_masks_that_are_all_padding_gather_nothing():
+    """As where no block of a row has a label."""
+    layout = training_layout(torch.full((1, 8), PADDING), 4)
+    attention, q = PiecewiseAttention(layout), torch.randn(1, 8, 2, 16, requires_grad=True)
+    attention.clean(0, *[torch.randn(1, 8, 2, 16)] * 3)
+    output = attention.masks(0, q, torch.randn(1, 8, 2, 16), torch.randn(1, 8, 2, 16))
+    output.sum().backward()
+    assert not output.any()
+    assert not q.grad.any()
+
+
 def test_what_is_no_run_of_keys_is_left_to_plain_products():
     visible, real = torch.ones(1, 2, 6, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
     assert MaskRuns.of(visible, 4, real) is not None
