@@ -10,9 +10,10 @@ from typing import Any
 
 import ray
 
+from pipelines.cluster.console import stderr
 from pipelines.cluster.progress import job_progress
 
-__all__ = ["remote_progress", "report_progress"]
+__all__ = ["remote_progress", "report_line", "report_progress", "report_start"]
 
 POLL_SECONDS = 0.5
 
@@ -28,7 +29,10 @@ def remote_progress(title: str, *, total: int, unit: str) -> Iterator[Any]:
             ended = False
             while not ended:
                 ended = finished.wait(POLL_SECONDS)  # the last reports are shown as well
-                show(*ray.get(reports.latest.remote()))
+                *progress, lines = ray.get(reports.latest.remote())
+                for line in lines:
+                    stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+                show(*progress)
 
     thread = threading.Thread(target=poll, name="progress")
     thread.start()
@@ -48,14 +52,33 @@ def report_progress(reports: Any, completed: int, numbers: Mapping[str, float]) 
     reports.report.remote(completed, dict(numbers))
 
 
+def report_line(reports: Any, line: str) -> None:
+    """Report a line to be shown beside the progress, without waiting for an answer."""
+    reports.add_line.remote(line)
+
+
+def report_start(reports: Any, again: str) -> None:
+    """Report that the work begins; the line `again` is shown if it had begun before."""
+    reports.start.remote(again)
+
+
 @ray.remote(num_cpus=0)
 class _Reports:
     def __init__(self) -> None:
         self.completed, self.numbers = 0, dict[str, float]()
+        self.lines, self.begun = list[str](), False
 
     def report(self, completed: int, numbers: dict[str, float]) -> None:
         self.completed = completed
         self.numbers |= numbers  # a figure that is measured seldom stays visible
 
-    def latest(self) -> tuple[int, dict[str, float]]:
-        return self.completed, self.numbers
+    def add_line(self, line: str) -> None:
+        self.lines.append(line)
+
+    def start(self, again: str) -> None:
+        self.lines += [again] if self.begun else []
+        self.begun = True
+
+    def latest(self) -> tuple[int, dict[str, float], list[str]]:
+        lines, self.lines = self.lines, []
+        return self.completed, self.numbers, lines

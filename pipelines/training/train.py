@@ -8,7 +8,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.cluster.connection import connect, on_a_node, original_error
-from pipelines.cluster.remote_progress import remote_progress, report_progress
+from pipelines.cluster.remote_progress import remote_progress, report_line, report_progress, report_start
 from pipelines.jobs import TrainJob
 from pipelines.training.checkpoints import run_folder
 from pipelines.training.precision import precise_job
@@ -114,11 +114,17 @@ def _on_worker(config: dict[str, Any]) -> DivergedError | None:
         log=log,
         keep_text=lambda name, text: runs.log_text(tracking, run_id, name, text),
     )
+    if around.rank == 0:
+        report_start(config["reports"], "workers failed; new ones go on from the newest checkpoint")
     with runs.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
         try:
             train_worker(job, around)
         except DivergedError as error:
             return error
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            report_line(config["reports"], f"worker {around.rank} failed: {type(error).__name__}: {reason}")
+            raise
     return None
 
 

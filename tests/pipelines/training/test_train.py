@@ -218,10 +218,11 @@ def broken_run(train_job, ar_bundle, s3_endpoint, tmp_path_factory):
         time.sleep(0.5)
     assert not locations.exists(job.output)
     half = leave_half_a_checkpoint(job)
-    with train_command(job, path) as driver:
+    with path.with_suffix(".log").open("w") as log, train_command(job, path, stderr=log) as driver:
         wait_until_some_steps_after_a_checkpoint(job, driver, logged=len(curve(job, "ar_loss")))
         os.kill(train_workers()[0].pid, signal.SIGKILL)
         assert driver.wait() == 0
+    assert "workers failed; new ones go on from the newest checkpoint\n" in path.with_suffix(".log").read_text()
     assert not locations.exists(half)
     return job
 
