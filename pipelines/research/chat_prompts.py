@@ -113,17 +113,13 @@ def _passages() -> Iterator[tuple[str, str]]:
     """Names and texts of passages in plain English."""
     texts = list(topics.topics.items())
     for package in metadata.distributions():
-        texts.append(
-            (package.metadata["Name"], package.metadata.get("Description") or str(package.metadata.get_payload()))
-        )
+        _, _, about = (package.read_text("METADATA") or "").partition("\n\n")
+        texts.append((package.name, about))
     status = Path("/var/lib/dpkg/status")
-    if status.exists():
-        for entry in status.read_text(errors="replace").split("\n\n"):
-            name, about = (
-                re.search(rf"^{key}: (.*(?:\n .*)*)", entry, re.MULTILINE) for key in ("Package", "Description")
-            )
-            if name and about:
-                texts.append((name[1], about[1].replace("\n .\n", " ").replace("\n", " ")))
+    for entry in status.read_text(errors="replace").split("\n\n") if status.exists() else ():
+        named, told = (re.search(rf"^{key}: (.*(?:\n .*)*)", entry, re.M) for key in ("Package", "Description"))
+        if named and told:
+            texts.append((named[1], told[1].replace("\n .\n", " ").replace("\n", " ")))
     for name, text in texts:
         for paragraph in re.split(r"\n\s*\n", text):
             line = " ".join(paragraph.split())

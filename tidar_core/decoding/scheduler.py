@@ -351,5 +351,5 @@ class Scheduler:
 
 
 def _with_tokens(chunks: list[Chunk]) -> list[Chunk]:
-    """Those that have tokens to read: a text that was preempted may find all of its pages in the cache."""
+    """The chunks that have tokens to read: a text that was preempted may find all of its pages in the cache."""
     return [chunk for chunk in chunks if chunk.plan.clean_len]
