@@ -25,7 +25,10 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 def drafts_of(base: str) -> str | None:
-    """The shipped folder, if its drafts were trained for the checkpoint at `base`; otherwise None, and one line on standard error."""
+    """The shipped folder, if its drafts were trained for the checkpoint at `base`.
+
+    Otherwise None, and one line on standard error.
+    """
     drafts = read_bundle_info(SHIPPED).drafts
     assert drafts is not None, "the shipped folder has drafts"
     if (found := model_info(base).bundle_hash) == drafts.base_hash:
