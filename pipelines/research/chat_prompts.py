@@ -117,9 +117,9 @@ def _passages() -> Iterator[tuple[str, str]]:
         texts.append((package.name, about))
     status = Path("/var/lib/dpkg/status")
     for entry in status.read_text(errors="replace").split("\n\n") if status.exists() else ():
-        named, told = (re.search(rf"^{key}: (.*(?:\n .*)*)", entry, re.M) for key in ("Package", "Description"))
-        if named and told:
-            texts.append((named[1], told[1].replace("\n .\n", " ").replace("\n", " ")))
+        named, described = (re.search(rf"^{key}: (.*(?:\n .*)*)", entry, re.M) for key in ("Package", "Description"))
+        if named and described:
+            texts.append((named[1], described[1].replace("\n .\n", " ").replace("\n", " ")))
     for name, text in texts:
         for paragraph in re.split(r"\n\s*\n", text):
             line = " ".join(paragraph.split())
