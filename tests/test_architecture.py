@@ -16,7 +16,7 @@ TORCH_ONLY = [path for path in CORE if not path.is_relative_to(ROOT / "tidar_cor
 MAY_IMPORT = {
     "tidar": "tidar_core/ pipelines/ serve_apps/",
     "tidar_core": "tidar_core/transformer tidar_core/training tidar_core/decoding",
-    "tidar_core/transformer": "tidar_core tidar_core/kernels/layers_on_cpu.py",
+    "tidar_core/transformer": "tidar_core tidar_core/kernels/layers_on_cpu.py tidar_core/kernels/mask_attention.py",
     "tidar_core/kernels": "tidar_core tidar_core/transformer",
     "tidar_core/training": "tidar_core tidar_core/transformer tidar_core/kernels",
     "tidar_core/decoding": "tidar_core tidar_core/transformer tidar_core/kernels",

@@ -96,17 +96,15 @@ def dual_mode_batch(
     causal_masks  a mask token sees no later mask token
     """
     recipe = recipe or Recipe()
-    S, device = input_ids_BS.shape[1], input_ids_BS.device
+    S, label_BS = input_ids_BS.shape[1], _labels(input_ids_BS, trained_BS)
     assert not recipe.draws or seed_B is not None, "this recipe draws: each row needs a seed"
-    draws = Draws.of(seed_B, S, device) if recipe.draws and seed_B is not None else None
-    label_BS = _labels(input_ids_BS, trained_BS)
+    draws = Draws.of(seed_B, S, input_ids_BS.device) if recipe.draws and seed_B is not None else None
     weights, weighs = recipe.weights_at(share), recipe.weighs(share)
+    decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
     halves, kept, totals = [], [], []
     for visit, layout in enumerate(_mask_layouts(document_BS, block_len, recipe, draws, causal_masks)):
         masks = _MaskHalf.of(layout, label_BS, mask_id)
-        if weighs:
-            decay = (recipe.position_decay or 1 + 3 * block_len / 8) if weights == "exponential" else None
-            masks = masks.weighted(decay, recipe.first_weight)
+        masks = masks.weighted(decay, recipe.first_weight) if weighs else masks
         totals.append((masks.weight * (masks.target != IGNORED)).sum(dtype=torch.float64))
         if draws is not None and recipe.masking == "random":
             masks = masks.partly_shown(input_ids_BS, draws)
@@ -129,7 +127,7 @@ def dual_mode_batch(
         teacher_BM=before_BM if recipe.distillation or recipe.consistency else None,
         distillation=recipe.distillation,
         consistency=recipe.consistency,
-        unlinked=torch.full((), recipe.unlinked_at(share), device=device) if recipe.unlinked else None,
+        unlinked=input_ids_BS.new_tensor(recipe.unlinked_at(share), dtype=torch.float32) if recipe.unlinked else None,
     )
 
 
