@@ -41,4 +41,8 @@ def test_the_prompts_are_installed_with_the_project():
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = find_namespace_packages(str(ROOT), include=tools["packages"]["find"]["include"])
     assert "pipelines.quickstart" in packages
-    assert tools["package-data"]["pipelines.quickstart"] == ["prompts/*.jsonl"]
+    assert tools["package-data"]["pipelines.quickstart"] == [
+        "prompts/*.jsonl",
+        "shipped/tidar.json",
+        "shipped/drafts/drafts.safetensors",
+    ]
