@@ -1,5 +1,7 @@
 """Prompts are read in the forward of a decode step, several at a time; each gives the numbers that it gives alone."""
 
+import copy
+
 import pytest
 import torch
 from decoding import GREEDY, expected_texts, prompts, requests
@@ -40,6 +42,7 @@ def hidden_states(model, kernels, *forwards):
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
 def test_with_kernels_in_c_parts_of_a_forward_have_the_bits_that_each_has_alone(model):
+    model = copy.deepcopy(model)
     prepare_for_decoding(model)
     together = hidden_states(model, c_kernels(), PARTS)
     alone = hidden_states(model, c_kernels(), *([part] for part in PARTS))
