@@ -37,9 +37,8 @@ def visible_pairs(document_BS: Tensor, block_len: int | None = None) -> int:
 
 def layout_pairs(layout: TokenLayout) -> Tensor:
     """`visible_pairs` of a training layout, as a tensor on the device."""
-    before = (
-        layout.position - layout.horizon
-    )  # a block of n masks that see it all has n^2 pairs: the first n odd numbers
+    before = layout.position - layout.horizon
+    # A block of n masks that see it all has n^2 pairs, the first n odd numbers; of causal masks, 1 + .. + n.
     in_block = torch.where(layout.reach == layout.position, before, 2 * before - 1) * (layout.block != CLEAN)
     return torch.where(layout.document != PADDING, layout.horizon + 1 + in_block, 0).sum()
 

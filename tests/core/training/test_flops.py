@@ -34,9 +34,10 @@ def test_pairs_are_those_that_the_rule_lets_see(block_len):
     real = layout.document >= 0
     visible = dense_visibility(layout, layout) & real[:, :, None]
     assert visible_pairs(rows, block_len) == int(visible.sum())
-    shifted = training_layout(rows, block_len, block_len - 1)
-    visible = dense_visibility(shifted, shifted) & real[:, :, None]
-    assert layout_pairs(shifted) == visible.sum()
+    for causal_masks in (False, True):
+        shifted = training_layout(rows, block_len, block_len - 1, causal_masks=causal_masks)
+        visible = dense_visibility(shifted, shifted) & real[:, :, None]
+        assert layout_pairs(shifted) == visible.sum()
 
 
 def test_flops_of_one_token_by_hand():
