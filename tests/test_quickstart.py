@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fast_ray_env import FAST_RAY_ENV
+from ports import unused_port
 from small_smollm2 import write_small_package
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -20,14 +20,9 @@ SCRATCH = ("shards", "ar", "ar.run", "bundle", "bundle.run", "report")
 DRAFTS = ("smollm2", "answers", "shards", "bundle", "bundle.run", "report")
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def quickstart(workdir, *options, **environment):
     command = [sys.executable, "-m", "tidar", "quickstart", *options, "--workdir", str(workdir)]
-    command += ["--budget-seconds", "10", "--port", str(free_port()), "--json"]
+    command += ["--budget-seconds", "10", "--port", str(unused_port()), "--json"]
     env = os.environ | FAST_RAY_ENV | environment
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

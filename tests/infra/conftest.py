@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,19 +13,13 @@ from pathlib import Path
 
 import pytest
 from fast_ray_env import FAST_RAY_ENV
+from ports import unused_port
 
 from serve_apps.shared_cluster import PATIENT_START_ENV
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_SECONDS = 90
-
-
-def free_port():
-    """A free port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,6 @@ class Head:
     address: str
     env: dict[str, str]
     temp: Path
-    free_port = staticmethod(free_port)
 
     def command(self, *arguments, seconds=240):
         """Run a program of the virtual environment against the head, from the root of the repository."""
@@ -50,7 +42,7 @@ class Head:
 def head():
     """`ray start --head` on loopback with free ports, a token and a folder of its own. SIGTERM ends it."""
     with tempfile.TemporaryDirectory(prefix="tidar-head-") as folder:  # pytest's own paths are too long for sockets
-        dashboard, agent = free_port(), free_port()
+        dashboard, agent = unused_port(), unused_port()
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `ray job`
@@ -76,7 +68,7 @@ def head():
 
 def _start(folder, dashboard, agent):
     ports = {
-        name: free_port()
+        name: unused_port()
         for name in ("port", "ray-client-server-port", "dashboard-agent-grpc-port", "metrics-export-port",
                      "node-manager-port", "object-manager-port")
     }  # fmt: skip

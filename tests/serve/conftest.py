@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from chat_templates import chat_tokenizer
-from serving import running_service, unused_port
+from ports import unused_port
+from serving import running_service
 from tiny import wide_model
 
 from tidar_core.artifacts.model.bundle import save_bundle

@@ -1,7 +1,6 @@
 """On a cluster of others a service takes its place beside them, and ends nothing that it has not started."""
 
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import httpx
 import pytest
 from hf_folders import save_checkpoint, their_text
 from other_cluster import other_cluster
+from ports import unused_port
 from proxies import refusing_proxy
 from serving import command, until_ready
 
@@ -172,9 +172,7 @@ def assert_answers_as_transformers(url, folder, tokenizer):
 def test_a_checkpoint_is_served_by_a_ray_of_its_own_where_the_environment_names_a_proxy(
     checkpoint, tokenizer, monkeypatch
 ):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with refusing_proxy(monkeypatch) as urls:
         environment = {"PYTHONPATH": str(ROOT)}

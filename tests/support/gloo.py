@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from fast_ray_env import FAST_RAY_ENV
 from forked import forked
+from ports import unused_port
 
 
 def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None):
@@ -26,8 +26,7 @@ def start_workers(world_size, jobs, logs, *, dies_in_forward=None, spoiled=None)
     spoiled          name of a job's output -> (`loss` or `gradient`, first, last): the last worker makes it nan in
                      forwards with these ordinals
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = unused_port()
     Path(logs).mkdir(parents=True, exist_ok=True)
     values = [job.model_dump(mode="json") for job in jobs]
     return [

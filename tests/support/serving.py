@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from ports import unused_port
 
 from serve_apps import app
 from serve_apps.settings import ServeSettings
@@ -58,13 +58,6 @@ def own_service(folder, port, **settings):
     with command("serve", "--settings", file, **environment) as process:
         until_ready(process, port)
         yield httpx.URL(f"http://127.0.0.1:{port}")
-
-
-def unused_port():
-    """A port of loopback on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Versions, aliases, runs and their files on a real server with files on disk or in an object store."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ports import unused_port
 
 from tidar_core.artifacts.model.bundle_info import BundleInfo
 from tidar_core.artifacts.registry import model_registry, runs
@@ -37,15 +37,10 @@ for change in changes:
 """
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def served(folder, files):
     """Address of a server on SQLite that keeps files at `files`."""
-    port = free_port()
+    port = unused_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
                "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", files]  # fmt: skip
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
