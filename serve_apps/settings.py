@@ -70,8 +70,9 @@ class ServeSettings(BaseModel):
     tool_form: Literal["auto", "hermes", "llama3"] = "auto"
     """Form in which the model writes calls of functions; by default the form of its chat template."""
 
-    mode: Literal["auto", "single-pass", "two-pass", "autoregressive"] = "single-pass"
-    """Mode of decoding. A checkpoint decodes in autoregressive mode: give that, auto or none."""
+    mode: Literal["auto", "single-pass", "two-pass", "autoregressive"] = "auto"
+    """Mode of decoding; `auto` takes the fastest one at the time. A checkpoint decodes in autoregressive mode: give
+    that, auto or none."""
     draft_kind: Literal["argmax", "sampled"] = "argmax"
     block_len: Positive | None = None
     """K of a draft; by default the length that the bundle was trained with."""

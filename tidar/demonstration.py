@@ -19,7 +19,7 @@ __all__ = ["quickstart"]
 
 DRAFTS_SECONDS, SCRATCH_SECONDS = 180, 480
 """Training time by default."""
-TIMING_SECONDS, TIMING_SHARE = 20.0, 0.1
+TIMING_SECONDS, TIMING_SHARE = 6.0, 0.1
 """Time for which the service times its decode steps, and the most of it in shares of the training time."""
 
 

@@ -174,7 +174,7 @@ def serve(
         raise RequestError("--json prints the facts of --dry-run; give both, or neither")
     merged = command_settings(
         settings,
-        defaults={"mode": Mode.auto.value, "threads": THREADS, "tracking_uri": TRACKING},
+        defaults={"threads": THREADS, "tracking_uri": TRACKING},
         given={"model": model, "port": port, "host": host, "rows": rows, "context_len": context_len,
                "mode": None if mode is None else mode.value, "dtype": None if dtype is None else dtype.value,
                "weights": None if weights is None else weights.value, "threads": threads, "tracking_uri": tracking_uri},

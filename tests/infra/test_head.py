@@ -72,7 +72,9 @@ def test_a_job_carries_the_code_and_nothing_else(head):
 
 def test_serve_deploy_starts_the_service_from_the_written_config(head, tmp_path):
     port = unused_port()
-    settings = ServeSettings(model=str(save_tiny_bundle(tmp_path / "tiny-model")), port=port, num_cpus=1, rows=2)
+    settings = ServeSettings(
+        model=str(save_tiny_bundle(tmp_path / "tiny-model")), port=port, mode="single-pass", num_cpus=1, rows=2
+    )
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(serve_config(settings)))
     done = head.command("serve", "deploy", str(path))

@@ -21,6 +21,10 @@ def test_clients_see_the_last_part_of_the_location_or_the_registered_name(model,
     assert ServeSettings(model=model, model_name="mine").shown_name == "mine"
 
 
+def test_a_service_takes_the_fastest_mode_unless_one_is_given_however_it_is_started():
+    assert ServeSettings(model="m").mode == command_settings(None, defaults={}, given={"model": "m"}).mode == "auto"
+
+
 def test_it_listens_on_loopback_by_default():
     assert ServeSettings(model="m").host == "127.0.0.1"
 
@@ -73,7 +77,7 @@ def test_the_error_names_an_unknown_or_impossible_setting_in_one_line(wrong, nam
 def test_options_override_the_settings_file_and_the_file_overrides_the_defaults(tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("model: /data/one\nrows: 4\nmode: two-pass\ncontext_len: 512\n")
-    defaults = {"mode": "auto", "threads": 1, "tracking_uri": "sqlite:////x.db"}
+    defaults = {"threads": 1, "tracking_uri": "sqlite:////x.db"}
     given = {"model": None, "rows": 2, "context_len": None}
     found = command_settings(file, defaults=defaults, given=given)
     assert (found.model, found.rows, found.mode, found.context_len, found.threads) == (

@@ -67,6 +67,7 @@ def running_service(bundle):
     settings = ServeSettings(
         model=bundle,
         port=port,
+        mode="single-pass",
         rows=3,
         max_waiting=4,
         threads=1,

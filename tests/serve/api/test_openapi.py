@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def service(ray_cluster, bundle, free_port):
     """Address of a service with a short context, so that each valid request completes soon."""
     settings = ServeSettings(
-        model=bundle, port=free_port, rows=3, context_len=48, max_waiting=4, threads=1, num_cpus=0.5,
-        max_body_bytes=2_000_000, stream_interval_seconds=0, vllm_metric_names=True,
+        model=bundle, port=free_port, mode="single-pass", rows=3, context_len=48, max_waiting=4, threads=1,
+        num_cpus=0.5, max_body_bytes=2_000_000, stream_interval_seconds=0, vllm_metric_names=True,
     )  # fmt: skip
     app.run(settings, blocking=False)
     yield f"http://127.0.0.1:{free_port}"

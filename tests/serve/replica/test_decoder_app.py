@@ -24,7 +24,7 @@ PROMPT = "def add(a, b):\n    return"
 
 @pytest.fixture
 def served(bundle):
-    settings = ServeSettings(model=bundle, rows=2, own_process=False)
+    settings = ServeSettings(model=bundle, mode="single-pass", rows=2, own_process=False)
     return ModelVersion(
         settings=settings, bundle_uri=bundle, bundle_hash=read_bundle_info(bundle).bundle_hash, block_len=4
     )

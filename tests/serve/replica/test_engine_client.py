@@ -32,7 +32,7 @@ import json, sys, time
 from serve_apps.replica.engine_client import EngineClient
 from serve_apps.rollout.model_version import resolve_model
 from serve_apps.settings import ServeSettings
-engine = EngineClient(resolve_model(ServeSettings(model=sys.argv[1], rows=2))[0], print)
+engine = EngineClient(resolve_model(ServeSettings(model=sys.argv[1], mode="single-pass", rows=2))[0], print)
 print(engine._process.pid, flush=True)
 time.sleep(600)
 """
@@ -50,7 +50,7 @@ threading.Thread(target=say, daemon=True).start()
 
 @pytest.fixture(scope="module")
 def served(bundle):
-    return resolve_model(ServeSettings(model=bundle, rows=2))[0]
+    return resolve_model(ServeSettings(model=bundle, mode="single-pass", rows=2))[0]
 
 
 @pytest.fixture(scope="module")

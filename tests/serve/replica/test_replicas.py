@@ -45,8 +45,8 @@ BACKGROUND = 10
 @pytest.fixture(scope="module")
 def settings(bundle, free_port):
     return ServeSettings(
-        model=bundle, port=free_port, rows=ROWS, max_waiting=16, threads=1, num_cpus=0.25,
-        stream_interval_seconds=0, min_replicas=2, max_replicas=2, hang_seconds=3,
+        model=bundle, port=free_port, mode="single-pass", rows=ROWS, max_waiting=16, threads=1,
+        num_cpus=0.25, stream_interval_seconds=0, min_replicas=2, max_replicas=2, hang_seconds=3,
     )  # fmt: skip
 
 

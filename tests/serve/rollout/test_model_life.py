@@ -47,8 +47,8 @@ def tracking_uri(registry_uri, bundle, other_bundle):
 @pytest.fixture(scope="module")
 def settings(tracking_uri, free_port):
     return ServeSettings(
-        model=f"models:/{NAME}@champion", tracking_uri=tracking_uri, port=free_port, rows=3, threads=1, num_cpus=0.5,
-        follow_alias_seconds=0.2, challenger=LIMITS,
+        model=f"models:/{NAME}@champion", tracking_uri=tracking_uri, port=free_port, mode="single-pass", rows=3,
+        threads=1, num_cpus=0.5, follow_alias_seconds=0.2, challenger=LIMITS,
     )  # fmt: skip
 
 

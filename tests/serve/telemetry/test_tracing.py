@@ -49,7 +49,8 @@ BODY = {"model": "tiny-model", "prompt": "def add(", "max_tokens": 9, "temperatu
 def traced(bundle, free_port):
     """Base address of a service that writes spans to files, the folder of the files, and the leader of its group."""
     settings = ServeSettings(
-        model=bundle, port=free_port, rows=1, max_waiting_tokens=60, threads=1, num_cpus=0.5, trace_exporter="file"
+        model=bundle, port=free_port, mode="single-pass", rows=1, max_waiting_tokens=60, threads=1, num_cpus=0.5,
+        trace_exporter="file",
     )  # fmt: skip
     service = subprocess.Popen(
         [sys.executable, "-c", SERVICE, settings.model_dump_json()],
