@@ -61,12 +61,15 @@ ROW_LEN = 256
 VISITS = 3
 """The clean half of a row is most of the cost of a label; three mask halves share it."""
 ADAPTER_RANK, LINK_RANK = 16, 64
-LEARNING_RATE = 3e-3
-"""High, because the budget allows only one or two hundred train steps (docs/experiments.md)."""
+LEARNING_RATE, FURTHER_RATE = 3e-3, 1e-3
+"""Learning rates of new drafts and of shipped drafts. The first is high, because the budget allows only one or two
+hundred train steps (docs/experiments.md)."""
 ROWS_PER_STEP = 1
 """Rows of one forward. With two rows a label costs 0.7 times as much, but more steps teach more (docs/LOG.md)."""
 ANSWER_TOKENS = 48
 """Most tokens of an answer; the comparisons continue a prompt by as many."""
+ANSWERING = 2
+"""Processes that answer: two with one thread each write more than one with two."""
 PROBE_STEPS = 4
 """Timed train steps, after one that warms up."""
 ENGINE_OVERHEAD = 1.1
@@ -159,7 +162,8 @@ def _answers_job(site: Site, base: str, precision: Callable[[], Precision]) -> A
         dtype=precision,
         batch=64,
         unit_prompts=200,
-        cpus_per_worker=site.threads,
+        workers=min(ANSWERING, site.threads),
+        cpus_per_worker=max(1, site.threads // ANSWERING),
     )
 
 
@@ -178,6 +182,11 @@ def _pack_job(site: Site, base: str) -> PackJob:
 
 
 def _train_job(site: Site, base: str, seconds: float, precision: Callable[[], Precision]) -> TrainJob:
+    shipped = cache(partial(drafts_of, base))
+
+    def rate() -> float:
+        return FURTHER_RATE if shipped() else LEARNING_RATE
+
     return site.job(
         "train",
         TrainJob,
@@ -195,9 +204,9 @@ def _train_job(site: Site, base: str, seconds: float, precision: Callable[[], Pr
         rows_per_forward=ROWS_PER_STEP,
         adapter_shifted=True,
         adapter_causal=True,
-        drafts_from=lambda: drafts_of(base),
-        learning_rate=LEARNING_RATE,
-        min_learning_rate=LEARNING_RATE / 10,
+        drafts_from=shipped,
+        learning_rate=rate,
+        min_learning_rate=lambda: rate() / 10,
         warmup=0.05,
         weight_decay=0.0,
         checkpoint_every=50,

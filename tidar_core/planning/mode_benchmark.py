@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +27,10 @@ from tidar_core.planning.step_timing import decoding_latency
 from tidar_core.transformer.model import TidarModel
 
 __all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
+
+WARM_UP_TOKENS = 8
+"""New tokens of each prompt of the warm-up in a fixed mode: enough for every kind of step. `auto` warms up with whole
+texts, since it learns from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,9 @@ def compare_modes(
         costs = decoding_latency(decoder, context_len=longest) if table is None else table(decoder, longest)
     planners = {mode: planner_of(mode, decoder, costs) for mode in modes}
     runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
-    for planner in planners.values():
-        _run(decoder, planner, prompts[:batch], sampling, on_prompt)
+    brief = replace(sampling, max_tokens=min(WARM_UP_TOKENS, sampling.max_tokens))
+    for mode, planner in planners.items():
+        _run(decoder, planner, prompts[:batch], sampling if mode == AUTO else brief, on_prompt)
     for _ in range(repeats):
         for mode, planner in planners.items():
             runs[mode].append(_run(decoder, planner, prompts, sampling, on_prompt))

@@ -1,5 +1,7 @@
 """Modes are compared within a repeat, and on all the prompts."""
 
+from dataclasses import replace
+
 import pytest
 from decoding import GREEDY, prompts
 
@@ -26,6 +28,19 @@ def test_a_ratio_is_taken_within_each_repeat(model, monkeypatch):
     assert drafted.over_ar_spread == pytest.approx((2, 4))
     assert (ar.tokens_per_second, drafted.tokens_per_second) == pytest.approx((48 / 4, 48 / 2))
     assert ar.tokens_per_second_spread == pytest.approx((48 / 8, 48 / 4))
+
+
+def test_a_fixed_mode_warms_up_with_a_few_tokens_and_auto_learns_from_whole_texts(model, monkeypatch):
+    run, lengths = mode_benchmark._run, []
+
+    def noted(decoder, planner, prompts, sampling, on_prompt):
+        lengths.append(sampling.max_tokens)
+        return run(decoder, planner, prompts, sampling, on_prompt)
+
+    monkeypatch.setattr(mode_benchmark, "_run", noted)
+    modes = ("autoregressive", "single-pass", "auto")
+    compare_modes(model, prompts(5), replace(GREEDY, max_tokens=12), block_len=4, repeats=1, modes=modes)
+    assert lengths == [8, 8, 12, 12, 12, 12]
 
 
 def test_every_prompt_is_continued_once_a_repeat_and_a_batch_of_them_to_warm_up(model):
