@@ -12,8 +12,9 @@
  *         step of the group in its high half and the value of step 0 in its low half, both in bf16
  *
  * Channels are filled up to a multiple of 32 and inputs to a multiple of 64, with zeros. `linear.py` and
- * `quantised_linear.py` lay weights out. A bias is in fp32, or null. Sums are in fp32, of int8 in int32. Threads are
- * those of torch: the library finds torch's OpenMP when it is loaded.
+ * `quantised_linear.py` lay weights out. A bias is in fp32, or null. Sums are in fp32, of int8 and within a group of
+ * int4 in int32. A token with a value that is not finite has results that are not finite. Threads are those of torch:
+ * the library finds torch's OpenMP when it is loaded.
  */
 #include "numbers.h"
 #include "tiles.h"
@@ -36,7 +37,7 @@
 #define SOME 1
 #endif
 
-enum form { FP32, BF16, INT4 };
+enum form { FP32, BF16 };
 
 int matrices = 0;
 
@@ -48,8 +49,7 @@ int start(void) {
     return matrices;
 }
 
-INLINE long words_of_group(enum form form) { return form == FP32 ? 32 : form == BF16 ? 16 : 5; }
-INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : form == BF16 ? 2 : 8; }
+INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : 2; }
 
 /* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. */
 INLINE void fetch(const void *weight, int bytes) {
@@ -57,10 +57,8 @@ INLINE void fetch(const void *weight, int bytes) {
 }
 
 /* Values of 16 channels for input `j` of a word. */
-INLINE F weights_of(enum form form, U word, int j, F step, F least) {
-    if (form == FP32) return (F)word;
-    if (form == BF16) return (F)(j ? word >> 16 << 16 : word << 16);
-    return __builtin_convertvector((I)(word >> (4 * j) & 15), F) * step + least;
+INLINE F weights_of(enum form form, U word, int j) {
+    return form == FP32 ? (F)word : (F)(j ? word >> 16 << 16 : word << 16);
 }
 
 /* Where the results of tokens are added: the last `count` of every `of` rows are theirs. */
@@ -92,21 +90,15 @@ INLINE void put(void *y, long out, long token, long channel, int half, const flo
 /* Products of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
 INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, void *y, long out, long token,
                  long channel, int half, const float *bias, const struct rows *added) {
-    F sum[MOST][2], step[2] = {}, least[2] = {};
+    F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (long i = 0; i < padded; i += GROUP) {
-        if (form == INT4) {
-            UNROLL for (int p = 0; p < 2; p++, word++) step[p] = (F)(*word >> 16 << 16), least[p] = (F)(*word << 16);
-        }
-        for (int k = 0; k < GROUP; k += inputs_of_word(form), word += 2) {
-            fetch(word, 128);
-            UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
-                F first = weights_of(form, word[0], j, step[0], least[0]);
-                F second = weights_of(form, word[1], j, step[1], least[1]);
-                UNROLL for (int t = 0; t < tokens; t++) {
-                    sum[t][0] += first * x[t];
-                    sum[t][1] += second * x[t];
-                }
+    for (long i = 0; i < padded; i += inputs_of_word(form), word += 2) {
+        fetch(word, 128);
+        UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
+            F first = weights_of(form, word[0], j), second = weights_of(form, word[1], j);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                sum[t][0] += first * x[t];
+                sum[t][1] += second * x[t];
             }
         }
     }
@@ -119,7 +111,7 @@ INLINE long together(long left) { return left >= MOST ? MOST : left >= SOME ? SO
 /* Products of panel `n` with all tokens. */
 INLINE void panel(enum form form, const U *weight, long padded, const float *x, void *y, long out, long tokens, long n,
                   int half, const float *bias, const struct rows *added) {
-    const U *word = weight + n * 2 * (padded / GROUP * words_of_group(form));
+    const U *word = weight + n * 2 * padded / inputs_of_word(form);
     for (long t = 0, count; t < tokens; t += count, x += count * padded) {
         count = together(tokens - t);
         if (count == MOST) tile(form, MOST, word, padded, x, y, out, t, n * 32, half, bias, added);
@@ -155,7 +147,6 @@ static float *arranged(const void *x, long tokens, long width, int half) {
     }
 PRODUCT(of_fp32, FP32)
 PRODUCT(of_bf16_by_vectors, BF16)
-PRODUCT(of_int4, INT4)
 
 #ifdef __AMX_TILE__
 /* Tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
@@ -256,7 +247,8 @@ static void of_bf16(const void *weight, const float *bias, long out, long width,
     if (matrices) {
         long padded = padded_of(width);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
-        for (long t = 0; filled && t < tokens; t++) memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
+        for (long t = 0; filled && t < tokens; t++)
+            memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
         product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half, added);
         free(filled);
         return;
@@ -276,7 +268,6 @@ static void of_bf16(const void *weight, const float *bias, long out, long width,
     }
 EXPORTED(product_fp32, of_fp32)
 EXPORTED(product_bf16, of_bf16)
-EXPORTED(product_int4, of_int4)
 
 /* Add the product of two maps, of width `rank` between them, to the last `masks` of the `rows` tokens of each sequence.
  * x [batch, rows, width] and y [batch, rows, out] have the dtype of the maps. */
@@ -321,13 +312,17 @@ INLINE void vector_sums(int tokens, const U *word, long words, const uint32_t *x
 static void quantise(const void *x, long tokens, long width, long padded, int half, uint8_t *rounded, float *step) {
 #pragma omp parallel for schedule(static) if (tokens >= 16)
     for (long t = 0; t < tokens; t++) {
-        float largest = 1e-30f;
-        for (long i = 0; i < width; i++) largest = fmaxf(largest, fabsf(load_one(x, t * width + i, half)));
+        float largest = 1e-30f, wrong = 0;
+        for (long i = 0; i < width; i++) {
+            const float value = load_one(x, t * width + i, half);
+            largest = fmaxf(largest, fabsf(value));
+            wrong += value * 0;
+        }
         float steps = 127 / largest;
         for (long i = 0; i < width; i++)
             rounded[t * padded + i] = (uint8_t)(int)(rintf(load_one(x, t * width + i, half) * steps) + 128);
         memset(rounded + t * padded + width, 0, padded - width);
-        step[t] = largest;
+        step[t] = largest + wrong;
     }
 }
 
@@ -380,3 +375,92 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
     free(rounded);
 }
 
+/* A group of inputs of one token in 127 steps on each side of 0. The bytes are in the order in which levels of weights
+ * lie in the halves of words: of each eight inputs first those with an even index, then the others. */
+struct group { int8_t level[GROUP]; float step, sum; };
+
+/* Tokens in groups, filled up with zeros. Free them. */
+static struct group *in_groups(const void *x, long tokens, long width, int half) {
+    const long groups = padded_of(width) / GROUP;
+    struct group *found = calloc(tokens * groups, sizeof *found);
+#pragma omp parallel for schedule(static) if (tokens >= 16)
+    for (long t = 0; t < tokens; t++)
+        for (long g = 0; g < width / GROUP; g++) {
+            struct group *group = found + t * groups + g;
+            F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
+            F size[2];
+            UNROLL for (int p = 0; p < 2; p++) size[p] = larger(value[p], -value[p]);
+            float largest = 1e-30f;
+            for (int n = 0; n < LANES; n++) largest = fmaxf(largest, fmaxf(size[0][n], size[1][n]));
+            const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
+            int32_t sum = 0;
+            for (int p = 0; p < 2; p++) {
+                I level = (I)(value[p] * steps + whole) - (I)whole;
+                for (int n = 0; n < LANES; n++) {
+                    const int i = p * LANES + n;
+                    group->level[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = (int8_t)level[n];
+                    sum += level[n];
+                }
+            }
+            group->step = largest / 127 + sum_of(value[0] * 0 + value[1] * 0);
+            group->sum = group->step * (float)sum;
+        }
+    return found;
+}
+
+/* Sums, to which the products of four levels of weights, which are not negative, with four of a token are added. */
+INLINE I dot_levels(I sum, U word, int32_t x) {
+#ifdef __AVX512VNNI__
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(x));
+#else
+    UNROLL for (int n = 0; n < 4; n++) sum += (I)(word >> (8 * n) & 255) * (int32_t)(int8_t)(x >> (8 * n));
+    return sum;
+#endif
+}
+
+/* Products of a panel with `tokens` tokens, a constant. Those of a group are integers. */
+INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct group *x, F sum[][2]) {
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (long g = 0; g < groups; g++, word += 8) {
+        const U of_group[2] = {word[0], word[1]};
+        I dot[SOME][2] = {};
+        fetch(word, 128);
+        word += 2;
+        UNROLL for (int k = 0; k < 4; k++) {
+            fetch(word + 2 * k, 128);
+            UNROLL for (int p = 0; p < 2; p++) {
+                const U even = word[2 * k + p] & 0x0f0f0f0f, odd = word[2 * k + p] >> 4 & 0x0f0f0f0f;
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    int32_t level[2];
+                    memcpy(level, x[t * groups + g].level + 8 * k, 8);
+                    dot[t][p] = dot_levels(dot_levels(dot[t][p], even, level[0]), odd, level[1]);
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < 2; p++) {
+            const F step = (F)(of_group[p] >> 16 << 16), least = (F)(of_group[p] << 16);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const struct group *of = x + t * groups + g;
+                sum[t][p] += __builtin_convertvector(dot[t][p], F) * (step * of->step) + least * of->sum;
+            }
+        }
+    }
+}
+
+/* Weights in int4. */
+void product_int4(const U *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                  int half) {
+    const long groups = padded_of(width) / GROUP;
+    struct group *rounded = in_groups(x, tokens, width, half);
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < (out + 31) / 32; n++) {
+        F sum[SOME][2];
+        for (long t = 0, count; t < tokens; t += count) {
+            count = tokens - t < SOME ? 1 : SOME;
+            if (count == SOME) sums_of_groups(SOME, weight + n * 10 * groups, groups, rounded + t * groups, sum);
+            else sums_of_groups(1, weight + n * 10 * groups, groups, rounded + t * groups, sum);
+            for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sum[r], 0);
+        }
+    }
+    free(rounded);
+}

@@ -7,8 +7,9 @@ product has, bit for bit. So all modes of a model share one rounded model. Atten
 
 int8  Each output channel of a weight has a scale, and so has each token, from its largest absolute value. Products and
       sums are integers, which have no rounding and no order.
-int4  Each run of 32 inputs of an output channel has a step and a least value in bf16, like a block Q4_1 of GGUF.
-      Activations are as they are, and sums are in fp32. The head has int8 weights.
+int4  Each group of 32 inputs of an output channel has a step and a least value in bf16, like a block Q4_1 of GGUF.
+      So has each group of 32 inputs of a token a scale. Products within a group are integers, and their sums over
+      groups are in fp32, in one order. The head has int8 weights.
 
 Both need the kernels in C (`products.c`, which states how words are laid out).
 
@@ -51,7 +52,8 @@ class Int8Linear(CompiledLinear):
 
 
 class Int4Linear(CompiledLinear):
-    """Weights of 4 bits with a step and a least value for each group of inputs."""
+    """Weights of 4 bits with a step and a least value for each group of inputs; activations of 8 bits with a scale for
+    each group."""
 
     FUNCTION = "product_int4"
     GROUP = 32

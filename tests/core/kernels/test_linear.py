@@ -1,6 +1,7 @@
 """The forms in which a CPU holds the weights of a decoder: same products, one copy, same texts."""
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 
@@ -213,6 +214,17 @@ def rounded_int4(weight, group=32):
     return values
 
 
+def rounded_groups(x, group=32):
+    """The values that activations of 8 bits represent, a group of a token at a time."""
+    values = x.double().clone()
+    for token in values:
+        for first in range(0, len(token), group):
+            part = token[first : first + group]
+            step = part.abs().max() / 127
+            part.copy_(torch.tensor([round(v) for v in (part / step).tolist()]) * step)
+    return values
+
+
 @compiled
 def test_an_int8_product_is_that_of_the_rounded_weights_and_activations():
     weight, bias = weights(24, 48, torch.float32)
@@ -222,10 +234,10 @@ def test_an_int8_product_is_that_of_the_rounded_weights_and_activations():
 
 
 @compiled
-def test_an_int4_product_is_that_of_the_rounded_weights():
+def test_an_int4_product_is_that_of_the_rounded_weights_and_activations():
     weight, bias = weights(41, 96, torch.float32)
     x = torch.randn(3, 96)
-    expected = x.double() @ rounded_int4(weight).T + bias.double()
+    expected = rounded_groups(x) @ rounded_int4(weight).T + bias.double()
     torch.testing.assert_close(Int4Linear(weight, bias)(x).double(), expected, rtol=0, atol=SMALL)
 
 
@@ -234,7 +246,7 @@ def test_blocks_of_gguf_keep_their_values_as_int4():
     levels = torch.randint(0, 16, (32, 2, 32)).float()
     levels[..., 0], levels[..., 1] = 0, 15
     weight = (levels * 0.125 - 1).flatten(1)
-    assert torch.equal(Int4Linear(weight, None)(torch.eye(64)).T, weight)
+    torch.testing.assert_close(Int4Linear(weight, None)(torch.eye(64)).T, weight, rtol=0, atol=1e-6)
 
 
 @compiled
@@ -250,6 +262,18 @@ def test_results_of_a_token_do_not_depend_on_how_many_tokens_a_product_has(form,
         assert torch.equal(held(x[:, :tokens]), together[:, :tokens]), tokens
     assert torch.equal(held(x.view(8, 5, 160)), together.view(8, 5, 96))
     assert held(torch.zeros(1, 1, 160, dtype=dtype)).isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("form", [Fp32Linear, Int8Linear, Int4Linear])
+def test_a_token_that_is_not_finite_is_not_hidden_and_changes_no_other(form, wrong):
+    held, x = form(*weights(64, 96, torch.float32)), torch.randn(7, 96)
+    right = held(x)
+    x[3, 40] = wrong
+    found = held(x)
+    assert not found[3].isfinite().any()
+    assert torch.equal(found[[0, 1, 2, 4, 5, 6]], right[[0, 1, 2, 4, 5, 6]])
 
 
 @compiled
