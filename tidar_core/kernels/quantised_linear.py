@@ -52,8 +52,10 @@ class Int8Linear(CompiledLinear):
 
 
 class Int4Linear(CompiledLinear):
-    """Weights of 4 bits with a step and a least value for each group of inputs; activations of 8 bits with a scale for
-    each group."""
+    """Weights of 4 bits with a step and a least value for each group of inputs.
+
+    Activations have 8 bits and a scale for each group.
+    """
 
     FUNCTION = "product_int4"
     GROUP = 32
