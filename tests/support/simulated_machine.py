@@ -95,9 +95,10 @@ class SimulatedText:
         most, n = min(plan.clean_len, self.pending), 1
         while n < most and self.accepts(n):
             n += 1
+        sent = min(n, self.length - self.tokens)
         self.tokens += n
         reason = "length" if self.tokens >= self.length else None
-        step = DecodeStep(self.name, (1,) * n, reason, self.pending, n, plan.clean_len, mask_offset=self.late)
+        step = DecodeStep(self.name, (1,) * sent, reason, self.pending, n, plan.clean_len, mask_offset=self.late)
         width, groups = plan.masks(block_len), [group for group in plan.groups if group <= n]
         late = n - max(groups) if groups else width
         self.pending, self.late = (width - late, late) if late < width - 1 else (1, 0)

@@ -21,6 +21,7 @@ from tidar_core.planning.acceptance_model import (
     AcceptanceRates,
     PlanChain,
     expected_tokens,
+    lost_tokens,
     regime_after,
     two_pass_chain,
 )
@@ -190,7 +191,8 @@ class AutoPlanner:
                 self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
             self._seconds += seconds
             self._launched, self._served = None, launched.requests
-        self.loop.add_step(sum(len(step.token_ids) for step in steps))
+        ended = sum(step.finish_reason is not None for step in steps)
+        self.loop.add_step(sum(len(step.token_ids) for step in steps), ended)
         individual = len(steps) <= MAX_INDIVIDUAL_BATCH
         for step in steps:
             if step.verified > 1:
@@ -246,6 +248,7 @@ class AutoPlanner:
             mode, cycle = candidate.mode, candidate.cycle
             # an autoregressive step and the drafting pass of two passes commit a token too
             tokens = accepted.get(cycle, 0.0) + (mode != "single-pass")
+            tokens /= 1.0 + lost_tokens(mode, tokens) * self.loop.texts_per_token
             seconds = sum(self._step_seconds(plan, len(requests), context) for plan in cycle)
             choices.append(Choice(mode, cycle, len(requests) * tokens / seconds))
         return choices

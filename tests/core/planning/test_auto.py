@@ -37,9 +37,9 @@ def machine():
     return of
 
 
-def traffic(batch, tokens=1600):
+def traffic(batch, tokens=3200):
     """Fewer tokens for each sequence of a larger batch, which learns sooner."""
-    return {"batch": batch, "tokens": max(tokens, 250 * batch)}
+    return {"batch": batch, "tokens": max(tokens, 500 * batch)}
 
 
 @pytest.mark.parametrize("drafts", DRAFTS.values(), ids=DRAFTS)
@@ -91,6 +91,15 @@ def test_the_loop_s_own_time_counts_as_part_of_every_step(machine):
         assert planner.facts()["expected_tokens_per_second"] == pytest.approx(speed, rel=0.1)
         chosen[loop] = planner.choice.mode
     assert chosen[0.0] == "autoregressive" != chosen[0.06]
+
+
+@pytest.mark.parametrize(("name", "drafts"), [("cpu", "good"), ("gpu", "middling")])
+@pytest.mark.parametrize("length", [12, 24])
+def test_what_short_texts_lose_at_their_beginning_and_end_is_forecast(machine, name, drafts, length):
+    decoder, planner = machine(name)
+    speed = served(planner, decoder, DRAFTS[drafts], batch=4, tokens=20_000, length=length)
+    assert planner.choice.mode != "autoregressive"
+    assert planner.facts()["expected_tokens_per_second"] == pytest.approx(speed, rel=0.05)
 
 
 def test_exchanged_drafts_are_judged_by_themselves(machine):
