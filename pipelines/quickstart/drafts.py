@@ -44,6 +44,7 @@ from tidar_core.training.host_memory import keep_freed_memory
 from tidar_core.training.losses import dual_mode_loss, label_counts
 from tidar_core.training.objective import Objective
 from tidar_core.training.recipe import adapted_config, linked_config, start_draft_link
+from tidar_core.training.row_order import rows_of_step
 
 __all__ = ["QUESTIONS", "DraftsQuickstart", "flow"]
 
@@ -70,8 +71,8 @@ ANSWER_TOKENS = 48
 """Most tokens of an answer; the comparisons continue a prompt by as many."""
 ANSWERING = 2
 """Processes that answer: two with one thread each write more than one with two."""
-PROBE_STEPS = 4
-"""Timed train steps, after one that warms up."""
+PROBE_STEPS = 6
+"""Timed train steps, after one that warms up; the rows of a step differ in labels."""
 ENGINE_OVERHEAD = 1.1
 """Time of a train step under the engine over that of a bare step: 1.07 measured."""
 EVALUATED_AT_ONCE = 5
@@ -283,15 +284,14 @@ def _steps(site: Site, base: str, seconds: float, precision: Precision) -> int:
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
     times = []
     for step in range(1 + PROBE_STEPS):
-        first = step * ROWS_PER_STEP
-        rows = reader.rows([(first + row) % len(reader) for row in range(ROWS_PER_STEP)])
+        rows = reader.rows(rows_of_step(step, rows_per_step=ROWS_PER_STEP, rows=len(reader), seed=job.seed))
         began = time.perf_counter()
         batch = objective.batch(rows.input_ids_BS, rows.document_ids_BS, rows.trained_BS, seed_B=[step] * ROWS_PER_STEP)
         dual_mode_loss(objective(batch), objective.recipe.alpha, *label_counts(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return steps_within(seconds, statistics.median(times[1:]), ENGINE_OVERHEAD)
+    return steps_within(seconds, statistics.mean(times[1:]), ENGINE_OVERHEAD)
 
 
 def _probed_job(site: Site, base: str, precision: Precision) -> TrainJob:
