@@ -7,7 +7,6 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from ports import unused_port
 
 from pipelines.cluster.connection import connect, original_error
 from tidar_core.artifacts.network.cluster_address import given_cluster
@@ -32,7 +31,9 @@ def test_a_tidar_error_is_found_behind_others():
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_an_address_where_nothing_answers_is_one_line_at_once(monkeypatch, scheme):
-    address = f"{scheme}127.0.0.1:{unused_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"{scheme}127.0.0.1:{port}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     began = time.monotonic()
     with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is {address}; nothing answers there .* or unset it") as caught:
