@@ -141,7 +141,7 @@ static float *arranged(const void *x, long tokens, long width, int half) {
                      void *y, int half, const struct rows *added) {                                                \
         long padded = padded_of(width);                                                                            \
         float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, half) : 0;                \
-        _Pragma("omp parallel for schedule(static)") for (long n = 0; n < (out + 31) / 32; n++)                    \
+        _Pragma("omp parallel for schedule(static) if (out > 32)") for (long n = 0; n < (out + 31) / 32; n++)      \
             panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias, added);                    \
         free(rows);                                                                                                \
     }
@@ -173,7 +173,7 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
 
 static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
                              void *y, int half, const struct rows *added) {
-#pragma omp parallel
+#pragma omp parallel if (out > 32)
     {
         F sums[2][16];
         int configured = 0;
@@ -225,7 +225,7 @@ static void of_bf16_by_pairs(const void *weight, const float *bias, long out, lo
                              void *y, int half, const struct rows *added) {
     long padded = padded_of(width);
     uint32_t *rows = paired(x, tokens, width, padded);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (out > 32) /* to start threads for one panel takes longer */
     for (long n = 0; n < (out + 31) / 32; n++) {
         const U *word = (const U *)weight + n * padded;
         const uint32_t *tile = rows;
