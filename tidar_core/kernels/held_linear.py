@@ -19,8 +19,8 @@ __all__ = ["LANES", "CompiledLinear", "HeldLinear", "panels"]
 
 LANES = 32
 """Output channels of a panel."""
-INPUTS = 64
-"""Divisor of the inputs that a panel holds."""
+WORDS = 16
+"""Divisor of the words of a channel."""
 
 
 class HeldLinear(nn.Module, ABC):
@@ -56,9 +56,9 @@ class CompiledLinear(HeldLinear):
         self._product = getattr(needed_library(), self.FUNCTION)
 
     @staticmethod
-    def padded(out: int, width: int) -> tuple[int, int]:
-        """Channels and inputs that the form holds."""
-        return out + -out % LANES, width + -width % INPUTS
+    def padded(out: int, width: int, together: int) -> tuple[int, int]:
+        """Channels and inputs that a form holds whose words have `together` inputs."""
+        return out + -out % LANES, width + -width % (WORDS * together)
 
     @abstractmethod
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
@@ -76,6 +76,6 @@ class CompiledLinear(HeldLinear):
 def panels(weight_OI: Tensor, together: int) -> Tensor:
     """Words of panels [P, I / together, LANES, together] of a weight, filled up with zeros."""
     out, width = weight_OI.shape
-    rows, columns = CompiledLinear.padded(out, width)
+    rows, columns = CompiledLinear.padded(out, width, together)
     filled = F.pad(weight_OI, (0, columns - width, 0, rows - out))
     return filled.view(-1, LANES, columns // together, together).transpose(1, 2).contiguous()

@@ -38,7 +38,7 @@ class Fp32Linear(CompiledLinear):
     @staticmethod
     def bytes_of(out: int, width: int, itemsize: int) -> int:
         """Bytes of a weight [O, I]."""
-        rows, columns = CompiledLinear.padded(out, width)
+        rows, columns = CompiledLinear.padded(out, width, 4 // itemsize)
         return rows * columns * itemsize
 
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:

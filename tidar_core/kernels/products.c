@@ -11,7 +11,7 @@
  *   int4  eight inputs, the first in the lowest bits. Before each 32 inputs stands one word for each channel, with the
  *         step of the group in its high half and the value of step 0 in its low half, both in bf16
  *
- * Channels are filled up to a multiple of 32 and inputs to a multiple of 64, with zeros. `linear.py` and
+ * Channels are filled up to a multiple of 32 and words of a channel to a multiple of 16, with zeros. `linear.py` and
  * `quantised_linear.py` lay weights out. A bias is in fp32, or null. Sums are in fp32, of int8 and within a group of
  * int4 in int32. A token with a value that is not finite has results that are not finite. Threads are those of torch:
  * the library finds torch's OpenMP when it is loaded.
@@ -120,11 +120,14 @@ INLINE void panel(enum form form, const U *weight, long padded, const float *x, 
     }
 }
 
-static long padded_of(long width) { return (width + 63) / 64 * 64; }
+/* Inputs of a channel with those that fill it up, where a word holds `together`. */
+static long padded_of(long width, int together) {
+    const long divisor = 16 * together;
+    return (width + divisor - 1) / divisor * divisor;
+}
 
 /* Tokens in fp32, filled up with zeros, those that are computed together next to each other. Free them. */
-static float *arranged(const void *x, long tokens, long width, int half) {
-    long padded = padded_of(width);
+static float *arranged(const void *x, long tokens, long width, long padded, int half) {
     float *rows = aligned_alloc(64, tokens * padded * sizeof(float));
     for (long t = 0, count; t < tokens; t += count) {
         count = together(tokens - t);
@@ -139,8 +142,8 @@ static float *arranged(const void *x, long tokens, long width, int half) {
 #define PRODUCT(name, form)                                                                                        \
     static void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens,      \
                      void *y, int half, const struct rows *added) {                                                \
-        long padded = padded_of(width);                                                                            \
-        float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, half) : 0;                \
+        long padded = padded_of(width, inputs_of_word(form));                                                      \
+        float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, padded, half) : 0;        \
         _Pragma("omp parallel for schedule(static) if (out > 32)") for (long n = 0; n < (out + 31) / 32; n++)      \
             panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias, added);                    \
         free(rows);                                                                                                \
@@ -223,7 +226,7 @@ static uint32_t *paired(const uint16_t *x, long tokens, long width, long padded)
 
 static void of_bf16_by_pairs(const void *weight, const float *bias, long out, long width, const void *x, long tokens,
                              void *y, int half, const struct rows *added) {
-    long padded = padded_of(width);
+    long padded = padded_of(width, 2);
     uint32_t *rows = paired(x, tokens, width, padded);
 #pragma omp parallel for schedule(static) if (out > 32) /* to start threads for one panel takes longer */
     for (long n = 0; n < (out + 31) / 32; n++) {
@@ -245,7 +248,7 @@ static void of_bf16(const void *weight, const float *bias, long out, long width,
                     int half, const struct rows *added) {
 #ifdef __AMX_TILE__
     if (matrices) {
-        long padded = padded_of(width);
+        long padded = padded_of(width, 2);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
         for (long t = 0; filled && t < tokens; t++)
             memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
@@ -329,7 +332,7 @@ static void quantise(const void *x, long tokens, long width, long padded, int ha
 /* Weights in int8. `scale` is the size of a channel's step over 127; `middle` is 128 times the sum of its weights. */
 void product_int8(const U *weight, const float *scale, const int32_t *middle, const float *bias, long out, long width,
                   const void *x, long tokens, void *y, int half) {
-    long padded = padded_of(width);
+    long padded = padded_of(width, 4);
     uint8_t *rounded = malloc(tokens * padded);
     float *step = malloc(tokens * sizeof(float));
     quantise(x, tokens, width, padded, half, rounded, step);
@@ -379,13 +382,13 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
  * lie in the halves of words: of each eight inputs first those with an even index, then the others. */
 struct group { int8_t level[GROUP]; float step, sum; };
 
-/* Tokens in groups, filled up with zeros. Free them. */
+/* Tokens in groups. Free them. */
 static struct group *in_groups(const void *x, long tokens, long width, int half) {
-    const long groups = padded_of(width) / GROUP;
-    struct group *found = calloc(tokens * groups, sizeof *found);
+    const long groups = width / GROUP;
+    struct group *found = malloc(tokens * groups * sizeof *found);
 #pragma omp parallel for schedule(static) if (tokens >= 16)
     for (long t = 0; t < tokens; t++)
-        for (long g = 0; g < width / GROUP; g++) {
+        for (long g = 0; g < groups; g++) {
             struct group *group = found + t * groups + g;
             F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
             F size[2];
@@ -450,7 +453,7 @@ INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct 
 /* Weights in int4. */
 void product_int4(const U *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                   int half) {
-    const long groups = padded_of(width) / GROUP;
+    const long groups = width / GROUP;
     struct group *rounded = in_groups(x, tokens, width, half);
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < (out + 31) / 32; n++) {

@@ -39,7 +39,7 @@ class Int8Linear(CompiledLinear):
     @staticmethod
     def bytes_of(out: int, width: int, itemsize: int) -> int:
         """Bytes of a weight [O, I], its scales and its sums."""
-        rows, columns = CompiledLinear.padded(out, width)
+        rows, columns = CompiledLinear.padded(out, width, 4)
         return rows * (columns + 8)
 
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
@@ -69,8 +69,7 @@ class Int4Linear(CompiledLinear):
     @staticmethod
     def bytes_of(out: int, width: int, itemsize: int) -> int:
         """Bytes of a weight [O, I], its steps and its least values."""
-        rows, columns = CompiledLinear.padded(out, width)
-        return rows * (columns // 2 + 4 * (columns // Int4Linear.GROUP))
+        return (out + -out % LANES) * (width // 2 + 4 * (width // Int4Linear.GROUP))
 
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         weight_ONG = weight_OI.float().unflatten(1, (-1, self.GROUP))
@@ -81,6 +80,5 @@ class Int4Linear(CompiledLinear):
         words_ON4 = (levels_ONG.long().unflatten(-1, (4, 8)) << places).sum(-1)
         of_group_ON1 = (step_ON.view(torch.int16).long() << 16 | least_ON.view(torch.int16).long() & 0xFFFF)[..., None]
         words_ON5 = torch.cat([of_group_ON1, words_ON4], -1).to(torch.int32)
-        rows, columns = self.padded(*weight_OI.shape)
-        spare = (0, 0, 0, columns // self.GROUP - words_ON5.shape[1], 0, rows - len(words_ON5))
-        return (F.pad(words_ON5, spare).unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous(),)
+        spare = -len(weight_OI) % LANES
+        return (F.pad(words_ON5, (0, 0, 0, 0, 0, spare)).unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous(),)
