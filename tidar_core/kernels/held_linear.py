@@ -57,7 +57,7 @@ class CompiledLinear(HeldLinear):
 
     @staticmethod
     def padded(out: int, width: int, together: int) -> tuple[int, int]:
-        """Channels and inputs that a form holds whose words have `together` inputs."""
+        """Channels and inputs that a form holds, fillers included; `together` inputs share a word."""
         return out + -out % LANES, width + -width % (WORDS * together)
 
     @abstractmethod

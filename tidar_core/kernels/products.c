@@ -11,10 +11,10 @@
  *   int4  eight inputs, the first in the lowest bits. Before each 32 inputs stands one word for each channel, with the
  *         step of the group in its high half and the value of step 0 in its low half, both in bf16
  *
- * Channels are filled up to a multiple of 32 and words of a channel to a multiple of 16, with zeros. `linear.py` and
- * `quantised_linear.py` lay weights out. A bias is in fp32, or null. Sums are in fp32, of int8 and within a group of
- * int4 in int32. A token with a value that is not finite has results that are not finite. Threads are those of torch:
- * the library finds torch's OpenMP when it is loaded.
+ * Channels are filled up to a multiple of 32 and words of a channel to a multiple of 16, with zeros. A width of int4 is
+ * a multiple of 32 and is not filled up. `linear.py` and `quantised_linear.py` lay weights out. A bias is in fp32, or
+ * null. Sums are in fp32, of int8 and within a group of int4 in int32. A token with a value that is not finite has
+ * results that are not finite. Threads are those of torch: the library finds torch's OpenMP when it is loaded.
  */
 #include "numbers.h"
 #include "tiles.h"

@@ -8,8 +8,8 @@ product has, bit for bit. So all modes of a model share one rounded model. Atten
 int8  Each output channel of a weight has a scale, and so has each token, from its largest absolute value. Products and
       sums are integers, which have no rounding and no order.
 int4  Each group of 32 inputs of an output channel has a step and a least value in bf16, like a block Q4_1 of GGUF.
-      So has each group of 32 inputs of a token a scale. Products within a group are integers, and their sums over
-      groups are in fp32, in one order. The head has int8 weights.
+      Each group of 32 inputs of a token has a scale. Products within a group are integers. Their sums over groups are
+      in fp32, in one order. The head has int8 weights.
 
 Both need the kernels in C (`products.c`, which states how words are laid out).
 
