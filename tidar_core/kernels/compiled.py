@@ -18,7 +18,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["library", "needed_library"]
+__all__ = ["library", "needed_library", "words_together"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,11 @@ def needed_library() -> ctypes.CDLL:
     found = library()
     assert found is not None, "there are no C kernels here"
     return found
+
+
+def words_together() -> int:
+    """Divisor of the words of 32 bits that `products.c` reads for each output channel; 16 with matrix instructions."""
+    return ctypes.c_int.in_dll(needed_library(), "words_together").value
 
 
 def _compiled() -> Path:

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tidar_core.kernels.compiled import needed_library
+from tidar_core.kernels.compiled import needed_library, words_together
 
 __all__ = ["LANES", "CompiledLinear", "HeldLinear", "panels"]
 
 LANES = 32
 """Output channels of a panel."""
-WORDS = 16
-"""Divisor of the words of a channel."""
 
 
 class HeldLinear(nn.Module, ABC):
@@ -58,7 +56,7 @@ class CompiledLinear(HeldLinear):
     @staticmethod
     def padded(out: int, width: int, together: int) -> tuple[int, int]:
         """Channels and inputs that a form holds, fillers included; `together` inputs share a word."""
-        return out + -out % LANES, width + -width % (WORDS * together)
+        return out + -out % LANES, width + -width % (words_together() * together)
 
     @abstractmethod
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:

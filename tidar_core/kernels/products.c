@@ -11,10 +11,11 @@
  *   int4  eight inputs, the first in the lowest bits. Before each 32 inputs stands one word for each channel, with the
  *         step of the group in its high half and the value of step 0 in its low half, both in bf16
  *
- * Channels are filled up to a multiple of 32 and words of a channel to a multiple of 16, with zeros. A width of int4 is
- * a multiple of 32 and is not filled up. `linear.py` and `quantised_linear.py` lay weights out. A bias is in fp32, or
- * null. Sums are in fp32, of int8 and within a group of int4 in int32. A token with a value that is not finite has
- * results that are not finite. Threads are those of torch: the library finds torch's OpenMP when it is loaded.
+ * Channels are filled up to a multiple of 32 with zeros, and words of a channel to a multiple of `words_together`. A
+ * width of int4 is a multiple of 32 and is not filled up. `linear.py` and `quantised_linear.py` lay weights out. A bias
+ * is in fp32, or null. Sums are in fp32, of int8 and within a group of int4 in int32. A token with a value that is not
+ * finite has results that are not finite. Threads are those of torch: the library finds torch's OpenMP when it is
+ * loaded.
  */
 #include "numbers.h"
 #include "tiles.h"
@@ -30,16 +31,31 @@
 #define GROUP 32
 #define AHEAD 8192
 #ifdef __AVX512F__
-#define MOST 8 /* tokens that are computed together, as many as registers hold */
-#define SOME 4
+#define MOST 12 /* tokens that are computed together, as many as registers hold */
 #else
 #define MOST 2
-#define SOME 1
 #endif
+
+/* Call `of` with the constant that `count` is, from 1 to MOST. */
+#define CASE(n, of)                                                                                                \
+    case n:                                                                                                        \
+        if (n <= MOST) of(n);                                                                                      \
+        break;
+#define CONSTANT(count, of)                                                                                        \
+    switch (count) {                                                                                               \
+        CASE(1, of) CASE(2, of) CASE(3, of) CASE(4, of) CASE(5, of) CASE(6, of)                                    \
+        CASE(7, of) CASE(8, of) CASE(9, of) CASE(10, of) CASE(11, of) CASE(12, of)                                 \
+    }
 
 enum form { FP32, BF16 };
 
 int matrices = 0;
+/* Words of a channel are filled up to a multiple of this. */
+#ifdef __AMX_TILE__
+const int words_together = 16;
+#else
+const int words_together = 1;
+#endif
 
 /* Prepare the processor. Returns whether matrix instructions are used. */
 int start(void) {
@@ -51,7 +67,8 @@ int start(void) {
 
 INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : 2; }
 
-/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. */
+/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Beside the products of
+ * several tokens it takes longer than it saves. */
 INLINE void fetch(const void *weight, int bytes) {
     UNROLL for (int n = 0; n < bytes; n += 64) __builtin_prefetch((const char *)weight + AHEAD + n);
 }
@@ -87,13 +104,12 @@ INLINE void put(void *y, long out, long token, long channel, int half, const flo
     }
 }
 
-/* Products of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
-INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, void *y, long out, long token,
-                 long channel, int half, const float *bias, const struct rows *added) {
+/* Sums [tokens, 2] of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
+INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, F sums[][2]) {
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long i = 0; i < padded; i += inputs_of_word(form), word += 2) {
-        fetch(word, 128);
+        if (tokens == 1) fetch(word, 128);
         UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
             F first = weights_of(form, word[0], j), second = weights_of(form, word[1], j);
             UNROLL for (int t = 0; t < tokens; t++) {
@@ -102,39 +118,51 @@ INLINE void tile(enum form form, int tokens, const U *word, long padded, const f
             }
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t], added);
+    UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
 }
 
-/* Number of tokens that are computed together, when `left` are left. */
-INLINE long together(long left) { return left >= MOST ? MOST : left >= SOME ? SOME : 1; }
+/* Number of tokens that are computed together, when `left` are left: about equally many each time. */
+INLINE long together(long left) {
+    const long times = (left + MOST - 1) / MOST;
+    return (left + times - 1) / times;
+}
 
 /* Products of panel `n` with all tokens. */
 INLINE void panel(enum form form, const U *weight, long padded, const float *x, void *y, long out, long tokens, long n,
                   int half, const float *bias, const struct rows *added) {
     const U *word = weight + n * 2 * padded / inputs_of_word(form);
     for (long t = 0, count; t < tokens; t += count, x += count * padded) {
+        F sums[MOST][2];
         count = together(tokens - t);
-        if (count == MOST) tile(form, MOST, word, padded, x, y, out, t, n * 32, half, bias, added);
-        else if (count == SOME) tile(form, SOME, word, padded, x, y, out, t, n * 32, half, bias, added);
-        else tile(form, 1, word, padded, x, y, out, t, n * 32, half, bias, added);
+#define TILE(count) tile(form, count, word, padded, x, sums)
+        CONSTANT(count, TILE)
+        for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sums[r], added);
     }
 }
 
 /* Inputs of a channel with those that fill it up, where a word holds `together`. */
 static long padded_of(long width, int together) {
-    const long divisor = 16 * together;
+    const long divisor = words_together * together;
     return (width + divisor - 1) / divisor * divisor;
+}
+
+/* Whether a weight is worth more than one thread: to start them takes as long as to read so many inputs. */
+static int large(long out, long padded) { return out > 32 && out * padded > 32768; }
+
+/* Lay inputs of `count` tokens, a constant, next to each other in fp32. */
+INLINE void line_up(int count, const void *x, long token, long width, long padded, int half, float *block) {
+    for (long i = 0; i < width; i++)
+        UNROLL for (int n = 0; n < count; n++) block[i * count + n] = load_one(x, (token + n) * width + i, half);
+    memset(block + width * count, 0, (padded - width) * count * sizeof(float));
 }
 
 /* Tokens in fp32, filled up with zeros, those that are computed together next to each other. Free them. */
 static float *arranged(const void *x, long tokens, long width, long padded, int half) {
-    float *rows = aligned_alloc(64, tokens * padded * sizeof(float));
+    float *rows = aligned_alloc(64, (tokens * padded * 4 + 63) / 64 * 64);
     for (long t = 0, count; t < tokens; t += count) {
         count = together(tokens - t);
-        float *block = rows + t * padded;
-        for (long n = 0; n < count; n++)
-            for (long i = 0; i < width; i++) block[i * count + n] = load_one(x, (t + n) * width + i, half);
-        memset(block + width * count, 0, (padded - width) * count * sizeof(float));
+#define LINE_UP(count) line_up(count, x, t, width, padded, half, rows + t * padded)
+        CONSTANT(count, LINE_UP)
     }
     return rows;
 }
@@ -144,7 +172,8 @@ static float *arranged(const void *x, long tokens, long width, long padded, int 
                      void *y, int half, const struct rows *added) {                                                \
         long padded = padded_of(width, inputs_of_word(form));                                                      \
         float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, padded, half) : 0;        \
-        _Pragma("omp parallel for schedule(static) if (out > 32)") for (long n = 0; n < (out + 31) / 32; n++)      \
+        _Pragma("omp parallel for schedule(static) if (large(out, padded))")                                       \
+        for (long n = 0; n < (out + 31) / 32; n++)                                                                 \
             panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias, added);                    \
         free(rows);                                                                                                \
     }
@@ -176,7 +205,7 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
 
 static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
                              void *y, int half, const struct rows *added) {
-#pragma omp parallel if (out > 32)
+#pragma omp parallel if (large(out, padded))
     {
         F sums[2][16];
         int configured = 0;
@@ -195,20 +224,28 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 #endif
 
 #ifdef __AVX512BF16__
-/* Products of a panel with `tokens` tokens, a constant, two inputs at a time. x is [padded / 2, tokens]. */
-INLINE void tile_of_pairs(int tokens, const U *word, long padded, const uint32_t *x, void *y, long out, long token,
-                          long channel, int half, const float *bias, const struct rows *added) {
+/* Sums [tokens, 2] of a panel with `tokens` tokens, a constant, two inputs at a time. x is [padded / 2, tokens]. */
+INLINE void tile_of_pairs(int tokens, const U *word, long padded, const uint32_t *x, F sums[][2]) {
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long k = 0; k < padded / 2; k++, word += 2, x += tokens) {
-        fetch(word, 128);
+        if (tokens == 1) fetch(word, 128);
         UNROLL for (int t = 0; t < tokens; t++) {
             __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[t]);
             UNROLL for (int p = 0; p < 2; p++)
                 sum[t][p] = (F)_mm512_dpbf16_ps((__m512)sum[t][p], pair, (__m512bh)word[p]);
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) put(y, out, token + t, channel, half, bias, sum[t], added);
+    UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
+}
+
+/* Lay pairs of inputs of `count` tokens, a constant, next to each other. */
+INLINE void pair_up(int count, const uint16_t *x, long width, long padded, uint32_t *block) {
+    for (long k = 0; k < width / 2; k++)
+        UNROLL for (int n = 0; n < count; n++) memcpy(block + k * count + n, x + n * width + 2 * k, 4);
+    memset(block + width / 2 * count, 0, (padded / 2 - width / 2) * count * 4);
+    if (width % 2)
+        for (int n = 0; n < count; n++) block[width / 2 * count + n] = x[(n + 1) * width - 1];
 }
 
 /* Pairs of inputs of all tokens, filled up with zeros, those of a tile next to each other. Free them. */
@@ -216,10 +253,8 @@ static uint32_t *paired(const uint16_t *x, long tokens, long width, long padded)
     uint32_t *rows = aligned_alloc(64, (tokens * padded * 2 + 63) / 64 * 64);
     for (long t = 0, count; t < tokens; t += count) {
         count = together(tokens - t);
-        uint16_t *block = (uint16_t *)(rows + t * padded / 2);
-        for (long n = 0; n < count; n++)
-            for (long i = 0; i < padded; i++)
-                block[(i / 2 * count + n) * 2 + i % 2] = i < width ? x[(t + n) * width + i] : 0;
+#define PAIR_UP(count) pair_up(count, x + t * width, width, padded, rows + t * padded / 2)
+        CONSTANT(count, PAIR_UP)
     }
     return rows;
 }
@@ -228,15 +263,16 @@ static void of_bf16_by_pairs(const void *weight, const float *bias, long out, lo
                              void *y, int half, const struct rows *added) {
     long padded = padded_of(width, 2);
     uint32_t *rows = paired(x, tokens, width, padded);
-#pragma omp parallel for schedule(static) if (out > 32) /* to start threads for one panel takes longer */
+#pragma omp parallel for schedule(static) if (large(out, padded))
     for (long n = 0; n < (out + 31) / 32; n++) {
         const U *word = (const U *)weight + n * padded;
         const uint32_t *tile = rows;
         for (long t = 0, count; t < tokens; t += count, tile += count * padded / 2) {
+            F sums[MOST][2];
             count = together(tokens - t);
-            if (count == MOST) tile_of_pairs(MOST, word, padded, tile, y, out, t, n * 32, half, bias, added);
-            else if (count == SOME) tile_of_pairs(SOME, word, padded, tile, y, out, t, n * 32, half, bias, added);
-            else tile_of_pairs(1, word, padded, tile, y, out, t, n * 32, half, bias, added);
+#define TILE_OF_PAIRS(count) tile_of_pairs(count, word, padded, tile, sums)
+            CONSTANT(count, TILE_OF_PAIRS)
+            for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sums[r], added);
         }
     }
     free(rows);
@@ -356,9 +392,8 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
 #endif
                 {
                     count = together(tokens - t);
-                    if (count == MOST) vector_sums(MOST, word, padded / 4, (const uint32_t *)rows, sums);
-                    else if (count == SOME) vector_sums(SOME, word, padded / 4, (const uint32_t *)rows, sums);
-                    else vector_sums(1, word, padded / 4, (const uint32_t *)rows, sums);
+#define VECTOR_SUMS(count) vector_sums(count, word, padded / 4, (const uint32_t *)rows, sums)
+                    CONSTANT(count, VECTOR_SUMS)
                 }
                 for (long r = 0; r < count; r++) {
                     F value[2];
@@ -426,11 +461,11 @@ INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct 
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long g = 0; g < groups; g++, word += 8) {
         const U of_group[2] = {word[0], word[1]};
-        I dot[SOME][2] = {};
-        fetch(word, 128);
+        I dot[MOST][2] = {};
+        if (tokens == 1) fetch(word, 128);
         word += 2;
         UNROLL for (int k = 0; k < 4; k++) {
-            fetch(word + 2 * k, 128);
+            if (tokens == 1) fetch(word + 2 * k, 128);
             UNROLL for (int p = 0; p < 2; p++) {
                 const U even = word[2 * k + p] & 0x0f0f0f0f, odd = word[2 * k + p] >> 4 & 0x0f0f0f0f;
                 UNROLL for (int t = 0; t < tokens; t++) {
@@ -457,11 +492,11 @@ void product_int4(const U *weight, const float *bias, long out, long width, cons
     struct group *rounded = in_groups(x, tokens, width, half);
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < (out + 31) / 32; n++) {
-        F sum[SOME][2];
+        F sum[MOST][2];
         for (long t = 0, count; t < tokens; t += count) {
-            count = tokens - t < SOME ? 1 : SOME;
-            if (count == SOME) sums_of_groups(SOME, weight + n * 10 * groups, groups, rounded + t * groups, sum);
-            else sums_of_groups(1, weight + n * 10 * groups, groups, rounded + t * groups, sum);
+            count = together(tokens - t);
+#define SUMS_OF_GROUPS(count) sums_of_groups(count, weight + n * 10 * groups, groups, rounded + t * groups, sum)
+            CONSTANT(count, SUMS_OF_GROUPS)
             for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sum[r], 0);
         }
     }
