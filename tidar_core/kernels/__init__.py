@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels import compiled, on_cpu, reference
+from tidar_core.kernels.compiled_layers import CompiledLayers
 from tidar_core.kernels.draft_maps import (
     CompiledLowRank,
     CompiledMap,
@@ -45,6 +46,8 @@ class Kernels:
     """Holds a weight of the link."""
     low_rank: Callable[[Tensor, Tensor], HeldLowRank]
     """Holds the two maps of an adapter, and adds their product to the results of masks."""
+    layers: Callable[..., CompiledLayers | None] | None = None
+    """All layers in one call, made of the weights of a model; None where there is no such form."""
 
 
 PLAIN = Kernels(
@@ -76,7 +79,7 @@ def c_kernels() -> Kernels:
     """Kernels in C for CPU tensors; only where `compiled.library` has them."""
     return Kernels(
         on_cpu.paged_attention, on_cpu.gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
-        CompiledMap, CompiledLowRank,
+        CompiledMap, CompiledLowRank, CompiledLayers.of,
     )  # fmt: skip
 
 

@@ -23,7 +23,10 @@ __all__ = ["library", "needed_library", "words_together"]
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("numbers.h", "tiles.h", "products.c", "layer.c", "attention.c", "loss.c", "gradients.c", "mask_attention.c")
+SOURCES = (
+    "numbers.h", "tiles.h", "kernels.h", "products.c", "layer.c", "attention.c", "layers.c", "loss.c", "gradients.c",
+    "mask_attention.c",
+)  # fmt: skip
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
@@ -48,6 +51,7 @@ SIGNATURES = {
     "rotate": (P, N, P, P, N, N, N, X, B, P),
     "mask_attention": (*MASKS, P, P),
     "mask_attention_gradient": (*MASKS, *6 * (P,)),
+    "layers": (P, P, P, N, P, N, P),
     "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
 }
 """Types of the arguments of each function; no function returns anything."""

@@ -90,6 +90,8 @@ class CompiledLowRank(_Panels):
     def __init__(self, down_KI: Tensor, up_OK: Tensor) -> None:
         super().__init__(down_KI, up_OK)
         self._sizes = len(up_OK), down_KI.shape[1], len(down_KI)
+        self.addresses = (*self._addresses, len(down_KI))
+        """Addresses of both maps, and their rank."""
 
     def add_to(self, y_BRO: Tensor, x_BRI: Tensor, clean_len: int) -> None:
         assert y_BRO.is_contiguous(), "results are made as one piece"

@@ -50,7 +50,8 @@ class CompiledLinear(HeldLinear):
         self._out, self._width = weight.shape
         self._held = self._laid_out(weight.detach())
         addresses = [held.data_ptr() for held in self._held]
-        self._addresses = (*addresses, None if self._bias is None else self._bias.data_ptr(), self._out, self._width)
+        self.addresses = (*addresses, None if self._bias is None else self._bias.data_ptr(), self._out, self._width)
+        """First arguments of the function."""
         self._product = getattr(needed_library(), self.FUNCTION)
 
     @staticmethod
@@ -67,7 +68,7 @@ class CompiledLinear(HeldLinear):
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._out))
         tokens = x.numel() // self._width
-        self._product(*self._addresses, x.data_ptr(), tokens, y.data_ptr(), x.dtype == torch.bfloat16)
+        self._product(*self.addresses, x.data_ptr(), tokens, y.data_ptr(), x.dtype == torch.bfloat16)
         return y
 
 

@@ -68,10 +68,11 @@ class Gathering:
         self._table_BN, self._prefix_len_B = page_table_BN.long(), prefix_len_B.long().contiguous()
         self._visible_RR = own_visible_RR.contiguous()
         stride, pages = self._table_BN.stride(0), page_table_BN.shape[1]
-        self._shared = (
+        self.shared = (
             page_len, self._table_BN.data_ptr(), stride, pages, self._prefix_len_B.data_ptr(),
             self._visible_RR.data_ptr(), len(page_table_BN), len(own_visible_RR),
         )  # fmt: skip
+        """Arguments of `paged_attention` in C that all layers share."""
         self._attend = needed_library().paged_attention
 
     def __call__(self, q_BRHD: Tensor, k_BRGD: Tensor, v_BRGD: Tensor, kv_pages: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class Gathering:
         out = torch.empty_like(q_BRHD, memory_format=torch.contiguous_format)
         self._attend(
             q_BRHD.data_ptr(), k_BRGD.data_ptr(), v_BRGD.data_ptr(), q_stride, kv_stride, kv_pages.data_ptr(),
-            *self._shared, H, k_BRGD.shape[2], D, q_BRHD.dtype == HALF, out.data_ptr(),
+            *self.shared, H, k_BRGD.shape[2], D, q_BRHD.dtype == HALF, out.data_ptr(),
         )  # fmt: skip
         return out
 

@@ -1,0 +1,108 @@
+/* All layers of a forward, one call for all of them.
+ *
+ * It calls what `decode_forward.py` calls in the same order, so results are the same bit for bit. A model of 30 layers
+ * has 300 such calls in a decode step, and each costs microseconds in Python. `compiled_layers.py` has the structures.
+ */
+#include "kernels.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum form { FP32, BF16, INT8, INT4 };
+
+/* A linear map, and what a draft adapter adds to it for masks; `rank` is 0 without an adapter. */
+struct map {
+    long form;
+    const void *weight;
+    const float *scale;
+    const int32_t *middle;
+    const float *bias;
+    long out, width;
+    const void *down, *up;
+    long rank;
+};
+
+struct layer {
+    const void *attention_norm, *head_norm, *mlp_norm;
+    struct map qkv, output, gate_up, down;
+};
+
+struct model {
+    const struct layer *layers;
+    long count, width, heads, kv_heads, size;
+    const void *norm;
+    float eps;
+    int half, half_norm;
+};
+
+/* Sequences with the same pattern; their tokens lie together. `clean` leading tokens of each sequence are no masks. */
+struct part {
+    const void *cosine, *sine;
+    const int64_t *slot, *table, *prefix_len;
+    const uint8_t *visible;
+    long sequences, per_sequence, clean, page_len, table_stride, table_len;
+};
+
+static void multiply(const struct map *map, const char *x, long tokens, char *y, const struct part *parts, long count,
+                     int half) {
+    const long out = map->out, width = map->width, size = half ? 2 : 4;
+    switch (map->form) {
+    case FP32: product_fp32(map->weight, map->bias, out, width, x, tokens, y, half); break;
+    case BF16: product_bf16(map->weight, map->bias, out, width, x, tokens, y, half); break;
+    case INT8: product_int8(map->weight, map->scale, map->middle, map->bias, out, width, x, tokens, y, half); break;
+    case INT4: product_int4(map->weight, map->bias, out, width, x, tokens, y, half); break;
+    }
+    for (long first = 0; map->rank && count; first += parts->sequences * parts->per_sequence, parts++, count--) {
+        const long masks = parts->per_sequence - parts->clean;
+        if (masks == 0) continue;
+        (half ? low_rank_bf16 : low_rank_fp32)(map->down, map->up, out, width, map->rank, x + first * width * size,
+                                               y + first * out * size, parts->sequences, parts->per_sequence, masks);
+    }
+}
+
+/* Keys and values of clean tokens go to the pages, then the tokens of all parts gather values. */
+static void gather(const struct model *model, const struct layer *layer, char *qkv, void *pages,
+                   const struct part *parts, long count, char *gathered) {
+    const long size = model->half ? 2 : 4, wide = layer->qkv.out, thin = model->heads * model->size;
+    for (; count; parts++, count--) {
+        const long tokens = parts->sequences * parts->per_sequence;
+        const char *k = qkv + thin * size, *v = k + model->kv_heads * model->size * size;
+        rotate_and_store(qkv, layer->head_norm, parts->cosine, parts->sine, pages, parts->slot, tokens,
+                         parts->per_sequence, parts->clean, model->heads, model->kv_heads, model->size, model->eps,
+                         model->half);
+        paged_attention(qkv, k, v, wide, wide, pages, parts->page_len, parts->table, parts->table_stride,
+                        parts->table_len, parts->prefix_len, parts->visible, parts->sequences, parts->per_sequence,
+                        model->heads, model->kv_heads, model->size, model->half, gathered);
+        qkv += tokens * wide * size;
+        gathered += tokens * thin * size;
+    }
+}
+
+/* Hidden states [tokens, width] of the tokens of all parts, from their embeddings x. `pages` are those of layer 0, and
+ * those of the next layer lie `apart` bytes behind. */
+void layers(const struct model *model, const void *x, void *pages, long apart, const struct part *parts, long count,
+            void *hidden) {
+    const struct layer *layer = model->layers;
+    const struct map *gate_up = &layer->gate_up;
+    const long size = model->half ? 2 : 4, width = model->width;
+    long tokens = 0;
+    for (long n = 0; n < count; n++) tokens += parts[n].sequences * parts[n].per_sequence;
+    const long line = tokens * size;
+    char *added = malloc(line * (2 * width + layer->qkv.out + layer->output.width + gate_up->out + gate_up->out / 2));
+    char *total = added + line * width, *qkv = total + line * width, *gathered = qkv + line * layer->qkv.out;
+    char *wide = gathered + line * layer->output.width, *gated = wide + line * gate_up->out;
+    memcpy(total, x, line * width);
+    for (long n = 0; n < model->count; n++, layer++, pages = (char *)pages + apart) {
+        add_rms_norm(n ? added : total, n ? total : 0, layer->attention_norm, model->half_norm, model->eps, tokens,
+                     width, model->half, hidden, total);
+        multiply(&layer->qkv, hidden, tokens, qkv, parts, count, model->half);
+        gather(model, layer, qkv, pages, parts, count, gathered);
+        multiply(&layer->output, gathered, tokens, added, parts, count, model->half);
+        add_rms_norm(added, total, layer->mlp_norm, model->half_norm, model->eps, tokens, width, model->half, hidden,
+                     total);
+        multiply(&layer->gate_up, hidden, tokens, wide, parts, count, model->half);
+        silu_mul(wide, tokens, gate_up->out / 2, model->half, gated);
+        multiply(&layer->down, gated, tokens, added, parts, count, model->half);
+    }
+    add_rms_norm(added, total, model->norm, model->half_norm, model->eps, tokens, width, model->half, hidden, total);
+    free(added);
+}
