@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
+from tidar_core.decoding.held_link import LOOKED_UP_TOKENS, HeldLink
 from tidar_core.decoding.plan_tensors import PlanTensors
 from tidar_core.decoding.sampling import (
     ACCEPT,
@@ -33,7 +33,6 @@ from tidar_core.decoding.sampling import (
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.decoding.verify import verify_argmax, verify_sampled
 from tidar_core.kernels import Kernels
-from tidar_core.transformer.draft_link import LOOKED_UP_TOKENS
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -88,10 +87,8 @@ class DecodeStepRunner:
         self.model, self.draft, self.cache, self.state, self._tuning = model, draft, cache, state, tuning
         positions = state.page_table.shape[1] * cache.page_len + 2 * draft.block_len
         self._forward = DecodeForward(model, cache, positions=positions, block_len=draft.block_len, kernels=kernels)
-        self._link_after = None if model.link is None else self._forward.kernels.draft_map(model.link.rows(model.head))
-        self._link_VV: Tensor | None = None
-        if model.link is not None and model.config.vocab_size <= tuning.looked_up_tokens:
-            self._link_VV = model.link.table(model.embedding, model.head)
+        looked_up, kernels = tuning.looked_up_tokens, self._forward.kernels
+        self._link = None if model.link is None else HeldLink(model, kernels, looked_up)
         device = cache.pages.device
         self._ahead_K = 1 + torch.arange(draft.block_len, device=device)
         """1..K: distances of the tokens of a block from the token before it."""
@@ -106,14 +103,8 @@ class DecodeStepRunner:
     def refresh_drafts(self) -> None:
         """Compute anew, in the same memory, all that was computed of the weights of adapter and link."""
         self._forward.refresh_adapter()
-        link, after = self.model.link, self._link_after
-        if link is None or after is None:
-            return
-        after.refresh(link.rows(self.model.head))
-        if self._link_VV is not None:
-            table_VV = link.table(self.model.embedding, self.model.head)
-            assert table_VV is not None, "a link with a table keeps it"
-            self._link_VV.copy_(table_VV)
+        if self._link is not None:
+            self._link.refresh()
 
     def chunk(self, page_table_1N: Tensor, start: int, chunk_1C: Tensor, plan: StepPlan) -> QueryTokens:
         """A chunk of one sequence whose first token has position `start`, and a block of masks for each group of the
@@ -252,15 +243,9 @@ class DecodeStepRunner:
     def linked(self, logits: Tensor, before: Tensor, masks: Tensor) -> Tensor:
         """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known.
 
-        The link's logits are looked up if there is a table of them.
-
         masks  hidden states of the masks [.., E]
         """
-        if self._link_VV is not None:
-            return logits + F.embedding(before, self._link_VV)
-        if self.model.link is None:
-            return logits
-        return logits + self.model.link(before, masks, self.model.embedding, self.model.head, self._link_after)
+        return logits if self._link is None else logits + self._link(before, masks)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
         """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tidar_core.config import ModelConfig
 
-__all__ = ["LOOKED_UP_TOKENS", "DraftLink"]
+__all__ = ["DraftLink"]
 
-LOOKED_UP_TOKENS = 1024
-"""Largest vocabulary for which a decoder keeps a link's logits of every token: 4 MiB in fp32."""
+TOKENS_AT_ONCE = 8192
+"""Tokens whose vectors are read together, which bounds memory."""
 
 
 class DraftLink(nn.Module):
@@ -39,35 +39,33 @@ class DraftLink(nn.Module):
         if config.adapter is not None and config.adapter.link_reads_state:
             self.state = nn.Parameter(torch.empty(config.link_rank, config.hidden_size))
 
-    def forward(
-        self,
-        before: Tensor,
-        hidden: Tensor,
-        embedding: nn.Module,
-        head: nn.Module,
-        after: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, before: Tensor, hidden: Tensor, embedding: nn.Module, head: nn.Module) -> Tensor:
         """Logits [.., V] to add, given the tokens before [..] and the masks' hidden states [.., E].
 
         embedding, head  those of the model
-        after            multiplies by the result of `rows`; by default `rows` is computed
         """
-        read = self._read(before, embedding)
-        if self.state is not None:
-            read = F.silu(read + F.linear(hidden, self.state))
-        return F.linear(read, self.rows(head)) if after is None else after(read)
+        return F.linear(self.mixed(self._read(before, embedding), hidden), self.rows_after(head))
 
-    def rows(self, head: Callable[[Tensor], Tensor]) -> Tensor:
+    def mixed(self, read: Tensor, hidden: Tensor) -> Tensor:
+        """Rows [.., R] of the tokens before with what the link reads of the masks' hidden states [.., E]."""
+        return read if self.state is None else F.silu(read + F.linear(hidden, self.state))
+
+    def rows_before(self, embedding: nn.Embedding) -> Tensor:
+        """Row [V, R] of each token before."""
+        if not self.shares_tables:
+            return self.before
+        every = torch.arange(embedding.num_embeddings, device=self.before.device)
+        return torch.cat([self._read(tokens, embedding) for tokens in every.split(TOKENS_AT_ONCE)])
+
+    def rows_after(self, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Row [V, R] of each token that may follow."""
         return head(self.after.T.contiguous()).T if self.shares_tables else self.after
 
-    def table(self, embedding: nn.Module, head: nn.Module) -> Tensor | None:
+    def table(self, embedding: nn.Embedding, head: nn.Module) -> Tensor | None:
         """Logits [V, V] to add after every token; None if they depend on hidden states."""
         if self.state is not None:
             return None
-        after_VR = self.rows(head)
-        every = torch.arange(len(after_VR), device=after_VR.device)
-        return F.linear(self._read(every, embedding), after_VR).detach()
+        return F.linear(self.rows_before(embedding), self.rows_after(head)).detach()
 
     def _read(self, before: Tensor, embedding: nn.Module) -> Tensor:
         """Row [.., R] of each token before."""
