@@ -75,11 +75,12 @@ PROBE_STEPS = 6
 """Timed train steps, after one that warms up; the rows of a step differ in labels."""
 ENGINE_OVERHEAD = 1.1
 """Time of a train step under the engine over that of a bare step: 1.07 measured."""
-EVALUATED_AT_ONCE = 5
-"""Prompts that the evaluation decodes at a time; the comparison of speeds decodes one."""
+EVALUATED_PROMPTS, EVALUATED_AT_ONCE = 40, 5
+"""Held-out prompts, all there are, and how many the evaluation decodes at a time. Ten are too few: in one run they had
+2.41 tokens per forward where all forty had 2.65."""
 COMPARED_PROMPTS, COMPARED_TOKENS, COMPARED_TIMES = 10, 48, 2
-"""Prompts of each file, two of each kind, the most tokens that are generated for each, and how often modes are timed in
-turns."""
+"""Prompts of each file whose speeds are compared, two of each kind, the most tokens that are generated for each, and
+how often modes are timed in turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +228,7 @@ def _evaluate_job(site: Site, base: str) -> EvaluateJob:
         output=site.path("report"),
         parent=base,
         prompts_file=str(PROMPTS / "held_out.jsonl"),
-        prompts=COMPARED_PROMPTS,
+        prompts=EVALUATED_PROMPTS,
         max_tokens=COMPARED_TOKENS,
         batch=EVALUATED_AT_ONCE,
         repeats=1,
@@ -247,7 +248,7 @@ def _compared(
     repeats: int,
     transformers: bool,
 ) -> dict[str, Any]:
-    """Figures of the modes on as many prompts of one of the project's files as the evaluation has.
+    """Figures of the modes on prompts of one of the project's files, no more than the evaluation has.
 
     An earlier run's figures of the same bundle are reused.
     """
@@ -256,7 +257,8 @@ def _compared(
         return found
     torch.set_num_threads(site.threads)
     bundle = load_for_decoding(job.bundle, DTYPES[precision])
-    requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", job.prompts, job.max_tokens)
+    prompts = min(COMPARED_PROMPTS, job.prompts)
+    requests = bench_prompts(job.bundle, bundle, PROMPTS / f"{name}.jsonl", prompts, job.max_tokens)
     facts = compared_modes(
         bundle.model, requests, max_tokens=job.max_tokens, block_len=BLOCK_LEN, batch=batch, repeats=repeats,
         uri=job.bundle, transformers=transformers, modes=modes,
