@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quickstart"]
 
-DRAFTS_SECONDS, SCRATCH_SECONDS = 180, 480
+DRAFTS_SECONDS, SCRATCH_SECONDS = 120, 480
 """Training time by default."""
 TIMING_SECONDS, TIMING_SHARE = 6.0, 0.1
 """Time for which the service times its decode steps, and the most of it in shares of the training time."""

@@ -79,8 +79,7 @@ EVALUATED_PROMPTS, EVALUATED_AT_ONCE = 40, 5
 """Held-out prompts, all there are, and how many the evaluation decodes at a time. Ten are too few: in one run they had
 2.41 tokens per forward where all forty had 2.65."""
 COMPARED_PROMPTS, COMPARED_TOKENS, COMPARED_TIMES = 10, 48, 2
-"""Prompts of each file whose speeds are compared, two of each kind, the most tokens that are generated for each, and
-how often modes are timed in turns."""
+"""Prompts of each file whose speeds are compared, two of each kind; the most tokens for each; timings in turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
