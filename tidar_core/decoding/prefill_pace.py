@@ -2,8 +2,8 @@
 
 How many prompt tokens may be read from one decode step to the next?
 
-A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take as long as a decode step,
-so that no gap is longer than two steps. If more requests arrive than run, it may take longer by that factor. A gap
+A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take nearly as long as a decode
+step, so that a gap stays below two steps. If more requests arrive than run, it may take longer by that factor. A gap
 lasts from the end of one decode step to the end of the next, since a device may compute later.
 """
 
@@ -18,6 +18,8 @@ LEAST_ALONE, LEAST_BESIDE = 16, 4
 chunk in the forward of a decode step."""
 STEP_GAIN = 0.2
 """Share of a new gap in the mean gap without a chunk."""
+CHUNK_STEPS = 0.85
+"""Time that a chunk may take, in decode steps. Below 1, since times vary and a gap should stay below two steps."""
 LARGEST_CHANGE = 2.0
 """Largest factor by which the next chunk is longer or shorter."""
 
@@ -57,7 +59,7 @@ class PrefillPace:
         if not read:
             self._bare += (STEP_GAIN if self._bare else 1.0) * (gap - self._bare)
         elif self._bare and 2 * read > self._tokens:
-            allowed = self._bare * max(1.0, share)
+            allowed = CHUNK_STEPS * self._bare * max(1.0, share)
             change = allowed / max(gap - self._bare, 1e-9)
             self._tokens *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
             self._tokens = min(max(self._tokens, self._least), self._most)
