@@ -18,18 +18,17 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # compiles all that it imports: 2 s for torch, 3 s for Ray Train.
 export PYTHONDONTWRITEBYTECODE =
 PARTS = test-serve test-pipelines test-core test-quickstart test-commands
-LANES = lane-serve lane-pipelines lane-core
 
-.PHONY: quickstart check lint types test test-fast $(LANES) $(PARTS) test-alone test-fast-core test-fast-rest format install install-dev clean
+.PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install install-dev clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
-# Three lanes at a time, each one part after the other. Every test is in one part, and each part collects its own folders
-# alone. The lane without services has a lower priority, and so fills the time in which the others wait. Tests that
-# measure how long something takes come last and have the machine to themselves.
+# Two parts at a time, the longest first; serve and the quickstart take as long as the other three. Every test is in one
+# part, and each part collects its own folders alone. Tests that measure how long something takes come last and have the
+# machine to themselves.
 check: install-dev
-	$(MAKE) --jobs=3 lint $(LANES) types
+	$(MAKE) --jobs=2 lint $(PARTS) types
 	$(MAKE) test-alone
 
 lint: install-dev
@@ -40,19 +39,8 @@ types: install-dev
 	$(BIN)/mypy
 
 test: install-dev
-	$(MAKE) --jobs=3 $(LANES)
+	$(MAKE) --jobs=2 $(PARTS)
 	$(MAKE) test-alone
-
-lane-serve:
-	$(MAKE) test-serve
-	$(MAKE) test-commands
-
-lane-pipelines:
-	$(MAKE) test-pipelines
-	$(MAKE) test-quickstart
-
-lane-core:
-	nice -n 5 $(MAKE) test-core
 
 # No Ray, no service, no training processes; two parts at a time. tests/conftest.py marks and guards what starts Ray.
 test-fast: install-dev

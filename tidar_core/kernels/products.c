@@ -347,22 +347,32 @@ INLINE void vector_sums(int tokens, const U *word, long words, const uint32_t *x
     UNROLL for (int t = 0; t < tokens; t++) sums[0][t] = sum[t][0], sums[1][t] = sum[t][1];
 }
 
-/* Tokens rounded to 127 steps on each side of 128, and the size of the steps. */
+/* One token in 127 steps on each side of 128, filled up with zeros; returns the size of 127 steps. */
+INLINE float quantised(const void *x, long first, long width, long padded, int half, uint8_t *rounded) {
+    F most = {}, wrong = {};
+    for (long i = 0; i < width; i += LANES) {
+        const F value = run(x, first, i, width, half);
+        most = larger(most, larger(value, -value));
+        wrong += value * 0;
+    }
+    float largest = 1e-30f;
+    for (int n = 0; n < LANES; n++) largest = fmaxf(largest, most[n]);
+    const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
+    for (long i = 0; i < width; i += LANES) {
+        const I level = (I)(run(x, first, i, width, half) * steps + whole) - (I)whole + 128;
+        const B bytes = __builtin_convertvector(level, B);
+        memcpy(rounded + i, &bytes, width - i < LANES ? width - i : LANES);
+    }
+    memset(rounded + width, 0, padded - width);
+    return largest + sum_of(wrong);
+}
+
+/* Tokens in steps, and the size of 127 steps of each. */
 static void quantise(const void *x, long tokens, long width, long padded, int half, uint8_t *rounded, float *step) {
 #pragma omp parallel for schedule(static) if (tokens >= 16)
-    for (long t = 0; t < tokens; t++) {
-        float largest = 1e-30f, wrong = 0;
-        for (long i = 0; i < width; i++) {
-            const float value = load_one(x, t * width + i, half);
-            largest = fmaxf(largest, fabsf(value));
-            wrong += value * 0;
-        }
-        float steps = 127 / largest;
-        for (long i = 0; i < width; i++)
-            rounded[t * padded + i] = (uint8_t)(int)(rintf(load_one(x, t * width + i, half) * steps) + 128);
-        memset(rounded + t * padded + width, 0, padded - width);
-        step[t] = largest + wrong;
-    }
+    for (long t = 0; t < tokens; t++)
+        if (half) step[t] = quantised(x, t * width, width, padded, 1, rounded + t * padded);
+        else step[t] = quantised(x, t * width, width, padded, 0, rounded + t * padded);
 }
 
 /* Weights in int8. `scale` is the size of a channel's step over 127; `middle` is 128 times the sum of its weights. */
