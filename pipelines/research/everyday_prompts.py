@@ -12,8 +12,11 @@ the quickstart has is left out. Stories and extractions differ from held-out one
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from tidar_core.errors import ConfigError, TidarError
 
 __all__ = ["everyday_prompts"]
 
@@ -282,7 +285,7 @@ def everyday_prompts(count: int, *, held_out: Iterable[str], seed: int = 0) -> l
     """`count` different prompts, the kinds in turns: `id`, `kind` and `prompt` of each.
 
     held_out  prompts whose subjects are left out
-    Raises ValueError if a kind has too few prompts for the count.
+    Raises ConfigError if a kind has too few prompts for the count.
     """
     rng = random.Random(seed)
     unseen = " ".join(held_out).lower()
@@ -293,23 +296,28 @@ def everyday_prompts(count: int, *, held_out: Iterable[str], seed: int = 0) -> l
             if len(made[kind]) == share:
                 break
             subject, prompt = prompt_of(rng)
-            if subject.lower() not in unseen and prompt.lower() not in unseen:
+            if subject.lower() not in unseen:
                 made[kind][prompt] = None
         if len(made[kind]) < share:
-            raise ValueError(
-                f"kind {kind} has {len(made[kind])} different prompts, {share} are needed: lower the count"
+            raise ConfigError(
+                f"kind {kind} has {len(made[kind])} different prompts, {share} are needed; lower the count"
             )
     turns = [(kind, prompt) for prompts in zip(*made.values()) for kind, prompt in zip(made, prompts)]
     return [{"id": f"{kind}-{n:05d}", "kind": kind, "prompt": prompt} for n, (kind, prompt) in enumerate(turns[:count])]
 
 
+def _entries(listed: str, separator: str = ",") -> list[str]:
+    """Entries of a list that is written as a text."""
+    return [" ".join(entry.split()) for entry in listed.split(separator)]
+
+
 def _one(rng: random.Random, listed: str, separator: str = ",") -> str:
-    """One entry of a list that is written as a text."""
-    return rng.choice([" ".join(entry.split()) for entry in listed.split(separator)])
+    """An entry, drawn."""
+    return rng.choice(_entries(listed, separator))
 
 
 def _arithmetic(rng: random.Random) -> tuple[str, str]:
-    a, c = rng.sample([" ".join(name.split()) for name in NAMES.split(",")], 2)
+    a, c = rng.sample(_entries(NAMES), 2)
     numbers = {
         "n": rng.randint(11, 49), "m": rng.randint(3, 24), "s": rng.randint(2, 9), "t": rng.randint(3, 12),
         "b": rng.randint(50, 150), "e": 2 * rng.randint(8, 40),
@@ -355,7 +363,7 @@ KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     """Write a file of prompts, a JSON object a line."""
     parser = argparse.ArgumentParser(description="Make short prompts of five kinds.")
     parser.add_argument("output", type=Path)
@@ -363,9 +371,14 @@ def main() -> None:
     arguments = parser.parse_args()
     held_out = Path(__file__).parents[1] / "quickstart/prompts/held_out.jsonl"
     prompts = [json.loads(line)["prompt"] for line in held_out.read_text().splitlines()]
-    found = everyday_prompts(arguments.count, held_out=prompts)
-    arguments.output.write_text("".join(json.dumps(entry) + "\n" for entry in found))
+    try:
+        found = everyday_prompts(arguments.count, held_out=prompts)
+        arguments.output.write_text("".join(json.dumps(entry) + "\n" for entry in found))
+    except (TidarError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@
  * and what is hidden adds 0. `reference.py` defines the result. Tensors are contiguous unless a stride is given. Sums are in
  * fp32; results in bf16 are rounded once, and so are weights that matrix instructions multiply.
  */
+#include "kernels.h"
 #include "numbers.h"
 #include "tiles.h"
 #ifdef __AVX512BF16__

@@ -3,6 +3,7 @@
  * `reference.py` defines what each function computes. A token's results do not depend, bit for bit, on how many tokens
  * a call has. Tensors are contiguous. Sums are in fp32; results in bf16 are rounded once.
  */
+#include "kernels.h"
 #include "numbers.h"
 
 /* The inverse of the root mean square of one token or head. */

@@ -17,6 +17,7 @@
  * finite has results that are not finite. Threads are those of torch: the library finds torch's OpenMP when it is
  * loaded.
  */
+#include "kernels.h"
 #include "numbers.h"
 #include "tiles.h"
 #if defined __AVX512VNNI__ || defined __AVX512BF16__
@@ -376,8 +377,8 @@ static void quantise(const void *x, long tokens, long width, long padded, int ha
 }
 
 /* Weights in int8. `scale` is the size of a channel's step over 127; `middle` is 128 times the sum of its weights. */
-void product_int8(const U *weight, const float *scale, const int32_t *middle, const float *bias, long out, long width,
-                  const void *x, long tokens, void *y, int half) {
+void product_int8(const void *weight, const float *scale, const int32_t *middle, const float *bias, long out,
+                  long width, const void *x, long tokens, void *y, int half) {
     long padded = padded_of(width, 4);
     uint8_t *rounded = malloc(tokens * padded);
     float *step = malloc(tokens * sizeof(float));
@@ -388,7 +389,7 @@ void product_int8(const U *weight, const float *scale, const int32_t *middle, co
         int configured = 0;
 #pragma omp for schedule(static)
         for (long n = 0; n < (out + 31) / 32; n++) {
-            const U *word = weight + n * padded / 2;
+            const U *word = (const U *)weight + n * padded / 2;
             const F *of_channel = (const F *)(scale + n * 32);
             const I *of_middle = (const I *)(middle + n * 32);
             for (long t = 0, count; t < tokens; t += count) {
@@ -496,16 +497,17 @@ INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct 
 }
 
 /* Weights in int4. */
-void product_int4(const U *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+void product_int4(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                   int half) {
     const long groups = width / GROUP;
     struct group *rounded = in_groups(x, tokens, width, half);
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < (out + 31) / 32; n++) {
+        const U *word = (const U *)weight + n * 10 * groups;
         F sum[MOST][2];
         for (long t = 0, count; t < tokens; t += count) {
             count = together(tokens - t);
-#define SUMS_OF_GROUPS(count) sums_of_groups(count, weight + n * 10 * groups, groups, rounded + t * groups, sum)
+#define SUMS_OF_GROUPS(count) sums_of_groups(count, word, groups, rounded + t * groups, sum)
             CONSTANT(count, SUMS_OF_GROUPS)
             for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sum[r], 0);
         }

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from pipelines.research.everyday_prompts import KINDS, everyday_prompts
+from tidar_core.errors import ConfigError
 
 HELD_OUT = [
     "Write a Python function `cube(x)` that returns the cube of x.",
@@ -35,5 +36,5 @@ def test_nothing_that_a_held_out_prompt_is_about_is_in_any_other_form():
 
 
 def test_more_prompts_than_there_are_are_refused():
-    with pytest.raises(ValueError, match=r"kind python has 6[0-9]* different prompts, 2000 are needed"):
+    with pytest.raises(ConfigError, match=r"kind python has 6[0-9]* different prompts, 2000 are needed"):
         everyday_prompts(10_000, held_out=[])
