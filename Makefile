@@ -17,16 +17,15 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # Compiled modules are kept even where the environment turns that off, as in many containers. Otherwise each process
 # compiles all that it imports: 2 s for torch, 3 s for Ray Train.
 export PYTHONDONTWRITEBYTECODE =
-PARTS = test-serve test-pipelines test-core test-quickstart test-commands
+PARTS = test-serve test-pipelines test-core test-quickstart test-infra test-commands
 
 .PHONY: quickstart check lint types test test-fast $(PARTS) test-alone test-fast-core test-fast-rest format install install-dev clean
 
 quickstart: install
 	$(BIN)/tidar quickstart
 
-# Two parts at a time, the longest first; serve and the quickstart take as long as the other three. Every test is in one
-# part, and each part collects its own folders alone. Tests that measure how long something takes come last and have the
-# machine to themselves.
+# Two parts at a time, the longest first, so that both end together. Every test is in one part, and each part collects
+# its own folders alone. Tests that measure how long something takes come last and have the machine to themselves.
 check: install-dev
 	$(MAKE) --jobs=2 lint $(PARTS) types
 	$(MAKE) test-alone
@@ -58,9 +57,12 @@ test-core: install-dev
 test-quickstart: install-dev
 	$(BIN)/pytest tests/test_quickstart.py
 
+test-infra: install-dev
+	$(BIN)/pytest tests/infra
+
 test-commands: install-dev
 	$(BIN)/pytest --ignore=tests/pipelines --ignore=tests/serve --ignore=tests/core --ignore=tests/artifacts \
-		--ignore=tests/test_quickstart.py
+		--ignore=tests/infra --ignore=tests/test_quickstart.py
 
 test-alone: install-dev
 	$(BIN)/pytest -m alone tests/serve

@@ -7,7 +7,8 @@ there.
 Shape letters: B running slots, K block length, N pages of a sequence, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tidar_core.config import SamplingConfig
 from tidar_core.decoding.page_pool import NULL_PAGE
 from tidar_core.decoding.sampling import SamplingTensors
+from tidar_core.decoding.verify import NO_DRAFT
 
 __all__ = ["BatchState"]
 
@@ -61,6 +63,30 @@ class BatchState:
             if slot != last:
                 tensor[slot] = tensor[last]
             tensor[last] = 0
+
+    def redraft(self, slot: int, tokens: Sequence[int]) -> None:
+        """Replace the drafts after d_1 by `tokens`, each a point mass, or NO_DRAFT."""
+        drafted = slice(1, 1 + len(tokens))
+        chosen = torch.tensor(tokens, dtype=torch.long, device=self.draft.device)
+        self.draft[slot, drafted] = chosen
+        if self.proposal is not None:
+            self.proposal[slot, drafted] = 0.0
+            made = (chosen[:, None] != NO_DRAFT).float()
+            self.proposal[slot, drafted].scatter_(1, chosen[:, None].clamp(min=0), made)
+
+    @contextmanager
+    def rehearsal(self, batch: int, context: int, pages: int) -> Iterator[None]:
+        """Fill the first slots with sequences that do not exist, each with `context` tokens, spread over all pages."""
+        self.gather_sampling([SamplingConfig()] * batch)
+        spread = torch.arange(batch * self.page_table.shape[1], device=self.page_table.device) % pages + 1
+        self.page_table[:batch] = spread.view(batch, -1)
+        self.prefix_len[:batch] = context
+        try:
+            yield
+        finally:
+            self.page_table.zero_()
+            self.prefix_len.zero_()
+            self.gather_sampling([])
 
     def snapshot(self) -> list[Tensor]:
         """A copy of all but the sampling fields."""

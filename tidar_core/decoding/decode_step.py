@@ -18,6 +18,7 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.held_link import LOOKED_UP_TOKENS, HeldLink
+from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.plan_tensors import PlanTensors
 from tidar_core.decoding.sampling import (
     ACCEPT,
@@ -117,16 +118,27 @@ class DecodeStepRunner:
         """Read chunks of different sequences; returns hidden states [1, R, E] of each."""
         return self._forward(*chunks)
 
-    def begin(self, slots: slice, hidden: Tensor, plan: StepPlan, logits: Tensor, sampling: SamplingTensors) -> Tensor:
-        """Choose the first token [1] of a sequence that was read to its end, and draft the block after it.
+    def begin(
+        self, slots: slice, hidden: Tensor, plan: StepPlan, last_11: Tensor, sampling: SamplingTensors,
+        adjust: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Choose the first token of a sequence that was read to its end, and draft the block after it.
 
-        slots   the slot of the sequence
-        hidden  [1, R, E], from `read` with the same `plan`
-        logits  [1, 1, V], from `target_logits` for the last clean token
+        Returns the token [1] and the logits of the autoregressive mode [1, 1, V] that it follows from.
+
+        slots    the slot of the sequence
+        hidden   [1, R, E], from `read` with the same `plan`
+        last_11  the last token of the prompt
+        adjust   changes the target logits [1, 1, V] by the rules of the request
         """
+        C = plan.clean_len
+        ar_logits = self.model.head(hidden[:, C - 1 : C])
+        logits = self.target_logits(ar_logits, hidden[:, C : C + 1], last_11, sampling)
+        if adjust is not None:
+            logits = adjust(logits)
         first = sample(logits, sampling, self.state.prefix_len[slots, None], TARGET)[:, 0]
         self._propose(slots, first, torch.zeros_like(first), hidden, self._tensors_of_prefill(plan), sampling)
-        return first
+        return first, ar_logits
 
     def step(
         self,
@@ -246,6 +258,15 @@ class DecodeStepRunner:
         masks  hidden states of the masks [.., E]
         """
         return logits if self._link is None else logits + self._link(before, masks)
+
+    def drafts_within(self, rules: LogitRules, masks_RE: Tensor) -> list[int]:
+        """Drafts of consecutive masks of one block, or of the first of them, within the rules of a request."""
+        logits_RV = self.model.head(masks_RE)
+
+        def linked(mask: int, before_1: Tensor) -> Tensor:
+            return self.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
+
+        return rules.adjust_drafts(logits_RV, linked)
 
     def fill_with_point_mass(self, slots: slice, first_B: Tensor) -> None:
         """Fill draft blocks with their final token: a point mass in the place of drafts that no mask has predicted."""

@@ -8,33 +8,30 @@ For beta = 1, texts follow the distribution of the autoregressive mode. With arg
 token, greedy or sampled with the same seed. In fp32 that holds up to ties within rounding (about 1e-6 in the logits),
 since other batch shapes sum in another order.
 
-The decoder keeps no waiting line and owns no pages: `scheduler` decides which sequences run, and on which pages.
-`decode_step` computes a forward.
+The decoder keeps no waiting line and owns no pages: both are the scheduler's. `decode_step` computes a forward.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tidar_core.config import DraftConfig, SamplingConfig
+from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.cuda_graphs import CudaRecorder, StepGraphs
 from tidar_core.decoding.decode_forward import QueryTokens
 from tidar_core.decoding.decode_step import DEFAULT_TUNING, DecodeStepRunner, DecodeTuning, Outcome
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.logit_rules import adjusting
-from tidar_core.decoding.logprobs import token_logprobs
+from tidar_core.decoding.logprobs import score_prompt, scored
 from tidar_core.decoding.page_pool import PAGE_LEN, page_count
 from tidar_core.decoding.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.decoding.request import DecodeStep, Request, check_request
 from tidar_core.decoding.sampling import SamplingTensors
 from tidar_core.decoding.sequence import Chunk, Sequence
 from tidar_core.decoding.step_plan import StepPlan
-from tidar_core.decoding.verify import NO_DRAFT
-from tidar_core.transformer.draft_adapter import DRAFT_WEIGHTS, require_same_shapes
+from tidar_core.transformer.draft_adapter import exchange_drafts
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -69,9 +66,8 @@ class Decoder:
         vocab = model.config.vocab_size if draft.kind == "sampled" else None
         self._state = BatchState(slots, draft.block_len, size.max_pages, proposal_vocab=vocab, device=self.device)
         self._runner = DecodeStepRunner(model, draft, self.cache, self._state, tuning=tuning)
-        self._graphs: StepGraphs | None = None
-        if self.device.type == "cuda":
-            self._graphs = StepGraphs(self._runner, CudaRecorder(self.device))
+        on_gpu = self.device.type == "cuda"
+        self._graphs = StepGraphs(self._runner, CudaRecorder(self.device)) if on_gpu else None
         self.running: list[Sequence] = []
         """The running sequences by slot; they always take the first slots."""
         self._moved = False
@@ -80,13 +76,11 @@ class Decoder:
 
     @property
     def captures(self) -> bool:
-        """Whether each shape of decode step is captured as a CUDA graph when it is first met, which takes a while."""
-        return self._graphs is not None
+        """Whether each shape of decode step is captured as a CUDA graph when it is first met, which takes a while.
 
-    @property
-    def reads_beside(self) -> bool:
-        """Whether a decode step may read chunks of prompts in its forward. A captured step reads nothing else."""
-        return self._graphs is None
+        A captured step reads no chunks of prompts in its forward.
+        """
+        return self._graphs is not None
 
     def computed_slots(self, batch: int) -> int:
         """Slots that a step of `batch` sequences computes: more than `batch` if few shapes are captured."""
@@ -111,10 +105,7 @@ class Decoder:
 
         weights  values by their names in the model: all of its adapter and its link
         """
-        held = {name: weight for name, weight in self.model.named_parameters() if name.startswith(DRAFT_WEIGHTS)}
-        require_same_shapes("drafts", weights, held)
-        for name, weight in held.items():
-            weight.copy_(weights[name])
+        exchange_drafts(self.model, weights)
         self._runner.refresh_drafts()
 
     @torch.inference_mode()
@@ -131,17 +122,14 @@ class Decoder:
         """
         sequence, plan, hidden = chunk.sequence, chunk.plan, chunk.hidden
         assert hidden is not None, "the last token of a prompt is always read"
-        slot, C = self._take_slot(sequence), plan.clean_len
+        slot = self._take_slot(sequence)
         sampling = SamplingTensors.of([sequence.request.sampling], self.device)
-        ar_logits = self.model.head(hidden[:, C - 1 : C])
         last_11 = torch.tensor([sequence.tokens[-1:]], device=self.device)
-        logits = self._runner.target_logits(ar_logits, hidden[:, C : C + 1], last_11, sampling)
-        if sequence.rules is not None:
-            logits = sequence.rules.adjust(logits[0])[None]
-        first = int(self._runner.begin(slice(slot, slot + 1), hidden, plan, logits, sampling))
-        block = block_after(plan, self.draft.block_len, C)
+        adjust = None if sequence.rules is None else adjusting({0: sequence.rules})
+        first, ar_logits = self._runner.begin(slice(slot, slot + 1), hidden, plan, last_11, sampling, adjust)
+        block = block_after(plan, self.draft.block_len, plan.clean_len)
         sequence.set_block(block.pending, block.mask_offset)
-        step = self._scored(sequence, sequence.add([first], 0, 0), ar_logits[0])
+        step = scored(sequence, sequence.add([int(first)], 0, 0), ar_logits[0])
         if sequence.rules is not None and step.finish_reason is None:
             self._draft_within_rules(slot, hidden[0], block)
         return step
@@ -161,7 +149,7 @@ class Decoder:
         Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added. The
         caller has given the pages that `plan.clean_len` more tokens take.
 
-        beside  chunks to read in the same forward, where `reads_beside` allows it
+        beside  chunks to read in the same forward; none where steps are captured
         """
         if any(sequence.request.sampling.beta < 1 for sequence in self.running):
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
@@ -179,7 +167,7 @@ class Decoder:
         for slot, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
             sequence = self.running[slot]
             step = sequence.add(tokens[:n], n, plan.clean_len)
-            steps.append(self._scored(sequence, step, None if logits is None else logits[slot]))
+            steps.append(scored(sequence, step, None if logits is None else logits[slot]))
             sequence.set_block(blocks[n].pending, blocks[n].mask_offset)
             if sequence.rules is not None and step.finish_reason is None:
                 assert outcome.hidden is not None, "steps with rules are never captured"
@@ -199,41 +187,25 @@ class Decoder:
         self._moved = True
 
     def redraft(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Replace the first drafts of a running sequence, as if the model had proposed `tokens` outright.
+        """Replace the first drafts of a running sequence by ids or NO_DRAFT, as if the model had proposed these.
 
         No more drafts are pending. Any proposals leave the text the same; only the number of forwards changes.
-
-        tokens  ids, or NO_DRAFT
         """
-        slot, drafted = self.running.index(sequence), slice(1, 1 + len(tokens))
-        chosen = torch.tensor(tokens, dtype=torch.long, device=self.device)
-        self._state.draft[slot, drafted] = chosen
-        if self._state.proposal is not None:
-            self._state.proposal[slot, drafted] = 0.0
-            made = (chosen[:, None] != NO_DRAFT).float()
-            self._state.proposal[slot, drafted].scatter_(1, chosen[:, None].clamp(min=0), made)
+        self._state.redraft(self.running.index(sequence), tokens)
         sequence.set_block(1 + len(tokens), sequence.mask_offset)
 
     @contextmanager
     def rehearsal(self, batch: int, context: int) -> Iterator[Callable[[StepPlan], None]]:
         """Decode steps of `batch` sequences that do not exist, each with `context` tokens read: for timing alone."""
         assert not self._has_read, "rehearse before requests come: a rehearsal overwrites pages"
-        state, used_pages = self._state, page_count(context, self.cache.page_len)
-        state.gather_sampling([SamplingConfig()] * batch)
-        spread = torch.arange(batch * state.page_table.shape[1], device=self.device) % self.pages + 1
-        state.page_table[:batch] = spread.view(batch, -1)
-        state.prefix_len[:batch] = context
+        used_pages = page_count(context, self.cache.page_len)
 
         @torch.inference_mode()
         def step(plan: StepPlan) -> None:
             self._launch(batch, plan, used_pages).accepted_emitted.tolist()
 
-        try:
+        with self._state.rehearsal(batch, context, self.pages):
             yield step
-        finally:
-            state.page_table.zero_()
-            state.prefix_len.zero_()
-            state.gather_sampling([])
 
     def _launch(
         self,
@@ -259,10 +231,7 @@ class Decoder:
     def _has_been_read(self, chunk: Chunk, hidden: Tensor) -> None:
         sequence, start = chunk.sequence, chunk.sequence.read
         sequence.read, chunk.hidden = start + chunk.plan.clean_len, hidden
-        sampling, following = sequence.request.sampling, sequence.tokens[start + 1 : sequence.read + 1]
-        if sampling.prompt_logprobs and following and not sequence.emitted:
-            logits = self.model.head(hidden[0, : len(following)])
-            sequence.prompt_logprobs += token_logprobs(logits, following, sampling.logprobs or 0)
+        score_prompt(sequence, start, hidden[0], self.model.head)
 
     def _take_slot(self, sequence: Sequence) -> int:
         slot = len(self.running)
@@ -277,20 +246,4 @@ class Decoder:
         sequence = self.running[slot]
         assert sequence.rules is not None
         masks_RE = hidden_RE[block.first_mask + 1 : block.first_mask + block.pending]
-        logits_RV = self.model.head(masks_RE)
-
-        def linked(mask: int, before_1: Tensor) -> Tensor:
-            return self._runner.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
-
-        self.redraft(sequence, sequence.rules.adjust_drafts(logits_RV, linked))
-
-    def _scored(self, sequence: Sequence, step: DecodeStep, ar_logits_RV: Tensor | None) -> DecodeStep:
-        """Add the log-probabilities that the request wants to a step."""
-        top = sequence.request.sampling.logprobs
-        if top is not None:
-            assert ar_logits_RV is not None, "a step is scored where a request wants log-probabilities"
-            step = replace(step, logprobs=tuple(token_logprobs(ar_logits_RV, step.token_ids, top)))
-        if sequence.prompt_logprobs:
-            step = replace(step, prompt_logprobs=tuple(sequence.prompt_logprobs))
-            sequence.prompt_logprobs = []
-        return step
+        self.redraft(sequence, self._runner.drafts_within(sequence.rules, masks_RE))

@@ -193,18 +193,18 @@ class LogitRules:
         return logits_CV - self._sampling.presence_penalty * emitted_CV
 
 
-def adjusting(ruled: Mapping[int, LogitRules], drafts_BC: Tensor) -> Callable[[Tensor], Tensor]:
+def adjusting(ruled: Mapping[int, LogitRules], drafts_BC: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """A function that copies the target logits [B, C, V] of a batch and applies the rules of some of its slots.
 
     ruled      rules by slot
-    drafts_BC  the drafts that the step reads after each d_1
+    drafts_BC  the drafts that the step reads after each d_1; None after a prefill
     """
-    drafts = drafts_BC.tolist()
+    drafts = None if drafts_BC is None else drafts_BC.tolist()
 
     def adjust(logits_BCV: Tensor) -> Tensor:
         logits_BCV = logits_BCV.clone()  # log-probabilities are taken from the logits of the AR mode
         for slot, rules in ruled.items():
-            logits_BCV[slot] = rules.adjust(logits_BCV[slot], drafts[slot])
+            logits_BCV[slot] = rules.adjust(logits_BCV[slot], drafts[slot] if drafts else ())
         return logits_BCV
 
     return adjust

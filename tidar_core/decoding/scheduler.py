@@ -62,7 +62,7 @@ class Scheduler:
         self.shared_tokens = 0
         """Prompt tokens that the cache held already."""
         self._share_prefixes, self._prefill_tokens = share_prefixes, prefill_tokens
-        least = LEAST_BESIDE if decoder.reads_beside else LEAST_ALONE
+        least = LEAST_ALONE if decoder.captures else LEAST_BESIDE
         self._pace, self._read = PrefillPace(prefill_tokens, clock, least=least), 0
         self._sequences: dict[str, Sequence] = {}
         """All requests that wait or run, by id."""
@@ -161,7 +161,7 @@ class Scheduler:
         running, plan = len(self.decoder.running), self._plan()
         self._make_room(plan.clean_len)
         chunks: list[Chunk] = []
-        if self.decoder.reads_beside and self.decoder.running:
+        if not self.decoder.captures and self.decoder.running:
             chunks = self._next_chunks(self._pace.tokens(running), drafts=self.planner.drafts_first_blocks)
         unread = _with_tokens(chunks)
         steps = self._stepped(plan, unread)
@@ -172,7 +172,7 @@ class Scheduler:
             self.planner.begin_prefill()
             steps += self._settle(self._begun(chunks))
             self.planner.end_prefill()
-        elif not self.decoder.reads_beside or not self.decoder.running:
+        elif self.decoder.captures or not self.decoder.running:
             steps += self._prefill()
         return steps
 

@@ -24,6 +24,7 @@ __all__ = [
     "DraftAdapter",
     "LayerAdapter",
     "LowRank",
+    "exchange_drafts",
     "freeze",
     "require_same_shapes",
 ]
@@ -110,6 +111,15 @@ class LowRank(nn.Module):
         """y [.., width_out] plus the product with x [.., width_in]."""
         thin = F.linear(x, self.down) * ADAPTER_SCALE
         return torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), self.up.T).view_as(y)
+
+
+def exchange_drafts(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights of adapter and link into those of `model`. Raises WeightsError, and changes nothing, if names or
+    shapes differ."""
+    held = {name: weight for name, weight in model.named_parameters() if name.startswith(DRAFT_WEIGHTS)}
+    require_same_shapes("drafts", weights, held)
+    for name, weight in held.items():
+        weight.copy_(weights[name])
 
 
 def require_same_shapes(where: object, given: Mapping[str, Shaped], wanted: Mapping[str, Shaped]) -> None:
