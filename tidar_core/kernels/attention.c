@@ -24,8 +24,9 @@ struct attention {
     long q_stride, kv_stride, table_stride, table_len, page_len, per_sequence, heads, kv_heads, size;
 };
 
-/* A thread's room: queries and sums [QUERIES, padded], keys or values of a block [16, padded], scores. */
-struct room { float *queries, *sums, *block, *scores; };
+/* A thread's room: queries and sums [QUERIES, padded], keys or values of a block [16, padded], scores, and for each token
+ * from the block of its first own key on, -1 for keys that it does not see and 0 for others. */
+struct room { float *queries, *sums, *block, *scores; int32_t *hidden; };
 
 /* Queries of one key head: `count` from `first` on, counted token by token. They see at most `keys` keys. */
 struct group { long sequence, head, first, count, prefix, keys, padded; };
@@ -73,15 +74,26 @@ INLINE F scores_of_block(const float *query, const float *block, long runs) {
     return folded(folded(part[0], part[1]), folded(part[2], part[3]));
 }
 
-/* Hide own keys from number `first` on from a query, in a vector of its scores. */
-INLINE F hide(const struct attention *a, const struct group *g, long n, long first, F value) {
-    if (first + LANES <= g->prefix) return value;
-    const uint8_t *seen = a->visible + (g->first + n) / share_of(a) * a->per_sequence;
-    for (long m = 0; m < LANES; m++) {
-        long own = first + m - g->prefix;
-        if (own >= 0 && (first + m >= g->keys || !seen[own])) value[m] = -INFINITY;
+/* Keys in `hidden` of a token. */
+INLINE long own_width(const struct attention *a) { return a->per_sequence + LANES + BLOCK; }
+
+/* Find the keys that the tokens of a group do not see. */
+INLINE void find_hidden(const struct attention *a, const struct group *g, int32_t *hidden) {
+    long last = (g->first + g->count - 1) / share_of(a), before = g->prefix % LANES, own = g->keys - g->prefix;
+    for (long token = g->first / share_of(a); token <= last; token++, hidden += own_width(a)) {
+        const uint8_t *seen = a->visible + token * a->per_sequence;
+        memset(hidden, 0, before * sizeof(int32_t));
+        for (long key = 0; key < own; key++) hidden[before + key] = (int32_t)seen[key] - 1;
+        memset(hidden + before + own, -1, (own_width(a) - before - own) * sizeof(int32_t));
     }
-    return value;
+}
+
+/* Hide own keys from number `first` on from query `n`, in a vector of its scores. */
+INLINE F hide(const struct attention *a, const struct group *g, const int32_t *hidden, long n, long first, F value) {
+    if (first + LANES <= g->prefix) return value;
+    long token = (g->first + n) / share_of(a) - g->first / share_of(a);
+    I out = *(const I *)(hidden + token * own_width(a) + first - g->prefix / LANES * LANES);
+    return (F)(((I)value & ~out) | ((I)all(-INFINITY) & out));
 }
 
 /* Scores of all keys, -inf for those that are hidden. */
@@ -94,24 +106,23 @@ INLINE void score(const struct attention *a, const struct group *g, const struct
             F value = runs == 4   ? scores_of_block(query, room->block, 4)
                       : runs == 8 ? scores_of_block(query, room->block, 8)
                                   : scores_of_block(query, room->block, runs);
-            *(F *)(room->scores + n * wide + first) = hide(a, g, n, first, value);
+            *(F *)(room->scores + n * wide + first) = hide(a, g, room->hidden, n, first, value);
         }
     }
 }
 
-/* Softmax in place; `count` is a multiple of 16. */
-INLINE void softmax(float *score, long count) {
+/* Softmax in place, in bf16 if `half` is 1; `count` is a multiple of 16. */
+INLINE void softmax(float *score, long count, int half) {
     F most = all(-INFINITY), total = {};
     for (long n = 0; n < count; n += LANES) most = larger(most, *(F *)(score + n));
-    float largest = most[0];
-    for (int n = 1; n < LANES; n++) largest = fmaxf(largest, most[n]);
+    const float largest = largest_of(most);
     for (long n = 0; n < count; n += LANES) {
         F value = exponential(*(F *)(score + n) - largest);
         *(F *)(score + n) = value;
         total += value;
     }
     F share = all(1 / sum_of(total));
-    for (long n = 0; n < count; n += LANES) *(F *)(score + n) *= share;
+    for (long n = 0; n < count; n += LANES) store(score, n, half, *(F *)(score + n) * share); /* never before what is read */
 }
 
 /* Sums of values, weighted by the scores. */
@@ -279,7 +290,7 @@ INLINE F pair_products(F sum, uint32_t pair, U pairs) {
 
 /* Scores of all keys, as `score`. Keys lie in lanes; queries hold pairs of inputs [QUERIES, size / 2]. */
 static void pair_scores(const struct attention *a, const struct group *g, long wide, const uint32_t *queries,
-                        const uint16_t *zeros, U *block, float *scores) {
+                        const uint16_t *zeros, U *block, const int32_t *hidden, float *scores) {
     float scale = 1 / sqrtf(a->size);
     const uint16_t *row[BLOCK];
     for (long first = 0; first < wide; first += BLOCK) {
@@ -301,13 +312,13 @@ static void pair_scores(const struct attention *a, const struct group *g, long w
                     }
                 for (long m = 0; m < 4; m++)
                     *(F *)(scores + (n + m) * wide + first + half) =
-                        hide(a, g, n + m < g->count ? n + m : n, first + half, (sum[m][0] + sum[m][1]) * scale);
+                        hide(a, g, hidden, n + m < g->count ? n + m : n, first + half, (sum[m][0] + sum[m][1]) * scale);
             }
         }
     }
 }
 
-/* Sums of values [QUERIES, size], weighted by pairs of bf16 weights [QUERIES, wide / 2]. */
+/* Sums of values [QUERIES, size], weighted by pairs of bf16 weights: the first half of each row [QUERIES, wide]. */
 static void pair_sums(const struct attention *a, const struct group *g, long wide, const uint32_t *weights,
                       const uint16_t *zeros, U *block, float *sums) {
     long runs = a->size / LANES;
@@ -326,7 +337,7 @@ static void pair_sums(const struct attention *a, const struct group *g, long wid
                     sum[m / 2][m % 2] = *(F *)(sums + (n + m / 2) * a->size + (r + m % 2) * LANES);
                 UNROLL for (int p = 0; p < BLOCK / 2; p++)
                     UNROLL for (int m = 0; m < 8; m++)
-                        sum[m / 2][m % 2] = pair_products(sum[m / 2][m % 2], weights[(n + m / 2) * (wide / 2) + first / 2 + p],
+                        sum[m / 2][m % 2] = pair_products(sum[m / 2][m % 2], weights[(n + m / 2) * wide + first / 2 + p],
                                                           block[(r + m % 2) * (BLOCK / 2) + p]);
                 UNROLL for (int m = 0; m < 8; m++)
                     *(F *)(sums + (n + m / 2) * a->size + (r + m % 2) * LANES) = sum[m / 2][m % 2];
@@ -343,10 +354,8 @@ static void attend_by_pairs(const struct attention *a, const struct group *g, co
         long token = g->sequence * a->per_sequence + (g->first + n) / share, head = g->head * share + (g->first + n) % share;
         memcpy(queries + n * a->size, (const uint16_t *)a->q + token * a->q_stride + head * a->size, a->size * 2);
     }
-    pair_scores(a, g, wide, (const uint32_t *)queries, zeros, (U *)room->block, room->scores);
-    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide);
-    for (long key = 0; key < g->count * wide; key += LANES) /* in place: what is read lies behind what is written */
-        store(room->scores, key, 1, load(room->scores, key, 0));
+    pair_scores(a, g, wide, (const uint32_t *)queries, zeros, (U *)room->block, room->hidden, room->scores);
+    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide, 1);
     pair_sums(a, g, wide, (const uint32_t *)room->scores, zeros, (U *)room->block, room->sums);
 }
 #endif
@@ -360,7 +369,7 @@ INLINE void attend_by_vectors(const struct attention *a, const struct group *g, 
             *(F *)(room->queries + n * g->padded + d) = run(a->q, token * a->q_stride + head * a->size, d, a->size, half) * scale;
     }
     score(a, g, room, half);
-    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide);
+    for (long n = 0; n < g->count; n++) softmax(room->scores + n * wide, wide, 0);
     weigh(a, g, room, half);
 }
 
@@ -372,6 +381,7 @@ INLINE void attend(const struct attention *a, struct group g, const struct room 
         for (long key = a->per_sequence, query = (g.first + n) / share; key > own; key--)
             if (a->visible[query * a->per_sequence + key - 1]) own = key;
     g.keys = g.prefix + own;
+    if (!tiles) find_hidden(a, &g, room->hidden);
 #ifdef __AMX_TILE__
     if (tiles) attend_by_tiles(a, &g, room);
     else
@@ -400,14 +410,16 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
     long padded = (size + LANES - 1) / LANES * LANES, queries = per_sequence * share_of(&a);
     int tiles = matrices && half && size % 32 == 0;
     long most = tiles ? COLUMNS : QUERIES, groups = (queries + most - 1) / most;
+    if (!tiles) most = (queries + groups - 1) / groups; /* about equally many in each */
     long wide = table_len * page_len + per_sequence + BLOCK;
 #pragma omp parallel
     {
 #ifdef __AMX_TILE__
         if (tiles) configure_tiles(16);
 #endif
-        float *all = malloc((2 * QUERIES * padded + LANES * padded + QUERIES * wide) * sizeof(float));
-        struct room room = {all, all + QUERIES * padded, all + 2 * QUERIES * padded, all + (2 * QUERIES + LANES) * padded};
+        long scores = (2 * QUERIES + LANES) * padded, hidden = scores + QUERIES * wide;
+        float *all = malloc((hidden + QUERIES * own_width(&a)) * sizeof(float));
+        struct room room = {all, all + QUERIES * padded, all + 2 * QUERIES * padded, all + scores, (int32_t *)(all + hidden)};
 #pragma omp for schedule(static)
         for (long n = 0; n < sequences * kv_heads * groups; n++) {
             long first = n % groups * most, count = queries - first < most ? queries - first : most;

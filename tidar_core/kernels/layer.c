@@ -25,7 +25,7 @@ INLINE void norm_of_token(const void *x, const void *residual, const void *weigh
 
 void add_rms_norm(const void *x, const void *residual, const void *weight, int half_weight, float eps, long tokens,
                   long width, int half, void *normed, void *total) {
-#pragma omp parallel for schedule(static) if (tokens >= 32)
+#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++)
         if (half) norm_of_token(x, residual, weight, half_weight, eps, t * width, width, 1, normed, total);
         else norm_of_token(x, residual, weight, half_weight, eps, t * width, width, 0, normed, total);
@@ -49,7 +49,7 @@ INLINE void rotate_head(void *x, long first, const void *norm, const void *cosin
 void rotate_and_store(void *qkv, const void *norm, const void *cosine, const void *sine, void *pages, const int64_t *slot,
                       long tokens, long per_sequence, long clean, long heads, long kv_heads, long size, float eps, int half) {
     long bytes = half ? 2 : 4, width = (heads + 2 * kv_heads) * size, kept = 2 * kv_heads * size;
-#pragma omp parallel for schedule(static) if (tokens >= 32)
+#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++) {
         for (long h = 0; h < heads + kv_heads; h++) {
             const char *scale = norm ? (const char *)norm + h * size * bytes : 0;
@@ -73,7 +73,7 @@ INLINE void gate(const void *gate_up, long token, long width, int half, void *y)
 
 /* silu(gate) * up [tokens, width] of gate, then up. */
 void silu_mul(const void *gate_up, long tokens, long width, int half, void *y) {
-#pragma omp parallel for schedule(static) if (tokens >= 32)
+#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++)
         if (half) gate(gate_up, t, width, 1, y);
         else gate(gate_up, t, width, 0, y);

@@ -21,12 +21,6 @@ INLINE F linked(const struct rows *r, F plain, long first, long i, int half) {
     return plain;
 }
 
-INLINE float largest(F x) {
-    float most = x[0];
-    for (int n = 1; n < LANES; n++) most = fmaxf(most, x[n]);
-    return most;
-}
-
 /* Finite, so that a chance of 0 times it is 0. */
 INLINE F bounded(F x) { return larger(x, all(-1e30f)); }
 
@@ -49,7 +43,7 @@ INLINE void losses_of_row(const struct rows *r, long n, int half, float *loss, f
     }
     for (int m = 1; m < LANES; m++)
         if (most[m] > most[best] || (most[m] == most[best] && place[m] < place[best])) best = m;
-    float top = most[best], top_plain = r->link ? largest(most_plain) : top, top_taught = largest(most_taught);
+    float top = most[best], top_plain = r->link ? largest_of(most_plain) : top, top_taught = largest_of(most_taught);
     F sum = {}, sum_plain = {}, taught = {}, dot = {}, dot_plain = {};
     for (long i = 0; i < r->width; i += LANES) {
         F plain = logits(r->plain, first, i, r->width, half), both = linked(r, plain, first, i, half) - top;

@@ -109,10 +109,10 @@ INLINE void score(const struct call *c, const struct part *p, const struct room 
 INLINE void forward(const struct call *c, struct part p, const struct room *room, int half, void *out, float *logs) {
     score(c, &p, room, half);
     for (long n = 0; n < p.queries; n++) {
-        float *scores = room->scores + n * p.keys, largest = -INFINITY;
+        float *scores = room->scores + n * p.keys;
         F most = all(-INFINITY), total = {};
         for (long m = 0; m < p.keys; m += LANES) most = larger(most, *(F *)(scores + m));
-        for (int m = 0; m < LANES; m++) largest = fmaxf(largest, most[m]);
+        const float largest = largest_of(most);
         for (long m = 0; m < p.keys; m += LANES) {
             F weight = exponential(*(F *)(scores + m) - largest);
             *(F *)(scores + m) = weight;

@@ -7,6 +7,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 #define LANES 16
+#define MANY 8192 /* numbers from which on several threads take less time than one */
 #define VECTOR(type, bytes, align) type __attribute__((vector_size(bytes), aligned(align), may_alias))
 
 typedef VECTOR(float, 64, 4) F;
@@ -73,6 +74,15 @@ INLINE float sum_of(F x) {
 }
 
 INLINE F larger(F x, F y) { return (F)(((I)x & (x > y)) | ((I)y & ~(x > y))); }
+
+INLINE float largest_of(F x) {
+    UNROLL for (int s = 1; s < 16; s *= 2) {
+        I other = {};
+        UNROLL for (int n = 0; n < 16; n++) other[n] = n ^ s;
+        x = larger(x, __builtin_shuffle(x, other));
+    }
+    return x[0];
+}
 
 INLINE F smaller(F x, F y) { return -larger(-x, -y); }
 

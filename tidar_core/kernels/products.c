@@ -356,8 +356,7 @@ INLINE float quantised(const void *x, long first, long width, long padded, int h
         most = larger(most, larger(value, -value));
         wrong += value * 0;
     }
-    float largest = 1e-30f;
-    for (int n = 0; n < LANES; n++) largest = fmaxf(largest, most[n]);
+    const float largest = fmaxf(1e-30f, largest_of(most));
     const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
     for (long i = 0; i < width; i += LANES) {
         const I level = (I)(run(x, first, i, width, half) * steps + whole) - (I)whole + 128;
@@ -370,7 +369,7 @@ INLINE float quantised(const void *x, long first, long width, long padded, int h
 
 /* Tokens in steps, and the size of 127 steps of each. */
 static void quantise(const void *x, long tokens, long width, long padded, int half, uint8_t *rounded, float *step) {
-#pragma omp parallel for schedule(static) if (tokens >= 16)
+#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++)
         if (half) step[t] = quantised(x, t * width, width, padded, 1, rounded + t * padded);
         else step[t] = quantised(x, t * width, width, padded, 0, rounded + t * padded);
@@ -432,27 +431,24 @@ struct group { int8_t level[GROUP]; float step, sum; };
 static struct group *in_groups(const void *x, long tokens, long width, int half) {
     const long groups = width / GROUP;
     struct group *found = malloc(tokens * groups * sizeof *found);
-#pragma omp parallel for schedule(static) if (tokens >= 16)
+#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++)
         for (long g = 0; g < groups; g++) {
             struct group *group = found + t * groups + g;
             F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
-            F size[2];
-            UNROLL for (int p = 0; p < 2; p++) size[p] = larger(value[p], -value[p]);
-            float largest = 1e-30f;
-            for (int n = 0; n < LANES; n++) largest = fmaxf(largest, fmaxf(size[0][n], size[1][n]));
+            const F size = larger(larger(value[0], -value[0]), larger(value[1], -value[1]));
+            const float largest = fmaxf(1e-30f, largest_of(size));
             const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
-            int32_t sum = 0;
-            for (int p = 0; p < 2; p++) {
-                I level = (I)(value[p] * steps + whole) - (I)whole;
-                for (int n = 0; n < LANES; n++) {
-                    const int i = p * LANES + n;
-                    group->level[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = (int8_t)level[n];
-                    sum += level[n];
-                }
+            F sum = {};
+            UNROLL for (int p = 0; p < 2; p++) {
+                const I level = (I)(value[p] * steps + whole) - (I)whole;
+                const I place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+                const B bytes = __builtin_convertvector(__builtin_shuffle(level, place), B);
+                memcpy(group->level + p * LANES, &bytes, LANES);
+                sum += __builtin_convertvector(level, F);
             }
             group->step = largest / 127 + sum_of(value[0] * 0 + value[1] * 0);
-            group->sum = group->step * (float)sum;
+            group->sum = group->step * sum_of(sum);
         }
     return found;
 }
