@@ -5,8 +5,8 @@
 Which prompts show a chat model's own text in all its kinds?
 
 Passages come from Python's documentation, the descriptions of installed Python and Debian packages, and translations of
-Debian's programs. Topics, countries and tasks fill forms. Given files add prompts of their own (key `prompt`). The
-order is drawn with a fixed seed, but the passages differ from machine to machine.
+Debian's programs. Topics, countries and tasks fill forms. Given files add prompts of their own. The order is drawn
+with a fixed seed, but the passages differ from machine to machine.
 """
 
 import argparse
@@ -14,11 +14,15 @@ import gettext
 import json
 import random
 import re
+import sys
 import zoneinfo
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
+
+from tidar_core.artifacts.text.prompts import read_prompts
+from tidar_core.errors import TidarError
 
 __all__ = ["chat_prompts"]
 
@@ -138,16 +142,21 @@ def _german() -> Iterator[str]:
         yield from (text.strip() for text in catalogue.values() if len(text) in range(40, 180) and "%" not in text)
 
 
-def main() -> None:
-    """Run the module as a command."""
+def main() -> int:
+    """Write a file of prompts, a JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path)
     parser.add_argument("prompts", type=Path, nargs="*")
     arguments = parser.parse_args()
-    given = [json.loads(line)["prompt"] for path in arguments.prompts for line in path.read_text().splitlines()]
-    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in chat_prompts(given)]
-    arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        given = [prompt for path in arguments.prompts for prompt in read_prompts(path, sys.maxsize)]
+        lines = [json.dumps(prompt, ensure_ascii=False) for prompt in chat_prompts(given)]
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except (TidarError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
