@@ -10,7 +10,6 @@ events as they arrive and parses only the last event.
 import argparse
 import asyncio
 import json
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -135,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--texts", type=int, default=2, help="texts of each stream, one after the other")
     add("--repeats", type=int, default=3, help="measured pairs of runs: in process and over HTTP, in turns")
     add("--prompts", help="JSONL with prompt, question, turns or text")
-    add("--settings", default="{}", help="JSON of other settings of the service, such as mode or threads")
+    add("--settings", default="{}", help="JSON of other settings of the service, such as port, mode or threads")
     add("--tracking-uri", default=ServeSettings.model_fields["tracking_uri"].default)
     add("--json", action="store_true", help="one JSON object")
     return parser
@@ -144,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     if min(options.concurrency) < 1 or options.max_tokens < 2 or options.texts < 1 or options.repeats < 1:
         raise ConfigError("concurrency, texts and repeats must be at least 1, max-tokens at least 2")
-    wanted = {"threads": 1, "rows": max(options.concurrency), "port": _free_port()} | _object(options.settings)
+    wanted = {"threads": 1, "rows": max(options.concurrency)} | _object(options.settings)
     settings = ServeSettings.model_validate(wanted | {"model": options.model, "tracking_uri": options.tracking_uri})
     scheduler, tokenizer = _decoder(settings)
     prompts = read_prompts(options.prompts, max(options.concurrency))
@@ -247,12 +246,6 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--settings is {text}; it must be a JSON object of settings of the service")
     return values
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

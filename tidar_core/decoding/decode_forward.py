@@ -68,7 +68,8 @@ class DecodeForward:
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
         self._layers = [_LayerWeights.of(*both, model.config, self.kernels) for both in zip(model.layers, adapters)]
         one_call = self.kernels.layers
-        self._one_call = one_call and one_call(self._layers, model.norm.weight, model.config, cache.pages.dtype)
+        self.one_call = one_call and one_call(self._layers, model.norm.weight, model.config, cache.pages.dtype)
+        """All layers in one call; None where not all of their functions are in C."""
 
     @torch.no_grad()
     def refresh_adapter(self) -> None:
@@ -93,8 +94,8 @@ class DecodeForward:
             prepared.append(self._prepared(tokens, first if len(parts) > 1 else None))
             first += len(tokens.prefix_len_B) * len(tokens.pattern.position_R)
         x = _joined([part.embedded for part in prepared])
-        if self._one_call is not None and self._one_call.take(prepared):
-            hidden = self._one_call(x, prepared, self.cache.pages)
+        if self.one_call is not None and self.one_call.take(prepared):
+            hidden = self.one_call(x, prepared, self.cache.pages)
             return [part.of(hidden) for part in prepared]
         eps, residual = config.norm_eps, None
         for layer, pages in zip(self._layers, self.cache.pages.unbind()):

@@ -47,7 +47,7 @@ def test_one_call_has_the_bits_of_many(form, config, adapted):
     model = adapted_model(config) if adapted else wide_model(config)
     model = model.bfloat16() if form == "bf16" else model
     prepare_for_decoding(model, form if form in WEIGHTS else None)
-    assert DecodeForward(model, KVCache(config, pages=2, page_len=4), positions=4, block_len=K)._one_call is not None
+    assert DecodeForward(model, KVCache(config, pages=2, page_len=4), positions=4, block_len=K).one_call is not None
     found = read(model, c_kernels(), PROMPTS, [STEP])
     expected = read(model, replace(c_kernels(), layers=None), PROMPTS, [STEP])
     assert len(found) == 4
