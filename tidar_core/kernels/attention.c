@@ -28,15 +28,42 @@ struct attention {
  * from the block of its first own key on, -1 for keys that it does not see and 0 for others. */
 struct room { float *queries, *sums, *block, *scores; int32_t *hidden; };
 
-/* Queries of one key head: `count` from `first` on, counted token by token. They see at most `keys` keys. */
-struct group { long sequence, head, first, count, prefix, keys, padded; };
+/* Queries of one key head: `count` from `first` on, counted token by token. They see at most `keys` keys. The sequence and
+ * head of the next group are `after`, or -1 where it reads the same keys. */
+struct group { long sequence, head, first, count, prefix, keys, padded, after[2]; };
 
 INLINE long share_of(const struct attention *a) { return a->heads / a->kv_heads; }
+
+INLINE long prefix_of(const struct attention *a, long sequence) {
+    long prefix = a->prefix_len[sequence], most = a->table_len * a->page_len;
+    return prefix < most ? prefix : most; /* a slot that is not in use may have any */
+}
+
+/* Request up to `count` keys (`values` 0) or values (1) of a prefix from memory, from number `first` on. */
+INLINE void request_some(const struct attention *a, long sequence, long head, long first, long count, int values, long bytes) {
+    long kept = a->kv_heads * a->size, page = first / a->page_len, place = first % a->page_len;
+    long last = prefix_of(a, sequence);
+    const int64_t *table = a->table + sequence * a->table_stride;
+    if (last > first + count) last = first + count;
+    for (long key = first; key < last; key++, place++) {
+        if (place == a->page_len) page++, place = 0;
+        const char *row = (const char *)a->pages;
+        row += (((table[page] * a->page_len + place) * 2 + values) * kept + head * a->size) * bytes;
+        for (long d = 0; d < a->size * bytes; d += 64) __builtin_prefetch(row + d, 0, 2);
+    }
+}
+
+/* Request what is used after the `count` keys from number `first` on: the next ones, and as many of the next group. */
+INLINE void request(const struct attention *a, const struct group *g, long first, long count, int values, long bytes) {
+    request_some(a, g->sequence, g->head, first + count, count, values, bytes);
+    if (g->after[0] >= 0) request_some(a, g->after[0], g->after[1], first, count, values, bytes);
+}
 
 /* Copy up to 16 keys (`values` 0) or values (1) from number `first` on to the block, filled up with zeros. */
 INLINE void read_block(const struct attention *a, const struct group *g, long first, int values, float *block, int half) {
     long kept = a->kv_heads * a->size, page = first / a->page_len, place = first % a->page_len;
     const int64_t *table = a->table + g->sequence * a->table_stride;
+    request(a, g, first, LANES, values, half ? 2 : 4);
     for (long key = first; key < first + LANES; key++, place++, block += g->padded) {
         const void *from = a->pages;
         long at = g->head * a->size;
@@ -161,16 +188,19 @@ static void find_rows(const struct attention *a, const struct group *g, long fir
         if (first + n >= g->keys) row[n] = zeros;
         else row[n] = own < 0 ? pages + (table[page] * a->page_len + place) * 2 * kept : given + own * a->kv_stride;
     }
-    for (long n = 0; n < BLOCK; n++, place++) { /* request the next block from memory */
-        if (place == a->page_len) page++, place = 0;
-        if (first + BLOCK + n >= g->prefix) break;
-        const uint16_t *next = pages + (table[page] * a->page_len + place) * 2 * kept;
-        for (long d = 0; d < a->size; d += 32) __builtin_prefetch(next + d);
-    }
+    request(a, g, first, BLOCK, values, 2);
 }
 
 /* Two vectors of bf16 in words, the first in the low halves. */
 INLINE U paired(U first, U second) { return first | second << 16; }
+
+/* 32 numbers of two rows in words, those of the first in the low halves. */
+INLINE void pair_rows(const uint16_t *first, const uint16_t *second, U *low, U *high) {
+    W left = {}, right = {}, one = *(const W *)first, other = *(const W *)second;
+    UNROLL for (int n = 0; n < 32; n++) left[n] = n / 2 + n % 2 * 32, right[n] = left[n] + 16;
+    *low = (U)__builtin_shuffle(one, other, left);
+    *high = (U)__builtin_shuffle(one, other, right);
+}
 
 INLINE U rounded(F value) {
     U bits = (U)value;
@@ -238,9 +268,9 @@ static F tile_sums(const struct attention *a, const struct group *g, long wide, 
             find_rows(a, g, first, 1, zeros, row);
             for (long p = 0; p < 16; p++) {
                 weights[p] = paired(rounded(scores[first + 2 * p]), rounded(scores[first + 2 * p + 1]));
-                for (long d = 0; d < columns; d += LANES)
-                    values[p][d / LANES] = paired(__builtin_convertvector(*(const H *)(row[2 * p] + from + d), U),
-                                                  __builtin_convertvector(*(const H *)(row[2 * p + 1] + from + d), U));
+                for (long d = 0; d < columns; d += 32)
+                    pair_rows(row[2 * p] + from + d, row[2 * p + 1] + from + d, &values[p][d / LANES],
+                              &values[p][d / LANES + 1]);
             }
             transpose(weights);
             _tile_loadd(4, weights, 64);
@@ -327,9 +357,9 @@ static void pair_sums(const struct attention *a, const struct group *g, long wid
     for (long first = 0; first < wide; first += BLOCK) {
         find_rows(a, g, first, 1, zeros, row);
         for (long p = 0; p < BLOCK / 2; p++)
-            for (long r = 0; r < runs; r++)
-                block[r * (BLOCK / 2) + p] = paired(__builtin_convertvector(*(const H *)(row[2 * p] + r * LANES), U),
-                                                    __builtin_convertvector(*(const H *)(row[2 * p + 1] + r * LANES), U));
+            for (long r = 0; r < runs; r += 2)
+                pair_rows(row[2 * p] + r * LANES, row[2 * p + 1] + r * LANES, block + r * (BLOCK / 2) + p,
+                          block + (r + 1) * (BLOCK / 2) + p);
         for (long n = 0; n < g->count; n += 4)
             for (long r = 0; r < runs; r += 2) {
                 F sum[4][2];
@@ -375,8 +405,7 @@ INLINE void attend_by_vectors(const struct attention *a, const struct group *g, 
 
 INLINE void attend(const struct attention *a, struct group g, const struct room *room, int half, int tiles) {
     long share = share_of(a), own = 0;
-    g.prefix = a->prefix_len[g.sequence];
-    if (g.prefix > a->table_len * a->page_len) g.prefix = a->table_len * a->page_len; /* a slot that is not in use */
+    g.prefix = prefix_of(a, g.sequence);
     for (long n = 0; n < g.count; n++)
         for (long key = a->per_sequence, query = (g.first + n) / share; key > own; key--)
             if (a->visible[query * a->per_sequence + key - 1]) own = key;
@@ -423,7 +452,9 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
 #pragma omp for schedule(static)
         for (long n = 0; n < sequences * kv_heads * groups; n++) {
             long first = n % groups * most, count = queries - first < most ? queries - first : most;
-            struct group g = {n / groups / kv_heads, n / groups % kv_heads, first, count, 0, 0, padded};
+            long head = n / groups, next = (n + 1) / groups, others = next > head && next < sequences * kv_heads;
+            struct group g = {head / kv_heads, head % kv_heads, first, count, 0, 0, padded,
+                              {others ? next / kv_heads : -1, next % kv_heads}};
             attend(&a, g, &room, half, tiles);
         }
         free(all);

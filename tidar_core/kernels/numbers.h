@@ -16,6 +16,7 @@ typedef VECTOR(float, 16, 4) F4;
 typedef VECTOR(uint32_t, 64, 4) U;
 typedef VECTOR(int32_t, 64, 4) I;
 typedef VECTOR(uint16_t, 32, 2) H;
+typedef VECTOR(uint16_t, 64, 2) W;
 typedef VECTOR(uint8_t, 16, 1) B;
 
 INLINE F all(float x) { return (F){} + x; }

@@ -31,6 +31,7 @@
 
 #define GROUP 32
 #define AHEAD 8192
+#define SEVERAL 6
 #ifdef __AVX512F__
 #define MOST 12 /* tokens that are computed together, as many as registers hold */
 #else
@@ -68,10 +69,13 @@ int start(void) {
 
 INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : 2; }
 
-/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Beside the products of
- * several tokens it takes longer than it saves. */
-INLINE void fetch(const void *weight, int bytes) {
-    UNROLL for (int n = 0; n < bytes; n += 64) __builtin_prefetch((const char *)weight + AHEAD + n);
+/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Products of one token wait for
+ * memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what they save. */
+INLINE void fetch(int tokens, const void *weight, int bytes) {
+    UNROLL for (int n = 0; n < bytes; n += 64) {
+        if (tokens == 1) __builtin_prefetch((const char *)weight + AHEAD + n);
+        if (tokens >= SEVERAL) __builtin_prefetch((const char *)weight + AHEAD + n, 0, 2);
+    }
 }
 
 /* Values of 16 channels for input `j` of a word. */
@@ -110,7 +114,7 @@ INLINE void tile(enum form form, int tokens, const U *word, long padded, const f
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long i = 0; i < padded; i += inputs_of_word(form), word += 2) {
-        if (tokens == 1) fetch(word, 128);
+        fetch(tokens, word, 128);
         UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
             F first = weights_of(form, word[0], j), second = weights_of(form, word[1], j);
             UNROLL for (int t = 0; t < tokens; t++) {
@@ -188,7 +192,7 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
     _tile_zero(0);
     _tile_zero(1);
     for (long k = 0; k < lines; k += 16, word += 32, x += 64) {
-        fetch(word, 2048);
+        fetch(1, word, 2048);
         _tile_loadd(2, x, stride);
         _tile_loadd(3, word, 128);
         _tile_loadd(4, word + 1, 128);
@@ -230,7 +234,7 @@ INLINE void tile_of_pairs(int tokens, const U *word, long padded, const uint32_t
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
     for (long k = 0; k < padded / 2; k++, word += 2, x += tokens) {
-        if (tokens == 1) fetch(word, 128);
+        fetch(tokens, word, 128);
         UNROLL for (int t = 0; t < tokens; t++) {
             __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[t]);
             UNROLL for (int p = 0; p < 2; p++)
@@ -340,11 +344,13 @@ INLINE I dot(I sum, uint32_t x, U word) {
 INLINE void vector_sums(int tokens, const U *word, long words, const uint32_t *x, I sums[2][16]) {
     I sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (I){};
-    for (long k = 0; k < words; k++, word += 2)
+    for (long k = 0; k < words; k++, word += 2) {
+        fetch(tokens, word, 128);
         UNROLL for (int t = 0; t < tokens; t++) {
             sum[t][0] = dot(sum[t][0], x[t * words + k], word[0]);
             sum[t][1] = dot(sum[t][1], x[t * words + k], word[1]);
         }
+    }
     UNROLL for (int t = 0; t < tokens; t++) sums[0][t] = sum[t][0], sums[1][t] = sum[t][1];
 }
 
@@ -469,10 +475,10 @@ INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct 
     for (long g = 0; g < groups; g++, word += 8) {
         const U of_group[2] = {word[0], word[1]};
         I dot[MOST][2] = {};
-        if (tokens == 1) fetch(word, 128);
+        fetch(tokens, word, 128);
         word += 2;
         UNROLL for (int k = 0; k < 4; k++) {
-            if (tokens == 1) fetch(word + 2 * k, 128);
+            fetch(tokens, word + 2 * k, 128);
             UNROLL for (int p = 0; p < 2; p++) {
                 const U even = word[2 * k + p] & 0x0f0f0f0f, odd = word[2 * k + p] >> 4 & 0x0f0f0f0f;
                 UNROLL for (int t = 0; t < tokens; t++) {
