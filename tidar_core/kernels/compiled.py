@@ -38,7 +38,7 @@ SIGNATURES = {
     "product_fp32": PRODUCT,
     "product_bf16": PRODUCT,
     "product_int4": PRODUCT,
-    "product_int8": (P, P, P, *PRODUCT[1:]),
+    "product_int8": (P, P, *PRODUCT[1:]),
     "low_rank_fp32": (P, P, N, N, N, P, P, N, N, N),
     "low_rank_bf16": (P, P, N, N, N, P, P, N, N, N),
     "add_rms_norm": (P, P, P, B, X, N, N, B, P, P),

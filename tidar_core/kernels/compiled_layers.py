@@ -99,15 +99,15 @@ def _places(layer: Any) -> tuple[Any, ...]:
 
 def _map(each: Any) -> "_Map":
     linear: CompiledLinear = each.linear
-    *weights, bias, out, width = linear.addresses
-    scale, middle = weights[1:] or (None, None)
+    weight, *scales, bias, out, width = linear.addresses
+    (scale,) = scales or (None,)
     adapter = each.added.addresses if isinstance(each.added, CompiledLowRank) else (None, None, 0)
-    return _Map(FORMS.index(linear.FUNCTION), weights[0], scale, middle, bias, out, width, *adapter)
+    return _Map(FORMS.index(linear.FUNCTION), weight, scale, bias, out, width, *adapter)
 
 
 class _Map(ctypes.Structure):
     _fields_ = (
-        ("form", N), ("weight", P), ("scale", P), ("middle", P), ("bias", P), ("out", N), ("width", N),
+        ("form", N), ("weight", P), ("scale", P), ("bias", P), ("out", N), ("width", N),
         ("down", P), ("up", P), ("rank", N),
     )  # fmt: skip
 

@@ -5,8 +5,8 @@ void product_fp32(const void *weight, const float *bias, long out, long width, c
                   int half);
 void product_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                   int half);
-void product_int8(const void *weight, const float *scale, const int32_t *middle, const float *bias, long out,
-                  long width, const void *x, long tokens, void *y, int half);
+void product_int8(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
+                  long tokens, void *y, int half);
 void product_int4(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
                   int half);
 void low_rank_fp32(const void *down, const void *up, long out, long width, long rank, const void *x, void *y,

@@ -14,7 +14,6 @@ struct map {
     long form;
     const void *weight;
     const float *scale;
-    const int32_t *middle;
     const float *bias;
     long out, width;
     const void *down, *up;
@@ -48,7 +47,7 @@ static void multiply(const struct map *map, const char *x, long tokens, char *y,
     switch (map->form) {
     case FP32: product_fp32(map->weight, map->bias, out, width, x, tokens, y, half); break;
     case BF16: product_bf16(map->weight, map->bias, out, width, x, tokens, y, half); break;
-    case INT8: product_int8(map->weight, map->scale, map->middle, map->bias, out, width, x, tokens, y, half); break;
+    case INT8: product_int8(map->weight, map->scale, map->bias, out, width, x, tokens, y, half); break;
     case INT4: product_int4(map->weight, map->bias, out, width, x, tokens, y, half); break;
     }
     for (long first = 0; map->rank && count; first += parts->sequences * parts->per_sequence, parts++, count--) {

@@ -7,15 +7,15 @@
  *
  *   fp32  a word holds one input
  *   bf16  two inputs, the first in the low half
- *   int8  four inputs, the first in the lowest byte
+ *   int8  four inputs, the first in the lowest byte; each is counted from 128 steps below 0
  *   int4  eight inputs, the first in the lowest bits. Before each 32 inputs stands one word for each channel, with the
  *         step of the group in its high half and the value of step 0 in its low half, both in bf16
  *
  * Channels are filled up to a multiple of 32 with zeros, and words of a channel to a multiple of `words_together`. A
  * width of int4 is a multiple of 32 and is not filled up. `linear.py` and `quantised_linear.py` lay weights out. A bias
- * is in fp32, or null. Sums are in fp32, of int8 and within a group of int4 in int32. A token with a value that is not
- * finite has results that are not finite. Threads are those of torch: the library finds torch's OpenMP when it is
- * loaded.
+ * is in fp32, or null. Sums are in fp32; those of 64 inputs of int8, and of a group of int4, in int32. A token with a
+ * value that is not finite has results that are not finite. Threads are those of torch: the library finds torch's
+ * OpenMP when it is loaded.
  */
 #include "kernels.h"
 #include "numbers.h"
@@ -30,6 +30,7 @@
 
 
 #define GROUP 32
+#define PART 64
 #define AHEAD 8192
 #define SEVERAL 6
 #ifdef __AVX512F__
@@ -69,8 +70,9 @@ int start(void) {
 
 INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : 2; }
 
-/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Products of one token wait for
- * memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what they save. */
+/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Products of one token wait
+ * for memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what
+ * they save. */
 INLINE void fetch(int tokens, const void *weight, int bytes) {
     UNROLL for (int n = 0; n < bytes; n += 64) {
         if (tokens == 1) __builtin_prefetch((const char *)weight + AHEAD + n);
@@ -188,7 +190,7 @@ PRODUCT(of_bf16_by_vectors, BF16)
 #ifdef __AMX_TILE__
 /* Tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
 /* Sums [2, 16, 16] of a panel with the tokens of a tile, whose lines lie `stride` bytes apart. */
-INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long stride, void *sums) {
+INLINE void tile_sums(const U *word, long lines, const char *x, long stride, void *sums) {
     _tile_zero(0);
     _tile_zero(1);
     for (long k = 0; k < lines; k += 16, word += 32, x += 64) {
@@ -196,13 +198,8 @@ INLINE void tile_sums(int eight, const U *word, long lines, const char *x, long 
         _tile_loadd(2, x, stride);
         _tile_loadd(3, word, 128);
         _tile_loadd(4, word + 1, 128);
-        if (eight) {
-            _tile_dpbusd(0, 2, 3);
-            _tile_dpbusd(1, 2, 4);
-        } else {
-            _tile_dpbf16ps(0, 2, 3);
-            _tile_dpbf16ps(1, 2, 4);
-        }
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, (char *)sums + 1024, 64);
@@ -219,7 +216,7 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
             for (long t = 0; t < tokens; t += 16) {
                 int count = tokens - t < 16 ? tokens - t : 16;
                 if (count != configured) configure_tiles(configured = count);
-                tile_sums(0, weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
+                tile_sums(weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
                 for (int r = 0; r < count; r++)
                     put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]}, added);
             }
@@ -331,101 +328,97 @@ EXPORTED(product_bf16, of_bf16)
 LOW_RANK(low_rank_fp32, of_fp32, 0)
 LOW_RANK(low_rank_bf16, of_bf16, 1)
 
-/* Sums, to which the products of four inputs are added; those of x are unsigned. */
-INLINE I dot(I sum, uint32_t x, U word) {
+/* Sums, to which the products of four levels of weights, which are not negative, with four of a token are added. */
+INLINE I dot_levels(I sum, U word, int32_t x) {
 #ifdef __AVX512VNNI__
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)x), (__m512i)word);
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(x));
 #else
-    UNROLL for (int n = 0; n < 4; n++) sum += ((I)(word << (24 - 8 * n)) >> 24) * (int32_t)(x >> (8 * n) & 255);
+    UNROLL for (int n = 0; n < 4; n++) sum += (I)(word >> (8 * n) & 255) * (int32_t)(int8_t)(x >> (8 * n));
     return sum;
 #endif
 }
 
-INLINE void vector_sums(int tokens, const U *word, long words, const uint32_t *x, I sums[2][16]) {
-    I sum[MOST][2];
-    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (I){};
-    for (long k = 0; k < words; k++, word += 2) {
-        fetch(tokens, word, 128);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            sum[t][0] = dot(sum[t][0], x[t * words + k], word[0]);
-            sum[t][1] = dot(sum[t][1], x[t * words + k], word[1]);
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++) sums[0][t] = sum[t][0], sums[1][t] = sum[t][1];
+/* A factor that brings numbers whose largest absolute value is `largest` to 127 steps on each side of 0. */
+INLINE F steps_of(float largest) { return all(127 / largest); }
+
+INLINE I level_of(F value, F steps) {
+    const F whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
+    return (I)(value * steps + whole) - (I)whole;
 }
 
-/* One token in 127 steps on each side of 128, filled up with zeros; returns the size of 127 steps. */
-INLINE float quantised(const void *x, long first, long width, long padded, int half, uint8_t *rounded) {
-    F most = {}, wrong = {};
-    for (long i = 0; i < width; i += LANES) {
-        const F value = run(x, first, i, width, half);
-        most = larger(most, larger(value, -value));
-        wrong += value * 0;
+/* A run of inputs of one token in steps. `middle` is 128 times the sum of the levels: that is the weights' zero. */
+struct part { int8_t level[PART]; float step; int32_t middle; };
+
+INLINE void round_part(const void *x, long first, long width, int half, struct part *part) {
+    F value[PART / LANES], most = {}, wrong = {}, sum = {};
+    UNROLL for (int n = 0; n < PART / LANES; n++) {
+        value[n] = n * LANES < width ? run(x, first, n * LANES, width, half) : all(0);
+        most = larger(most, larger(value[n], -value[n]));
+        wrong += value[n] * 0;
     }
     const float largest = fmaxf(1e-30f, largest_of(most));
-    const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
-    for (long i = 0; i < width; i += LANES) {
-        const I level = (I)(run(x, first, i, width, half) * steps + whole) - (I)whole + 128;
+    UNROLL for (int n = 0; n < PART / LANES; n++) {
+        const I level = level_of(value[n], steps_of(largest));
         const B bytes = __builtin_convertvector(level, B);
-        memcpy(rounded + i, &bytes, width - i < LANES ? width - i : LANES);
+        memcpy(part->level + n * LANES, &bytes, LANES);
+        sum += __builtin_convertvector(level, F);
     }
-    memset(rounded + width, 0, padded - width);
-    return largest + sum_of(wrong);
+    part->step = largest / 127 + sum_of(wrong);
+    part->middle = 128 * (int32_t)sum_of(sum);
 }
 
-/* Tokens in steps, and the size of 127 steps of each. */
-static void quantise(const void *x, long tokens, long width, long padded, int half, uint8_t *rounded, float *step) {
+/* Tokens in parts. Free them. */
+static struct part *in_parts(const void *x, long tokens, long width, int half) {
+    const long parts = (width + PART - 1) / PART;
+    struct part *found = malloc(tokens * parts * sizeof *found);
 #pragma omp parallel for schedule(static) if (tokens * width >= MANY)
     for (long t = 0; t < tokens; t++)
-        if (half) step[t] = quantised(x, t * width, width, padded, 1, rounded + t * padded);
-        else step[t] = quantised(x, t * width, width, padded, 0, rounded + t * padded);
+        for (long n = 0; n < parts; n++) {
+            const long first = t * width + n * PART, left = width - n * PART < PART ? width - n * PART : PART;
+            if (half) round_part(x, first, left, 1, found + t * parts + n);
+            else round_part(x, first, left, 0, found + t * parts + n);
+        }
+    return found;
 }
 
-/* Weights in int8. `scale` is the size of a channel's step over 127; `middle` is 128 times the sum of its weights. */
-void product_int8(const void *weight, const float *scale, const int32_t *middle, const float *bias, long out,
-                  long width, const void *x, long tokens, void *y, int half) {
-    long padded = padded_of(width, 4);
-    uint8_t *rounded = malloc(tokens * padded);
-    float *step = malloc(tokens * sizeof(float));
-    quantise(x, tokens, width, padded, half, rounded, step);
-#pragma omp parallel
-    {
-        I sums[2][16];
-        int configured = 0;
-#pragma omp for schedule(static)
-        for (long n = 0; n < (out + 31) / 32; n++) {
-            const U *word = (const U *)weight + n * padded / 2;
-            const F *of_channel = (const F *)(scale + n * 32);
-            const I *of_middle = (const I *)(middle + n * 32);
-            for (long t = 0, count; t < tokens; t += count) {
-                const uint8_t *rows = rounded + t * padded;
-#ifdef __AMX_TILE__
-                if (matrices) {
-                    count = tokens - t < 16 ? tokens - t : 16;
-                    if (count != configured) configure_tiles(configured = (int)count);
-                    tile_sums(1, word, padded / 4, (const char *)rows, padded, sums);
-                } else
-#endif
-                {
-                    count = together(tokens - t);
-#define VECTOR_SUMS(count) vector_sums(count, word, padded / 4, (const uint32_t *)rows, sums)
-                    CONSTANT(count, VECTOR_SUMS)
-                }
-                for (long r = 0; r < count; r++) {
-                    F value[2];
-                    UNROLL for (int p = 0; p < 2; p++) {
-                        value[p] = __builtin_convertvector(sums[p][r] - of_middle[p], F) * of_channel[p] * step[t + r];
-                    }
-                    put(y, out, t + r, n * 32, half, bias, value, 0);
-                }
+/* Products of a panel with `tokens` tokens, a constant. Those of a part are integers. */
+INLINE void sums_of_parts(int tokens, const U *word, long words, const struct part *x, F sum[][2]) {
+    const long of_part = PART / 4, parts = (words + of_part - 1) / of_part;
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (long n = 0; n < parts; n++, x++, words -= of_part) {
+        I dot[MOST][2] = {};
+        for (long k = 0; k < of_part && k < words; k++, word += 2) {
+            fetch(tokens, word, 128);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                int32_t level;
+                memcpy(&level, x[t * parts].level + 4 * k, 4);
+                UNROLL for (int p = 0; p < 2; p++) dot[t][p] = dot_levels(dot[t][p], word[p], level);
             }
         }
-#ifdef __AMX_TILE__
-        if (configured) _tile_release();
-#endif
-        (void)configured;
+        UNROLL for (int t = 0; t < tokens; t++)
+            UNROLL for (int p = 0; p < 2; p++)
+                sum[t][p] += __builtin_convertvector(dot[t][p] - x[t * parts].middle, F) * x[t * parts].step;
     }
-    free(step);
+}
+
+/* Weights in int8; `scale` is the size of a channel's step. */
+void product_int8(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
+                  long tokens, void *y, int half) {
+    const long padded = padded_of(width, 4), parts = (width + PART - 1) / PART, words = (width + 3) / 4;
+    struct part *rounded = in_parts(x, tokens, width, half);
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < (out + 31) / 32; n++) {
+        const U *word = (const U *)weight + n * padded / 2;
+        const F *of_channel = (const F *)(scale + n * 32);
+        F sum[MOST][2];
+        for (long t = 0, count; t < tokens; t += count) {
+            count = together(tokens - t);
+#define SUMS_OF_PARTS(count) sums_of_parts(count, word, words, rounded + t * parts, sum)
+            CONSTANT(count, SUMS_OF_PARTS)
+            for (long r = 0; r < count; r++)
+                put(y, out, t + r, n * 32, half, bias, (F[]){sum[r][0] * of_channel[0], sum[r][1] * of_channel[1]}, 0);
+        }
+    }
     free(rounded);
 }
 
@@ -444,10 +437,9 @@ static struct group *in_groups(const void *x, long tokens, long width, int half)
             F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
             const F size = larger(larger(value[0], -value[0]), larger(value[1], -value[1]));
             const float largest = fmaxf(1e-30f, largest_of(size));
-            const F steps = all(127 / largest), whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
             F sum = {};
             UNROLL for (int p = 0; p < 2; p++) {
-                const I level = (I)(value[p] * steps + whole) - (I)whole;
+                const I level = level_of(value[p], steps_of(largest));
                 const I place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
                 const B bytes = __builtin_convertvector(__builtin_shuffle(level, place), B);
                 memcpy(group->level + p * LANES, &bytes, LANES);
@@ -457,16 +449,6 @@ static struct group *in_groups(const void *x, long tokens, long width, int half)
             group->sum = group->step * sum_of(sum);
         }
     return found;
-}
-
-/* Sums, to which the products of four levels of weights, which are not negative, with four of a token are added. */
-INLINE I dot_levels(I sum, U word, int32_t x) {
-#ifdef __AVX512VNNI__
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(x));
-#else
-    UNROLL for (int n = 0; n < 4; n++) sum += (I)(word >> (8 * n) & 255) * (int32_t)(int8_t)(x >> (8 * n));
-    return sum;
-#endif
 }
 
 /* Products of a panel with `tokens` tokens, a constant. Those of a group are integers. */

@@ -5,11 +5,10 @@ Which numbers does a quantised map compute?
 Weights are rounded to the nearest step when a model is loaded. A token's results do not depend on how many tokens a
 product has, bit for bit. So all modes of a model share one rounded model. Attention is computed as for other models.
 
-int8  Each output channel of a weight has a scale, and so has each token, from its largest absolute value. Products and
-      sums are integers, which have no rounding and no order.
+int8  Each output channel of a weight has a scale, and so has each run of 64 inputs of a token, from its largest
+      absolute value. Products within a run are integers. Their sums over runs are in fp32, in one order.
 int4  Each group of 32 inputs of an output channel has a step and a least value in bf16, like a block Q4_1 of GGUF.
-      Each group of 32 inputs of a token has a scale. Products within a group are integers. Their sums over groups are
-      in fp32, in one order. The head has int8 weights.
+      Each group of 32 inputs of a token has a scale. Products and sums are as with int8. The head has int8 weights.
 
 Both need the kernels in C (`products.c`, which states how words are laid out).
 
@@ -32,23 +31,25 @@ TINY = 1e-30
 
 
 class Int8Linear(CompiledLinear):
-    """Weights of 8 bits with a scale for each output channel; activations of 8 bits with a scale for each token."""
+    """Weights of 8 bits with a scale for each output channel.
+
+    Activations have 8 bits and a scale for each 64 inputs.
+    """
 
     FUNCTION = "product_int8"
 
     @staticmethod
     def bytes_of(out: int, width: int, itemsize: int) -> int:
-        """Bytes of a weight [O, I], its scales and its sums."""
+        """Bytes of a weight [O, I] and its scales."""
         rows, columns = CompiledLinear.padded(out, width, 4)
-        return rows * (columns + 8)
+        return rows * (columns + 4)
 
     def _laid_out(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         weight_OI = weight_OI.float()
         largest_O = weight_OI.abs().amax(1).clamp_min_(TINY)
-        quantised_OI = (weight_OI * (STEPS / largest_O)[:, None]).round_().to(torch.int8)
+        quantised_OI = (weight_OI * (STEPS / largest_O)[:, None]).round_().add_(128).to(torch.uint8)
         spare = -len(weight_OI) % LANES
-        middle_O = quantised_OI.sum(1, dtype=torch.int32) * 128  # activations are counted from 128 steps below 0
-        return panels(quantised_OI, 4), F.pad(largest_O / STEPS**2, (0, spare)), F.pad(middle_O, (0, spare))
+        return panels(quantised_OI, 4), F.pad(largest_O / STEPS, (0, spare))
 
 
 class Int4Linear(CompiledLinear):
