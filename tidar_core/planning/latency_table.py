@@ -7,6 +7,9 @@ costs little more than with one, because reading the weights dominates. Past the
 (TiDAR, section 2). A formula that is fitted to the table (`latency_formula`) gives the time of every other shape.
 """
 
+import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +20,7 @@ from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.page_pool import page_count
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.planning.latency_formula import LatencyFormula, LatencyPoint
-from tidar_core.timing import median_seconds
+from tidar_core.timing import Clock, seconds_of
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -56,28 +59,38 @@ def measure_latency(
     batches: Sequence[int] = (1,),
     contexts: Sequence[int] = (256,),
     repeats: int = 5,
+    budget: float = 60.0,
     on_point: Callable[[], None] = lambda: None,
+    clock: Clock = time.perf_counter,
 ) -> LatencyTable:
     """Time a forward of each shape and the logits of one query token of each sequence.
 
-    Each time is the median of `repeats`, after a warm-up. Query tokens are clean tokens; mask tokens cost the same. The
-    cost of verification is left out: it is the same in every mode.
+    Each time is the median of up to `repeats`, after a warm-up. Query tokens are clean tokens; mask tokens cost the
+    same. The cost of verification is left out: it is the same in every mode.
 
     rows      query tokens of one sequence
     contexts  clean tokens of each sequence in the cache
+    budget    seconds for all shapes; a shape is repeated within its share, and a forward that takes longer runs once
     on_point  called after each shape
+    clock     seconds, ascending
     """
-    points = []
-    for batch in batches:
-        for context in contexts:
-            for count in rows:
-                seconds = _time_forward(model, count, batch, context, repeats)
-                points.append(LatencyPoint(rows=count, batch=batch, context=context, seconds=seconds))
-                on_point()
+    points, end = [], clock() + budget
+    shapes = list(itertools.product(batches, contexts, rows))
+    for left, (batch, context, count) in zip(range(len(shapes), 0, -1), shapes):
+        forward, share, began = _forward(model, count, batch, context), (end - clock()) / left, clock()
+        forward()
+        times = [clock() - began]
+        if times[0] < share:
+            times = [seconds_of(forward, clock)]
+            while len(times) < repeats and clock() - began < share:
+                times.append(seconds_of(forward, clock))
+        seconds = statistics.median(times)
+        points.append(LatencyPoint(rows=count, batch=batch, context=context, seconds=seconds))
+        on_point()
     return LatencyTable(tuple(points))
 
 
-def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeats: int) -> float:
+def _forward(model: TidarModel, rows: int, batch: int, context: int) -> Callable[[], None]:
     weight, page_len = model.embedding.weight, 16
     pages = page_count(context + rows, page_len)
     cache = KVCache(model.config, pages=batch * pages, page_len=page_len, dtype=weight.dtype, device=weight.device)
@@ -92,4 +105,4 @@ def _time_forward(model: TidarModel, rows: int, batch: int, context: int, repeat
         (hidden,) = read(QueryTokens(page_table_BN, prefix_B, token_BR, pattern, page_count(context, page_len)))
         model.head(hidden[:, -1:]).argmax(-1).tolist()
 
-    return median_seconds([forward], repeats)[0]
+    return forward

@@ -1,5 +1,6 @@
 """The latency table: knees, and the shapes that a measurement covers."""
 
+from tidar_core.decoding.decode_forward import DecodeForward
 from tidar_core.planning.latency_formula import LatencyPoint
 from tidar_core.planning.latency_table import LatencyTable, measure_latency
 
@@ -20,3 +21,13 @@ def test_a_measured_table_covers_all_requested_shapes(model):
         (r, b, c) for r in (1, 4) for b in (1, 2) for c in (8, 16)
     }
     assert all(point.seconds > 0 for point in table.points)
+
+
+def test_a_forward_that_takes_longer_than_its_share_of_the_budget_runs_once(model, monkeypatch):
+    runs, read = [], DecodeForward.__call__
+    monkeypatch.setattr(DecodeForward, "__call__", lambda self, *parts: runs.append(self) or read(self, *parts))
+    table = measure_latency(model, rows=(1, 4), contexts=(8,), budget=0.0)
+    assert len(runs) == len(table.points) == 2
+    runs.clear()
+    measure_latency(model, rows=(1, 4), contexts=(8,), repeats=3, budget=60.0)
+    assert len(runs) >= 2 * (1 + 3 * 2), "each of three turns has a warm-up and a timed run"
