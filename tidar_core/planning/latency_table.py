@@ -20,7 +20,7 @@ from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.page_pool import page_count
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.planning.latency_formula import LatencyFormula, LatencyPoint
-from tidar_core.timing import Clock, seconds_of
+from tidar_core.timing import seconds_of
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
@@ -61,7 +61,6 @@ def measure_latency(
     repeats: int = 5,
     budget: float = 60.0,
     on_point: Callable[[], None] = lambda: None,
-    clock: Clock = time.perf_counter,
 ) -> LatencyTable:
     """Time a forward of each shape and the logits of one query token of each sequence.
 
@@ -72,18 +71,18 @@ def measure_latency(
     contexts  clean tokens of each sequence in the cache
     budget    seconds for all shapes; a shape is repeated within its share, and a forward that takes longer runs once
     on_point  called after each shape
-    clock     seconds, ascending
     """
-    points, end = [], clock() + budget
+    points, clock = [], time.perf_counter
+    end = clock() + budget
     shapes = list(itertools.product(batches, contexts, rows))
     for left, (batch, context, count) in zip(range(len(shapes), 0, -1), shapes):
         forward, share, began = _forward(model, count, batch, context), (end - clock()) / left, clock()
         forward()
         times = [clock() - began]
         if times[0] < share:
-            times = [seconds_of(forward, clock)]
+            times = [seconds_of(forward)]
             while len(times) < repeats and clock() - began < share:
-                times.append(seconds_of(forward, clock))
+                times.append(seconds_of(forward))
         seconds = statistics.median(times)
         points.append(LatencyPoint(rows=count, batch=batch, context=context, seconds=seconds))
         on_point()
