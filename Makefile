@@ -35,7 +35,7 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 
 types: install-dev
-	$(BIN)/mypy
+	$(BIN)/pyrefly check
 
 test: install-dev
 	$(MAKE) --jobs=2 $(PARTS)
@@ -97,4 +97,4 @@ $(DEVELOPED): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) workdir .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) workdir .ruff_cache .pytest_cache

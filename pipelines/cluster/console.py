@@ -14,8 +14,8 @@ LOG_COLUMNS = 100_000
 class PeopleConsole(Console):
     """A rich console that is as wide as its terminal, and in a log as wide as its lines."""
 
-    @property  # type: ignore[misc]
-    def size(self) -> ConsoleDimensions:
+    @property
+    def size(self) -> ConsoleDimensions:  # pyrefly: ignore[bad-override]
         """Columns and lines."""
         return super().size if self.is_terminal else ConsoleDimensions(LOG_COLUMNS, 25)
 

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.5
 @contextmanager
 def remote_progress(title: str, *, total: int, unit: str) -> Iterator[Any]:
     """Handle of an actor, for `report_progress`; tasks may hold it. Reports are shown while the context is open."""
-    reports = _Reports.remote()  # type: ignore[attr-defined]
+    reports = _Reports.remote()  # pyrefly: ignore[missing-attribute]
     finished = threading.Event()
 
     def poll() -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
 from pipelines.cluster.connection import connect, original_error
 from pipelines.cluster.console import stderr
@@ -157,7 +158,7 @@ def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, fold
         train = ray.remote(pack_tasks.train_tokenizer)
         try:
             ray.get(train.remote(files, job.tokenizer, job.held_out, folder))
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise original_error(error) from None
     return load_tokenizer(folder.tokenizer)
 

@@ -136,7 +136,7 @@ def _german() -> Iterator[str]:
     for path in Path("/usr/share/locale/de/LC_MESSAGES").glob("*.mo"):
         try:
             with path.open("rb") as file:
-                catalogue: dict[object, str] = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+                catalogue: dict[object, str] = gettext.GNUTranslations(file)._catalog  # pyrefly: ignore[missing-attribute]
         except UnicodeDecodeError:  # a catalogue that does not name its encoding
             continue
         yield from (text.strip() for text in catalogue.values() if len(text) in range(40, 180) and "%" not in text)

@@ -193,7 +193,7 @@ class CheckpointStore:
         folder = locations.join(self.uri, f"{STEP}{cursor.step:08d}")
         with locations.open_write(locations.join(folder, file)) as sink:
             hashing = _Hashing(sink)
-            torch.save(tensors, hashing)  # type: ignore[arg-type]
+            torch.save(tensors, hashing)  # pyrefly: ignore[bad-argument-type]
         note = Note(
             file=file, bytes=hashing.bytes, sha256=hashing.sha256.hexdigest(), names=tuple(tensors), cursor=cursor
         )

@@ -50,7 +50,7 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
         on_a_node(verify_shards, job.shards)
         run_id = _mlflow_run(job, manifest)
         with remote_progress(f"train {job.objective}", total=job.steps, unit="steps") as reports:
-            outcome = _trainer(job, run_id, reports).fit().return_value  # type: ignore[attr-defined]
+            outcome = _trainer(job, run_id, reports).fit().return_value  # pyrefly: ignore[missing-attribute]
         if outcome is not None:
             raise outcome
     except BaseException as error:
@@ -68,7 +68,7 @@ def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
     parent, name = run_folder(job.output).rsplit("/", 1)
     resources = {"CPU": float(job.cpus_per_worker), "GPU": float(job.gpus_per_worker)}
     return _Trainer(
-        _on_worker,  # type: ignore[arg-type]
+        _on_worker,
         train_loop_config={"job": job.model_dump(mode="json"), "run_id": run_id, "reports": reports},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers, use_gpu=job.gpus_per_worker > 0, resources_per_worker=resources
@@ -82,12 +82,12 @@ def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
     )
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(TorchTrainer):  # pyrefly: ignore[invalid-inheritance]
     """Ray Train without the actors that a job has no use for; each is a process that loads Ray Train for seconds."""
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_HERE
-        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray Train 2
+        callbacks: list[Any] = super()._create_default_callbacks()  # of Ray Train 2
         return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
 

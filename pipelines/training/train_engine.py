@@ -198,7 +198,7 @@ class TrainEngine:
             with self._gathered([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
         if self.job.zero_stage == 3:  # setting the whole tensor fails if the number of workers does not divide it
-            part_len = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            part_len = parameter.ds_tensor.numel()  # pyrefly: ignore[missing-attribute]
             padded = F.pad(value.flatten(), (0, part_len * self.world_size - value.numel()))
             value = padded[self.rank * part_len : (self.rank + 1) * part_len]
             set_weight, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -279,7 +279,7 @@ def _unloadable(module: str) -> Iterator[None]:
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]
+    sys.modules[module] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ class TokenizeRequest(ChatFields):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Messages | None = None  # type: ignore[assignment]
+    messages: Messages | None = None  # pyrefly: ignore[bad-override]
     add_special_tokens: bool = False
     """A prompt is encoded with the special tokens that the tokenizer adds around texts."""
     return_token_strs: bool = False

@@ -34,7 +34,7 @@ def of_proxies() -> list[Middleware]:
 class BoundedHeads(HttpToolsProtocol):
     """One connection of uvicorn, whose request lines and headers have a largest size and a longest time."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is awaited from now on."""
         super().connection_made(transport)
         self._refusal: HttpError | None = None

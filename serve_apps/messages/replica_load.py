@@ -6,6 +6,7 @@ to successive forwards.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = ["Load", "together"]
 
@@ -46,4 +47,5 @@ class Load:
 def together(loads: Sequence[Load]) -> Load:
     """Load of a replica with several engines: counts are sums, other values belong to the first engine."""
     counted = ("rows", "running", "waiting", "waiting_tokens", "pages_held", "pages", "shared_tokens", "preemptions")
-    return replace(loads[0], **{name: sum(getattr(load, name) for load in loads) for name in counted})
+    sums: dict[str, Any] = {name: sum(getattr(load, name) for load in loads) for name in counted}
+    return replace(loads[0], **sums)

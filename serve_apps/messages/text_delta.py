@@ -28,7 +28,7 @@ class UsageCounts(NamedTuple):
     cached_tokens: int = 0
     """Prompt tokens that were in the cache already."""
 
-    def __add__(self, other: "UsageCounts") -> "UsageCounts":  # type: ignore[override]
+    def __add__(self, other: "UsageCounts") -> "UsageCounts":  # pyrefly: ignore[bad-override]
         return UsageCounts(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,

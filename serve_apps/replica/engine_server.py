@@ -81,7 +81,7 @@ def main(descriptor: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(descriptor)
     outbox = _Outbox(connection)
-    logging.getLogger().addHandler(QueueHandler(outbox))  # type: ignore[arg-type]
+    logging.getLogger().addHandler(QueueHandler(outbox))  # pyrefly: ignore[bad-argument-type]
     try:
         version = connection.recv()
         engine = Engine(version, report=lambda line: outbox.send(StageReached(line)), flush=outbox.flush)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from serve_apps.messages.version_stats import VersionReport, VersionStats
 from serve_apps.rollout.alias_watcher import STEPS
@@ -52,7 +52,7 @@ def version_metrics(model_name: str, reports: Sequence[VersionReport], steps: Ma
     for step in STEPS:
         if step in steps:
             life.add_metric([model_name, step], steps[step])
-    families = [info, texts, life]
+    families: list[Metric] = [info, texts, life]
     for name, (meaning, value_of) in TOTALS.items():
         total = CounterMetricFamily(f"{PREFIX}:{name}", meaning, labels=names)
         for where, report in entries:

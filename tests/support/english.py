@@ -52,7 +52,7 @@ ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|vs|cf|etc|approx|resp|al|Fig|Sec|N
 SENTENCE_END = re.compile(r"[.!?][)\"'\]]*\s+(?=[\"'(\[]?(?:[A-Z0-9]|[a-z]+_))")
 WIDE_GAP = re.compile(r"^(\S.{0,38}?) {2,}(\S.*)$")
 LIST_MARK = re.compile(r"^(?:[-*+]|\d+[.)]) +")
-DIRECTIVE = re.compile(r"#\s*(?:type:|noqa|fmt:|!|-\*-|pragma|ruff:|mypy:)")
+DIRECTIVE = re.compile(r"#\s*(?:type:|noqa|fmt:|!|-\*-|pragma|ruff:|pyrefly:)")
 NAME_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 CODE = re.compile(r"``[^`]+``|`[^`]*`")
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")

@@ -67,8 +67,8 @@ class DecodeForward:
         self._masks_KE = _mask_embeddings(model, block_len)
         adapters = model.adapter.layers if model.adapter else [None] * model.config.layers
         self._layers = [_LayerWeights.of(*both, model.config, self.kernels) for both in zip(model.layers, adapters)]
-        one_call = self.kernels.layers
-        self.one_call = one_call and one_call(self._layers, model.norm.weight, model.config, cache.pages.dtype)
+        made, norm = self.kernels.layers, model.norm.weight
+        self.one_call = None if made is None else made(self._layers, norm, model.config, cache.pages.dtype)
         """All layers in one call; None where not all of their functions are in C."""
 
     @torch.no_grad()

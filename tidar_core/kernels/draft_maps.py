@@ -26,7 +26,7 @@ SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 class HeldMap(Protocol):
     """A linear map."""
 
-    def refresh(self, weight_OI: Tensor) -> None:
+    def refresh(self, weight_OI: Tensor, /) -> None:
         """Take other values of the weight, in the same memory."""
         ...
 
@@ -38,7 +38,7 @@ class HeldMap(Protocol):
 class HeldLowRank(Protocol):
     """A product of two maps that is added to the results of masks."""
 
-    def refresh(self, down_KI: Tensor, up_OK: Tensor) -> None:
+    def refresh(self, down_KI: Tensor, up_OK: Tensor, /) -> None:
         """Take other values of the maps, in the same memory."""
         ...
 

@@ -53,7 +53,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, weight = ctx.saved_tensors
         out, grad, width = torch.empty_like(x), grad.contiguous(), x.shape[-1]
         needed_library().rms_norm_gradient(
@@ -72,7 +72,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (gate_up,) = ctx.saved_tensors
         out, grad, width = torch.empty_like(gate_up), grad.contiguous(), grad.shape[-1]
         needed_library().silu_mul_gradient(
@@ -90,7 +90,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, sin, -1.0), None, None
 

@@ -106,7 +106,7 @@ def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
     table: Tensor = model.head.weight
     form = _form(table, device, weights and "int8")
     if form is not None:
-        model.head = form(table, model.head.mask_bias(table))  # type: ignore[assignment]
+        model.head = form(table, model.head.mask_bias(table))  # pyrefly: ignore[bad-assignment]
 
 
 def weight_bytes(model: TidarModel) -> int:

@@ -50,7 +50,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, share, unlinked = given
-        tensors = [None if x is None else x.contiguous() for x in tensors]
+        tensors: list[Any] = [None if x is None else x.contiguous() for x in tensors]
         logits_NV, *_, label_N = tensors
         assert all(x is None or x.dtype == logits_NV.dtype for x in tensors[:3]), "logits of several dtypes"
         loss_N, cross_entropy_N = logits_NV.new_empty(2, len(logits_NV), dtype=torch.float32)
@@ -63,7 +63,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         *tensors, sums_N3 = ctx.saved_tensors
         of_plain = torch.empty_like(tensors[0])
         of_link = None if tensors[1] is None else torch.empty_like(tensors[1])

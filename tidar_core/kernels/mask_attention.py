@@ -87,7 +87,7 @@ class _MaskAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         *inputs, out, logs = ctx.saved_tensors
         grad, found = grad.contiguous(), [torch.zeros(x.shape, dtype=x.dtype) for x in inputs[:3]]
         needed_library().mask_attention_gradient(

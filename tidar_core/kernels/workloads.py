@@ -104,7 +104,7 @@ class Workload:
 
 def own_calls(workload: Workload, attention: Callable[..., Tensor]) -> list[Callable[[], Tensor]]:
     """Calls of `attention` over the pages, one for each layer."""
-    return [lambda layer=layer: attention(*workload.arguments(layer)) for layer in range(workload.layers)]  # type: ignore[misc]
+    return [lambda layer=layer: attention(*workload.arguments(layer)) for layer in range(workload.layers)]
 
 
 def sdpa_calls(workload: Workload) -> list[Callable[[], Tensor]]:
@@ -124,7 +124,7 @@ def sdpa_calls(workload: Workload) -> list[Callable[[], Tensor]]:
     bias_BRK = torch.zeros(dark.shape, dtype=q.dtype, device=q.device).masked_fill_(dark, float("-inf"))
     bias_BRK = F.pad(bias_BRK, (0, padding), value=float("-inf"))
     bias = bias_BRK.repeat(1, share, 1)[:, None]
-    return [lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in kv]  # type: ignore[misc]
+    return [lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in kv]
 
 
 def flex_calls(workload: Workload) -> list[Callable[[], Tensor]]:
@@ -142,4 +142,4 @@ def flex_calls(workload: Workload) -> list[Callable[[], Tensor]]:
     block_mask = create_block_mask(visible, len(q), None, rows, kv[0][0].shape[2], device=q.device)
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return [lambda k=k, v=v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True) for k, v in kv]  # type: ignore[misc]
+    return [lambda k=k, v=v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True) for k, v in kv]

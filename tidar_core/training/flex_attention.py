@@ -108,5 +108,5 @@ def _ordered(tiles_BNN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled():  # type: ignore[no-untyped-def]
+def _compiled():  # pyrefly: ignore[unannotated-return]
     return torch.compile(flex_attention, dynamic=False)

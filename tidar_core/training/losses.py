@@ -273,12 +273,12 @@ def _token_losses(
     facts = [None if x is None else x.flatten(0, 1) for x in (hidden_BSE, target_BS, teacher_BSE, before_BS)]
     if not ragged:
         found = _in_chunks(head, of_chunk, logits_at_once, facts, *settings)
-        return tuple(x.view_as(target_BS) for x in found)  # type: ignore[return-value]
+        return tuple(x.view_as(target_BS) for x in found)  # pyrefly: ignore[bad-return]
     labelled = target_BS != IGNORED
     index_N = labelled.flatten().nonzero()[:, 0]
     index_N = F.pad(index_N, (0, -len(index_N) % LENGTH_STEP))  # the first token again, and its results are not read
     found = _in_chunks(head, of_chunk, logits_at_once, [None if x is None else x[index_N] for x in facts], *settings)
-    return tuple(x.new_zeros(target_BS.shape).masked_scatter(labelled, x) for x in found)  # type: ignore[return-value]
+    return tuple(x.new_zeros(target_BS.shape).masked_scatter(labelled, x) for x in found)  # pyrefly: ignore[bad-return]
 
 
 def _in_chunks(

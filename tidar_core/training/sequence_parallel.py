@@ -173,7 +173,7 @@ class _Exchange(torch.autograd.Function):
         return _exchanged(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         return _exchanged(gradient, ctx.group), None
 
 

@@ -258,7 +258,7 @@ class _Masters:
             group["lr"] = rate
         finite = norm.isfinite()
         if norm.is_cuda:  # a fused AdamW reads this flag on the device, so nothing waits for it
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~finite).float()  # pyrefly: ignore[missing-attribute]
             self.optimizer.step()
         elif finite:
             self.optimizer.step()

@@ -86,7 +86,7 @@ class TidarModel(nn.Module):
     def tie(self) -> None:
         """Use the embedding table as the head, if the config has `tied_head`."""
         if self.config.tied_head:
-            self.head.weight = self.embedding.weight  # type: ignore[assignment]
+            self.head.weight = self.embedding.weight  # pyrefly: ignore[bad-assignment]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -66,9 +66,10 @@ class DraftsInfo:
     @staticmethod
     def of(values: Mapping[str, Any]) -> "DraftsInfo":
         """Inverse of `values`. Raises KeyError, TypeError or ConfigError for values of another form."""
-        adapter = dict(values["adapter"])
+        given, adapter = dict(values), dict(values["adapter"])
         adapter["places"] = tuple(adapter["places"])
-        return DraftsInfo(**{**values, "adapter": AdapterConfig(**adapter)})
+        given["adapter"] = AdapterConfig(**adapter)
+        return DraftsInfo(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +192,9 @@ def info_of(values: Mapping[str, Any]) -> BundleInfo:
 
     Raises ValueError, KeyError, TypeError or ConfigError for other keys, and for values of other types.
     """
-    drafts = values.get("drafts")
-    info = BundleInfo(**{**values, "drafts": None if drafts is None else DraftsInfo.of(drafts)})
+    given, drafts = dict(values), values.get("drafts")
+    given["drafts"] = None if drafts is None else DraftsInfo.of(drafts)
+    info = BundleInfo(**given)
     try:
         TypeAdapter(BundleInfo).validate_json(locations.canonical_json(values), strict=True)
     except ValidationError as error:

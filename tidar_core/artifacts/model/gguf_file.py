@@ -118,7 +118,7 @@ class _WholeReader(gguf.GGUFReader):
     """A reader that raises ValueError at the end of the file. The package's own returns fewer bytes there."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        self.data = np.asarray(self.data)  # type: ignore[assignment]  # slices of a memmap are slow
+        self.data = np.asarray(self.data)  # pyrefly: ignore[bad-assignment]  # slices of a memmap are slow
         found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError(f"{len(self.data)} bytes, and more are needed at {offset}")

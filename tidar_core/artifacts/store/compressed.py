@@ -37,7 +37,7 @@ def open_decompressed(uri: str) -> IO[bytes]:
         raise EOFError("compressed file without a byte")
     raw.seek(0)
     if compression == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw)  # pyrefly: ignore[bad-return]
     return io.BufferedReader(_ZstandardFrames(raw), OUTPUT_BYTES)
 
 

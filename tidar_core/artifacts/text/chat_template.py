@@ -214,12 +214,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {
+    functions: dict[str, Any] = {
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
         "namespace": _Namespace,
         "dict": _Dict(),
     }
+    environment.globals.update(functions)
     return environment
 
 

@@ -43,7 +43,7 @@ def definition_of(kind: str, content: str) -> str:
     if kind == "json_schema":
         json.loads(content)
         return LLMatcher.grammar_from_json_schema(content, defaults={"whitespace_pattern": WHITE_SPACE})
-    return grammar_from(kind, content)  # type: ignore[arg-type]
+    return grammar_from(kind, content)  # pyrefly: ignore[bad-argument-type]
 
 
 def start_of(tokens: LLTokenizer, definition: str, limits: LLParserLimits | None = None) -> LLMatcher:
