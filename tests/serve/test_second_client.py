@@ -23,6 +23,8 @@ CLIENTS, SECONDS, ALONE_SECONDS, LATE = 8, 0.5, 2.0, 1.0
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MEGABYTES = 7 * 2**20
 PER_MINUTE = 200
+OVERLAPPING = 40
+"""Tokens of texts that are still being written when the next client's request arrives."""
 TABLE = {bound.part: bound for bound in bounds.TABLE}
 
 
@@ -183,7 +185,7 @@ ATTACKS = {
         completion(prompt=["a"] * 3, n=16), {"choices of a request (prompts times n)": "48 choices are requested"}),
     "choices": (completion(n=10**9), {"choices of a prompt": "less than or equal to 128"}),
     "choices in flight": (
-        completion(prompt=["a"] * 32),
+        completion(prompt=["a"] * 32, max_tokens=OVERLAPPING, ignore_eos=True),
         {"choices that one ingress has in flight": "texts are being written",
          "texts that wait at a replica": "20 requests wait already"}),
     "n times the body": (
