@@ -194,10 +194,12 @@ static void find_rows(const struct attention *a, const struct group *g, long fir
 /* Two vectors of bf16 in words, the first in the low halves. */
 INLINE U paired(U first, U second) { return first | second << 16; }
 
+#define IN_TURN(n, s) (n) + (s), (n) + (s) + 32
+
 /* 32 numbers of two rows in words, those of the first in the low halves. */
 INLINE void pair_rows(const uint16_t *first, const uint16_t *second, U *low, U *high) {
-    W left = {}, right = {}, one = *(const W *)first, other = *(const W *)second;
-    UNROLL for (int n = 0; n < 32; n++) left[n] = n / 2 + n % 2 * 32, right[n] = left[n] + 16;
+    const W one = *(const W *)first, other = *(const W *)second;
+    const W left = {SIXTEEN(IN_TURN, 0)}, right = {SIXTEEN(IN_TURN, 16)};
     *low = (U)__builtin_shuffle(one, other, left);
     *high = (U)__builtin_shuffle(one, other, right);
 }

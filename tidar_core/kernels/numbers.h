@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
@@ -74,14 +77,37 @@ INLINE float sum_of(F x) {
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-INLINE F larger(F x, F y) { return (F)(((I)x & (x > y)) | ((I)y & ~(x > y))); }
+/* The list f(0, s) .. f(15, s): a vector of constants. One that is filled entry by entry is filled at run time. */
+#define SIXTEEN(f, s)                                                                                              \
+    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), f(10, s), f(11, s),  \
+        f(12, s), f(13, s), f(14, s), f(15, s)
+#define PARTNER(n, s) (n) ^ (s)
+
+/* Of each two numbers the first where it is larger, else the second. */
+INLINE F larger(F x, F y) {
+#ifdef __AVX512F__
+    return (F)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return (F)(((I)x & (x > y)) | ((I)y & ~(x > y)));
+#endif
+}
+
+/* The same of integers, or of the bits of numbers that are not negative: nan is larger than infinity. */
+INLINE I larger_bits(I x, I y) {
+#ifdef __AVX512F__
+    return (I)_mm512_max_epi32((__m512i)x, (__m512i)y);
+#else
+    return (x & (x > y)) | (y & ~(x > y));
+#endif
+}
 
 INLINE float largest_of(F x) {
-    UNROLL for (int s = 1; s < 16; s *= 2) {
-        I other = {};
-        UNROLL for (int n = 0; n < 16; n++) other[n] = n ^ s;
-        x = larger(x, __builtin_shuffle(x, other));
-    }
+    UNROLL for (int s = 1; s < 16; s *= 2) x = larger(x, __builtin_shuffle(x, (I){SIXTEEN(PARTNER, s)}));
+    return x[0];
+}
+
+INLINE int32_t largest_bits_of(I x) {
+    UNROLL for (int s = 1; s < 16; s *= 2) x = larger_bits(x, __builtin_shuffle(x, (I){SIXTEEN(PARTNER, s)}));
     return x[0];
 }
 
@@ -102,14 +128,13 @@ INLINE F exponential(F x) {
     return (F)((I)(y * (F)((power + 127) << 23)) & (x > -87.f));
 }
 
+#define LOW_OF(n, s) (n) & (s) ? (n) - (s) + 16 : (n)
+#define HIGH_OF(n, s) (n) & (s) ? (n) + 16 : (n) + (s)
+
 /* Exchange rows and columns of a square of words. */
 INLINE void transpose(U word[16]) {
     UNROLL for (int s = 1; s < 16; s *= 2) {
-        U low = {}, high = {};
-        UNROLL for (int n = 0; n < 16; n++) {
-            low[n] = n & s ? n - s + 16 : n;
-            high[n] = n & s ? n + 16 : n + s;
-        }
+        const U low = {SIXTEEN(LOW_OF, s)}, high = {SIXTEEN(HIGH_OF, s)};
         UNROLL for (int n = 0; n < 16; n++) {
             if (n & s) continue;
             U first = word[n], second = word[n + s];

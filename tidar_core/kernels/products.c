@@ -338,6 +338,14 @@ INLINE I dot_levels(I sum, U word, int32_t x) {
 #endif
 }
 
+/* The largest absolute value, at least 1e-30; not finite if one of them is not. */
+INLINE float largest_size(const F *value, int count) {
+    I most = (I)all(1e-30f);
+    UNROLL for (int n = 0; n < count; n++) most = larger_bits(most, (I)value[n] & 0x7fffffff);
+    const I largest = (I){} + largest_bits_of(most);
+    return ((F)largest)[0];
+}
+
 /* A factor that brings numbers whose largest absolute value is `largest` to 127 steps on each side of 0. */
 INLINE F steps_of(float largest) { return all(127 / largest); }
 
@@ -350,21 +358,19 @@ INLINE I level_of(F value, F steps) {
 struct part { int8_t level[PART]; float step; int32_t middle; };
 
 INLINE void round_part(const void *x, long first, long width, int half, struct part *part) {
-    F value[PART / LANES], most = {}, wrong = {}, sum = {};
-    UNROLL for (int n = 0; n < PART / LANES; n++) {
+    F value[PART / LANES];
+    I sum = {};
+    UNROLL for (int n = 0; n < PART / LANES; n++)
         value[n] = n * LANES < width ? run(x, first, n * LANES, width, half) : all(0);
-        most = larger(most, larger(value[n], -value[n]));
-        wrong += value[n] * 0;
-    }
-    const float largest = fmaxf(1e-30f, largest_of(most));
+    const float largest = largest_size(value, PART / LANES);
     UNROLL for (int n = 0; n < PART / LANES; n++) {
         const I level = level_of(value[n], steps_of(largest));
         const B bytes = __builtin_convertvector(level, B);
         memcpy(part->level + n * LANES, &bytes, LANES);
-        sum += __builtin_convertvector(level, F);
+        sum += level;
     }
-    part->step = largest / 127 + sum_of(wrong);
-    part->middle = 128 * (int32_t)sum_of(sum);
+    part->step = largest / 127;
+    part->middle = 128 * (int32_t)sum_of(__builtin_convertvector(sum, F));
 }
 
 /* Tokens in parts. Free them. */
@@ -435,18 +441,17 @@ static struct group *in_groups(const void *x, long tokens, long width, int half)
         for (long g = 0; g < groups; g++) {
             struct group *group = found + t * groups + g;
             F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
-            const F size = larger(larger(value[0], -value[0]), larger(value[1], -value[1]));
-            const float largest = fmaxf(1e-30f, largest_of(size));
-            F sum = {};
+            const float largest = largest_size(value, 2);
+            I sum = {};
             UNROLL for (int p = 0; p < 2; p++) {
                 const I level = level_of(value[p], steps_of(largest));
                 const I place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
                 const B bytes = __builtin_convertvector(__builtin_shuffle(level, place), B);
                 memcpy(group->level + p * LANES, &bytes, LANES);
-                sum += __builtin_convertvector(level, F);
+                sum += level;
             }
-            group->step = largest / 127 + sum_of(value[0] * 0 + value[1] * 0);
-            group->sum = group->step * sum_of(sum);
+            group->step = largest / 127;
+            group->sum = group->step * sum_of(__builtin_convertvector(sum, F));
         }
     return found;
 }
