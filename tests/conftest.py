@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from compiled_kernels import copy_kernels
-from fast_ray_env import FAST_RAY_ENV
+from fast_ray_env import FAST_RAY_ENV, python_path
+
+from tidar_core.garbage import collect_rarely
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Set before torch is imported: the models are tiny, and on a busy machine two threads wait for each other."""
 gc.disable()  # until all tests are collected: imports and thousands of tests make no garbage
+collect_rarely()
 
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,
@@ -69,6 +72,7 @@ def own_environment(tmp_path_factory):
     os.environ |= {
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Serve kills a proxy that needs longer to start: 5 s
         "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": python_path(*filter(None, [os.environ.get("PYTHONPATH")])),
         "RAY_worker_niceness": "0",  # Ray's workers have 15, so tests beside them would take all their time
     }
     exempt_loopback()

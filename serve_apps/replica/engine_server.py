@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_apps.messages.engine_calls import (
     CallFailed,
@@ -37,7 +37,10 @@ from serve_apps.messages.engine_calls import (
     Tokenize,
 )
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
-from serve_apps.replica.engine import Engine
+from tidar_core.garbage import collect_rarely
+
+if TYPE_CHECKING:
+    from serve_apps.replica.engine import Engine
 
 __all__ = ["main"]
 
@@ -75,6 +78,9 @@ class _Outbox:
 
 def main(descriptor: int) -> None:
     """Load the version that comes first, and answer calls until the replica stops this process."""
+    collect_rarely()
+    from serve_apps.replica.engine import Engine  # it imports torch
+
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_IGN)  # sent to a whole group; the replica decides when its texts have ended
     if sys.platform == "linux":
@@ -96,7 +102,7 @@ def main(descriptor: int) -> None:
 class _Calls:
     """The calls in flight. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, connection: Connection, outbox: _Outbox) -> None:
+    def __init__(self, engine: "Engine", connection: Connection, outbox: _Outbox) -> None:
         self._engine, self._connection, self._outbox = engine, connection, outbox
         self._cancel: dict[int, Callable[[], Any]] = {}
         """Functions that end a call early, by call."""

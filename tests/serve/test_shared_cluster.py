@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fast_ray_env import python_path
 from hf_folders import save_checkpoint, their_text
 from other_cluster import other_cluster
 from ports import unused_port
@@ -105,7 +106,7 @@ def left(cluster, port):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_a_service_that_ends_or_cannot_start_leaves_the_applications_of_others(cluster, free_port, bundle, tmp_path):
-    environment = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
+    environment = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "PYTHONPATH": python_path(ROOT)}
     others = (["other"], "other")
     settings = ("--rows", 2, "--mode", "autoregressive", "--threads", 1)
     with command("serve", bundle, "--port", free_port, *settings, **environment) as serving:
@@ -175,7 +176,7 @@ def test_a_checkpoint_is_served_by_a_ray_of_its_own_where_the_environment_names_
     port = unused_port()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with refusing_proxy(monkeypatch) as urls:
-        environment = {"PYTHONPATH": str(ROOT)}
+        environment = {"PYTHONPATH": python_path(ROOT)}
         with command("serve", checkpoint, "--port", port, "--threads", 1, **environment) as own:
             monkeypatch.setenv("no_proxy", "127.0.0.1")  # for the client of this test
             until_ready(own, port)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from fast_ray_env import python_path
 from ports import unused_port
 
 from serve_apps import app
@@ -54,7 +55,7 @@ def own_service(folder, port, **settings):
     """
     file = folder / "serve.yaml"
     file.write_text(json.dumps({"port": port, **settings}))  # JSON is YAML
-    environment = {"RAY_ADDRESS": "", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))}
+    environment = {"RAY_ADDRESS": "", "PYTHONPATH": python_path(ROOT, Path(__file__).parent)}
     with command("serve", "--settings", file, **environment) as process:
         until_ready(process, port)
         yield httpx.URL(f"http://127.0.0.1:{port}")
