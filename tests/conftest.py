@@ -11,12 +11,12 @@ import pytest
 from compiled_kernels import copy_kernels
 from fast_ray_env import FAST_RAY_ENV, python_path
 
-from tidar_core.garbage import collect_rarely
+from tidar_core.garbage import THRESHOLDS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Set before torch is imported: the models are tiny, and on a busy machine two threads wait for each other."""
 gc.disable()  # until all tests are collected: imports and thousands of tests make no garbage
-collect_rarely()
+gc.set_threshold(*THRESHOLDS)
 
 CORPUS = {
     "a.py": "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 6,

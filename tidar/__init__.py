@@ -23,7 +23,6 @@ from tidar import demonstration, importing, inference, registry, stages
 from tidar.output import note
 from tidar_core.artifacts.network.loopback import exempt_loopback
 from tidar_core.errors import TidarError, UserError
-from tidar_core.garbage import collect_rarely
 
 __all__ = ["app", "main"]
 
@@ -58,7 +57,6 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; wrong input ends in one line and exit code 2, never in a traceback."""
-    collect_rarely()
     exempt_loopback()
     try:
         sys.exit(app(standalone_mode=False) or 0)

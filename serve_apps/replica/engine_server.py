@@ -37,7 +37,7 @@ from serve_apps.messages.engine_calls import (
     Tokenize,
 )
 from serve_apps.messages.text_delta import GenerationFailed, TextDelta
-from tidar_core.garbage import collect_rarely
+from tidar_core.garbage import rare_collection
 
 if TYPE_CHECKING:
     from serve_apps.replica.engine import Engine
@@ -78,9 +78,6 @@ class _Outbox:
 
 def main(descriptor: int) -> None:
     """Load the version that comes first, and answer calls until the replica stops this process."""
-    collect_rarely()
-    from serve_apps.replica.engine import Engine  # it imports torch
-
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_IGN)  # sent to a whole group; the replica decides when its texts have ended
     if sys.platform == "linux":
@@ -89,8 +86,11 @@ def main(descriptor: int) -> None:
     outbox = _Outbox(connection)
     logging.getLogger().addHandler(QueueHandler(outbox))  # pyrefly: ignore[bad-argument-type]
     try:
-        version = connection.recv()
-        engine = Engine(version, report=lambda line: outbox.send(StageReached(line)), flush=outbox.flush)
+        with rare_collection():
+            from serve_apps.replica.engine import Engine  # it imports torch
+
+            version = connection.recv()
+            engine = Engine(version, report=lambda line: outbox.send(StageReached(line)), flush=outbox.flush)
     except Exception as error:
         outbox.send(StartFailed(_sendable(error)))
         return

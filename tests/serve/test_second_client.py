@@ -23,7 +23,7 @@ CLIENTS, SECONDS, ALONE_SECONDS, LATE = 8, 0.5, 2.0, 1.0
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MEGABYTES = 7 * 2**20
 PER_MINUTE = 200
-OVERLAPPING = 40
+OVERLAPPING = 20
 """Tokens of texts that are still being written when the next client's request arrives."""
 TABLE = {bound.part: bound for bound in bounds.TABLE}
 

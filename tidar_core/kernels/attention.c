@@ -7,9 +7,6 @@
 #include "kernels.h"
 #include "numbers.h"
 #include "tiles.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #define QUERIES 32 /* of one key head that share what is read of keys and values */
 #define COLUMNS 16 /* of them in a matrix product */

@@ -7,8 +7,6 @@ Shape letters: B sequences, R query tokens of a forward (the C clean ones first)
 D head width, P pages, W features.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import torch
 import triton
 import triton.language as tl

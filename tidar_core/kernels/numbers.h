@@ -77,13 +77,13 @@ INLINE float sum_of(F x) {
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-/* The list f(0, s) .. f(15, s): a vector of constants. One that is filled entry by entry is filled at run time. */
+/* The list f(0, s) .. f(15, s), for a vector of constants. A vector that is filled entry by entry is filled at run time. */
 #define SIXTEEN(f, s)                                                                                              \
     f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), f(10, s), f(11, s),  \
         f(12, s), f(13, s), f(14, s), f(15, s)
 #define PARTNER(n, s) (n) ^ (s)
 
-/* Of each two numbers the first where it is larger, else the second. */
+/* The larger of each two numbers; the second where none is. */
 INLINE F larger(F x, F y) {
 #ifdef __AVX512F__
     return (F)_mm512_max_ps((__m512)x, (__m512)y);

@@ -14,8 +14,6 @@ N pages in a sequence's table. In the kernels: M query tokens times the H / G qu
 d head width.
 """
 
-# mypy: disallow-untyped-defs=False
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

@@ -20,9 +20,6 @@
 #include "kernels.h"
 #include "numbers.h"
 #include "tiles.h"
-#if defined __AVX512VNNI__ || defined __AVX512BF16__
-#include <immintrin.h>
-#endif
 #ifdef __AMX_TILE__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -359,7 +356,7 @@ struct part { int8_t level[PART]; float step; int32_t middle; };
 
 INLINE void round_part(const void *x, long first, long width, int half, struct part *part) {
     F value[PART / LANES];
-    I sum = {};
+    U sum = {};
     UNROLL for (int n = 0; n < PART / LANES; n++)
         value[n] = n * LANES < width ? run(x, first, n * LANES, width, half) : all(0);
     const float largest = largest_size(value, PART / LANES);
@@ -367,10 +364,10 @@ INLINE void round_part(const void *x, long first, long width, int half, struct p
         const I level = level_of(value[n], steps_of(largest));
         const B bytes = __builtin_convertvector(level, B);
         memcpy(part->level + n * LANES, &bytes, LANES);
-        sum += level;
+        sum += (U)level;
     }
     part->step = largest / 127;
-    part->middle = 128 * (int32_t)sum_of(__builtin_convertvector(sum, F));
+    part->middle = 128 * (int32_t)sum_of(__builtin_convertvector((I)sum, F));
 }
 
 /* Tokens in parts. Free them. */
@@ -442,16 +439,16 @@ static struct group *in_groups(const void *x, long tokens, long width, int half)
             struct group *group = found + t * groups + g;
             F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
             const float largest = largest_size(value, 2);
-            I sum = {};
+            U sum = {};
             UNROLL for (int p = 0; p < 2; p++) {
                 const I level = level_of(value[p], steps_of(largest));
                 const I place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
                 const B bytes = __builtin_convertvector(__builtin_shuffle(level, place), B);
                 memcpy(group->level + p * LANES, &bytes, LANES);
-                sum += level;
+                sum += (U)level;
             }
             group->step = largest / 127;
-            group->sum = group->step * sum_of(__builtin_convertvector(sum, F));
+            group->sum = group->step * sum_of(__builtin_convertvector((I)sum, F));
         }
     return found;
 }

@@ -256,10 +256,13 @@ def test_results_of_a_token_do_not_depend_on_how_many_tokens_a_product_has(form,
 
 
 @compiled
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-@pytest.mark.parametrize("form", [Fp32Linear, Int8Linear, Int4Linear])
-def test_a_token_that_is_not_finite_is_not_hidden_and_changes_no_other(form, wrong):
-    held, x = form(*weights(64, 96, torch.float32)), torch.randn(7, 96)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*FORMS.items(), *((form, dtype) for form in (Int8Linear, Int4Linear) for dtype in FORMS.values())],
+)
+def test_a_token_that_is_not_finite_is_not_hidden_and_changes_no_other(form, dtype, wrong):
+    held, x = form(*weights(64, 96, dtype)), torch.randn(7, 96).to(dtype)
     right = held(x)
     x[3, 40] = wrong
     found = held(x)

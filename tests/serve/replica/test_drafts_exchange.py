@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import shutil
+import weakref
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,12 +89,24 @@ def moved_away(folder):
     place.rename(folder)
 
 
-def models():
-    gc.collect()
-    return sum(type(x) is TidarModel for x in gc.get_objects())
+@pytest.fixture
+def models(monkeypatch):
+    """Number of models that were made and are still in memory."""
+    made, build = weakref.WeakSet(), TidarModel.__init__
+
+    def counted(self, *given, **named):
+        build(self, *given, **named)
+        made.add(self)
+
+    def living():
+        gc.collect()
+        return len(made)
+
+    monkeypatch.setattr(TidarModel, "__init__", counted)
+    return living
 
 
-def test_new_drafts_load_alone_under_a_text_in_flight(old, new, text, checkpoint):
+def test_new_drafts_load_alone_under_a_text_in_flight(old, new, text, checkpoint, models):
     async def swap():
         app, before = DecoderApp(old), models()
         model = app.pool.champion.engine.scheduler.decoder.model

@@ -2,4 +2,4 @@
 
 import gc
 
-gc.set_threshold(50_000, 20, 10)  # as `tidar_core.garbage`: Ray and Serve are imported in hundreds of processes
+gc.set_threshold(50_000, 20, 10)  # as tidar_core/garbage.py: hundreds of processes import Ray

@@ -66,8 +66,9 @@ class DraftsInfo:
     @staticmethod
     def of(values: Mapping[str, Any]) -> "DraftsInfo":
         """Inverse of `values`. Raises KeyError, TypeError or ConfigError for values of another form."""
-        given, adapter = dict(values), dict(values["adapter"])
+        adapter = dict(values["adapter"])
         adapter["places"] = tuple(adapter["places"])
+        given = dict(values)
         given["adapter"] = AdapterConfig(**adapter)
         return DraftsInfo(**given)
 
