@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import contextmanager
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,6 +35,18 @@ def send(tab, message, **fields):
     """Send a message of a chat."""
     fill(tab, fields | {"message": message})
     tab.press("#message", "Enter")
+
+
+@contextmanager
+def slow_network(tab):
+    """Within it, a long text reaches the page at 200 tokens a second or so: a test can act while it is written."""
+    session, limits = tab.context.new_cdp_session(tab), {"offline": False, "latency": 0, "uploadThroughput": -1}
+    session.send("Network.enable")
+    session.send("Network.emulateNetworkConditions", limits | {"downloadThroughput": 50_000})
+    try:
+        yield
+    finally:
+        session.detach()
 
 
 def finished(tab):

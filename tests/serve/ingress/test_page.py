@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from browsing import answer, assert_nothing_runs, bodies, figure, finished, running, tokens, write
+from browsing import answer, assert_nothing_runs, bodies, figure, finished, running, slow_network, tokens, write
 
 from serve_apps.ingress.playground import page
 
@@ -75,11 +75,12 @@ def test_without_a_seed_both_texts_are_drawn_with_one_and_it_is_shown(shown):
 
 def test_stop_ends_the_request_and_frees_its_row(shown, service):
     tab, _ = shown
-    write(tab, prompt=PROMPT, max_tokens=4000)
-    tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5")
-    assert running(service) == 1
-    tab.keyboard.press("Escape")
-    finished(tab)
+    with slow_network(tab):
+        write(tab, prompt=PROMPT, max_tokens=4000)
+        tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5")
+        assert running(service) == 1
+        tab.keyboard.press("Escape")
+        finished(tab)
     assert tab.inner_text("#output .verdict") == "Stopped."
     assert 5 < int(figure(tab, DRAFTED, "tokens")) < 4000
     assert tab.query_selector(PLAIN) is None

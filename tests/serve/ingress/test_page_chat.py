@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from browsing import CHAT, answer, assert_nothing_runs, bodies, figure, finished, running, send, tokens
+from browsing import CHAT, answer, assert_nothing_runs, bodies, figure, finished, running, send, slow_network, tokens
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -89,12 +89,13 @@ def test_stop_strings_are_sent_with_their_line_ends_and_the_page_shows_which_end
 
 def test_stop_keeps_what_was_answered_and_frees_its_slot(chat, service):
     tab, requests = chat
-    send(tab, FIRST, max_tokens=3000)
-    tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5", state="attached")
-    assert running(service) == 1
-    tab.fill("#message", "typed meanwhile")
-    tab.get_by_role("button", name="Stop").press("Enter")  # growing text moves the button
-    finished(tab)
+    with slow_network(tab):
+        send(tab, FIRST, max_tokens=3000)
+        tab.wait_for_selector(f"{DRAFTED} .text span >> nth=5", state="attached")
+        assert running(service) == 1
+        tab.fill("#message", "typed meanwhile")
+        tab.get_by_role("button", name="Stop").press("Enter")  # growing text moves the button
+        finished(tab)
     assert tab.inner_text(VERDICT) == "Stopped."
     assert_nothing_runs(service)
     assert tab.input_value("#message") == "typed meanwhile"
