@@ -42,6 +42,7 @@ def traffic(batch, tokens=3200):
     return {"batch": batch, "tokens": max(tokens, 500 * batch)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", DRAFTS.values(), ids=DRAFTS)
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("name", MACHINES)
