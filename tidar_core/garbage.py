@@ -1,7 +1,8 @@
-"""Garbage collection during the start of a process.
+"""Rare garbage collection while a process starts.
 
-Why do imports take less time with it? Large libraries make millions of objects and next to no garbage. With Python's
-own thresholds, a fifth to a fourth of the time of their imports goes by in looking for some.
+Why does a process start sooner when Python looks for garbage rarely? Large libraries make millions of objects while
+they are imported, and next to no garbage. With Python's own thresholds, looking for some takes a fifth to a fourth of
+the time of their imports.
 """
 
 import gc
