@@ -94,7 +94,7 @@ class DecodeForward:
             prepared.append(self._prepared(tokens, first if len(parts) > 1 else None))
             first += len(tokens.prefix_len_B) * len(tokens.pattern.position_R)
         x = _joined([part.embedded for part in prepared])
-        if self.one_call is not None and self.one_call.take(prepared):
+        if self.one_call is not None:
             hidden = self.one_call(x, prepared, self.cache.pages)
             return [part.of(hidden) for part in prepared]
         eps, residual = config.norm_eps, None

@@ -78,7 +78,7 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype) -> Kernels:
 def c_kernels() -> Kernels:
     """Kernels in C for CPU tensors; only where `compiled.library` has them."""
     return Kernels(
-        on_cpu.paged_attention, on_cpu.gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
+        on_cpu.paged_attention, on_cpu.Gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
         CompiledMap, CompiledLowRank, CompiledLayers.of,
     )  # fmt: skip
 

@@ -15,17 +15,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-__all__ = ["library", "needed_library", "words_together"]
+__all__ = ["build", "compiler_here", "library", "load", "needed_library", "words_together"]
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = (
-    "numbers.h", "tiles.h", "kernels.h", "products.c", "layer.c", "attention.c", "layers.c", "loss.c", "gradients.c",
-    "mask_attention.c",
+    "numbers.h", "tiles.h", "kernels.h", "attention_part.h", "products.c", "layer.c", "attention.c", "layers.c",
+    "loss.c", "gradients.c", "mask_attention.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
@@ -66,17 +67,44 @@ def library() -> ctypes.CDLL | None:
     if platform.system() != "Linux":
         return None
     try:
-        found = ctypes.CDLL(str(_compiled()))
-        found.start()
+        return load(_compiled())
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])
         logger.warning("no C kernels, work on the CPU is slower: %s", reason)
         return None
+
+
+def compiler_here() -> str | None:
+    """Path of the C compiler: the one that CC names, or cc, gcc or clang."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The C kernels of a file that `build` made; OSError if it cannot be loaded."""
+    found = ctypes.CDLL(str(path))
+    found.start()
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
     return found
+
+
+def build(compiler: str, path: Path, *flags: str) -> None:
+    """Compile the C kernels into a file, which appears whole or not at all, whoever else compiles it.
+
+    Raises subprocess.SubprocessError where the compiler fails.
+
+    flags  given to the compiler after `FLAGS`
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        units = [HERE / source for source in SOURCES if source.endswith(".c")]
+        objects = [Path(folder, unit.name).with_suffix(".o") for unit in units]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda unit, made: _call(compiler, *FLAGS, *flags, "-c", unit, "-o", made), units, objects))
+        # Not linked to an OpenMP of its own: it would keep threads beside torch's.
+        _call(compiler, "-shared", *objects, "-lm", "-o", Path(folder, path.name))
+        Path(folder, path.name).replace(path)
 
 
 def needed_library() -> ctypes.CDLL:
@@ -93,25 +121,17 @@ def words_together() -> int:
 
 def _compiled() -> Path:
     """Path of the library; compiles it if it is not in the cache."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
+    compiler = compiler_here()
     if compiler is None:
         raise OSError("no C compiler was found; install gcc, or name a compiler in CC")
-    name = f"kernels-{_digest(compiler)}.so"
-    folder = _folder()
-    path = folder / name
+    path = _folder() / f"kernels-{_digest(compiler)}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            units = [HERE / source for source in SOURCES if source.endswith(".c")]
-            objects = [Path(build, unit.name).with_suffix(".o") for unit in units]
-            commands: list[list[str | Path]] = [
-                [compiler, *FLAGS, "-c", unit, "-o", made] for unit, made in zip(units, objects)
-            ]
-            # Not linked to an OpenMP of its own: it would keep threads beside torch's.
-            commands.append([compiler, "-shared", *objects, "-lm", "-o", Path(build, name)])
-            for command in commands:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-            Path(build, name).replace(path)  # whole or not at all, whoever else compiles it
+        build(compiler, path)
     return path
+
+
+def _call(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
 def _folder() -> Path:

@@ -19,7 +19,7 @@ from tidar_core.config import ModelConfig
 from tidar_core.kernels.compiled import needed_library
 from tidar_core.kernels.draft_maps import CompiledLowRank
 from tidar_core.kernels.held_linear import CompiledLinear
-from tidar_core.kernels.on_cpu import HALF, Gathering
+from tidar_core.kernels.on_cpu import HALF
 
 __all__ = ["CompiledLayers"]
 
@@ -53,11 +53,6 @@ class CompiledLayers:
             norm.data_ptr(), config.norm_eps, dtype == HALF, norm.dtype == HALF,
         )  # fmt: skip
         self._run = needed_library().layers
-
-    @staticmethod
-    def take(parts: Sequence[Any]) -> bool:
-        """Whether the attention of all parts is computed in C; that of a long prompt is not."""
-        return all(isinstance(part.gather, Gathering) for part in parts)
 
     def __call__(self, x: Tensor, parts: Sequence[Any], pages: Tensor) -> Tensor:
         """Hidden states [.., E] after the last norm.

@@ -34,8 +34,12 @@ INLINE void store(void *x, long i, int half, F value) {
         *(F *)((float *)x + i) = value;
         return;
     }
+#ifdef __AVX512BF16__
+    *(H *)((uint16_t *)x + i) = (H)_mm512_cvtneps_pbh((__m512)value);
+#else
     U bits = (U)value;
     *(H *)((uint16_t *)x + i) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H);
+#endif
 }
 
 INLINE float load_one(const void *x, long i, int half) {
@@ -126,6 +130,18 @@ INLINE F exponential(F x) {
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.f;
     return (F)((I)(y * (F)((power + 127) << 23)) & (x > -87.f));
+}
+
+/* 2 to the power of x <= 0, up to about 2e-7 of the result; 0 below -126. */
+INLINE F power_of_two(F x) {
+    const F whole = x + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
+    const F r = x - (whole - 12582912.f);
+    F y = r * 1.32647273e-3f + 9.67151299e-3f;
+    y = y * r + 5.55073358e-2f;
+    y = y * r + 2.40222424e-1f;
+    y = y * r + 6.93147004e-1f;
+    y = y * r + 1.f;
+    return (F)(((I)y + ((I)whole << 23 & (x == x))) & ~(x <= -126.f)); /* what is no number stays none */
 }
 
 #define LOW_OF(n, s) (n) & (s) ? (n) - (s) + 16 : (n)

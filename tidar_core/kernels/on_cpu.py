@@ -4,8 +4,7 @@ How does a tensor reach a C kernel?
 
 `reference` defines what each function computes; `layer.c` and `attention.c` compute it. A token's results do not
 depend, bit for bit, on how many tokens a forward has, nor on tokens that it does not see. So a forward of many query
-tokens has the bits of as many forwards of one. A prefill of more than `MOST_PAIRS` pairs of a query token and a key
-uses torch's attention, which is faster there. Its results differ in the last bits.
+tokens has the bits of as many forwards of one.
 
 All tensors are of one dtype of `DTYPES`; only the weight of a norm may be of the other.
 
@@ -15,15 +14,12 @@ Shape letters as in `reference`.
 import torch
 from torch import Tensor
 
-from tidar_core.kernels import reference
 from tidar_core.kernels.compiled import needed_library
 
 __all__ = [
     "DTYPES",
-    "MOST_PAIRS",
     "Gathering",
     "add_rms_norm",
-    "gathering",
     "paged_attention",
     "rotate_and_store",
     "silu_mul",
@@ -31,10 +27,6 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes that the kernels take."""
-FEW_QUERIES = 32
-"""Query tokens of a sequence whose attention is always computed where keys and values lie: a decode step's."""
-MOST_PAIRS = 65_536
-"""Most pairs of a query token and a key, of one sequence, in such a prefill: 250 tokens of a prompt."""
 HALF = torch.bfloat16
 
 
@@ -49,15 +41,6 @@ def paged_attention(
 ) -> Tensor:
     """Attention values [B, R, H, D] of the query tokens of one forward."""
     return Gathering(page_table_BN, prefix_len_B, own_visible_RR, kv_pages.shape[1])(q_BRHD, k_BRGD, v_BRGD, kv_pages)
-
-
-def gathering(
-    page_table_BN: Tensor, prefix_len_B: Tensor, own_visible_RR: Tensor, page_len: int
-) -> "Gathering | reference.Gathering":
-    """`paged_attention` for all layers of a forward."""
-    queries, keys = len(own_visible_RR), page_table_BN.shape[1] * page_len + len(own_visible_RR)
-    form = Gathering if queries <= FEW_QUERIES or queries * keys <= MOST_PAIRS else reference.Gathering
-    return form(page_table_BN, prefix_len_B, own_visible_RR, page_len)
 
 
 class Gathering:

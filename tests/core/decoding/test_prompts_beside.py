@@ -1,21 +1,25 @@
 """Prompts are read in the forward of a decode step, several at a time; each gives the numbers that it gives alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from decoding import GREEDY, expected_texts, prompts, requests
+from tiny import wide_model
 
-from tidar_core.config import DraftConfig
+from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.plan_tensors import QueryPattern
 from tidar_core.decoding.scheduler import Scheduler
-from tidar_core.decoding.step_plan import FixedMode
+from tidar_core.decoding.step_plan import MODES, FixedMode
 from tidar_core.kernels import PLAIN, c_kernels, compiled
 from tidar_core.kernels.linear import prepare_for_decoding
+from tidar_core.kernels.quantised_linear import WEIGHTS
 from tidar_core.transformer.kv_cache import KVCache
+from tidar_core.transformer.shapes import named_shape
 
 K = 4
 
@@ -130,3 +134,23 @@ def test_a_text_that_finds_all_of_its_pages_again_goes_on_without_a_read(model, 
     assert preempted
     assert scheduler.alone == [[len(text) for text in texts]]
     assert not any(scheduler.beside)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
+@pytest.mark.parametrize("mode", MODES)
+def test_with_kernels_in_c_a_long_prompt_gives_the_same_bits_in_every_mode_and_in_chunks_of_any_length(form, mode):
+    """So in bf16 too, a text is that of the AR mode, token by token, whatever runs beside it."""
+    model = wide_model(replace(named_shape("tiny"), tied_head=False, context_len=512))
+    model = model.bfloat16() if form != "fp32" else model
+    prepare_for_decoding(model, form if form in WEIGHTS else None)
+    sampling = SamplingConfig(max_tokens=10, prompt_logprobs=True, logprobs=3)
+    texts = requests(prompts(300, 5, 270), sampling)
+
+    def decoded(mode, slots, prefill_tokens, some):
+        decoder = Decoder(model, DraftConfig(block_len=K), slots=slots)
+        scheduler = Scheduler(decoder, FixedMode(mode, K), prefill_tokens=prefill_tokens)
+        return [(done.token_ids, done.logprobs, done.prompt_logprobs) for done in complete(scheduler, some)]
+
+    expected = [decoded("autoregressive", 1, 10_000, [text])[0] for text in texts]
+    assert decoded(mode, 3, 50, texts) == expected

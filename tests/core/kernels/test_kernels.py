@@ -312,7 +312,7 @@ def test_a_short_prompt_has_the_same_bits_with_and_without_masks_behind_it(lengt
     alone["own_visible_RR"] = call["own_visible_RR"][:length, :length]
     shared = ("page_table_BN", "prefix_len_B", "own_visible_RR")
     beside, alone = (
-        on_cpu.gathering(*(x[name] for name in shared), PAGE_LEN)(*(x[n] for n in x if n not in shared))
+        on_cpu.Gathering(*(x[name] for name in shared), PAGE_LEN)(*(x[n] for n in x if n not in shared))
         for x in (call, alone)
     )
     assert torch.equal(beside[:, :length], alone)
