@@ -291,5 +291,30 @@ def test_a_bench_option_that_would_be_ignored_is_refused(run, bundle, options):
     assert "--shape" in refused(run, "bench", bundle, *options)
 
 
+@pytest.mark.parametrize("option", [("--transformers",), ("--prompts", "p.jsonl"), ("--max-tokens", 8), ("--chat",)])
+def test_a_bench_of_a_shape_refuses_what_it_would_ignore(run, option):
+    message = refused(run, "bench", "--shape", "tiny", "--random-weights", *option)
+    assert f"bench with --shape does not take {option[0]}; drop {option[0]}" in message
+
+
+def test_a_bench_of_long_prompts_refuses_what_it_would_ignore(run, bundle):
+    options = "--batch", 2, "--plot", "x.png"
+    assert "with --prompt-len does not take --batch or --plot" in refused(
+        run, "bench", bundle, "--prompt-len", 8, *options
+    )
+    of_a_shape = "--shape", "tiny", "--random-weights", "--prompt-len", 8, "--transformers"
+    assert "does not take --transformers" in refused(run, "bench", *of_a_shape)
+    assert "give at most 111" in refused(run, "bench", bundle, "--prompt-len", 112)
+
+
+def test_long_prompts_are_timed_beside_transformers(run, bundle):
+    options = "--prompt-len", 100, "--prompt-len", 20, "--repeats", 1, "--transformers", "--json"
+    code, out, _ = run("bench", bundle, *options)
+    costs = json.loads(out)["prompts"]
+    assert code == 0
+    assert [cost["prompt_tokens"] for cost in costs] == [20, 100]
+    assert all(cost["tokens_per_second"] > 0 < cost["over_transformers"] for cost in costs)
+
+
 def test_a_shape_that_is_not_known_is_refused(run):
     assert "known are" in refused(run, "bench", "--shape", "gpt-9", "--random-weights")

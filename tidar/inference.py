@@ -77,14 +77,18 @@ def bench(
         typer.Option(help="Prompts of the file are a user's messages; default: if there is a template."),
     ] = None,
     max_tokens: int = 64,
-    batch: Annotated[list[int], typer.Option(min=1, max=MOST_TOGETHER, help="Prompts decoded together.")] = [1],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    batch: Annotated[list[int], typer.Option(min=1, max=MOST_TOGETHER, help="Prompts decoded together; 1.")] = [],  # noqa: B006
+    repeats: Annotated[int | None, typer.Option(min=1, help="3 by default; 5 of decode steps.")] = None,
     block_len: BlockLen = None,
     dtype: Dtype = DType.fp32,
     weights: Weights = None,
     plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
-    transformers: Annotated[bool, typer.Option(help="Time transformers' generate on the same prompts too.")] = False,
+    transformers: Annotated[bool, typer.Option(help="Time transformers on the same prompts too.")] = False,
     llama_cpp: Annotated[Path | None, typer.Option(help="Time llama.cpp with this GGUF file too.")] = None,
+    prompt_len: Annotated[
+        list[int],
+        typer.Option(min=1, help="Time prompts of so many random tokens, and steps behind and beside them."),
+    ] = [],  # noqa: B006
     shape: Annotated[str | None, typer.Option(help="Time decode steps of a published shape, no model.")] = None,
     random_weights: Annotated[bool, typer.Option(help="Needed with --shape, which has no trained weights.")] = False,
     context: Annotated[list[int], typer.Option(min=1, help="With --shape: tokens in the cache; 512.")] = [],  # noqa: B006
@@ -95,34 +99,32 @@ def bench(
     """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
     from pipelines.evaluation import measure, tables
 
-    if (model is None) == (shape is None) or random_weights != (shape is not None):
-        raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
-    if shape is not None:
-        facts = measure.shape_costs(
-            shape,
-            block_len=block_len or 16,
-            batches=batch,
-            contexts=context or [512],
-            dtype=dtype.value,
-            weights=weights and weights.value,
-        )
+    given = {"--prompts": prompts, "--count": count != 8, "--chat": chat is not None, "--max-tokens": max_tokens != 64,
+             "--batch": batch, "--block-len": block_len, "--plot": plot, "--transformers": transformers,
+             "--llama-cpp": llama_cpp, "--context": context}  # fmt: skip
+    _check_bench({name for name, value in given.items() if value}, model, shape, batch, random_weights, prompt_len)
+    if shape is None:
+        uri = _bundle_uri(str(model), tracking_uri)
+        bundle = _load(uri, threads, dtype.value, weights)
+    else:
+        random = measure.random_shape(shape, dtype.value, weights and weights.value, threads)
+    if prompt_len:
+        timed, of = (bundle.model, uri if transformers else None) if shape is None else (random, None)
+        facts = measure.long_prompts(timed, prompt_len, repeats=repeats or 3, shape=shape, transformers_of=of)
+        print_facts(facts, as_json, tables.print_prompts)
+    elif shape is not None:
+        sizes = {"batches": batch or [1], "contexts": context or [512], "repeats": repeats or 5}
+        facts = measure.shape_costs(random, shape, block_len=block_len or 16, **sizes)
         print_facts(facts, as_json, tables.print_steps)
-        return
-    if len(batch) > 1 or context:
-        raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
-    uri = _bundle_uri(str(model), tracking_uri)
-    bundle = _load(uri, threads, dtype.value, weights)
-    requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
-    facts = measure.compared_modes(
-        bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, batch=batch[0],
-        repeats=repeats, uri=uri, transformers=transformers, llama_cpp=llama_cpp,
-    )  # fmt: skip
-    if plot is not None:
-        from pipelines.evaluation.plots import bench_plot
-
-        plot.write_bytes(bench_plot(facts["modes"]))
-    print_facts(facts, as_json, tables.print_modes)
-    _note_without_drafts(bundle, uri)
+    else:
+        requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
+        facts = measure.compared_modes(
+            bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, uri=uri,
+            batch=batch[0] if batch else 1, repeats=repeats or 3, transformers=transformers, llama_cpp=llama_cpp,
+            plot=plot,
+        )  # fmt: skip
+        print_facts(facts, as_json, tables.print_modes)
+        _note_without_drafts(bundle, uri)
 
 
 def profile(
@@ -202,6 +204,27 @@ def _load(uri: str, threads: int, dtype: str = "fp32", weights: str | None = Non
     from pipelines.evaluation.measure import loaded_bundle
 
     return loaded_bundle(uri, threads, dtype, weights and str(weights))
+
+
+def _check_bench(
+    given: set[str], model: str | None, shape: str | None, batch: list[int], random_weights: bool, prompt_len: list[int]
+) -> None:
+    """Raise RequestError if a bench lacks something, or was given an option that it would ignore.
+
+    given  names of the options that were given, without those that every bench takes
+    """
+    if (model is None) == (shape is None) or random_weights != (shape is not None):
+        raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
+    if prompt_len:
+        form, taken = "--prompt-len", set() if model is None else {"--transformers"}
+    elif shape is not None:
+        form, taken = "--shape", {"--batch", "--block-len", "--context"}
+    elif len(batch) > 1 or "--context" in given:
+        raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
+    else:
+        return
+    if others := sorted(given - taken):
+        raise RequestError(f"bench with {form} does not take {' or '.join(others)}; drop {others[0]}")
 
 
 def _note_without_drafts(bundle: Any, uri: str) -> None:

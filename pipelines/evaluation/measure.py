@@ -32,6 +32,7 @@ from tidar_core.planning.decode_step_benchmark import StepCost, random_model, st
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
 from tidar_core.planning.planner import AUTO
+from tidar_core.planning.prompt_benchmark import prompt_costs, random_prompt, require_room
 from tidar_core.planning.step_timing import latency_shapes
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
@@ -42,6 +43,8 @@ __all__ = [
     "compared_modes",
     "latency_curve",
     "loaded_bundle",
+    "long_prompts",
+    "random_shape",
     "shape_costs",
     "stored_latency",
 ]
@@ -108,6 +111,7 @@ def compared_modes(
     transformers: bool = False,
     llama_cpp: Path | None = None,
     modes: Sequence[str] = (*MODES, AUTO),
+    plot: Path | None = None,
 ) -> dict[str, Any]:
     """Modes of the model on the same prompts in one run: the autoregressive mode alone if it does not draft.
 
@@ -115,6 +119,7 @@ def compared_modes(
     transformers  whether transformers' `generate` is timed on the prompts too
     llama_cpp     GGUF file that llama.cpp is timed with on the prompts too
     modes         modes of a model that drafts, the autoregressive mode among them
+    plot          PNG file to write speeds and acceptance to
     """
     prompts, sampling = requests.tokens, SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
     if llama_cpp is not None:
@@ -144,6 +149,45 @@ def compared_modes(
 
         ours, like = results[AUTOREGRESSIVE], model.embedding.weight
         facts["transformers"] = against_transformers(uri, like, prompts, sampling, ours, repeats=repeats)
+    if plot is not None:
+        from pipelines.evaluation.plots import bench_plot
+
+        plot.write_bytes(bench_plot(facts["modes"]))
+    return facts
+
+
+def long_prompts(
+    model: TidarModel,
+    lengths: Sequence[int],
+    *,
+    repeats: int,
+    shape: str | None = None,
+    transformers_of: str | None = None,
+) -> dict[str, Any]:
+    """Times of prompts of these lengths, of decode steps behind them, and of others that wait meanwhile.
+
+    shape            name of the model's shape, if its weights are random
+    transformers_of  location of the model; if given, transformers reads the same prompts
+    """
+    require_room(model, lengths)
+    with job_progress("bench", total=len(set(lengths)), unit="prompts") as show:
+        done = iter(range(1, len(set(lengths)) + 1))
+        costs = prompt_costs(
+            model, lengths, repeats=repeats,
+            on_prompt=lambda cost: show(next(done), {"tokens": cost.prompt_tokens, "s": cost.first_token_seconds}),
+        )  # fmt: skip
+    facts: dict[str, Any] = {
+        **_device(model),
+        **({"shape": shape} if shape else {}),
+        "prompts": [asdict(cost) for cost in costs],
+    }
+    if transformers_of is not None:
+        from pipelines.evaluation.transformers_baseline import prompt_seconds
+
+        prompts = [random_prompt(model, cost.prompt_tokens) for cost in costs]
+        theirs = prompt_seconds(transformers_of, model.embedding.weight, prompts, repeats=repeats)
+        for cost, seconds in zip(facts["prompts"], theirs, strict=True):
+            cost |= {"transformers_seconds": seconds, "over_transformers": seconds / cost["first_token_seconds"]}
     return facts
 
 
@@ -173,21 +217,23 @@ def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
         return time_and_store(uri, decoder, on_point=lambda: show(next(done), {}))
 
 
+def random_shape(shape: str, dtype: str, weights: str | None, threads: int) -> TidarModel:
+    """A published shape with random weights, ready to decode on the GPU if there is one.
+
+    threads  threads of torch in this process from now on
+    """
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model(named_shape(shape), DTYPES[dtype], device)
+    prepare_for_decoding(model, weights)
+    return model
+
+
 def shape_costs(
-    shape: str,
-    *,
-    block_len: int,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    dtype: str,
-    weights: str | None = None,
+    model: TidarModel, shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], repeats: int
 ) -> dict[str, Any]:
     """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = named_shape(shape)  # an unknown shape is refused before anything is timed
-    bandwidth = copy_bandwidth(device)
-    model = random_model(config, DTYPES[dtype], device)
-    prepare_for_decoding(model, weights)
+    bandwidth = copy_bandwidth(model.embedding.weight.device)
     total = len(batches) * len(contexts) * len(step_plans(block_len))
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))
@@ -196,8 +242,9 @@ def shape_costs(
             show(next(done), {"batch": cost.batch, "context": cost.context, "ms": 1000 * cost.seconds})
 
         costs = step_costs(
-            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, on_step=report
-        )
+            model, block_len=block_len, batches=batches, contexts=contexts, bandwidth=bandwidth, repeats=repeats,
+            on_step=report,
+        )  # fmt: skip
     if not costs:
         stderr.print("no cache of these batches and contexts fits into the memory of the device")
     return {

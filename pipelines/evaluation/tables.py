@@ -7,7 +7,15 @@ from rich.table import Table
 
 from pipelines.cluster.console import figure, size, stdout
 
-__all__ = ["print_latency", "print_memory", "print_models", "print_modes", "print_steps", "print_values"]
+__all__ = [
+    "print_latency",
+    "print_memory",
+    "print_models",
+    "print_modes",
+    "print_prompts",
+    "print_steps",
+    "print_values",
+]
 
 UNITS = {"_bytes": "bytes", "_gib": "GiB", "_seconds": "s"}
 """Ends of names, and the unit that the value is shown with. Bytes are shown in GiB or MiB."""
@@ -94,6 +102,30 @@ def print_steps(facts: dict[str, Any]) -> None:
     floors = [costs["autoregressive", context, batch]["floor_share"] for context, batch in shapes]
     table.add_row("AR: share of the floor", "", *(f"{share:.2f}" for share in floors))
     stdout.print(table)
+
+
+def print_prompts(facts: dict[str, Any]) -> None:
+    """Print the times of long prompts, an entry each."""
+    columns = [
+        "prompt", "first token, s", "tokens/s", "first, last chunk, ms", "step behind, ms",
+        "gap beside, steps", "at 95 %", "memory",
+    ]  # fmt: skip
+    beside = "transformers_seconds" in facts["prompts"][0]
+    table = Table(*columns, *(["transformers, s", "ratio"] if beside else []), title=_title(facts))
+    for cost in facts["prompts"]:
+        chunks = f"{1000 * cost['first_chunk_seconds']:.1f}, {1000 * cost['last_chunk_seconds']:.1f}"
+        theirs = [f"{cost['transformers_seconds']:.2f}", f"{cost['over_transformers']:.2f}"] if beside else []
+        table.add_row(
+            f"{cost['prompt_tokens']:,}", figure(cost["first_token_seconds"]), f"{cost['tokens_per_second']:,.0f}",
+            chunks, f"{1000 * cost['step_seconds']:.2f}", f"{cost['gap_steps']:.2f}",
+            f"{cost['longest_gap_steps']:.2f}", size(cost["peak_bytes"]), *theirs,
+        )  # fmt: skip
+    stdout.print(table)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    shape = f"{facts['shape']}, " if "shape" in facts else ""
+    return f"{shape}{facts['weights']}, {facts['device']}, {facts['threads']} threads"
 
 
 def print_latency(facts: dict[str, Any]) -> None:

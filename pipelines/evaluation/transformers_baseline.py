@@ -1,4 +1,7 @@
-"""Baseline: speed of transformers on the same model and prompts, and equality of its texts with ours."""
+"""Baseline: speed of transformers on the same model and prompts, and equality of its texts with ours.
+
+How fast is the program that most people use?
+"""
 
 import statistics
 import tempfile
@@ -17,7 +20,7 @@ from tidar_core.artifacts.model.hf_weights import save_model
 from tidar_core.config import SamplingConfig
 from tidar_core.planning.mode_benchmark import ModeResult
 
-__all__ = ["against_transformers"]
+__all__ = ["against_transformers", "prompt_seconds"]
 
 
 def against_transformers(
@@ -37,11 +40,7 @@ def against_transformers(
     like  a tensor with the dtype and the device to use
     ours  the autoregressive mode on the same prompts
     """
-    disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(load_bundle(uri, dtype=like.dtype).model, Path(folder), end_ids=sampling.eos_ids)
-        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-    theirs = theirs.to(like.device).eval()
+    theirs = _loaded(uri, like, sampling.eos_ids)
 
     def run(tokens: tuple[int, ...]) -> tuple[int, ...]:
         ids = torch.tensor([tokens], device=like.device)
@@ -64,3 +63,29 @@ def against_transformers(
         "ar_over": ours.tokens_per_second / speed,
         "equal_to_ar": texts == ours.texts,
     }
+
+
+def prompt_seconds(uri: str, like: Tensor, prompts: Sequence[tuple[int, ...]], *, repeats: int) -> list[float]:
+    """Seconds of a forward of each prompt with its cache and the logits of its last token; medians, after a warm-up.
+
+    uri, like  as in `against_transformers`
+    """
+    theirs = _loaded(uri, like)
+
+    @torch.inference_mode()
+    def run(tokens: tuple[int, ...]) -> float:
+        ids = torch.tensor([tokens], device=like.device)
+        began = time.perf_counter()
+        int(theirs(ids, use_cache=True, logits_to_keep=1).logits.argmax())
+        return time.perf_counter() - began
+
+    run(prompts[0])
+    return [statistics.median(run(tokens) for _ in range(repeats)) for tokens in prompts]
+
+
+def _loaded(uri: str, like: Tensor, end_ids: tuple[int, ...] = ()) -> Any:
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(load_bundle(uri, dtype=like.dtype).model, Path(folder), end_ids=end_ids)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+    return theirs.to(like.device).eval()

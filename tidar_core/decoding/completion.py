@@ -21,8 +21,11 @@ class Completion:
     """Forwards that gave tokens: the prefill's last, and every decode step."""
     accepted: Counter[int] = field(default_factory=Counter)
     """Count of decode steps with n in 1..K accepted tokens, among the decode steps that verified drafts."""
-    committed: int = 0
-    """Tokens that became final in decode steps, tokens beyond the end included."""
+    in_rounds: int = 0
+    """Tokens that became final in rounds, tokens beyond the end included. A round is a decode step that verified drafts,
+    together with the one before if that verified none: in two-pass mode it made them."""
+    _before: int = 0
+    """Tokens of the last decode step, if it verified no drafts."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -33,9 +36,10 @@ class Completion:
         self.prompt_logprobs = self.prompt_logprobs or step.prompt_logprobs
         self.finish_reason = step.finish_reason
         self.forwards += 1
-        self.committed += step.accepted
         if step.verified > 1:
             self.accepted[step.accepted] += 1
+            self.in_rounds += self._before + step.accepted
+        self._before = step.accepted if step.verified == 1 else 0
 
     @property
     def tokens_per_forward(self) -> float:

@@ -61,8 +61,8 @@ class ModeResult:
     tokens_per_forward: float
     """Tokens over forwards, prefills included (T/NFE)."""
     tokens_per_round: float
-    """Tokens over verifications of drafts; a round is one forward in single-pass mode, two in two-pass mode. 1 if
-    nothing is drafted."""
+    """Tokens of rounds over rounds (`Completion.in_rounds`); a round is one forward in single-pass mode, two in two-pass
+    mode. 1 if no draft is verified."""
     acceptance_histogram: tuple[int, ...]
     """Verifications by accepted length n = 1, 2, .., K."""
     acceptance_by_position: tuple[float, ...]
@@ -189,7 +189,7 @@ def _result(
         over_ar=statistics.median(ratios),
         over_ar_spread=(min(ratios), max(ratios)),
         tokens_per_forward=tokens / sum(c.forwards for c in completions),
-        tokens_per_round=sum(c.committed for c in completions) / rounds if rounds else 1.0,
+        tokens_per_round=sum(c.in_rounds for c in completions) / rounds if rounds else 1.0,
         acceptance_histogram=histogram,
         acceptance_by_position=tuple(sum(histogram[j:]) / max(1, rounds) for j in range(block_len)),
         time_to_first_token_seconds=statistics.median(s for run in runs for s in run.first_token_seconds),

@@ -5,9 +5,10 @@ import torch
 from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
 
 from tidar_core.config import DraftConfig, SamplingConfig
-from tidar_core.decoding.completion import complete
+from tidar_core.decoding.completion import Completion, complete
 from tidar_core.decoding.decode_step import DecodeTuning
 from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import MODES, FixedMode, StepPlan
 from tidar_core.errors import ConfigError
@@ -144,7 +145,18 @@ def test_forwards_are_counted_by_what_they_verify(model):
         decode_steps = completion.forwards - 1
         share = {0: 0, 1: decode_steps if mode == "single-pass" else decode_steps // 2}[verifications]
         assert completion.accepted.total() == share
-        assert completion.committed >= len(completion.token_ids) - 1
+        assert completion.in_rounds >= len(completion.token_ids) - 2 if verifications else completion.in_rounds == 0
+
+
+def test_tokens_of_steps_that_drafted_nothing_belong_to_no_round():
+    """Otherwise a mode that hardly drafts would have more tokens a round than a block has."""
+    plain = {"request_id": "0", "token_ids": (7,), "finish_reason": None, "pending": 1, "accepted": 1, "verified": 1}
+    verified = plain | {"token_ids": (7, 7, 7), "pending": 4, "accepted": 3, "verified": 4}
+    completion = Completion(requests(prompts(3), GREEDY)[0])
+    for step in (plain | {"accepted": 0, "verified": 0}, plain, plain, plain, verified, verified, plain):
+        completion.add(DecodeStep(**step))
+    assert completion.in_rounds == 1 + 3 + 3, "the plain step before a verification drafted"
+    assert completion.accepted == {3: 2}
 
 
 @pytest.mark.parametrize(("mode", "groups"), [("fast", ()), ("single-pass", (0,)), ("single-pass", (2, 1))])

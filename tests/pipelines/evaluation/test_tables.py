@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.evaluation.tables import print_memory, print_models, print_steps, print_values
+from pipelines.evaluation.tables import print_memory, print_models, print_prompts, print_steps, print_values
 
 LONG = "s3://models/" + "a" * 120
 
@@ -75,3 +75,20 @@ def test_tables_in_a_log_keep_every_address_and_column_whole(printed):
     steps = [step | {"context": context, "batch": batch} for context in (512, 8192) for batch in (1, 4, 16, 64)]
     lines = printed(print_steps, {"shape": "s", "dtype": "fp32", "device": "cpu", "steps": steps})
     assert any("context 512, batch 1" in line and "context 8192, batch 64" in line for line in lines)
+
+
+def test_times_of_long_prompts_stand_beside_those_of_transformers(printed):
+    cost = {
+        "prompt_tokens": 2048, "first_token_seconds": 1.7, "tokens_per_second": 1204.7, "first_chunk_seconds": 0.3,
+        "last_chunk_seconds": 0.5, "step_seconds": 0.0141, "gap_steps": 1.8, "longest_gap_steps": 2.1,
+        "peak_bytes": 2**30,
+    }  # fmt: skip
+    facts = {"device": "cpu", "weights": "int8", "threads": 2, "prompts": [cost]}
+    lines = printed(print_prompts, facts)
+    cells = ("2,048", "1.7", "1,205", "300.0, 500.0", "14.10", "1.80", "2.10", "1.00 GiB")
+    assert any(all(cell in line for cell in cells) for line in lines)
+    assert not any("transformers" in line for line in lines)
+    facts["prompts"] = [cost | {"transformers_seconds": 3.4, "over_transformers": 2.0}]
+    lines = printed(print_prompts, facts)
+    assert any("transformers, s" in line for line in lines)
+    assert any("3.40" in line and "2.00" in line for line in lines)

@@ -1,0 +1,66 @@
+"""Times of long prompts: the chunks of a prompt, the steps behind it, and the gaps of a stream beside it."""
+
+from dataclasses import replace
+
+import pytest
+from tiny import wide_model
+
+from tidar_core.decoding.decoder import Decoder
+from tidar_core.errors import RequestError
+from tidar_core.planning.prompt_benchmark import ROOM, prompt_costs, random_prompt, require_room
+from tidar_core.transformer.shapes import named_shape
+
+SECONDS_A_TOKEN, SECONDS_A_FORWARD = 0.001, 0.05
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wide_model(replace(named_shape("tiny"), context_len=1200))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that forwards move: by a fixed time, and for each token that they read or decode."""
+    now = [0.0]
+
+    def moved(forward):
+        def run(self, *given):
+            tokens = len(self.running) + sum(chunk.plan.clean_len for chunk in given[-1] if given)
+            now[0] += SECONDS_A_FORWARD + SECONDS_A_TOKEN * tokens
+            return forward(self, *given)
+
+        return run
+
+    read, step = Decoder.read, Decoder.decode_step
+    monkeypatch.setattr(Decoder, "read", moved(lambda self, chunks: read(self, chunks)))
+    monkeypatch.setattr(Decoder, "decode_step", moved(lambda self, plan, beside: step(self, plan, beside)))
+    return lambda: now[0]
+
+
+def test_times_are_those_of_the_forwards(model, clock):
+    """1,100 tokens are three forwards of 512, 512 and 76 tokens, and a decode step has one."""
+    seen = []
+    costs = prompt_costs(model, [1100, 30, 30], repeats=2, on_prompt=seen.append, clock=clock)
+    assert costs == seen
+    assert [cost.prompt_tokens for cost in costs] == [30, 1100]
+    short, long = costs
+    assert [short.first_token_seconds, short.first_chunk_seconds] == pytest.approx([0.08, 0.08])
+    assert long.first_token_seconds == pytest.approx(3 * 0.05 + 1.1)
+    assert long.tokens_per_second == pytest.approx(1100 / 1.25)
+    assert long.first_chunk_seconds == pytest.approx(0.05 + 0.512)
+    assert long.last_chunk_seconds == pytest.approx(0.05 + 0.076)
+    assert [short.step_seconds, long.step_seconds] == pytest.approx([0.051, 0.051])
+    assert 1 < long.gap_steps <= long.longest_gap_steps < 2.5
+    assert long.peak_bytes > 2**20
+
+
+def test_a_prompt_that_the_context_cannot_hold_is_refused(model):
+    require_room(model, [1200 - ROOM])
+    with pytest.raises(RequestError, match="--prompt-len is 1184; with 17 tokens behind it, .*; give at most 1183"):
+        require_room(model, [3, 1201 - ROOM])
+
+
+def test_a_prompt_holds_every_token_but_the_mask_and_is_the_same_each_time(model):
+    prompt = random_prompt(model, 9000)
+    assert prompt == random_prompt(model, 9000)
+    assert set(prompt) == set(range(model.config.vocab_size)) - {model.config.mask_id}
