@@ -134,7 +134,7 @@ def compared_modes(
             context_len=max(map(len, prompts)) + sampling.max_tokens, on_prompt=lambda: show(next(done), {}),
             table=partial(bundle_table, uri),
         )  # fmt: skip
-    facts = {
+    facts: dict[str, Any] = {
         **_device(model),
         "block_len": block_len,
         "batch": batch,

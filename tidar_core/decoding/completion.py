@@ -22,8 +22,8 @@ class Completion:
     accepted: Counter[int] = field(default_factory=Counter)
     """Count of decode steps with n in 1..K accepted tokens, among the decode steps that verified drafts."""
     in_rounds: int = 0
-    """Tokens that became final in rounds, tokens beyond the end included. A round is a decode step that verified drafts,
-    together with the one before if that verified none: in two-pass mode it made them."""
+    """Tokens that became final in rounds, tokens beyond the end included. A round is a decode step that verified
+    drafts, and the one before if that verified none: in two-pass mode it made them."""
     _before: int = 0
     """Tokens of the last decode step, if it verified no drafts."""
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -61,8 +61,8 @@ class ModeResult:
     tokens_per_forward: float
     """Tokens over forwards, prefills included (T/NFE)."""
     tokens_per_round: float
-    """Tokens of rounds over rounds (`Completion.in_rounds`); a round is one forward in single-pass mode, two in two-pass
-    mode. 1 if no draft is verified."""
+    """Tokens of rounds over rounds (`Completion.in_rounds`). A round is one forward in single-pass mode, two in
+    two-pass mode. 1 if no draft is verified."""
     acceptance_histogram: tuple[int, ...]
     """Verifications by accepted length n = 1, 2, .., K."""
     acceptance_by_position: tuple[float, ...]

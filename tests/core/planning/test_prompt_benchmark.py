@@ -56,7 +56,7 @@ def test_times_are_those_of_the_forwards(model, clock):
 
 def test_a_prompt_that_the_context_cannot_hold_is_refused(model):
     require_room(model, [1200 - ROOM])
-    with pytest.raises(RequestError, match="--prompt-len is 1184; with 17 tokens behind it, .*; give at most 1183"):
+    with pytest.raises(RequestError, match=r"--prompt-len is 1184; with 17 tokens behind it, .*; give at most 1183"):
         require_room(model, [3, 1201 - ROOM])
 
 
