@@ -85,6 +85,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Write speeds and acceptance to this PNG file.")] = None,
     transformers: Annotated[bool, typer.Option(help="Time transformers on the same prompts too.")] = False,
     llama_cpp: Annotated[Path | None, typer.Option(help="Time llama.cpp with this GGUF file too.")] = None,
+    every_plan: Annotated[bool, typer.Option(help="Compare auto with every fixed plan instead.")] = False,
     prompt_len: Annotated[
         list[int],
         typer.Option(min=1, help="Time prompts of so many random tokens, and steps behind and beside them."),
@@ -101,13 +102,13 @@ def bench(
 
     given = {"--prompts": prompts, "--count": count != 8, "--chat": chat is not None, "--max-tokens": max_tokens != 64,
              "--batch": batch, "--block-len": block_len, "--plot": plot, "--transformers": transformers,
-             "--llama-cpp": llama_cpp, "--context": context}  # fmt: skip
+             "--llama-cpp": llama_cpp, "--context": context, "--every-plan": every_plan}  # fmt: skip
     _check_bench({name for name, value in given.items() if value}, model, shape, batch, random_weights, prompt_len)
     if shape is None:
         uri = _bundle_uri(str(model), tracking_uri)
         bundle = _load(uri, threads, dtype.value, weights)
     else:
-        random = measure.random_shape(shape, dtype.value, weights and weights.value, threads)
+        random = measure.random_shape(shape, dtype.value, weights and weights.value, threads, prompt_len)
     if prompt_len:
         timed, of = (bundle.model, uri if transformers else None) if shape is None else (random, None)
         facts = measure.long_prompts(timed, prompt_len, repeats=repeats or 3, shape=shape, transformers_of=of)
@@ -118,13 +119,14 @@ def bench(
         print_facts(facts, as_json, tables.print_steps)
     else:
         requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
-        facts = measure.compared_modes(
-            bundle.model, requests, max_tokens=max_tokens, block_len=block_len or bundle.info.block_len, uri=uri,
-            batch=batch[0] if batch else 1, repeats=repeats or 3, transformers=transformers, llama_cpp=llama_cpp,
-            plot=plot,
-        )  # fmt: skip
-        print_facts(facts, as_json, tables.print_modes)
+        sizes = {"batch": batch[0] if batch else 1, "block_len": block_len or bundle.info.block_len}
+        how: dict[str, Any] = {"max_tokens": max_tokens, "repeats": repeats or 3, "uri": uri, **sizes}
+        if every_plan:
+            return print_facts(measure.compared_plans(bundle.model, requests, **how), as_json, tables.print_plans)
+        how |= {"transformers": transformers, "llama_cpp": llama_cpp, "plot": plot}
+        print_facts(measure.compared_modes(bundle.model, requests, **how), as_json, tables.print_modes)
         _note_without_drafts(bundle, uri)
+    return None
 
 
 def profile(
@@ -221,6 +223,8 @@ def _check_bench(
         form, taken = "--shape", {"--batch", "--block-len", "--context"}
     elif len(batch) > 1 or "--context" in given:
         raise RequestError("several --batch, or --context, need a --shape; give a MODEL one --batch")
+    elif "--every-plan" in given:
+        form, taken = "--every-plan", given - {"--plot", "--transformers", "--llama-cpp"}
     else:
         return
     if others := sorted(given - taken):

@@ -5,7 +5,7 @@ figures are plain values.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.step_plan import MODES
-from tidar_core.errors import RequestError
+from tidar_core.errors import ConfigError, RequestError
 from tidar_core.kernels.bandwidth import copy_bandwidth
 from tidar_core.kernels.linear import prepare_for_decoding
+from tidar_core.planning.candidate_plans import all_candidates
 from tidar_core.planning.decode_step_benchmark import StepCost, random_model, step_costs, step_plans
 from tidar_core.planning.latency_table import measure_latency
 from tidar_core.planning.mode_benchmark import compare_modes, prompts_in_all
+from tidar_core.planning.plan_benchmark import compare_plans, plan_prompts
 from tidar_core.planning.planner import AUTO
-from tidar_core.planning.prompt_benchmark import prompt_costs, random_prompt, require_room
+from tidar_core.planning.prompt_benchmark import ROOM, prompt_costs, random_prompt, require_room
 from tidar_core.planning.step_timing import latency_shapes
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
@@ -41,6 +43,7 @@ __all__ = [
     "BenchPrompts",
     "bench_prompts",
     "compared_modes",
+    "compared_plans",
     "latency_curve",
     "loaded_bundle",
     "long_prompts",
@@ -156,6 +159,34 @@ def compared_modes(
     return facts
 
 
+def compared_plans(
+    model: TidarModel,
+    requests: BenchPrompts,
+    *,
+    max_tokens: int,
+    block_len: int,
+    batch: int,
+    repeats: int,
+    uri: str,
+) -> dict[str, Any]:
+    """`auto` and every fixed plan on the same prompts in one run; ConfigError for a model that does not draft.
+
+    uri  location of the bundle, which may have a latency table beside it
+    """
+    if not model.config.drafting:
+        raise ConfigError(f"{uri} makes no drafts, so it has one plan; give a bundle that drafts")
+    sampling = SamplingConfig(max_tokens=max_tokens, eos_ids=requests.end_ids)
+    context_len = max(map(len, requests.tokens)) + max_tokens
+    total = plan_prompts(len(requests.tokens), len(all_candidates(block_len)), batch=batch, repeats=repeats)
+    with job_progress("bench", total=total, unit="prompts") as show:
+        done = iter(range(1, total + 1))
+        found = compare_plans(
+            model, requests.tokens, sampling, block_len=block_len, batch=batch, repeats=repeats,
+            context_len=context_len, table=partial(bundle_table, uri), on_prompt=lambda: show(next(done), {}),
+        )  # fmt: skip
+    return {**_device(model), "block_len": block_len, "batch": batch, "prompts": len(requests.tokens), **asdict(found)}
+
+
 def long_prompts(
     model: TidarModel,
     lengths: Sequence[int],
@@ -217,14 +248,16 @@ def stored_latency(uri: str, bundle: Bundle, *, batch: int) -> str:
         return time_and_store(uri, decoder, on_point=lambda: show(next(done), {}))
 
 
-def random_shape(shape: str, dtype: str, weights: str | None, threads: int) -> TidarModel:
+def random_shape(shape: str, dtype: str, weights: str | None, threads: int, lengths: Sequence[int] = ()) -> TidarModel:
     """A published shape with random weights, ready to decode on the GPU if there is one.
 
     threads  threads of torch in this process from now on
+    lengths  of prompts; the context is as long as they need
     """
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(named_shape(shape), DTYPES[dtype], device)
+    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), named_shape(shape)
+    config = replace(config, context_len=max(config.context_len, *(length + ROOM for length in lengths), 0))
+    model = random_model(config, DTYPES[dtype], device)
     prepare_for_decoding(model, weights)
     return model
 

@@ -1,6 +1,7 @@
 """Results as people read them at a terminal: names beside values, and tables."""
 
 from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +13,7 @@ __all__ = [
     "print_memory",
     "print_models",
     "print_modes",
+    "print_plans",
     "print_prompts",
     "print_steps",
     "print_values",
@@ -102,6 +104,21 @@ def print_steps(facts: dict[str, Any]) -> None:
     floors = [costs["autoregressive", context, batch]["floor_share"] for context, batch in shapes]
     table.add_row("AR: share of the floor", "", *(f"{share:.2f}" for share in floors))
     stdout.print(table)
+
+
+def print_plans(facts: dict[str, Any]) -> None:
+    """Print `auto` and the fastest fixed plans, an entry each, and how near `auto` came to the best."""
+    prompts = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}"
+    title = f"{len(facts['tried'])} plans tried on a few of {prompts}; {_title(facts)}"
+    table = Table("plan", "tokens/s", "spread", "tokens/s when tried", title=title)
+    for name, speeds in facts["finals"].items():
+        tried = facts["tried"].get(name)
+        spread = f"{min(speeds):.1f}-{max(speeds):.1f}"
+        table.add_row(name, f"{median(speeds):.1f}", spread, "" if tried is None else f"{tried:.1f}")
+    stdout.print(table)
+    for words, ratios in ((f"the best fixed plan: {facts['best']}", "auto_over_best"), ("AR", "auto_over_ar")):
+        low, middle, high = min(facts[ratios]), median(facts[ratios]), max(facts[ratios])
+        stdout.print(f"auto has {middle:.3f} ({low:.3f} to {high:.3f}) of the speed of {words}")
 
 
 def print_prompts(facts: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from tidar_core.planning.planner import AUTO, planner_of
 from tidar_core.planning.step_timing import decoding_latency
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["Divergence", "ModeResult", "compare_modes", "prompts_in_all"]
+__all__ = ["Divergence", "ModeResult", "TimedRun", "compare_modes", "prompts_in_all", "timed_run"]
 
 WARM_UP_TOKENS = 8
 """New tokens of each prompt of the warm-up in a fixed mode: enough for every kind of step. `auto` warms up with whole
@@ -113,13 +113,13 @@ def compare_modes(
     if AUTO in modes:
         costs = decoding_latency(decoder, context_len=longest) if table is None else table(decoder, longest)
     planners = {mode: planner_of(mode, decoder, costs) for mode in modes}
-    runs: dict[str, list[_Run]] = {mode: [] for mode in modes}
+    runs: dict[str, list[TimedRun]] = {mode: [] for mode in modes}
     brief = replace(sampling, max_tokens=min(WARM_UP_TOKENS, sampling.max_tokens))
     for mode, planner in planners.items():
-        _run(decoder, planner, prompts[:batch], sampling if mode == AUTO else brief, on_prompt)
+        timed_run(decoder, planner, prompts[:batch], sampling if mode == AUTO else brief, on_prompt)
     for _ in range(repeats):
         for mode, planner in planners.items():
-            runs[mode].append(_run(decoder, planner, prompts, sampling, on_prompt))
+            runs[mode].append(timed_run(decoder, planner, prompts, sampling, on_prompt))
     truth = [tuple(c.token_ids) for c in runs[modes[0]][0].completions]
     results = {}
     for mode, done in runs.items():
@@ -134,16 +134,18 @@ def prompts_in_all(prompts: int, *, modes: int, batch: int, repeats: int) -> int
 
 
 @dataclass(slots=True)
-class _Run:
+class TimedRun:
+    """All prompts of a benchmark, continued once."""
+
     seconds: float = 0.0
     completions: list[Completion] = field(default_factory=list)
     first_token_seconds: list[float] = field(default_factory=list)
 
 
-def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
-         on_prompt: Callable[[], None]) -> _Run:  # fmt: skip
+def timed_run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig,
+              on_prompt: Callable[[], None]) -> TimedRun:  # fmt: skip
     """Run as many clients as the decoder has slots; each sends its next prompt when its last one is done."""
-    scheduler, run = Scheduler(decoder, planner, share_prefixes=False), _Run()
+    scheduler, run = Scheduler(decoder, planner, share_prefixes=False), TimedRun()
     run.completions = [
         Completion(Request(request_id=str(i), prompt=p, sampling=sampling)) for i, p in enumerate(prompts)
     ]
@@ -172,7 +174,7 @@ def _run(decoder: Decoder, planner: Planner, prompts: Sequence[tuple[int, ...]],
 
 
 def _result(
-    runs: list[_Run], ar: list[_Run], block_len: int, parted: tuple[Divergence, ...], planner: Planner
+    runs: list[TimedRun], ar: list[TimedRun], block_len: int, parted: tuple[Divergence, ...], planner: Planner
 ) -> ModeResult:
     completions = runs[0].completions
     texts = tuple(tuple(completion.token_ids) for completion in completions)
