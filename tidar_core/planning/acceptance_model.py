@@ -88,11 +88,13 @@ class Acceptance:
         self._weight /= DECAY  # a growing weight of new counts is a decay of the old ones
         if self._weight > 1e12:
             self._renew()
-        K = self.block_len
-        for draft in range(1, min(drafts, step.accepted) + 1):
-            entry = draft if not step.mask_offset else K if draft == 1 else K + 1
-            self.tried[regime][entry] += self._weight
-            self.kept[regime][entry] += self._weight * (draft < step.accepted)
+        K, weight, late = self.block_len, self._weight, step.mask_offset > 0
+        tried, kept, accepted = self.tried[regime], self.kept[regime], step.accepted
+        for draft in range(1, min(drafts, accepted) + 1):
+            entry = draft if not late else K if draft == 1 else K + 1
+            tried[entry] += weight
+            if draft < accepted:
+                kept[entry] += weight
 
     def rates(self) -> list[AcceptanceRates]:
         """Acceptance rates in each regime: counts with the pooled rates as their prior."""

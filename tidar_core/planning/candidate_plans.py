@@ -7,12 +7,12 @@ compared. If each plan must be captured first, a few are compared that lie far a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from tidar_core.decoding.step_plan import StepPlan
 
-__all__ = ["Candidate", "all_candidates", "few_candidates", "timed_plans"]
+__all__ = ["Candidate", "all_candidates", "few_candidates", "first_plan", "timed_plans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,12 @@ class Candidate:
     mode: str
     cycle: tuple[StepPlan, ...]
     """Plans taken in turns; a two-pass round has two."""
+
+
+@cache
+def first_plan(plan: StepPlan) -> StepPlan:
+    """The plan that drafts as `plan` does where nothing is pending."""
+    return replace(plan, clean_len=1, groups=(1,)) if plan.groups else plan
 
 
 @cache

@@ -9,14 +9,14 @@ repeat.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.step_plan import Planner, StepPlan
-from tidar_core.planning.candidate_plans import Candidate
+from tidar_core.planning.candidate_plans import Candidate, first_plan
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.mode_benchmark import timed_run
 from tidar_core.planning.planner import AUTO, AutoPlanner, planner_of
@@ -48,10 +48,8 @@ class FixedCycle:
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The plan that verifies what is pending; where nothing is, the one that drafts."""
-        first, last = self.candidate.cycle[0], self.candidate.cycle[-1]
-        if max(pending.values()) > 1 or not first.groups:
-            return last
-        return replace(first, clean_len=1, groups=(1,))
+        cycle = self.candidate.cycle
+        return cycle[-1] if max(pending.values()) > 1 else first_plan(cycle[0])
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
         """A fixed plan has nothing to learn."""

@@ -9,7 +9,7 @@ Autoregression is always among the candidates.
 
 import time
 from collections.abc import Callable, Collection, KeysView, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field, replace
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
 from tidar_core.decoding.decoder import Decoder
@@ -25,7 +25,7 @@ from tidar_core.planning.acceptance_model import (
     regime_after,
     two_pass_chain,
 )
-from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
+from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates, first_plan
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.loop_time import LoopTime
 from tidar_core.planning.served_latency import ServedLatency
@@ -167,7 +167,7 @@ class AutoPlanner:
         pending   tokens pending (d_1 and its drafts) of each running request
         context   tokens of the longest sequence in the cache
         """
-        if self._served & pending.keys():
+        if not self._served.isdisjoint(pending):
             self.loop.add_gap(self._clock() - self._free_since)
         plan = self._planned(pending, context)
         self._launched = _Launched(plan, frozenset(pending), context, bool(self._served), self._clock())
@@ -191,10 +191,9 @@ class AutoPlanner:
                 self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
             self._seconds += seconds
             self._launched, self._served = None, launched.requests
-        ended = sum(step.finish_reason is not None for step in steps)
-        self.loop.add_step(sum(len(step.token_ids) for step in steps), ended)
-        individual = len(steps) <= MAX_INDIVIDUAL_BATCH
+        individual, tokens, ended = len(steps) <= MAX_INDIVIDUAL_BATCH, 0, 0
         for step in steps:
+            tokens += len(step.token_ids)
             if step.verified > 1:
                 own = self._own.get(step.request_id) or self._own.setdefault(step.request_id, _Own(self.block_len))
                 self.acceptance.observe(step, own.regime)
@@ -203,7 +202,9 @@ class AutoPlanner:
                     own.verifications += 1
                 own.regime = regime_after(own.regime, step)
             if step.finish_reason is not None:
+                ended += 1
                 self._own.pop(step.request_id, None)
+        self.loop.add_step(tokens, ended)
 
     def facts(self) -> dict[str, Any]:
         """The current choice, its expected speed and speedup, and the acceptance rates so far; for reports."""
@@ -288,13 +289,16 @@ class AutoPlanner:
             return StepPlan(1)
         if most > 1:
             return self.choice.cycle[-1]
-        return replace(self.choice.cycle[0], clean_len=1, groups=(1,))
+        return first_plan(self.choice.cycle[0])
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """The review that holds for a batch: the last one, or a new one if that is due and there is time for it."""
-        own = [self._own.get(request) for request in requests] if len(requests) <= MAX_INDIVIDUAL_BATCH else []
-        known = any(x is not None and x.verifications >= MIN_VERIFICATIONS for x in own)
-        key = frozenset(requests) if known else len(requests)
+        key: frozenset[str] | int = len(requests)
+        if len(requests) <= MAX_INDIVIDUAL_BATCH:
+            for request in requests:
+                own = self._own.get(request)
+                if own is not None and own.verifications >= MIN_VERIFICATIONS:
+                    key = frozenset(requests)
         last = self._reviews.get(key)
         if last is not None and self._steps < last.due:
             return last
@@ -302,7 +306,7 @@ class AutoPlanner:
             return last or self._nearest(len(requests))
         began = self._clock()
         if last is None:  # drop reviews of single requests that are gone
-            self._reviews = {known: review for known, review in self._reviews.items() if isinstance(known, int)}
+            self._reviews = {size: review for size, review in self._reviews.items() if isinstance(size, int)}
         self._reviews[key] = self._reviewed(requests, context, last)
         self._review_seconds += self._clock() - began
         return self._reviews[key]
@@ -357,7 +361,7 @@ class AutoPlanner:
         return min(self.block_len, max(2, self.block_len // PROBE_PART))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Launched:
     """The step that was planned last."""
 
