@@ -209,3 +209,9 @@ def test_a_dry_run_of_the_service_counts_no_masks(run, checkpoint):
     code, _, err = run("serve", checkpoint("llama"), "--dry-run", "--mode", "single-pass")
     assert (code, err.count("\n")) == (2, 1), err
     assert "mode is single-pass and the model does not draft" in err
+
+
+def test_plans_of_a_checkpoint_that_makes_no_drafts_are_refused(run, checkpoint):
+    code, out, err = run("bench", checkpoint("llama"), "--every-plan")
+    assert (code, out) == (2, "")
+    assert "makes no drafts, so it has one plan; give a bundle that drafts" in err

@@ -298,13 +298,35 @@ def test_a_bench_of_a_shape_refuses_what_it_would_ignore(run, option):
 
 
 def test_a_bench_of_long_prompts_refuses_what_it_would_ignore(run, bundle):
-    options = "--batch", 2, "--plot", "x.png"
-    assert "with --prompt-len does not take --batch or --plot" in refused(
+    options = "--batch", 2, "--plot", "x.png", "--count", 8
+    assert "with --prompt-len does not take --batch or --count or --plot" in refused(
         run, "bench", bundle, "--prompt-len", 8, *options
     )
     of_a_shape = "--shape", "tiny", "--random-weights", "--prompt-len", 8, "--transformers"
     assert "does not take --transformers" in refused(run, "bench", *of_a_shape)
     assert "give at most 111" in refused(run, "bench", bundle, "--prompt-len", 112)
+
+
+def test_long_prompts_of_a_shape_have_the_context_that_they_need(run):
+    code, out, _ = run("bench", "--shape", "tiny", "--random-weights", "--prompt-len", 700, "--repeats", 1, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["shape"], [cost["prompt_tokens"] for cost in facts["prompts"]]) == ("tiny", [700])
+
+
+def test_auto_stands_beside_every_plan(run, bundle):
+    options = "--every-plan", "--count", 2, "--max-tokens", 8, "--block-len", 4, "--repeats", 1
+    code, out, _ = run("bench", bundle, *options)
+    assert code == 0
+    assert "of the speed of the best fixed plan: " in out
+    code, out, _ = run("bench", bundle, *options, "--json")
+    facts = json.loads(out)
+    assert list(facts["finals"])[:2] == ["auto", "autoregressive"]
+    assert len(facts["tried"]) > len(facts["finals"]) == 6
+
+
+def test_a_comparison_of_plans_refuses_what_it_would_ignore(run, bundle):
+    assert "with --every-plan does not take --plot" in refused(run, "bench", bundle, "--every-plan", "--plot", "x.png")
 
 
 def test_long_prompts_are_timed_beside_transformers(run, bundle):

@@ -1,6 +1,7 @@
 """Commands that decode with a model: completions, measurements, the service."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,12 +72,12 @@ def generate(
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL with prompt, question, turns or text.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 8,
+    count: Annotated[int | None, typer.Option(min=1, help="Prompts taken from the file; 8.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option(help="Prompts of the file are a user's messages; default: if there is a template."),
     ] = None,
-    max_tokens: int = 64,
+    max_tokens: Annotated[int | None, typer.Option(help="64 by default.")] = None,
     batch: Annotated[list[int], typer.Option(min=1, max=MOST_TOGETHER, help="Prompts decoded together; 1.")] = [],  # noqa: B006
     repeats: Annotated[int | None, typer.Option(min=1, help="3 by default; 5 of decode steps.")] = None,
     block_len: BlockLen = None,
@@ -100,33 +101,34 @@ def bench(
     """Compare the modes on the same prompts in one run: speed, tokens per forward, acceptance, equality."""
     from pipelines.evaluation import measure, tables
 
-    given = {"--prompts": prompts, "--count": count != 8, "--chat": chat is not None, "--max-tokens": max_tokens != 64,
-             "--batch": batch, "--block-len": block_len, "--plot": plot, "--transformers": transformers,
-             "--llama-cpp": llama_cpp, "--context": context, "--every-plan": every_plan}  # fmt: skip
-    _check_bench({name for name, value in given.items() if value}, model, shape, batch, random_weights, prompt_len)
-    if shape is None:
-        uri = _bundle_uri(str(model), tracking_uri)
-        bundle = _load(uri, threads, dtype.value, weights)
-    else:
-        random = measure.random_shape(shape, dtype.value, weights and weights.value, threads, prompt_len)
-    if prompt_len:
-        timed, of = (bundle.model, uri if transformers else None) if shape is None else (random, None)
-        facts = measure.long_prompts(timed, prompt_len, repeats=repeats or 3, shape=shape, transformers_of=of)
-        print_facts(facts, as_json, tables.print_prompts)
-    elif shape is not None:
+    given = {"--prompts": prompts, "--count": count, "--chat": chat, "--max-tokens": max_tokens, "--batch": batch,
+             "--block-len": block_len, "--plot": plot, "--transformers": transformers, "--llama-cpp": llama_cpp,
+             "--context": context, "--every-plan": every_plan}  # fmt: skip
+    _check_bench(given, model, shape, batch, random_weights, prompt_len)
+    if shape is not None:
+        form = shape, dtype.value, weights and weights.value, threads
+        if prompt_len:
+            random = measure.random_shape(*form, prompt_len)
+            facts = measure.long_prompts(random, prompt_len, repeats=repeats or 3, shape=shape)
+            return print_facts(facts, as_json, tables.print_prompts)
         sizes = {"batches": batch or [1], "contexts": context or [512], "repeats": repeats or 5}
-        facts = measure.shape_costs(random, shape, block_len=block_len or 16, **sizes)
-        print_facts(facts, as_json, tables.print_steps)
-    else:
-        requests = measure.bench_prompts(uri, bundle, prompts, count, max_tokens, chat)
-        sizes = {"batch": batch[0] if batch else 1, "block_len": block_len or bundle.info.block_len}
-        how: dict[str, Any] = {"max_tokens": max_tokens, "repeats": repeats or 3, "uri": uri, **sizes}
-        if every_plan:
-            return print_facts(measure.compared_plans(bundle.model, requests, **how), as_json, tables.print_plans)
-        how |= {"transformers": transformers, "llama_cpp": llama_cpp, "plot": plot}
-        print_facts(measure.compared_modes(bundle.model, requests, **how), as_json, tables.print_modes)
-        _note_without_drafts(bundle, uri)
-    return None
+        facts = measure.shape_costs(*form, block_len=block_len or 16, **sizes)
+        return print_facts(facts, as_json, tables.print_steps)
+    uri = _bundle_uri(str(model), tracking_uri)
+    bundle = _load(uri, threads, dtype.value, weights)
+    if prompt_len:
+        of = uri if transformers else None
+        facts = measure.long_prompts(bundle.model, prompt_len, repeats=repeats or 3, transformers_of=of)
+        return print_facts(facts, as_json, tables.print_prompts)
+    most = 64 if max_tokens is None else max_tokens
+    requests = measure.bench_prompts(uri, bundle, prompts, count or 8, most, chat)
+    beside: dict[str, Any] = {"transformers": transformers, "llama_cpp": llama_cpp, "plot": plot}
+    facts = (measure.compared_plans if every_plan else partial(measure.compared_modes, **beside))(
+        bundle.model, requests, max_tokens=most, block_len=block_len or bundle.info.block_len,
+        batch=batch[0] if batch else 1, repeats=repeats or 3, uri=uri,
+    )  # fmt: skip
+    print_facts(facts, as_json, tables.print_plans if every_plan else tables.print_modes)
+    return _note_without_drafts(bundle, uri)
 
 
 def profile(
@@ -209,12 +211,18 @@ def _load(uri: str, threads: int, dtype: str = "fp32", weights: str | None = Non
 
 
 def _check_bench(
-    given: set[str], model: str | None, shape: str | None, batch: list[int], random_weights: bool, prompt_len: list[int]
+    options: dict[str, Any],
+    model: str | None,
+    shape: str | None,
+    batch: list[int],
+    random_weights: bool,
+    prompt_len: list[int],
 ) -> None:
     """Raise RequestError if a bench lacks something, or was given an option that it would ignore.
 
-    given  names of the options that were given, without those that every bench takes
+    options  values by name, without the options that every bench takes
     """
+    given = {name for name, value in options.items() if value not in (None, False, [])}
     if (model is None) == (shape is None) or random_weights != (shape is not None):
         raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
     if prompt_len:

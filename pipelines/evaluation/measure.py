@@ -263,10 +263,17 @@ def random_shape(shape: str, dtype: str, weights: str | None, threads: int, leng
 
 
 def shape_costs(
-    model: TidarModel, shape: str, *, block_len: int, batches: Sequence[int], contexts: Sequence[int], repeats: int
-) -> dict[str, Any]:
-    """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth."""
-    bandwidth = copy_bandwidth(model.embedding.weight.device)
+    shape: str, dtype: str, weights: str | None, threads: int, *, block_len: int, batches: Sequence[int],
+    contexts: Sequence[int], repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Time of decode steps of a published shape with random weights, and the lower bound by memory bandwidth.
+
+    shape, dtype, weights, threads  as `random_shape` takes them
+    """
+    named_shape(shape)  # an unknown shape is refused before anything is timed
+    torch.set_num_threads(threads)
+    bandwidth = copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = random_shape(shape, dtype, weights, threads)
     total = len(batches) * len(contexts) * len(step_plans(block_len))
     with job_progress("bench", total=total, unit="steps") as show:
         done = iter(range(1, total + 1))

@@ -225,8 +225,10 @@ class Decoder:
         self._has_read = True
         sequence, start = chunk.sequence, chunk.sequence.read
         tokens = torch.tensor([sequence.tokens[start : start + chunk.plan.clean_len]], device=self.device)
-        pages = torch.tensor([sequence.pages.ids], device=self.device)
-        return self._runner.chunk(pages, start, tokens, chunk.plan)
+        pages = sequence.pages
+        if pages.row is None:  # a long prompt has many chunks, and thousands of pages
+            pages.row = torch.tensor([pages.ids], device=self.device)
+        return self._runner.chunk(pages.row, start, tokens, chunk.plan)
 
     def _has_been_read(self, chunk: Chunk, hidden: Tensor) -> None:
         sequence, start = chunk.sequence, chunk.sequence.read

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 __all__ = ["NULL_PAGE", "PAGE_LEN", "PagePool", "SequencePages", "chain_key", "page_count"]
 
@@ -47,6 +48,8 @@ class SequencePages:
     """Leading pages whose tokens are all committed."""
     key: bytes = b""
     """Key of the last full page."""
+    row: Any = None
+    """The ids as a tensor [1, pages], which a decoder keeps here; None after the ids changed."""
 
 
 class PagePool:
@@ -89,6 +92,8 @@ class PagePool:
         missing = page_count(tokens, self.page_len) - len(held.ids)
         if missing > self.available:
             return False
+        if missing > 0:
+            held.row = None
         for _ in range(missing):
             page = self._free.popleft() if self._free else self._forget_oldest()
             self._holders[page] = 1
@@ -117,6 +122,7 @@ class PagePool:
             elif self._holders[page] == 0:
                 self._free.append(page)
         held.ids.clear()
+        held.row = None
 
     def _forget_oldest(self) -> int:
         page, _ = self._kept.popitem(last=False)

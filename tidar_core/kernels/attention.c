@@ -2,26 +2,30 @@
  *
  * Keys are read in parts, counted from the first key of a sequence. A part has a softmax of its own, and parts are
  * folded in their order. So a query's results do not depend, bit for bit, on other queries, on threads, nor on keys
- * that it does not see: what is hidden adds 0. `reference.py` defines the result. Tensors are contiguous unless a
- * stride is given.
+ * that it does not see: what is hidden adds 0, if it is finite. `reference.py` defines the result. Tensors are
+ * contiguous unless a stride is given.
  */
 #include "attention_part.h"
+
+#define MOST_RESULTS (1L << 22) /* numbers, 16 MiB, that results of parts may take */
 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
 /* Add the results of the next part. Not inlined: its bits must be the same wherever it is called. */
 static void __attribute__((noinline)) fold(struct results to, struct results part, long count, long padded) {
-    for (long n = 0; n < count; n += LANES) {
-        const F before = *(F *)(to.most + n), now = *(F *)(part.most + n);
-        const F most = larger(larger(before, now), all(-3e38f)); /* a number, even where neither saw a key */
-        const F kept = power_of_two(before - most), added = power_of_two(now - most);
-        *(F *)(to.most + n) = larger(before, now);
-        *(F *)(to.total + n) = *(F *)(to.total + n) * kept + *(F *)(part.total + n) * added;
-        for (long m = 0; m < LANES && n + m < count; m++) {
-            F *sum = (F *)(to.sums + (n + m) * padded);
-            const F *other = (const F *)(part.sums + (n + m) * padded);
-            for (long d = 0; d < padded / LANES; d++) sum[d] = sum[d] * kept[m] + other[d] * added[m];
+    for (long n = 0; n < count; n += NATIVE) {
+        const N before = *(N *)(to.most + n), now = *(N *)(part.most + n);
+        const NI less = before < now, none = before == now; /* both may be -inf, where neither saw a key */
+        const N most = (N)(((NI)now & less) | ((NI)before & ~less));
+        const N kept = power_of_two((N)((NI)(before - most) & ~none));
+        const N added = power_of_two((N)((NI)(now - most) & ~none));
+        *(N *)(to.most + n) = most;
+        *(N *)(to.total + n) = *(N *)(to.total + n) * kept + *(N *)(part.total + n) * added;
+        for (long m = 0; m < NATIVE && n + m < count; m++) {
+            N *sum = (N *)(to.sums + (n + m) * padded);
+            const N *other = (const N *)(part.sums + (n + m) * padded);
+            for (long d = 0; d < padded / NATIVE; d++) sum[d] = sum[d] * kept[m] + other[d] * added[m];
         }
     }
 }
@@ -74,7 +78,7 @@ INLINE void attend_group(const struct attention *a, struct group g, struct room 
     read_queries(a, &g, room, form);
     for (long first = 0; first < g.keys; first += PART) {
         const long count = width_of(g.keys - first);
-        find_rows(a, g.sequence, first, count, room, form);
+        find_rows(a, (struct part){g.sequence, first}, count, g.keys, room, form);
         read_part(a, room, g.head, count, none, form);
         attend(a, &g, room, first, count, first ? one : all, form);
         if (first) fold(all, one, g.count, a->padded);
@@ -130,8 +134,8 @@ static void forget(struct parts parts) {
 /* One part, for all heads. The results of a head follow those of the head before. */
 INLINE void attend_part(const struct attention *a, struct part part, struct room *room, float *results,
                         struct part next, enum form form) {
-    const long count = width_of(keys_of(a, part.sequence) - part.first);
-    find_rows(a, part.sequence, part.first, count, room, form);
+    const long keys = keys_of(a, part.sequence), count = width_of(keys - part.first);
+    find_rows(a, part, count, keys, room, form);
     for (long head = 0; head < a->kv_heads; head++, results += results_len(a)) {
         const struct group g = group_of(a, part.sequence, head, 0);
         read_queries(a, &g, room, form);
@@ -192,8 +196,11 @@ INLINE void attend_to_parts(const struct attention *a, long sequences, enum form
     forget(parts);
 }
 
+/* Both ways have the same bits. Results of parts have a place each, so many parts of many queries are no way. */
 INLINE void attention(const struct attention *a, long sequences, enum form form) {
-    if (a->groups > 1) attend_to_groups(a, sequences, form);
+    long parts = 0;
+    for (long s = 0; s < sequences; s++) parts += parts_of(keys_of(a, s));
+    if (a->groups > 1 || parts * a->kv_heads * results_len(a) > MOST_RESULTS) attend_to_groups(a, sequences, form);
     else attend_to_parts(a, sequences, form);
 }
 
@@ -209,7 +216,7 @@ static void find_seen(struct attention *a, const uint8_t *visible) {
     for (long n = 0; n < a->groups; n++) {
         const struct group g = {.first = n * a->most};
         const long left = a->queries - g.first, count = left < a->most ? left : a->most;
-        a->own[n] = 0;
+        a->own[n] = 1;
         for (long token = g.first / share_of(a); token <= (g.first + count - 1) / share_of(a); token++)
             for (long key = own; key > a->own[n]; key--)
                 if (visible[token * own + key - 1]) a->own[n] = key;

@@ -10,7 +10,8 @@
 
 #define PART 128 /* keys */
 #define QUERIES 64 /* of one key head that share what is read of keys and values */
-#define FEW 4 /* queries, and vectors of keys or values, whose sums stay in registers */
+#define FEW (NATIVE == LANES ? 4 : 2) /* queries, and vectors of keys or values, whose sums stay in registers */
+#define REGISTERS (LANES / NATIVE) /* of a vector */
 #define EVEN (2 * LANES) /* keys, and numbers of a value, are filled up to a multiple of this */
 #define LOG2_E 1.44269504f /* scores are powers of 2 */
 
@@ -95,17 +96,19 @@ INLINE void request(const struct attention *a, struct part next, long n, long sh
     }
 }
 
-/* Find where the first `count` keys and values of a part begin, for all heads; those after the last are zeros. */
-INLINE void find_rows(const struct attention *a, long sequence, long first, long count, struct room *room,
+/* Find where the first `count` keys and values of a part begin, for all heads. Those after the first `keys` keys of the
+ * sequence are zeros. */
+INLINE void find_rows(const struct attention *a, struct part part, long count, long keys, struct room *room,
                       enum form form) {
-    const long bytes = size_of(form), kept = a->kv_heads * a->size * bytes, prefix = prefix_of(a, sequence);
+    const long bytes = size_of(form), kept = a->kv_heads * a->size * bytes;
+    const long sequence = part.sequence, first = part.first, prefix = prefix_of(a, sequence);
     struct walk walk = walk_from(a, sequence, first);
     for (long n = 0; n < count; n++) {
         const long own = first + n - prefix, token = sequence * a->per_sequence + own;
         if (own < 0) {
             room->key[n] = step(a, &walk, form);
             room->value[n] = room->key[n] + kept;
-        } else if (own < a->per_sequence) {
+        } else if (first + n < keys) {
             room->key[n] = (const char *)a->k + token * a->kv_stride * bytes;
             room->value[n] = (const char *)a->v + token * a->kv_stride * bytes;
         } else room->key[n] = room->value[n] = room->zeros;
@@ -166,7 +169,7 @@ INLINE void read_part(const struct attention *a, struct room *room, long head, l
         request(a, next, ((2 * head + 1) * count + n) / LANES, 2 * a->kv_heads * count / LANES, form);
         for (long m = n; m < n + LANES; m += paired(form) ? 2 : 1) {
             U *line = room->values + m / (paired(form) ? 2 : 1) * a->padded / LANES;
-            const char *row = room->value[m] + from, *second = room->value[m + 1] + from;
+            const char *row = room->value[m] + from, *second = paired(form) ? room->value[m + 1] + from : row;
             for (long d = 0; d < a->padded; d += paired(form) ? 2 * LANES : LANES)
                 if (paired(form)) pair_rows(row + 2 * d, second + 2 * d, line + d / LANES);
                 else line[d / LANES] = (U)run(row, 0, d, a->size, halved(form));
@@ -174,34 +177,36 @@ INLINE void read_part(const struct attention *a, struct room *room, long head, l
     }
 }
 
-/* Sums, to which the products of a query's word with 16 words are added. */
-INLINE F add_products(F sum, float one, U word, enum form form) {
-#ifdef __AVX512BF16__
-    if (paired(form)) return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(one), (__m512bh)word);
-#endif
-    (void)form;
-    return sum + one * (F)word;
-}
-
 /* Sums [FEW, count] of `rows` words of FEW lines with as many rows of `count` vectors, a constant. */
 INLINE void sum_up(const float *line, long line_stride, const U *row, long row_stride, long rows, int count,
                    F sum[FEW][FEW], enum form form) {
-    F found[FEW][FEW] = {};
+    N found[FEW][FEW * REGISTERS] = {};
     for (long w = 0; w < rows; w++, row += row_stride / LANES)
         UNROLL for (int m = 0; m < FEW; m++)
-            UNROLL for (int n = 0; n < count; n++)
-                found[m][n] = add_products(found[m][n], line[m * line_stride + w], row[n], form);
+            UNROLL for (int n = 0; n < count * REGISTERS; n++) {
+                const float one = line[m * line_stride + w];
+#ifdef __AVX512BF16__
+                if (paired(form))
+                    found[m][n] = (F)_mm512_dpbf16_ps((__m512)found[m][n], (__m512bh)_mm512_set1_ps(one),
+                                                      (__m512bh)row[n]);
+                else
+#endif
+                found[m][n] += one * *((const N *)row + n);
+            }
+    (void)form;
     UNROLL for (int m = 0; m < FEW; m++)
-        UNROLL for (int n = 0; n < count; n++) sum[m][n] = found[m][n];
+        UNROLL for (int n = 0; n < count * REGISTERS; n++) *((N *)sum[m] + n) = found[m][n];
 }
 
 #ifdef __AMX_TILE__
 /* The same for 16 lines, by matrix instructions; `rows` is a multiple of 16. The sums go to memory. */
 INLINE void sum_up_by_matrices(const float *line, long line_stride, const U *row, long row_stride, long rows,
                                int count, float *sum, long sum_stride) {
+    __asm__ volatile("" ::: "memory"); /* tiles are loaded behind the compiler's back */
     _tile_zero(0);
     _tile_zero(1);
-    if (count > 2) _tile_zero(2), _tile_zero(3);
+    _tile_zero(2);
+    _tile_zero(3);
     for (long w = 0; w < rows; w += LANES) {
         const U *first = row + w * row_stride / LANES;
         _tile_loadd(4, line + w, line_stride * 4);
@@ -268,16 +273,25 @@ INLINE void score(const struct attention *a, const struct group *g, const struct
 
 /* Turn scores of a query into weights, in bf16 if words are pairs. The largest has weight 1 if any key is seen. */
 INLINE void weigh(float *score, long count, float *largest, float *total, enum form form) {
-    F most = all(-INFINITY), sum = {};
-    for (long n = 0; n < count; n += LANES) most = larger(most, *(F *)(score + n));
-    *largest = largest_of(most);
-    const float base = *largest == -INFINITY ? 0 : *largest;
-    for (long n = 0; n < count; n += LANES) {
-        const F weight = power_of_two(*(F *)(score + n) - base);
-        sum += weight;
-        store(score, n, paired(form), weight); /* never before what is read */
+    N most = (N){} - INFINITY, sum = {};
+    for (long n = 0; n < count; n += NATIVE) {
+        const N value = *(N *)(score + n);
+        const NI less = most < value;
+        most = (N)(((NI)value & less) | ((NI)most & ~less));
     }
-    *total = sum_of(sum);
+    *largest = largest_in(most);
+    const float base = *largest == -INFINITY ? 0 : *largest;
+    for (long n = 0; n < count; n += NATIVE) {
+        const N weight = power_of_two(*(N *)(score + n) - base);
+        sum += weight;
+#ifdef __AVX512F__
+        store(score, n, paired(form), weight); /* never before what is read */
+#else
+        *(N *)(score + n) = weight;
+#endif
+    }
+    (void)form;
+    *total = sum_in(sum);
 }
 
 /* Sums of `count` vectors, a constant, of weighted values from number `d` on, for some queries from `n` on. */

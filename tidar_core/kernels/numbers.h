@@ -22,6 +22,18 @@ typedef VECTOR(uint16_t, 32, 2) H;
 typedef VECTOR(uint16_t, 64, 2) W;
 typedef VECTOR(uint8_t, 16, 1) B;
 
+/* As many numbers as a register holds. Where it holds fewer than 16, a vector of 16 that is handed over goes through
+ * memory. */
+#if defined __AVX512F__
+#define NATIVE 16
+#elif defined __AVX__
+#define NATIVE 8
+#else
+#define NATIVE 4
+#endif
+typedef VECTOR(float, 4 * NATIVE, 4) N;
+typedef VECTOR(int32_t, 4 * NATIVE, 4) NI;
+
 INLINE F all(float x) { return (F){} + x; }
 
 INLINE F load(const void *x, long i, int half) {
@@ -115,6 +127,27 @@ INLINE int32_t largest_bits_of(I x) {
     return x[0];
 }
 
+/* The largest of the numbers of a register; what is no number does not count. */
+INLINE float largest_in(N x) {
+#ifdef __AVX512F__
+    return largest_of(x);
+#else
+    float found = x[0];
+    for (int n = 1; n < NATIVE; n++) found = x[n] > found ? x[n] : found;
+    return found;
+#endif
+}
+
+INLINE float sum_in(N x) {
+#ifdef __AVX512F__
+    return sum_of(x);
+#else
+    float sum = 0;
+    for (int n = 0; n < NATIVE; n++) sum += x[n];
+    return sum;
+#endif
+}
+
 INLINE F smaller(F x, F y) { return -larger(-x, -y); }
 
 /* exp of x <= 88, up to about 1e-7 of the result; 0 below -87. */
@@ -133,15 +166,15 @@ INLINE F exponential(F x) {
 }
 
 /* 2 to the power of x <= 0, up to about 2e-7 of the result; 0 below -126. */
-INLINE F power_of_two(F x) {
-    const F whole = x + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
-    const F r = x - (whole - 12582912.f);
-    F y = r * 1.32647273e-3f + 9.67151299e-3f;
+INLINE N power_of_two(N x) {
+    const N whole = x + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
+    const N r = x - (whole - 12582912.f);
+    N y = r * 1.32647273e-3f + 9.67151299e-3f;
     y = y * r + 5.55073358e-2f;
     y = y * r + 2.40222424e-1f;
     y = y * r + 6.93147004e-1f;
     y = y * r + 1.f;
-    return (F)(((I)y + ((I)whole << 23 & (x == x))) & ~(x <= -126.f)); /* what is no number stays none */
+    return (N)(((NI)y + ((NI)whole << 23 & (x == x))) & ~(x <= -126.f)); /* what is no number stays none */
 }
 
 #define LOW_OF(n, s) (n) & (s) ? (n) - (s) + 16 : (n)
@@ -149,6 +182,14 @@ INLINE F power_of_two(F x) {
 
 /* Exchange rows and columns of a square of words. */
 INLINE void transpose(U word[16]) {
+#ifndef __AVX512F__
+    uint32_t row[16][16], column[16][16]; /* a vector of 16 words that no register holds is shuffled word by word */
+    memcpy(row, word, sizeof row);
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 16; n++) column[n][m] = row[m][n];
+    memcpy(word, column, sizeof row);
+    return;
+#endif
     UNROLL for (int s = 1; s < 16; s *= 2) {
         const U low = {SIXTEEN(LOW_OF, s)}, high = {SIXTEEN(HIGH_OF, s)};
         UNROLL for (int n = 0; n < 16; n++) {

@@ -28,7 +28,9 @@ STREAM_TOKENS = 16
 STEPS = 16
 """Decode steps that are timed behind a prompt, and of the stream before a prompt comes."""
 MOST_GAPS = 150
-"""Gaps of the stream that are timed beside a prompt; a longer prompt is not read to its end."""
+"""Gaps of the stream that are timed."""
+BESIDE = 1024
+"""Last tokens of a prompt, which are read beside the stream. Their chunks see most keys, so gaps are longest."""
 ROOM = 1 + STEPS
 """Tokens of the context that are kept free behind a prompt."""
 
@@ -49,7 +51,7 @@ class PromptCost:
     step_seconds: float
     """Median seconds of an autoregressive decode step behind the prompt."""
     gap_steps: float
-    """Time between two tokens of another stream while the prompt is read, in its decode steps: the median."""
+    """Time between two tokens of another stream while the prompt's end is read, in its decode steps: the median."""
     longest_gap_steps: float
     """The same at 95 %."""
     peak_bytes: int
@@ -58,7 +60,7 @@ class PromptCost:
 
 def require_room(model: TidarModel, lengths: Sequence[int]) -> None:
     """Raise RequestError if the model's context cannot hold a prompt and the steps behind it."""
-    longest, context = max(lengths), model.config.context_len
+    longest, context = max(*lengths, STREAM_TOKENS + ROOM), model.config.context_len
     if longest + ROOM > context:
         raise RequestError(
             f"--prompt-len is {longest}; with {ROOM} tokens behind it, it must not exceed the context of {context}; "
@@ -134,6 +136,8 @@ def _gaps(model: TidarModel, prompt: tuple[int, ...], clock: Clock) -> tuple[flo
     scheduler.advance()
     step = statistics.median(_seconds(scheduler, clock) for _ in range(STEPS))
     scheduler.submit(_request("beside", prompt, 1))
+    if len(prompt) > BESIDE:
+        scheduler.prefill(len(prompt) - BESIDE)
     gaps: list[float] = []
     while len(gaps) < most and len(scheduler.running) + len(scheduler.arriving) == 2:
         gaps.append(_seconds(scheduler, clock) / step)
@@ -155,6 +159,8 @@ def _request(request_id: str, prompt: tuple[int, ...], max_tokens: int) -> Reque
 def _seconds(scheduler: Scheduler, clock: Clock) -> float:
     began = clock()
     scheduler.advance()
+    if scheduler.decoder.device.type == "cuda":
+        torch.cuda.synchronize()
     return clock() - began
 
 

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler works h
 PART = 128
 """Keys of a part, as `attention.c` has it."""
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+BY_SEQUENCE = "q_BRHD", "k_BRGD", "v_BRGD", "page_table_BN", "prefix_len_B"
 SHAPES = {"shared keys": (9, 3, 64), "one key head": (6, 1, 40), "own keys": (2, 2, 96)}
 
 
@@ -83,3 +84,23 @@ def test_a_key_that_is_no_number_reaches_those_that_see_it_and_no_others(shape, 
     found = on_cpu.paged_attention(**text.call(0, 2 * PART))
     assert torch.equal(found[:, :40], before[:, :40])
     assert found[:, 40:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+def test_a_value_that_is_no_number_reaches_nobody_in_a_chunk_before_it(shape, dtype):
+    text = Text(2 * PART, dtype=dtype, **shape)
+    before = text.read(PART)
+    text.v[0, PART + 3] = float("nan")
+    found = on_cpu.paged_attention(**text.call(0, PART))
+    assert torch.equal(found, before[:, :PART])
+
+
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+def test_results_of_many_parts_are_folded_at_once_with_the_same_bits(shape, dtype):
+    """Sixty sequences of 20 tokens behind 3,000 have too many parts to keep the results of all."""
+    text = Text(3020, dtype=dtype, **shape)
+    call = text.call(3000, 3020)
+    many = {name: call[name].repeat(60, *(1,) * (call[name].dim() - 1)) for name in BY_SEQUENCE}
+    found = on_cpu.paged_attention(**call | many)
+    alone = on_cpu.paged_attention(**call)
+    assert torch.equal(found, alone.repeat(60, 1, 1, 1))

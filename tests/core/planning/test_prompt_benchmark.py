@@ -7,7 +7,7 @@ from tiny import wide_model
 
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.errors import RequestError
-from tidar_core.planning.prompt_benchmark import ROOM, prompt_costs, random_prompt, require_room
+from tidar_core.planning.prompt_benchmark import BESIDE, ROOM, prompt_costs, random_prompt, require_room
 from tidar_core.transformer.shapes import named_shape
 
 SECONDS_A_TOKEN, SECONDS_A_FORWARD = 0.001, 0.05
@@ -52,6 +52,18 @@ def test_times_are_those_of_the_forwards(model, clock):
     assert [short.step_seconds, long.step_seconds] == pytest.approx([0.051, 0.051])
     assert 1 < long.gap_steps <= long.longest_gap_steps < 2.5
     assert long.peak_bytes > 2**20
+
+
+def test_a_stream_waits_beside_the_end_of_a_long_prompt(model, clock, monkeypatch):
+    """There chunks see most keys, so the gaps are the longest."""
+    beside, step = [], Decoder.decode_step
+    monkeypatch.setattr(
+        Decoder, "decode_step", lambda self, plan, chunks: beside.extend(chunk.sequence.read for chunk in chunks)
+        or step(self, plan, chunks),
+    )  # fmt: skip
+    prompt_costs(model, [1150], repeats=1, clock=clock)
+    assert min(beside) == 1150 - BESIDE
+    assert max(beside) > 500
 
 
 def test_a_prompt_that_the_context_cannot_hold_is_refused(model):

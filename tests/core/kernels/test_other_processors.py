@@ -1,0 +1,87 @@
+"""The kernels for other processors than this one.
+
+Matrix instructions are computed by plain C (`matrix_instructions.h`). The instructions of processors with shorter
+registers are among this one's.
+"""
+
+import ctypes
+import platform
+import subprocess
+from pathlib import Path
+
+import attending
+import pytest
+import torch
+from attending import Text, by_definition
+
+from tidar_core.kernels import compiled, on_cpu
+from tidar_core.kernels.linear import Bf16Linear, Fp32Linear
+
+INSTRUCTIONS = Path(attending.__file__).with_name("matrix_instructions.h")
+PROCESSORS = {
+    "with matrix instructions": ("-include", str(INSTRUCTIONS)),
+    "with registers of 8 numbers": ("-mno-avx512f",),
+    "with registers of 4 numbers": ("-mno-avx",),
+}
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def processor(request, tmp_path_factory):
+    """Name of a processor, and its kernels."""
+    compiler, flags = compiled.compiler_here(), PROCESSORS[request.param]
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("it takes a C compiler and an x86 processor")
+    if "matrix" in request.param and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("it takes a processor that multiplies pairs of bf16")
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    compiled.build(compiler, path, *flags)
+    found = compiled.load(path)
+    if "matrix" in request.param:
+        ctypes.c_int.in_dll(found, "matrices").value = 1  # this processor refused
+    return request.param, found
+
+
+@pytest.fixture(autouse=True)
+def kernels(processor, monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: processor[1])
+
+
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (2, 2, 96), (4, 1, 40)])
+@pytest.mark.parametrize("length", [35, 130, 300])
+def test_attention_is_within_its_rounding_and_has_the_same_bits_in_chunks(heads, kv_heads, size, length, dtype):
+    text = Text(length, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    whole = text.read()
+    torch.testing.assert_close(whole.float(), by_definition(text.call(0, length)), **TOLERANCE[dtype])
+    for ends in ((1,), (3, 4), tuple(range(30, length, 30))):
+        assert torch.equal(text.read(*ends), whole)
+
+
+@pytest.mark.parametrize(("linear", "dtype"), [(Fp32Linear, torch.float32), (Bf16Linear, torch.bfloat16)])
+@pytest.mark.parametrize(("out", "width"), [(64, 64), (96, 100), (40, 576)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_is_the_plain_one_and_a_token_has_the_same_bits_beside_others(linear, dtype, out, width, biased):
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=draw).to(dtype) for size in ((out, width), (out,), (37, width)))
+    held = linear(weight, bias if biased else None)
+    y = held(x)
+    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float() if biased else None)
+    tolerance = TOLERANCE[dtype]["atol"]
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance * width**0.5)
+    assert torch.equal(torch.cat([held(token) for token in x.split(1)]), y)
+
+
+def test_the_kernels_are_those_of_the_processor(processor):
+    """Otherwise this module would test this processor's own."""
+    name, library = processor
+    assert on_cpu.needed_library() is library
+    assert compiled.words_together() == (16 if "matrix" in name else 1)
+
+
+@pytest.mark.parametrize("unit", ["attention.c", "products.c"])
+def test_the_compiler_takes_the_code_with_the_processor_s_own_matrix_instructions(unit):
+    """Plain C accepts more: such an instruction is no expression."""
+    own = ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bf16", "-mavx512vl", "-mavx512bw")
+    command = [compiled.compiler_here(), *compiled.FLAGS, *own, "-S", "-o", "/dev/null", compiled.HERE / unit]
+    subprocess.run(command, check=True, capture_output=True, timeout=compiled.SECONDS)
