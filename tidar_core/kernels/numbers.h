@@ -38,7 +38,11 @@ INLINE F all(float x) { return (F){} + x; }
 
 INLINE F load(const void *x, long i, int half) {
     if (!half) return *(const F *)((const float *)x + i);
+#ifdef __AVX512F__
+    return (F)((U)_mm512_cvtepu16_epi32(*(const __m256i_u *)((const uint16_t *)x + i)) << 16);
+#else
     return (F)(__builtin_convertvector(*(const H *)((const uint16_t *)x + i), U) << 16);
+#endif
 }
 
 INLINE void store(void *x, long i, int half, F value) {

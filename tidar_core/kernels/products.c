@@ -27,11 +27,13 @@
 
 
 #define GROUP 32
+#define GROUP_WORDS (GROUP / 8 + 1)
 #define PART 64
 #define AHEAD 8192
 #define SEVERAL 6
+#define BLOCK 80 /* words of a channel for which a thread lays out tokens at a time; 16 and 5 divide it */
 #ifdef __AVX512F__
-#define MOST 12 /* tokens that are computed together, as many as registers hold */
+#define MOST 12 /* tokens of a tile: they are computed together, as many as registers hold */
 #else
 #define MOST 2
 #endif
@@ -46,8 +48,6 @@
         CASE(1, of) CASE(2, of) CASE(3, of) CASE(4, of) CASE(5, of) CASE(6, of)                                    \
         CASE(7, of) CASE(8, of) CASE(9, of) CASE(10, of) CASE(11, of) CASE(12, of)                                 \
     }
-
-enum form { FP32, BF16 };
 
 int matrices = 0;
 /* Words of a channel are filled up to a multiple of this. */
@@ -65,22 +65,35 @@ int start(void) {
     return matrices;
 }
 
-INLINE int inputs_of_word(enum form form) { return form == FP32 ? 1 : 2; }
+/* How weights lie, and what multiplies them: PAIRS are two inputs of BF16 that one instruction takes. */
+enum form { FP32, BF16, PAIRS, INT8, INT4 };
 
-/* Request the next `bytes` that a stream of weights needs from memory, AHEAD of their use. Products of one token wait
- * for memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what
- * they save. */
-INLINE void fetch(int tokens, const void *weight, int bytes) {
-    UNROLL for (int n = 0; n < bytes; n += 64) {
-        if (tokens == 1) __builtin_prefetch((const char *)weight + AHEAD + n);
-        if (tokens >= SEVERAL) __builtin_prefetch((const char *)weight + AHEAD + n, 0, 2);
-    }
+/* A step along the inputs: these are its inputs, the words that a channel has for them, and the bytes that they take of
+ * a token once it is laid out. */
+INLINE int inputs_of(enum form form) { return form == FP32 ? 1 : form == INT8 ? PART : form == INT4 ? GROUP : 2; }
+INLINE int words_of(enum form form) { return form == INT8 ? PART / 4 : form == INT4 ? GROUP_WORDS : 1; }
+INLINE int bytes_of(enum form form) { return form >= INT8 ? inputs_of(form) + 8 : form == BF16 ? 8 : 4; }
+
+/* Words of a channel, with those that fill it up. */
+INLINE long words_of_channel(enum form form, long width) {
+    const long together = form == INT4 ? 1 : words_together, inputs = form == INT8 ? 4 : inputs_of(form);
+    if (form == INT4) return width / GROUP * words_of(form);
+    return (width + together * inputs - 1) / (together * inputs) * together;
 }
 
-/* Values of 16 channels for input `j` of a word. */
-INLINE F weights_of(enum form form, U word, int j) {
-    return form == FP32 ? (F)word : (F)(j ? word >> 16 << 16 : word << 16);
+/* Tokens in tiles, about equally many in each: the first `larger` ones have one token more than `least`. */
+struct tiles { long count, least, larger; };
+
+static struct tiles tiles_of(long tokens) {
+    const long count = (tokens + MOST - 1) / MOST;
+    return (struct tiles){count, tokens / count, tokens % count};
 }
+
+INLINE long first_of(const struct tiles *tiles, long tile) {
+    return tile * tiles->least + (tile < tiles->larger ? tile : tiles->larger);
+}
+
+INLINE long tokens_of(const struct tiles *tiles, long tile) { return tiles->least + (tile < tiles->larger); }
 
 /* Where the results of tokens are added: the last `count` of every `of` rows are theirs. */
 struct rows { long count, of; };
@@ -88,6 +101,19 @@ struct rows { long count, of; };
 INLINE long row_of(const struct rows *added, long token) {
     return added ? token / added->count * added->of + added->of - added->count + token % added->count : token;
 }
+
+/* A product: see the top of the file. x holds the tokens as `lay_block` leaves them, tile by tile; each has `steps`
+ * steps along the inputs. */
+struct product {
+    const U *weight;
+    const float *scale, *bias;
+    long out, words, steps;
+    char *x;
+    struct tiles tiles;
+    void *y;
+    int half;
+    const struct rows *added;
+};
 
 /* Write the results of one token for the 32 channels of a panel, or add them to what is there. */
 INLINE void put(void *y, long out, long token, long channel, int half, const float *bias, const F *sum,
@@ -108,81 +134,267 @@ INLINE void put(void *y, long out, long token, long channel, int half, const flo
     }
 }
 
-/* Sums [tokens, 2] of a panel with `tokens` tokens, a constant. x is [padded, tokens]. */
-INLINE void tile(enum form form, int tokens, const U *word, long padded, const float *x, F sums[][2]) {
+/* Request what a stream of weights needs next for `halves` of a panel, AHEAD of its use. Products of one token wait
+ * for memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what
+ * they save. */
+INLINE void fetch(int tokens, int halves, const U *word) {
+    UNROLL for (int n = 0; n < halves; n++) {
+        if (tokens == 1) __builtin_prefetch((const char *)(word + n) + AHEAD);
+        if (tokens >= SEVERAL) __builtin_prefetch((const char *)(word + n) + AHEAD, 0, 2);
+    }
+}
+
+/* Values of 16 channels for input `j` of a word. */
+INLINE F weights_of(enum form form, U word, int j) {
+    return form == FP32 ? (F)word : (F)(j ? word >> 16 << 16 : word << 16);
+}
+
+/* Sums, to which the products of two weights with two inputs of a token are added, all in bf16. */
+INLINE F dot_pairs(F sum, U word, uint32_t pair) {
+#ifdef __AVX512BF16__
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)word);
+#else
+    return (void)word, (void)pair, sum; /* there is no such form then */
+#endif
+}
+
+/* Sums, to which the products of four levels of weights, which are not negative, with four of a token are added. */
+INLINE I dot_levels(I sum, U word, const int8_t *levels) {
+    int32_t x;
+    memcpy(&x, levels, 4);
+#ifdef __AVX512VNNI__
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(x));
+#else
+    UNROLL for (int n = 0; n < 4; n++) sum += (I)(word >> (8 * n) & 255) * (int32_t)(int8_t)(x >> (8 * n));
+    return sum;
+#endif
+}
+
+/* Sums [tokens, 2] of a panel with the `tokens` tokens of a tile, a constant. `words` are those of a channel. */
+INLINE void sums_of_numbers(enum form form, int tokens, const U *word, long words, const void *laid, F sums[][2]) {
+    const float *x = laid;
+    const uint32_t *pair = laid;
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (long i = 0; i < padded; i += inputs_of_word(form), word += 2) {
-        fetch(tokens, word, 128);
-        UNROLL for (int j = 0; j < inputs_of_word(form); j++, x += tokens) {
-            F first = weights_of(form, word[0], j), second = weights_of(form, word[1], j);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                sum[t][0] += first * x[t];
-                sum[t][1] += second * x[t];
+    for (long k = 0; k < words; k++, word += 2, pair += tokens) {
+        fetch(tokens, 2, word);
+        if (form == PAIRS)
+            UNROLL for (int t = 0; t < tokens; t++)
+                UNROLL for (int p = 0; p < 2; p++) sum[t][p] = dot_pairs(sum[t][p], word[p], pair[t]);
+        else
+            UNROLL for (int j = 0; j < inputs_of(form); j++, x += tokens) {
+                const F first = weights_of(form, word[0], j), second = weights_of(form, word[1], j);
+                UNROLL for (int t = 0; t < tokens; t++) sum[t][0] += first * x[t], sum[t][1] += second * x[t];
             }
-        }
     }
     UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
 }
 
-/* Number of tokens that are computed together, when `left` are left: about equally many each time. */
-INLINE long together(long left) {
-    const long times = (left + MOST - 1) / MOST;
-    return (left + times - 1) / times;
+/* The same for weights in int8. A part of the tokens has PART levels of each token, then each token's step, then 128
+ * times the sum of its levels: that is the weights' zero. Products of a part are integers. */
+INLINE void sums_of_parts(int tokens, const U *word, long words, const int8_t *level, F sums[][2]) {
+    F sum[MOST][2];
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (; words > 0; words -= PART / 4, level += bytes_of(INT8) * tokens) {
+        const float *step = (const float *)(level + PART * tokens);
+        const int32_t *middle = (const int32_t *)(step + tokens);
+        I dot[MOST][2];
+        UNROLL for (int t = 0; t < tokens; t++) dot[t][0] = dot[t][1] = (I){} - middle[t];
+        for (long k = 0; k < PART / 4 && k < words; k++, word += 2) {
+            fetch(tokens, 2, word);
+            UNROLL for (int t = 0; t < tokens; t++)
+                UNROLL for (int p = 0; p < 2; p++) dot[t][p] = dot_levels(dot[t][p], word[p], level + PART * t + 4 * k);
+        }
+        UNROLL for (int t = 0; t < tokens; t++)
+            UNROLL for (int p = 0; p < 2; p++) sum[t][p] += __builtin_convertvector(dot[t][p], F) * step[t];
+    }
+    UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
+}
+
+/* The same for weights in int4 and `halves` of a panel, 1 or 2. A group of the tokens has GROUP levels of each token in
+ * the order of those in the halves of words: of each eight inputs first those with an even index, then the others. Then
+ * come each token's step, and its step times the sum of its levels. Products of a group are integers. */
+INLINE void sums_of_groups(int tokens, int halves, const U *word, long words, const int8_t *level, F *sums) {
+    F sum[MOST][2];
+    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
+    for (; words > 0; words -= GROUP_WORDS, word += 2 * GROUP_WORDS, level += bytes_of(INT4) * tokens) {
+        const float *step = (const float *)(level + GROUP * tokens), *total = step + tokens;
+        I dot[MOST][2] = {};
+        UNROLL for (int k = 0; k < GROUP_WORDS; k++) fetch(tokens, halves, word + 2 * k);
+        UNROLL for (int k = 0; k < GROUP / 8; k++)
+            UNROLL for (int p = 0; p < halves; p++) {
+                const U both = word[2 * k + 2 + p], even = both & 0x0f0f0f0f, odd = both >> 4 & 0x0f0f0f0f;
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    const int8_t *x = level + GROUP * t + 8 * k;
+                    dot[t][p] = dot_levels(dot_levels(dot[t][p], even, x), odd, x + 4);
+                }
+            }
+        UNROLL for (int p = 0; p < halves; p++) {
+            const F size = (F)(word[p] >> 16 << 16), least = (F)(word[p] << 16);
+            UNROLL for (int t = 0; t < tokens; t++)
+                sum[t][p] += __builtin_convertvector(dot[t][p], F) * (size * step[t]) + least * total[t];
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++)
+        UNROLL for (int p = 0; p < halves; p++) sums[2 * t + p] = sum[t][p];
+}
+
+/* The sums of SEVERAL tokens with weights in int4 leave too few registers for both halves of a panel at a time. */
+INLINE void sums_of_tile(enum form form, int tokens, const U *word, long words, const void *laid, F sums[][2]) {
+    if (form == INT8) sums_of_parts(tokens, word, words, laid, sums);
+    else if (form != INT4) sums_of_numbers(form, tokens, word, words, laid, sums);
+    else if (tokens < SEVERAL) sums_of_groups(tokens, 2, word, words, laid, *sums);
+    else
+        UNROLL for (int p = 0; p < 2; p++) sums_of_groups(tokens, 1, word + p, words, laid, *sums + p);
 }
 
 /* Products of panel `n` with all tokens. */
-INLINE void panel(enum form form, const U *weight, long padded, const float *x, void *y, long out, long tokens, long n,
-                  int half, const float *bias, const struct rows *added) {
-    const U *word = weight + n * 2 * padded / inputs_of_word(form);
-    for (long t = 0, count; t < tokens; t += count, x += count * padded) {
+INLINE void panel(enum form form, const struct product *of, long n) {
+    const U *word = of->weight + n * 2 * of->words;
+    const char *x = of->x;
+    for (long tile = 0, token = 0, count; tile < of->tiles.count; tile++, x += count * of->steps * bytes_of(form)) {
         F sums[MOST][2];
-        count = together(tokens - t);
-#define TILE(count) tile(form, count, word, padded, x, sums)
+        count = tokens_of(&of->tiles, tile);
+#define TILE(count) sums_of_tile(form, count, word, of->words, x, sums)
         CONSTANT(count, TILE)
-        for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sums[r], added);
+        for (long t = 0; t < count; t++, token++) {
+            if (form == INT8) UNROLL for (int p = 0; p < 2; p++) sums[t][p] *= load(of->scale, n * 32 + p * LANES, 0);
+            put(of->y, of->out, token, n * 32, of->half, of->bias, sums[t], of->added);
+        }
     }
 }
 
-/* Inputs of a channel with those that fill it up, where a word holds `together`. */
-static long padded_of(long width, int together) {
-    const long divisor = words_together * together;
-    return (width + divisor - 1) / divisor * divisor;
+/* Whether a weight is worth more than one thread: to start them takes as long as to read so many words. */
+INLINE int large(const struct product *of) { return of->out > 32 && of->out * of->words > 32768; }
+
+/* The largest absolute value of a step of one token, at least 1e-30; not finite if one of them is not. */
+INLINE float largest_size(const void *x, long first, long left, int inputs, int half) {
+    I most = (I)all(1e-30f);
+    UNROLL for (int n = 0; n < inputs; n += LANES)
+        if (n < left) most = larger_bits(most, (I)run(x, first, n, left, half) & 0x7fffffff);
+    const I largest = (I){} + largest_bits_of(most);
+    return ((F)largest)[0];
 }
 
-/* Whether a weight is worth more than one thread: to start them takes as long as to read so many inputs. */
-static int large(long out, long padded) { return out > 32 && out * padded > 32768; }
-
-/* Lay inputs of `count` tokens, a constant, next to each other in fp32. */
-INLINE void line_up(int count, const void *x, long token, long width, long padded, int half, float *block) {
-    for (long i = 0; i < width; i++)
-        UNROLL for (int n = 0; n < count; n++) block[i * count + n] = load_one(x, (token + n) * width + i, half);
-    memset(block + width * count, 0, (padded - width) * count * sizeof(float));
+INLINE I level_of(F value, F steps) {
+    const F whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
+    return (I)(value * steps + whole) - (I)whole;
 }
 
-/* Tokens in fp32, filled up with zeros, those that are computed together next to each other. Free them. */
-static float *arranged(const void *x, long tokens, long width, long padded, int half) {
-    float *rows = aligned_alloc(64, (tokens * padded * 4 + 63) / 64 * 64);
-    for (long t = 0, count; t < tokens; t += count) {
-        count = together(tokens - t);
-#define LINE_UP(count) line_up(count, x, t, width, padded, half, rows + t * padded)
-        CONSTANT(count, LINE_UP)
+/* Levels of a step of one token, 127 on each side of 0. Returns their sum. */
+INLINE float levels_of(enum form form, const void *x, long first, long left, int half, float largest, char *level) {
+    U sum = {};
+    UNROLL for (int n = 0; n < inputs_of(form); n += LANES) {
+        const B place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+        const I found = n < left ? level_of(run(x, first, n, left, half), all(127 / largest)) : (I){};
+        const B bytes = __builtin_convertvector(found, B);
+        *(B *)(level + n) = form == INT4 ? __builtin_shuffle(bytes, place) : bytes;
+        sum += (U)found;
     }
-    return rows;
+    return sum_of(__builtin_convertvector((I)sum, F));
+}
+
+/* Lay inputs of `count` tokens, a constant, next to each other: those of the steps from `first` to before `last`. */
+INLINE void lay_numbers(enum form form, int count, const void *x, long token, long width, int half, long first,
+                        long last, float *laid) {
+    const long end = last * inputs_of(form), whole = end < width ? end : width;
+    long i = first * inputs_of(form);
+    for (; i < whole; i++, laid += count)
+        UNROLL for (int t = 0; t < count; t++) laid[t] = load_one(x, (token + t) * width + i, half);
+    memset(laid, 0, (end - i) * count * sizeof *laid);
+}
+
+INLINE void lay_pairs(int count, const uint16_t *x, long token, long width, long first, long last, uint32_t *laid) {
+    const long whole = last < width / 2 ? last : width / 2;
+    x += token * width;
+    for (; first < whole; first++, laid += count)
+        UNROLL for (int t = 0; t < count; t++) memcpy(laid + t, x + t * width + 2 * first, 4);
+    memset(laid, 0, (last - first) * count * sizeof *laid);
+    for (int t = 0; first < last && 2 * first < width && t < count; t++) laid[t] = x[(t + 1) * width - 1];
+}
+
+/* Write one step of a token, which is token `t` of `count`, in levels; `left` inputs of the token are left. */
+INLINE void lay_step(enum form form, const void *x, long i, long left, int half, float largest, long t, long count,
+                     char *laid) {
+    const int inputs = inputs_of(form);
+    const float step = largest / 127, sum = levels_of(form, x, i, left, half, largest, laid + t * inputs);
+    float *rest = (float *)(laid + count * inputs);
+    rest[t] = step;
+    if (form == INT4) rest[count + t] = step * sum;
+    else ((int32_t *)rest)[count + t] = 128 * (int32_t)sum;
+}
+
+/* The same as `lay_numbers` in levels. No step waits for another, since the largest values of all are found first. */
+INLINE void lay_levels(enum form form, long count, const void *x, long token, long width, int half, long first,
+                       long last, char *laid) {
+    const int inputs = inputs_of(form);
+    float largest[BLOCK][MOST];
+    for (long n = first; n < last; n++)
+        for (long t = 0; t < count; t++) {
+            const long i = (token + t) * width + n * inputs, left = width - n * inputs;
+            largest[n - first][t] = left < inputs ? largest_size(x, i, left, inputs, half)
+                                                  : largest_size(x, i, inputs, inputs, half);
+        }
+    for (long n = first; n < last; n++, laid += count * bytes_of(form))
+        for (long t = 0; t < count; t++) {
+            const long i = (token + t) * width + n * inputs, left = width - n * inputs;
+            if (left < inputs) lay_step(form, x, i, left, half, largest[n - first][t], t, count, laid);
+            else lay_step(form, x, i, inputs, half, largest[n - first][t], t, count, laid);
+        }
+}
+
+INLINE long blocks_of_tile(enum form form, const struct product *of) {
+    const long run = BLOCK / words_of(form);
+    return (of->steps + run - 1) / run;
+}
+
+/* Lay out block `n` of the tokens x: the inputs of a tile for BLOCK words of a channel. */
+INLINE void lay_block(enum form form, const struct product *of, const void *x, long width, long n) {
+    const long blocks = blocks_of_tile(form, of), tile = n / blocks, run = BLOCK / words_of(form);
+    const long first = n % blocks * run, last = first + run < of->steps ? first + run : of->steps;
+    const long token = first_of(&of->tiles, tile), count = tokens_of(&of->tiles, tile);
+    void *laid = of->x + (token * of->steps + count * first) * bytes_of(form);
+#define LAY_PAIRS(count) lay_pairs(count, x, token, width, first, last, laid)
+#define LAY_NUMBERS(count) lay_numbers(form, count, x, token, width, of->half, first, last, laid)
+    if (form == PAIRS) {
+        CONSTANT(count, LAY_PAIRS)
+    } else if (form < INT8) {
+        CONSTANT(count, LAY_NUMBERS)
+    } else if (of->half) lay_levels(form, count, x, token, width, 1, first, last, laid);
+    else lay_levels(form, count, x, token, width, 0, first, last, laid);
 }
 
 #define PRODUCT(name, form)                                                                                        \
-    static void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens,      \
-                     void *y, int half, const struct rows *added) {                                                \
-        long padded = padded_of(width, inputs_of_word(form));                                                      \
-        float *rows = half || padded != width || tokens > 1 ? arranged(x, tokens, width, padded, half) : 0;        \
-        _Pragma("omp parallel for schedule(static) if (large(out, padded))")                                       \
-        for (long n = 0; n < (out + 31) / 32; n++)                                                                 \
-            panel(form, weight, padded, rows ? rows : x, y, out, tokens, n, half, bias, added);                    \
-        free(rows);                                                                                                \
+    static void name##_block(const struct product *of, const void *x, long width, long n) {                        \
+        lay_block(form, of, x, width, n);                                                                          \
+    }                                                                                                              \
+    static void name(const void *weight, const float *scale, const float *bias, long out, long width,              \
+                     const void *x, long tokens, void *y, int half, const struct rows *added) {                    \
+        const long words = words_of_channel(form, width), steps = (words + words_of(form) - 1) / words_of(form);   \
+        const int laid = form == FP32 && !half && tokens == 1 && words == width;                                   \
+        const long bytes = (tokens * steps * bytes_of(form) + 63) / 64 * 64;                                       \
+        const struct product of = {                                                                                \
+            weight, scale, bias, out, words, steps, laid ? (char *)x : aligned_alloc(64, bytes),                   \
+            tiles_of(tokens), y, half, added,                                                                      \
+        };                                                                                                         \
+        const long blocks = laid ? 0 : of.tiles.count * blocks_of_tile(form, &of);                                 \
+        if (tokens * width < (form < INT8 ? 8 * MANY : MANY)) /* an OpenMP region of one thread takes time too */  \
+            for (long n = 0; n < blocks; n++) name##_block(&of, x, width, n);                                      \
+        else                                                                                                       \
+            _Pragma("omp parallel for schedule(static)")                                                           \
+            for (long n = 0; n < blocks; n++) name##_block(&of, x, width, n);                                      \
+        _Pragma("omp parallel for schedule(static) if (large(&of))")                                               \
+        for (long n = 0; n < (out + 31) / 32; n++) panel(form, &of, n);                                            \
+        if (!laid) free(of.x);                                                                                     \
     }
 PRODUCT(of_fp32, FP32)
+#ifdef __AVX512BF16__
+PRODUCT(of_bf16_by_vectors, PAIRS)
+#else
 PRODUCT(of_bf16_by_vectors, BF16)
+#endif
+PRODUCT(of_int8, INT8)
+PRODUCT(of_int4, INT4)
 
 #ifdef __AMX_TILE__
 /* Tiles 0 and 1 hold sums, 2 holds tokens, 3 and 4 hold weights. */
@@ -191,7 +403,7 @@ INLINE void tile_sums(const U *word, long lines, const char *x, long stride, voi
     _tile_zero(0);
     _tile_zero(1);
     for (long k = 0; k < lines; k += 16, word += 32, x += 64) {
-        fetch(1, word, 2048);
+        for (int n = 0; n < 32; n += 2) fetch(1, 2, word + n);
         _tile_loadd(2, x, stride);
         _tile_loadd(3, word, 128);
         _tile_loadd(4, word + 1, 128);
@@ -204,7 +416,7 @@ INLINE void tile_sums(const U *word, long lines, const char *x, long stride, voi
 
 static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
                              void *y, int half, const struct rows *added) {
-#pragma omp parallel if (large(out, padded))
+#pragma omp parallel if (out > 32 && out * padded > 65536)
     {
         F sums[2][16];
         int configured = 0;
@@ -222,68 +434,12 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 }
 #endif
 
-#ifdef __AVX512BF16__
-/* Sums [tokens, 2] of a panel with `tokens` tokens, a constant, two inputs at a time. x is [padded / 2, tokens]. */
-INLINE void tile_of_pairs(int tokens, const U *word, long padded, const uint32_t *x, F sums[][2]) {
-    F sum[MOST][2];
-    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (long k = 0; k < padded / 2; k++, word += 2, x += tokens) {
-        fetch(tokens, word, 128);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[t]);
-            UNROLL for (int p = 0; p < 2; p++)
-                sum[t][p] = (F)_mm512_dpbf16_ps((__m512)sum[t][p], pair, (__m512bh)word[p]);
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
-}
-
-/* Lay pairs of inputs of `count` tokens, a constant, next to each other. */
-INLINE void pair_up(int count, const uint16_t *x, long width, long padded, uint32_t *block) {
-    for (long k = 0; k < width / 2; k++)
-        UNROLL for (int n = 0; n < count; n++) memcpy(block + k * count + n, x + n * width + 2 * k, 4);
-    memset(block + width / 2 * count, 0, (padded / 2 - width / 2) * count * 4);
-    if (width % 2)
-        for (int n = 0; n < count; n++) block[width / 2 * count + n] = x[(n + 1) * width - 1];
-}
-
-/* Pairs of inputs of all tokens, filled up with zeros, those of a tile next to each other. Free them. */
-static uint32_t *paired(const uint16_t *x, long tokens, long width, long padded) {
-    uint32_t *rows = aligned_alloc(64, (tokens * padded * 2 + 63) / 64 * 64);
-    for (long t = 0, count; t < tokens; t += count) {
-        count = together(tokens - t);
-#define PAIR_UP(count) pair_up(count, x + t * width, width, padded, rows + t * padded / 2)
-        CONSTANT(count, PAIR_UP)
-    }
-    return rows;
-}
-
-static void of_bf16_by_pairs(const void *weight, const float *bias, long out, long width, const void *x, long tokens,
-                             void *y, int half, const struct rows *added) {
-    long padded = padded_of(width, 2);
-    uint32_t *rows = paired(x, tokens, width, padded);
-#pragma omp parallel for schedule(static) if (large(out, padded))
-    for (long n = 0; n < (out + 31) / 32; n++) {
-        const U *word = (const U *)weight + n * padded;
-        const uint32_t *tile = rows;
-        for (long t = 0, count; t < tokens; t += count, tile += count * padded / 2) {
-            F sums[MOST][2];
-            count = together(tokens - t);
-#define TILE_OF_PAIRS(count) tile_of_pairs(count, word, padded, tile, sums)
-            CONSTANT(count, TILE_OF_PAIRS)
-            for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sums[r], added);
-        }
-    }
-    free(rows);
-}
-#endif
-
 /* Weights in bf16; x in bf16. */
-static void of_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
-                    int half, const struct rows *added) {
+static void of_bf16(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
+                    long tokens, void *y, int half, const struct rows *added) {
 #ifdef __AMX_TILE__
     if (matrices) {
-        long padded = padded_of(width, 2);
+        long padded = 2 * words_of_channel(BF16, width);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
         for (long t = 0; filled && t < tokens; t++)
             memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
@@ -292,20 +448,23 @@ static void of_bf16(const void *weight, const float *bias, long out, long width,
         return;
     }
 #endif
-#ifdef __AVX512BF16__
-    of_bf16_by_pairs(weight, bias, out, width, x, tokens, y, half, added);
-#else
-    of_bf16_by_vectors(weight, bias, out, width, x, tokens, y, half, added);
-#endif
+    of_bf16_by_vectors(weight, scale, bias, out, width, x, tokens, y, half, added);
 }
 
 #define EXPORTED(name, of)                                                                                         \
     void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,    \
               int half) {                                                                                          \
-        of(weight, bias, out, width, x, tokens, y, half, 0);                                                       \
+        of(weight, 0, bias, out, width, x, tokens, y, half, 0);                                                    \
     }
 EXPORTED(product_fp32, of_fp32)
 EXPORTED(product_bf16, of_bf16)
+EXPORTED(product_int4, of_int4)
+
+/* Weights in int8; `scale` is the size of a channel's step. */
+void product_int8(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
+                  long tokens, void *y, int half) {
+    of_int8(weight, scale, bias, out, width, x, tokens, y, half, 0);
+}
 
 /* Add the product of two maps, of width `rank` between them, to the last `masks` of the `rows` tokens of each sequence.
  * x [batch, rows, width] and y [batch, rows, out] have the dtype of the maps. */
@@ -317,186 +476,10 @@ EXPORTED(product_bf16, of_bf16)
         char *thin = malloc(tokens * rank * size), *close = batch > 1 ? malloc(tokens * line) : 0;                 \
         for (long b = 0; close && b < batch; b++)                                                                  \
             memcpy(close + b * masks * line, first + b * rows * line, masks * line);                               \
-        of(down, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                    \
-        of(up, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                                  \
+        of(down, 0, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                    \
+        of(up, 0, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                                  \
         free(close);                                                                                               \
         free(thin);                                                                                                \
     }
 LOW_RANK(low_rank_fp32, of_fp32, 0)
 LOW_RANK(low_rank_bf16, of_bf16, 1)
-
-/* Sums, to which the products of four levels of weights, which are not negative, with four of a token are added. */
-INLINE I dot_levels(I sum, U word, int32_t x) {
-#ifdef __AVX512VNNI__
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(x));
-#else
-    UNROLL for (int n = 0; n < 4; n++) sum += (I)(word >> (8 * n) & 255) * (int32_t)(int8_t)(x >> (8 * n));
-    return sum;
-#endif
-}
-
-/* The largest absolute value, at least 1e-30; not finite if one of them is not. */
-INLINE float largest_size(const F *value, int count) {
-    I most = (I)all(1e-30f);
-    UNROLL for (int n = 0; n < count; n++) most = larger_bits(most, (I)value[n] & 0x7fffffff);
-    const I largest = (I){} + largest_bits_of(most);
-    return ((F)largest)[0];
-}
-
-/* A factor that brings numbers whose largest absolute value is `largest` to 127 steps on each side of 0. */
-INLINE F steps_of(float largest) { return all(127 / largest); }
-
-INLINE I level_of(F value, F steps) {
-    const F whole = all(12582912.f); /* 1.5 * 2^23 rounds to the nearest */
-    return (I)(value * steps + whole) - (I)whole;
-}
-
-/* A run of inputs of one token in steps. `middle` is 128 times the sum of the levels: that is the weights' zero. */
-struct part { int8_t level[PART]; float step; int32_t middle; };
-
-INLINE void round_part(const void *x, long first, long width, int half, struct part *part) {
-    F value[PART / LANES];
-    U sum = {};
-    UNROLL for (int n = 0; n < PART / LANES; n++)
-        value[n] = n * LANES < width ? run(x, first, n * LANES, width, half) : all(0);
-    const float largest = largest_size(value, PART / LANES);
-    UNROLL for (int n = 0; n < PART / LANES; n++) {
-        const I level = level_of(value[n], steps_of(largest));
-        const B bytes = __builtin_convertvector(level, B);
-        memcpy(part->level + n * LANES, &bytes, LANES);
-        sum += (U)level;
-    }
-    part->step = largest / 127;
-    part->middle = 128 * (int32_t)sum_of(__builtin_convertvector((I)sum, F));
-}
-
-/* Tokens in parts. Free them. */
-static struct part *in_parts(const void *x, long tokens, long width, int half) {
-    const long parts = (width + PART - 1) / PART;
-    struct part *found = malloc(tokens * parts * sizeof *found);
-#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
-    for (long t = 0; t < tokens; t++)
-        for (long n = 0; n < parts; n++) {
-            const long first = t * width + n * PART, left = width - n * PART < PART ? width - n * PART : PART;
-            if (half) round_part(x, first, left, 1, found + t * parts + n);
-            else round_part(x, first, left, 0, found + t * parts + n);
-        }
-    return found;
-}
-
-/* Products of a panel with `tokens` tokens, a constant. Those of a part are integers. */
-INLINE void sums_of_parts(int tokens, const U *word, long words, const struct part *x, F sum[][2]) {
-    const long of_part = PART / 4, parts = (words + of_part - 1) / of_part;
-    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (long n = 0; n < parts; n++, x++, words -= of_part) {
-        I dot[MOST][2] = {};
-        for (long k = 0; k < of_part && k < words; k++, word += 2) {
-            fetch(tokens, word, 128);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                int32_t level;
-                memcpy(&level, x[t * parts].level + 4 * k, 4);
-                UNROLL for (int p = 0; p < 2; p++) dot[t][p] = dot_levels(dot[t][p], word[p], level);
-            }
-        }
-        UNROLL for (int t = 0; t < tokens; t++)
-            UNROLL for (int p = 0; p < 2; p++)
-                sum[t][p] += __builtin_convertvector(dot[t][p] - x[t * parts].middle, F) * x[t * parts].step;
-    }
-}
-
-/* Weights in int8; `scale` is the size of a channel's step. */
-void product_int8(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
-                  long tokens, void *y, int half) {
-    const long padded = padded_of(width, 4), parts = (width + PART - 1) / PART, words = (width + 3) / 4;
-    struct part *rounded = in_parts(x, tokens, width, half);
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < (out + 31) / 32; n++) {
-        const U *word = (const U *)weight + n * padded / 2;
-        const F *of_channel = (const F *)(scale + n * 32);
-        F sum[MOST][2];
-        for (long t = 0, count; t < tokens; t += count) {
-            count = together(tokens - t);
-#define SUMS_OF_PARTS(count) sums_of_parts(count, word, words, rounded + t * parts, sum)
-            CONSTANT(count, SUMS_OF_PARTS)
-            for (long r = 0; r < count; r++)
-                put(y, out, t + r, n * 32, half, bias, (F[]){sum[r][0] * of_channel[0], sum[r][1] * of_channel[1]}, 0);
-        }
-    }
-    free(rounded);
-}
-
-/* A group of inputs of one token in 127 steps on each side of 0. The bytes are in the order in which levels of weights
- * lie in the halves of words: of each eight inputs first those with an even index, then the others. */
-struct group { int8_t level[GROUP]; float step, sum; };
-
-/* Tokens in groups. Free them. */
-static struct group *in_groups(const void *x, long tokens, long width, int half) {
-    const long groups = width / GROUP;
-    struct group *found = malloc(tokens * groups * sizeof *found);
-#pragma omp parallel for schedule(static) if (tokens * width >= MANY)
-    for (long t = 0; t < tokens; t++)
-        for (long g = 0; g < groups; g++) {
-            struct group *group = found + t * groups + g;
-            F value[2] = {load(x, t * width + g * GROUP, half), load(x, t * width + g * GROUP + LANES, half)};
-            const float largest = largest_size(value, 2);
-            U sum = {};
-            UNROLL for (int p = 0; p < 2; p++) {
-                const I level = level_of(value[p], steps_of(largest));
-                const I place = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-                const B bytes = __builtin_convertvector(__builtin_shuffle(level, place), B);
-                memcpy(group->level + p * LANES, &bytes, LANES);
-                sum += (U)level;
-            }
-            group->step = largest / 127;
-            group->sum = group->step * sum_of(__builtin_convertvector((I)sum, F));
-        }
-    return found;
-}
-
-/* Products of a panel with `tokens` tokens, a constant. Those of a group are integers. */
-INLINE void sums_of_groups(int tokens, const U *word, long groups, const struct group *x, F sum[][2]) {
-    UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (long g = 0; g < groups; g++, word += 8) {
-        const U of_group[2] = {word[0], word[1]};
-        I dot[MOST][2] = {};
-        fetch(tokens, word, 128);
-        word += 2;
-        UNROLL for (int k = 0; k < 4; k++) {
-            fetch(tokens, word + 2 * k, 128);
-            UNROLL for (int p = 0; p < 2; p++) {
-                const U even = word[2 * k + p] & 0x0f0f0f0f, odd = word[2 * k + p] >> 4 & 0x0f0f0f0f;
-                UNROLL for (int t = 0; t < tokens; t++) {
-                    int32_t level[2];
-                    memcpy(level, x[t * groups + g].level + 8 * k, 8);
-                    dot[t][p] = dot_levels(dot_levels(dot[t][p], even, level[0]), odd, level[1]);
-                }
-            }
-        }
-        UNROLL for (int p = 0; p < 2; p++) {
-            const F step = (F)(of_group[p] >> 16 << 16), least = (F)(of_group[p] << 16);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                const struct group *of = x + t * groups + g;
-                sum[t][p] += __builtin_convertvector(dot[t][p], F) * (step * of->step) + least * of->sum;
-            }
-        }
-    }
-}
-
-/* Weights in int4. */
-void product_int4(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
-                  int half) {
-    const long groups = width / GROUP;
-    struct group *rounded = in_groups(x, tokens, width, half);
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < (out + 31) / 32; n++) {
-        const U *word = (const U *)weight + n * 10 * groups;
-        F sum[MOST][2];
-        for (long t = 0, count; t < tokens; t += count) {
-            count = together(tokens - t);
-#define SUMS_OF_GROUPS(count) sums_of_groups(count, word, groups, rounded + t * groups, sum)
-            CONSTANT(count, SUMS_OF_GROUPS)
-            for (long r = 0; r < count; r++) put(y, out, t + r, n * 32, half, bias, sum[r], 0);
-        }
-    }
-    free(rounded);
-}
