@@ -4,12 +4,13 @@ Which mode, with which query tokens, is fastest right now?
 
 The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The loop's
 own time is added (`loop_time`). The gain comes from how often drafts were accepted so far (`acceptance_model`).
-Autoregression is always among the candidates.
+Autoregression is always among the candidates. Some steps are run to learn from (`learning_steps`).
 """
 
 import time
 from collections.abc import Callable, Collection, KeysView, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from tidar_core.decoding.decoder import Decoder
@@ -25,8 +26,9 @@ from tidar_core.planning.acceptance_model import (
     regime_after,
     two_pass_chain,
 )
-from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates, first_plan
+from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
 from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, probe_len
 from tidar_core.planning.loop_time import LoopTime
 from tidar_core.planning.served_latency import ServedLatency
 from tidar_core.timing import Clock
@@ -58,27 +60,17 @@ MAX_INDIVIDUAL_BATCH = 1
 uses the rates of all requests, since the time of a review grows with the requests."""
 MIN_VERIFICATIONS = 32
 """Verifications after which such a request has a review of its own; until then it shares the review of others."""
-PROBE_SHARE = 0.005
-"""Share of its time that the autoregressive choice spends on probes. A short block is drafted and verified, to learn
-whether drafting would pay by now."""
-PROBE_PART = 4
-"""Block length over the length of a probe's block: the first drafts decide whether drafting pays."""
-SHORTEST_PROBE, LONGEST_PROBE = 8, 8192
-"""Fewest and most autoregressive steps from one probe to the next."""
-EARLY_PROBES = 3
-"""Probes that come early: each gap is twice the gap before it, up to what PROBE_SHARE allows."""
-FIRST_COMPARISON, COMPARED_EVERY = 32, 256
-"""While drafts are made, one step in so many is autoregressive: drafting must beat its time. The gap doubles from the
-first to the second number."""
+PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
+"""Share of its time that the autoregressive choice spends on probes, and the most steps from one to the next."""
+NEAR_SHARE, MOST_UNTIMED = 0.9, 4
+"""Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
+take turns."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Candidate):
     """A candidate and its expected speed."""
 
-    mode: str
-    cycle: tuple[StepPlan, ...]
-    """Plans taken in turns; a two-pass round has two."""
     tokens_per_second: float
     """Expected speed of the loop without prefills, over all sequences of the batch."""
 
@@ -144,8 +136,7 @@ class AutoPlanner:
         self._own: dict[str, _Own] = {}
         """Counts of each running request."""
         self._reviews: dict[frozenset[str] | int, _Review] = {}
-        self._steps = self._since_drafts = self._probes = 0
-        self._next_comparison = FIRST_COMPARISON
+        self._steps, self._learning = 0, LearningSteps(self.block_len)
 
     @property
     def drafts_first_blocks(self) -> bool:
@@ -280,16 +271,7 @@ class AutoPlanner:
             self._own = {request: own for request, own in self._own.items() if request in pending}
         review = self._review(pending.keys(), context)
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
-        most = max(pending.values())
-        if self.choice.mode == "autoregressive":
-            return self._probe(most, review.probe_every)
-        self._probes = 0
-        if self._steps >= self._next_comparison:
-            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
-            return StepPlan(1)
-        if most > 1:
-            return self.choice.cycle[-1]
-        return first_plan(self.choice.cycle[0])
+        return self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, review.untimed)
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """The review that holds for a batch: the last one, or a new one if that is due and there is time for it."""
@@ -303,7 +285,9 @@ class AutoPlanner:
         if last is not None and self._steps < last.due:
             return last
         if self._reviews and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds:
-            return last or self._nearest(len(requests))
+            if last is None:
+                last = self._reviews[key] = self._nearest(len(requests))
+            return last
         began = self._clock()
         if last is None:  # drop reviews of single requests that are gone
             self._reviews = {size: review for size, review in self._reviews.items() if isinstance(size, int)}
@@ -313,7 +297,7 @@ class AutoPlanner:
 
     def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None") -> "_Review":
         self.latency.refit()
-        ar, *others = self.weigh(requests, context)
+        ar, *others = choices = self.weigh(requests, context)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
         present = next((choice for choice in others if choice.cycle == held.cycle), ar)
@@ -324,7 +308,18 @@ class AutoPlanner:
         holds = last is not None and last.choice.cycle == best.cycle
         gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
         probe_every = self._probe_every(requests, context) if best is ar else 0
-        return _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every)
+        untimed = self._untimed(choices, best, len(requests))
+        return _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every, untimed)
+
+    def _untimed(self, choices: Sequence[Choice], best: Choice, batch: int) -> tuple[StepPlan, ...]:
+        """Plans of nearly as good choices whose time is not known from served steps, the most promising first."""
+        least, slots = NEAR_SHARE * best.tokens_per_second, self._computed_slots(batch)
+        near = [choice for choice in choices if choice.tokens_per_second >= least]
+        near.sort(key=lambda choice: choice.tokens_per_second, reverse=True)
+        plans = dict.fromkeys(plan for choice in near for plan in choice.cycle)
+        shapes = ((plan, plan.query_tokens(self.block_len), bool(plan.groups)) for plan in plans)
+        found = (plan for plan, rows, drafts in shapes if not self.latency.knows(rows, slots, drafts=drafts))
+        return tuple(islice(found, MOST_UNTIMED))
 
     def _nearest(self, batch: int) -> "_Review":
         """The review of the batch that is nearest in size."""
@@ -339,26 +334,11 @@ class AutoPlanner:
         """
         if self.block_len == 1:
             return 0
-        P, batch = self._probe_len, len(requests)
+        P, batch = probe_len(self.block_len), len(requests)
         plans = (StepPlan(1, (1,), P), StepPlan(P), StepPlan(1))
         drafting, verifying, ar = (self._step_seconds(plan, batch, context) for plan in plans)
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(P, P)], requests)[0]
         return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
-
-    def _probe(self, pending: int, every: int) -> StepPlan:
-        """Plan of an autoregressive step, or of a probe if it is due: a block is drafted, then verified."""
-        if pending > 1:
-            self._since_drafts, self._probes = 0, self._probes + 1
-            return StepPlan(self._probe_len)
-        self._since_drafts += 1
-        early = max(SHORTEST_PROBE, every >> max(0, EARLY_PROBES - self._probes))
-        if not every or self._since_drafts < early:
-            return StepPlan(1)
-        return StepPlan(1, (1,), self._probe_len)
-
-    @property
-    def _probe_len(self) -> int:
-        return min(self.block_len, max(2, self.block_len // PROBE_PART))
 
 
 @dataclass(slots=True)
@@ -395,3 +375,5 @@ class _Review:
     gap: int
     probe_every: int
     """Steps from one probe to the next, if the choice is autoregressive."""
+    untimed: tuple[StepPlan, ...]
+    """Plans to be run now and then, to know their time."""

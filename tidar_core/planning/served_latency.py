@@ -31,6 +31,8 @@ HALF_LIFE = 2000
 """Steps of any shape after which a mean that was not renewed counts half."""
 MOST_SHAPES = 64
 """Shapes whose means are kept; the longest unused goes first."""
+KNOWN_STEPS = 4
+"""Steps of a shape after which its time is known until they count less than one."""
 OWN_STEPS = 4
 """Steps of a shape after which its own mean counts as much as the formula."""
 
@@ -97,6 +99,12 @@ class ServedLatency:
         """
         own = self._own.get((rows, batch, drafts), 0.0)
         return self._formula.seconds(rows, batch, context, drafts=drafts) * math.exp(own)
+
+    def knows(self, rows: int, batch: int, *, drafts: bool) -> bool:
+        """Whether enough steps of this shape were served at any context, and not all long ago."""
+        shape = rows, batch, drafts
+        served = [x for x in self._shapes.values() if (x.rows, x.batch, x.drafts) == shape]
+        return sum(x.steps for x in served) >= KNOWN_STEPS and sum(x.weight(self._steps) for x in served) >= 1.0
 
     def observe(self, rows: int, batch: int, context: int, drafts: bool, seconds: float) -> None:
         """Learn from one served step; a time of 0 or less is ignored, since its clock did not advance."""

@@ -23,8 +23,8 @@ from tidar_core.planning.candidate_plans import all_candidates, few_candidates, 
 from tidar_core.planning.decode_step_benchmark import step_plans
 from tidar_core.planning.latency_formula import LatencyPoint
 from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.learning_steps import COMPARED_EVERY
 from tidar_core.planning.planner import (
-    COMPARED_EVERY,
     MIN_SPEEDUP_TO_DRAFT,
     MIN_VERIFICATIONS,
     AutoPlanner,

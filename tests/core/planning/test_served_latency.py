@@ -137,3 +137,21 @@ def test_the_speed_of_a_noisy_machine_is_that_of_its_steps_however_many_shapes_a
     latency.refit()
     assert latency.slowdown == pytest.approx(pace, rel=0.25)
     assert latency.seconds(72, 4, 500, drafts=True) == pytest.approx(measured(72, 4, 500), rel=0.3)
+
+
+def test_the_time_of_a_shape_is_known_after_a_few_steps_at_any_context_until_they_are_old():
+    latency = ServedLatency(flat_table())
+    for context in (10, 10, 1000, 1000):
+        assert not latency.knows(8, 1, drafts=True)
+        latency.observe(8, 1, context, True, 1.0)
+    assert latency.knows(8, 1, drafts=True)
+    assert not latency.knows(8, 1, drafts=False)
+    assert not latency.knows(8, 2, drafts=True)
+    for _ in range(3900):
+        latency.observe(4, 1, 10, True, 1.0)
+    assert latency.knows(8, 1, drafts=True)
+    for _ in range(200):
+        latency.observe(4, 1, 10, True, 1.0)
+    assert not latency.knows(8, 1, drafts=True)
+    latency.observe(8, 1, 10, True, 1.0)
+    assert latency.knows(8, 1, drafts=True)

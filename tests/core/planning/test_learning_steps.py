@@ -1,0 +1,65 @@
+"""Steps to learn from: when one is run, and which."""
+
+from itertools import pairwise
+
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.planning.candidate_plans import Candidate
+from tidar_core.planning.learning_steps import COMPARED_EVERY, TIMED_EVERY, LearningSteps, probe_len
+
+K = 8
+AR = Candidate("autoregressive", (StepPlan(1),))
+DRAFT, VERIFY = StepPlan(1, (1,), 4), StepPlan(4)
+TWO_PASS = Candidate("two-pass", (DRAFT, VERIFY))
+SINGLE_PASS = Candidate("single-pass", (StepPlan(4, (1,), 4),))
+
+
+def plans(choice, steps, untimed=(), probe_every=0):
+    """Plans of so many steps; drafts are pending after each plan that drafts."""
+    learning, found, pending = LearningSteps(K), [], 1
+    for _ in range(steps):
+        found.append(learning.next_plan(choice, pending, probe_every, untimed))
+        pending = 4 if found[-1].groups else 1
+    return found
+
+
+def test_where_all_times_are_known_a_choice_that_drafts_is_compared_with_autoregression_alone():
+    for choice in (TWO_PASS, SINGLE_PASS):
+        found = plans(choice, 4 * COMPARED_EVERY)
+        others = [n for n, plan in enumerate(found, 1) if plan not in choice.cycle and plan.clean_len > 1]
+        assert others == []
+        compared = [n for n, plan in enumerate(found, 1) if plan == StepPlan(1)]
+        assert compared == [32, 64, 128, 256, 512, 768, 1024]
+
+
+def test_untimed_plans_take_turns_one_step_in_so_many():
+    untimed = (StepPlan(2, (1,), 2), StepPlan(8, (1, 2), 8), StepPlan(3, (1,), 3))
+    found = plans(SINGLE_PASS, 10 * TIMED_EVERY, untimed)
+    tried = [(n, plan) for n, plan in enumerate(found, 1) if plan in untimed]
+    assert [n for n, _ in tried] == [TIMED_EVERY * n for n in range(1, 11)]
+    assert [plan for _, plan in tried] == [untimed[n % 3] for n in range(10)]
+
+
+def test_in_two_passes_an_untimed_plan_that_drafts_takes_the_place_of_a_draft_and_others_of_a_verification():
+    untimed = (StepPlan(1, (1,), 8), StepPlan(8))
+    found = plans(TWO_PASS, 20 * TIMED_EVERY, untimed)
+    for before, plan in pairwise(found):
+        if plan in untimed:
+            assert bool(before.groups) == (plan == untimed[1])
+    assert found.count(untimed[0]) >= 8 <= found.count(untimed[1])
+
+
+def test_a_probe_drafts_a_short_block_and_verifies_it():
+    found = plans(AR, 400, probe_every=100)
+    drafted = [n for n, plan in enumerate(found) if plan.groups]
+    assert all(found[n + 1] == StepPlan(probe_len(K)) for n in drafted)
+    gaps = [after - before for before, after in pairwise(drafted)]
+    assert gaps[-1] == 101 > gaps[0] > 8
+    assert {plan.clean_len for plan in found} == {1, probe_len(K)}
+
+
+def test_autoregression_with_nothing_to_probe_tries_untimed_plans_alone():
+    plan = StepPlan(4, (1,), 4)
+    assert set(plans(AR, 3 * TIMED_EVERY)) == {StepPlan(1)}
+    found = plans(AR, 3 * TIMED_EVERY, (plan,))
+    assert found.count(plan) == 3
+    assert set(found) == {StepPlan(1), plan, StepPlan(probe_len(K))}

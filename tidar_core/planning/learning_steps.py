@@ -1,0 +1,75 @@
+"""Steps that are run to learn from, not for their speed.
+
+Which plan comes next: one of the choice, or one whose time or drafts are not known well?
+
+A plan that is never run is never corrected. While the choice is autoregressive, a short block is drafted and verified
+now and then, to learn whether drafts would pay by now. While drafts are made, a step now and then is autoregressive,
+because drafting must beat its time. Plans that promise nearly the speed of the choice are run until their time is
+known. The formula alone can be wrong by more than the difference.
+"""
+
+from collections.abc import Sequence
+
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.planning.candidate_plans import Candidate, first_plan
+
+__all__ = ["COMPARED_EVERY", "SHORTEST_PROBE", "TIMED_EVERY", "LearningSteps", "probe_len"]
+
+PROBE_PART = 4
+"""Block length over the length of a probe's block: the first drafts decide whether drafting pays."""
+SHORTEST_PROBE = 8
+"""Fewest autoregressive steps from one probe to the next."""
+EARLY_PROBES = 3
+"""Probes that come early: each gap is twice the gap before it, up to the gap of later ones."""
+FIRST_COMPARISON, COMPARED_EVERY = 32, 256
+"""While drafts are made, one step in so many is autoregressive. The gap doubles from the first to the second number."""
+TIMED_EVERY = 64
+"""Steps from one step of an untimed plan to the next."""
+
+
+def probe_len(block_len: int) -> int:
+    """Tokens of the block that a probe drafts and verifies."""
+    return min(block_len, max(2, block_len // PROBE_PART))
+
+
+class LearningSteps:
+    """The next plan of a choice, or a step to learn from if one is due."""
+
+    def __init__(self, block_len: int) -> None:
+        self._probe_len = probe_len(block_len)
+        self._steps = self._since_drafts = self._probes = self._timed = 0
+        self._next_comparison, self._next_untimed = FIRST_COMPARISON, TIMED_EVERY
+
+    def next_plan(self, choice: Candidate, pending: int, probe_every: int, untimed: Sequence[StepPlan]) -> StepPlan:
+        """The plan of the next step.
+
+        pending      the most tokens pending (d_1 and its drafts) of a sequence
+        probe_every  steps from one probe to the next, if the choice is autoregressive; 0 if there is nothing to probe
+        untimed      plans that promise nearly as much, whose time is not known well
+        """
+        self._steps += 1
+        if untimed and self._steps >= self._next_untimed:
+            plan = untimed[self._timed % len(untimed)]
+            if choice.mode != "two-pass" or (pending > 1) == (plan.clean_len > 1):  # no draft is made in vain
+                self._timed, self._next_untimed = self._timed + 1, self._steps + TIMED_EVERY
+                return plan
+        if choice.mode == "autoregressive":
+            return self._probe(pending, probe_every)
+        self._probes = 0
+        if self._steps >= self._next_comparison:
+            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
+            return StepPlan(1)
+        if pending > 1:
+            return choice.cycle[-1]
+        return first_plan(choice.cycle[0])
+
+    def _probe(self, pending: int, every: int) -> StepPlan:
+        """Plan of an autoregressive step, or of a probe if it is due: a block is drafted, then verified."""
+        if pending > 1:
+            self._since_drafts, self._probes = 0, self._probes + 1
+            return StepPlan(self._probe_len)
+        self._since_drafts += 1
+        early = max(SHORTEST_PROBE, every >> max(0, EARLY_PROBES - self._probes))
+        if not every or self._since_drafts < early:
+            return StepPlan(1)
+        return StepPlan(1, (1,), self._probe_len)
