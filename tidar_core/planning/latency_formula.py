@@ -29,7 +29,7 @@ KEY_TERMS, KEYS_SHARE = slice(0, 2), 1e-6
 LEAST_SHARE = 1e-15
 """Share of one unit of a term that no measured step has."""
 MOST_ATTEMPTS, SETTLED = 60, 1e-4
-"""Most attempts of a fit, and the relative gain of an attempt that ends it."""
+"""Most attempts of a fit, and the relative change of the misfit by an attempt that ends it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +93,11 @@ class LatencyFormula:
         for _ in range(MOST_ATTEMPTS):
             attempt = found + fit.step(found, damping)
             of_attempt = fit.misfit(attempt)
-            damping *= 0.25 if of_attempt < misfit else 4.0
-            if of_attempt >= misfit:
-                continue
-            gain, found, misfit = misfit - of_attempt, attempt, of_attempt
-            if gain <= SETTLED * misfit:
+            gain, settled = misfit - of_attempt, abs(misfit - of_attempt) <= SETTLED * misfit
+            damping *= 0.25 if gain > 0 else 4.0
+            if gain > 0:
+                found, misfit = attempt, of_attempt
+            if settled:
                 break
         return LatencyFormula(tuple(found.tolist()))
 

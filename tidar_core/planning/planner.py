@@ -116,6 +116,7 @@ class AutoPlanner:
         self._computed_slots = computed_slots
         self.latency, self.loop = ServedLatency(table), LoopTime()
         self.candidates = candidates or all_candidates(block_len)
+        self._chains = {x.cycle: self._chain(x) for x in self.candidates if x.mode != "autoregressive"}
         self.choice = Choice("autoregressive", (StepPlan(1),), 0.0)
         if block_len > 1:
             self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
@@ -233,8 +234,7 @@ class AutoPlanner:
 
         context   tokens of the longest sequence in the cache
         """
-        drafting = {x.cycle: self._chain(x) for x in self.candidates if x.mode != "autoregressive"}
-        accepted = dict(zip(drafting, self._tokens(list(drafting.values()), requests)))
+        accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), requests)))
         choices = []
         for candidate in self.candidates:
             mode, cycle = candidate.mode, candidate.cycle
