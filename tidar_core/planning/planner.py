@@ -129,6 +129,8 @@ class AutoPlanner:
         self._free_since = 0.0
         """Time at which the last decode step ended, or the last prefill began."""
         self.forget_drafts()
+        if self._chains:  # what all reviews share is computed before the first request
+            expected_tokens(list(self._chains.values()), self.acceptance.rates())
 
     def forget_drafts(self) -> None:
         """Forget how often drafts were accepted: they are made by other weights from now on."""
@@ -235,21 +237,23 @@ class AutoPlanner:
         context   tokens of the longest sequence in the cache
         """
         accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), requests)))
+        plans = dict.fromkeys(plan for candidate in self.candidates for plan in candidate.cycle)
+        loop, batch = self.loop.step_seconds, len(requests)
+        step_seconds = {plan: self._forward_seconds(plan, batch, context) + loop for plan in plans}
         choices = []
         for candidate in self.candidates:
             mode, cycle = candidate.mode, candidate.cycle
             # an autoregressive step and the drafting pass of two passes commit a token too
             tokens = accepted.get(cycle, 0.0) + (mode != "single-pass")
             tokens /= 1.0 + lost_tokens(mode, tokens) * self.loop.texts_per_token
-            seconds = sum(self._step_seconds(plan, len(requests), context) for plan in cycle)
-            choices.append(Choice(mode, cycle, len(requests) * tokens / seconds))
+            seconds = sum(step_seconds[plan] for plan in cycle)
+            choices.append(Choice(mode, cycle, batch * tokens / seconds))
         return choices
 
-    def _step_seconds(self, plan: StepPlan, batch: int, context: int) -> float:
-        """Expected seconds from one plan to the next."""
+    def _forward_seconds(self, plan: StepPlan, batch: int, context: int) -> float:
+        """Expected seconds of a plan, without the loop's own."""
         rows, drafts = plan.query_tokens(self.block_len), bool(plan.groups)
-        slots = self._computed_slots(batch)
-        return self.latency.seconds(rows, slots, context, drafts=drafts) + self.loop.step_seconds
+        return self.latency.seconds(rows, self._computed_slots(batch), context, drafts=drafts)
 
     def _chain(self, candidate: Candidate) -> PlanChain:
         if candidate.mode == "single-pass":
@@ -274,26 +278,26 @@ class AutoPlanner:
         return self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, review.untimed)
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
-        """The review that holds for a batch: the last one, or a new one if that is due and there is time for it."""
-        key: frozenset[str] | int = len(requests)
+        """The review that holds for a batch: the last one, or a new one if that is due and there is time for it.
+
+        A request with a review of its own renews that of all batches of its size too, with which the next one begins.
+        """
+        keys: list[frozenset[str] | int] = [len(requests)]
         if len(requests) <= MAX_INDIVIDUAL_BATCH:
-            for request in requests:
-                own = self._own.get(request)
-                if own is not None and own.verifications >= MIN_VERIFICATIONS:
-                    key = frozenset(requests)
-        last = self._reviews.get(key)
-        if last is not None and self._steps < last.due:
-            return last
-        if self._reviews and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds:
-            if last is None:
-                last = self._reviews[key] = self._nearest(len(requests))
-            return last
-        began = self._clock()
-        if last is None:  # drop reviews of single requests that are gone
-            self._reviews = {size: review for size, review in self._reviews.items() if isinstance(size, int)}
-        self._reviews[key] = self._reviewed(requests, context, last)
-        self._review_seconds += self._clock() - began
-        return self._reviews[key]
+            own = (self._own.get(request) for request in requests)
+            if any(known is not None and known.verifications >= MIN_VERIFICATIONS for known in own):
+                keys.append(frozenset(requests))
+        found = [self._reviews.get(key) for key in keys]
+        due = next((key for key, last in zip(keys, found) if last is None or self._steps >= last.due), None)
+        busy = bool(self._reviews) and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds
+        if due is not None and not busy:
+            began, last = self._clock(), self._reviews.get(due)
+            if last is None:  # drop reviews of single requests that are gone
+                self._reviews = {key: review for key, review in self._reviews.items() if isinstance(key, int)}
+            self._reviews[due] = self._reviewed(requests, context, last)
+            self._review_seconds += self._clock() - began
+            found = [self._reviews.get(key) for key in keys]
+        return found[-1] or found[0] or self._nearest(len(requests))
 
     def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None") -> "_Review":
         self.latency.refit()
@@ -336,7 +340,8 @@ class AutoPlanner:
             return 0
         P, batch = probe_len(self.block_len), len(requests)
         plans = (StepPlan(1, (1,), P), StepPlan(P), StepPlan(1))
-        drafting, verifying, ar = (self._step_seconds(plan, batch, context) for plan in plans)
+        loop = self.loop.step_seconds
+        drafting, verifying, ar = (self._forward_seconds(plan, batch, context) + loop for plan in plans)
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(P, P)], requests)[0]
         return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
 

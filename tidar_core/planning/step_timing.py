@@ -25,6 +25,8 @@ BUDGET_SECONDS = 20.0
 """Time for all shapes together, unless the caller gives another budget."""
 LARGEST_SHARE = 0.25
 """Part of the time left that one step may take, its warm-up included."""
+LEAST_TURNS, LEAST_SECONDS = 5, 0.3
+"""Turns over all steps, and seconds, after which no turn begins: one slow moment of the machine must not count."""
 FEW_PLANS = 5
 """Plans that are timed at every batch and context but the first, if no plan must be captured."""
 
@@ -34,7 +36,7 @@ def decoding_latency(
     *,
     budget: float = BUDGET_SECONDS,
     context_len: int | None = None,
-    repeats: int = 5,
+    repeats: int = 50,
     on_point: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
@@ -42,15 +44,18 @@ def decoding_latency(
 
     budget       seconds; the first step is timed even if it takes longer
     context_len  longest context, in tokens; the decoder's own by default
-    repeats      turns over all steps, as long as the budget allows
+    repeats      most turns over all steps, as long as the budget allows; there are more of short steps
     on_point     called after each batch and context of the first turn
     clock        seconds, ascending
     """
-    end, K = clock() + budget, decoder.draft.block_len
+    began, K = clock(), decoder.draft.block_len
+    end = began + budget
     plans = sorted(timed_plans(few_candidates(K)), key=lambda plan: (plan.query_tokens(K), bool(plan.groups)))
     shapes = latency_shapes(decoder, context_len)
     times: dict[_Step, list[float]] = {}
     for turn in range(repeats):
+        if turn >= LEAST_TURNS and clock() - began >= LEAST_SECONDS:
+            break
         for index, (batch, context) in enumerate(shapes):
             every = index == 0 or decoder.captures
             with decoder.rehearsal(batch, context) as rehearse:

@@ -67,6 +67,15 @@ def test_with_time_enough_every_shape_is_timed_in_every_turn():
     assert clock.runs == 3 * (len(plans) + 5 * (len(latency_shapes(decoder)) - 1)) * (2 + TIMED)
 
 
+def test_a_slow_moment_at_the_start_does_not_count_where_steps_are_short():
+    """Steps of a tenth of a millisecond take three times as long for a twentieth of a second."""
+    clock = Clock()
+    decoder = decoder_of(clock, lambda *_: 0.0001 * (3 if clock.now < 0.05 else 1), slots=1, context_len=128)
+    formula = decoding_latency(decoder, clock=clock).formula
+    assert 0.3 <= clock.now < 0.4
+    assert formula.seconds(4, 1, 128) == pytest.approx(0.0001, rel=0.02)
+
+
 def test_the_shapes_with_the_fewest_keys_come_first():
     shapes = latency_shapes(decoder_of(Clock(), smollm2))
     assert shapes[:4] == [(1, 128), (4, 128), (1, 1024), (8, 128)]
