@@ -76,9 +76,9 @@ INLINE int bytes_of(enum form form) { return form >= INT8 ? inputs_of(form) + 8 
 
 /* Words of a channel, with those that fill it up. */
 INLINE long words_of_channel(enum form form, long width) {
-    const long together = form == INT4 ? 1 : words_together, inputs = form == INT8 ? 4 : inputs_of(form);
-    if (form == INT4) return width / GROUP * words_of(form);
-    return (width + together * inputs - 1) / (together * inputs) * together;
+    const long inputs = words_together * (form == INT8 ? 4 : inputs_of(form));
+    if (form == INT4) return width / GROUP * GROUP_WORDS;
+    return (width + inputs - 1) / inputs * words_together;
 }
 
 /* Tokens in tiles, about equally many in each: the first `larger` ones have one token more than `least`. */
@@ -211,13 +211,15 @@ INLINE void sums_of_parts(int tokens, const U *word, long words, const int8_t *l
     UNROLL for (int t = 0; t < tokens; t++) sums[t][0] = sum[t][0], sums[t][1] = sum[t][1];
 }
 
-/* The same for weights in int4 and `halves` of a panel, 1 or 2. A group of the tokens has GROUP levels of each token in
- * the order of those in the halves of words: of each eight inputs first those with an even index, then the others. Then
- * come each token's step, and its step times the sum of its levels. Products of a group are integers. */
-INLINE void sums_of_groups(int tokens, int halves, const U *word, long words, const int8_t *level, F *sums) {
+/* The same for weights in int4 and `halves` of a panel, 1 or 2, from number `first` on. A group of the tokens has GROUP
+ * levels of each token in the order of those in the halves of words: of each eight inputs first those with an even
+ * index, then the others. Then come each token's step, and its step times the sum of its levels. Products of a group
+ * are integers. */
+INLINE void sums_of_groups(int tokens, int first, int halves, const U *word, long words, const int8_t *level,
+                           F sums[][2]) {
     F sum[MOST][2];
     UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (F){};
-    for (; words > 0; words -= GROUP_WORDS, word += 2 * GROUP_WORDS, level += bytes_of(INT4) * tokens) {
+    for (word += first; words > 0; words -= GROUP_WORDS, word += 2 * GROUP_WORDS, level += bytes_of(INT4) * tokens) {
         const float *step = (const float *)(level + GROUP * tokens), *total = step + tokens;
         I dot[MOST][2] = {};
         UNROLL for (int k = 0; k < GROUP_WORDS; k++) fetch(tokens, halves, word + 2 * k);
@@ -236,16 +238,16 @@ INLINE void sums_of_groups(int tokens, int halves, const U *word, long words, co
         }
     }
     UNROLL for (int t = 0; t < tokens; t++)
-        UNROLL for (int p = 0; p < halves; p++) sums[2 * t + p] = sum[t][p];
+        UNROLL for (int p = 0; p < halves; p++) sums[t][first + p] = sum[t][p];
 }
 
 /* The sums of SEVERAL tokens with weights in int4 leave too few registers for both halves of a panel at a time. */
 INLINE void sums_of_tile(enum form form, int tokens, const U *word, long words, const void *laid, F sums[][2]) {
     if (form == INT8) sums_of_parts(tokens, word, words, laid, sums);
     else if (form != INT4) sums_of_numbers(form, tokens, word, words, laid, sums);
-    else if (tokens < SEVERAL) sums_of_groups(tokens, 2, word, words, laid, *sums);
+    else if (tokens < SEVERAL) sums_of_groups(tokens, 0, 2, word, words, laid, sums);
     else
-        UNROLL for (int p = 0; p < 2; p++) sums_of_groups(tokens, 1, word + p, words, laid, *sums + p);
+        UNROLL for (int p = 0; p < 2; p++) sums_of_groups(tokens, p, 1, word, words, laid, sums);
 }
 
 /* Products of panel `n` with all tokens. */
@@ -324,11 +326,12 @@ INLINE void lay_step(enum form form, const void *x, long i, long left, int half,
     else ((int32_t *)rest)[count + t] = 128 * (int32_t)sum;
 }
 
-/* The same as `lay_numbers` in levels. No step waits for another, since the largest values of all are found first. */
+/* The same as `lay_numbers` in levels. All largest values are found before the first level, so the steps of each loop
+ * overlap. */
 INLINE void lay_levels(enum form form, long count, const void *x, long token, long width, int half, long first,
                        long last, char *laid) {
     const int inputs = inputs_of(form);
-    float largest[BLOCK][MOST];
+    float largest[BLOCK / GROUP_WORDS][MOST];
     for (long n = first; n < last; n++)
         for (long t = 0; t < count; t++) {
             const long i = (token + t) * width + n * inputs, left = width - n * inputs;
@@ -370,6 +373,7 @@ INLINE void lay_block(enum form form, const struct product *of, const void *x, l
     }                                                                                                              \
     static void name(const void *weight, const float *scale, const float *bias, long out, long width,              \
                      const void *x, long tokens, void *y, int half, const struct rows *added) {                    \
+        if (tokens == 0) return;                                                                                   \
         const long words = words_of_channel(form, width), steps = (words + words_of(form) - 1) / words_of(form);   \
         const int laid = form == FP32 && !half && tokens == 1 && words == width;                                   \
         const long bytes = (tokens * steps * bytes_of(form) + 63) / 64 * 64;                                       \
@@ -476,8 +480,8 @@ void product_int8(const void *weight, const float *scale, const float *bias, lon
         char *thin = malloc(tokens * rank * size), *close = batch > 1 ? malloc(tokens * line) : 0;                 \
         for (long b = 0; close && b < batch; b++)                                                                  \
             memcpy(close + b * masks * line, first + b * rows * line, masks * line);                               \
-        of(down, 0, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                    \
-        of(up, 0, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                                  \
+        of(down, 0, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                 \
+        of(up, 0, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                               \
         free(close);                                                                                               \
         free(thin);                                                                                                \
     }

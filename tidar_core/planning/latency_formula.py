@@ -93,7 +93,7 @@ class LatencyFormula:
         for _ in range(MOST_ATTEMPTS):
             attempt = found + fit.step(found, damping)
             of_attempt = fit.misfit(attempt)
-            gain, settled = misfit - of_attempt, abs(misfit - of_attempt) <= SETTLED * misfit
+            gain, settled = misfit - of_attempt, abs(misfit - of_attempt) < SETTLED * misfit
             damping *= 0.25 if gain > 0 else 4.0
             if gain > 0:
                 found, misfit = attempt, of_attempt

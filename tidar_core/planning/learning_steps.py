@@ -8,7 +8,7 @@ because drafting must beat its time. Plans that promise nearly the speed of the 
 known. The formula alone can be wrong by more than the difference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate, first_plan
@@ -38,30 +38,42 @@ class LearningSteps:
     def __init__(self, block_len: int) -> None:
         self._probe_len = probe_len(block_len)
         self._steps = self._since_drafts = self._probes = self._timed = 0
-        self._next_comparison, self._next_untimed = FIRST_COMPARISON, TIMED_EVERY
+        self._next_comparison = self._comparison_gap = FIRST_COMPARISON
+        self._next_untimed = TIMED_EVERY
 
-    def next_plan(self, choice: Candidate, pending: int, probe_every: int, untimed: Sequence[StepPlan]) -> StepPlan:
+    def next_plan(self, choice: Candidate, pending: int, probe_every: int, untimed: Iterable[StepPlan]) -> StepPlan:
         """The plan of the next step.
 
         pending      the most tokens pending (d_1 and its drafts) of a sequence
         probe_every  steps from one probe to the next, if the choice is autoregressive; 0 if there is nothing to probe
-        untimed      plans that promise nearly as much, whose time is not known well
+        untimed      plans that promise nearly as much, whose time is not known; read only where one may be run
         """
         self._steps += 1
-        if untimed and self._steps >= self._next_untimed:
-            plan = untimed[self._timed % len(untimed)]
-            if choice.mode != "two-pass" or (pending > 1) == (plan.clean_len > 1):  # no draft is made in vain
-                self._timed, self._next_untimed = self._timed + 1, self._steps + TIMED_EVERY
-                return plan
+        plan = self._untimed(choice.mode, pending, untimed) if self._steps >= self._next_untimed else None
+        if plan is not None:
+            return plan
         if choice.mode == "autoregressive":
             return self._probe(pending, probe_every)
         self._probes = 0
         if self._steps >= self._next_comparison:
-            self._next_comparison += min(self._next_comparison, COMPARED_EVERY)
+            self._next_comparison = self._steps + self._comparison_gap
+            self._comparison_gap = min(2 * self._comparison_gap, COMPARED_EVERY)
             return StepPlan(1)
         if pending > 1:
             return choice.cycle[-1]
         return first_plan(choice.cycle[0])
+
+    def _untimed(self, mode: str, pending: int, untimed: Iterable[StepPlan]) -> StepPlan | None:
+        """The untimed plan that is next; None where it must wait for drafts to be verified, or where there is none.
+
+        In single-pass mode drafts are pending at all times. A plan that verifies none of them costs a step's drafts.
+        """
+        plans = tuple(untimed)
+        plan = plans[self._timed % len(plans)] if plans else None
+        if plan is not None and mode != "single-pass" and (pending > 1) != (mode == "two-pass" and plan.clean_len > 1):
+            return None
+        self._timed, self._next_untimed = self._timed + 1, self._steps + TIMED_EVERY
+        return plan
 
     def _probe(self, pending: int, every: int) -> StepPlan:
         """Plan of an autoregressive step, or of a probe if it is due: a block is drafted, then verified."""

@@ -231,12 +231,13 @@ class AutoPlanner:
         drafted, autoregressive = (self.expected_tokens_per_second(speed) for speed in speeds)
         return drafted / autoregressive
 
-    def weigh(self, requests: Collection[str], context: int) -> list[Choice]:
+    def weigh(self, requests: Collection[str], context: int, *, alike: bool = False) -> list[Choice]:
         """All candidates with their expected speed for a batch of these requests.
 
         context   tokens of the longest sequence in the cache
+        alike     whether requests of a small batch count with the acceptance rates of all, as those of a large one do
         """
-        accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), requests)))
+        accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), () if alike else requests)))
         plans = dict.fromkeys(plan for candidate in self.candidates for plan in candidate.cycle)
         loop, batch = self.loop.step_seconds, len(requests)
         step_seconds = {plan: self._forward_seconds(plan, batch, context) + loop for plan in plans}
@@ -264,8 +265,9 @@ class AutoPlanner:
         return expected_tokens(chains, *self._rates(requests)) if chains else []
 
     def _rates(self, requests: Collection[str]) -> list[list[AcceptanceRates]]:
-        """Acceptance rates of each request if the batch is small; else of all requests so far."""
-        own = [self._own.get(request) for request in requests] if len(requests) <= MAX_INDIVIDUAL_BATCH else [None]
+        """Acceptance rates of each request if they are few; of all requests so far if they are many or not named."""
+        few = 0 < len(requests) <= MAX_INDIVIDUAL_BATCH
+        own = [self._own.get(request) for request in requests] if few else [None]
         everyone = self.acceptance
         return [everyone.rates() if known is None else known.acceptance.with_prior(everyone) for known in own]
 
@@ -275,33 +277,37 @@ class AutoPlanner:
             self._own = {request: own for request, own in self._own.items() if request in pending}
         review = self._review(pending.keys(), context)
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
-        return self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, review.untimed)
+        untimed = (plan for plan in review.untimed if not self._knows(plan, len(pending)))
+        return self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, untimed)
 
     def _review(self, requests: KeysView[str], context: int) -> "_Review":
         """The review that holds for a batch: the last one, or a new one if that is due and there is time for it.
 
-        A request with a review of its own renews that of all batches of its size too, with which the next one begins.
+        A lone request that is known well has a review of its own. The review of all lone requests, with which the next
+        one begins, is renewed meanwhile. The review that has waited longer comes first.
         """
         keys: list[frozenset[str] | int] = [len(requests)]
         if len(requests) <= MAX_INDIVIDUAL_BATCH:
             own = (self._own.get(request) for request in requests)
             if any(known is not None and known.verifications >= MIN_VERIFICATIONS for known in own):
-                keys.append(frozenset(requests))
+                keys.insert(0, frozenset(requests))
         found = [self._reviews.get(key) for key in keys]
-        due = next((key for key, last in zip(keys, found) if last is None or self._steps >= last.due), None)
+        since = [0 if last is None else last.due for last in found]
+        due = min(range(len(keys)), key=since.__getitem__)
         busy = bool(self._reviews) and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds
-        if due is not None and not busy:
-            began, last = self._clock(), self._reviews.get(due)
-            if last is None:  # drop reviews of single requests that are gone
+        if self._steps >= since[due] and not busy:
+            began = self._clock()
+            if found[due] is None:  # drop reviews of single requests that are gone
                 self._reviews = {key: review for key, review in self._reviews.items() if isinstance(key, int)}
-            self._reviews[due] = self._reviewed(requests, context, last)
+            self._reviews[keys[due]] = self._reviewed(requests, context, found[due], alike=keys[due] == len(requests))
             self._review_seconds += self._clock() - began
             found = [self._reviews.get(key) for key in keys]
-        return found[-1] or found[0] or self._nearest(len(requests))
+        return found[0] or found[-1] or self._nearest(len(requests))
 
-    def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None") -> "_Review":
+    def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None", *, alike: bool) -> "_Review":
+        """A new review in place of the last one; see `weigh`."""
         self.latency.refit()
-        ar, *others = choices = self.weigh(requests, context)
+        ar, *others = choices = self.weigh(requests, context, alike=alike)
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
         present = next((choice for choice in others if choice.cycle == held.cycle), ar)
@@ -317,13 +323,14 @@ class AutoPlanner:
 
     def _untimed(self, choices: Sequence[Choice], best: Choice, batch: int) -> tuple[StepPlan, ...]:
         """Plans of nearly as good choices whose time is not known from served steps, the most promising first."""
-        least, slots = NEAR_SHARE * best.tokens_per_second, self._computed_slots(batch)
-        near = [choice for choice in choices if choice.tokens_per_second >= least]
+        near = [choice for choice in choices if choice.tokens_per_second >= NEAR_SHARE * best.tokens_per_second]
         near.sort(key=lambda choice: choice.tokens_per_second, reverse=True)
         plans = dict.fromkeys(plan for choice in near for plan in choice.cycle)
-        shapes = ((plan, plan.query_tokens(self.block_len), bool(plan.groups)) for plan in plans)
-        found = (plan for plan, rows, drafts in shapes if not self.latency.knows(rows, slots, drafts=drafts))
-        return tuple(islice(found, MOST_UNTIMED))
+        return tuple(islice((plan for plan in plans if not self._knows(plan, batch)), MOST_UNTIMED))
+
+    def _knows(self, plan: StepPlan, batch: int) -> bool:
+        rows, slots = plan.query_tokens(self.block_len), self._computed_slots(batch)
+        return self.latency.knows(rows, slots, drafts=bool(plan.groups))
 
     def _nearest(self, batch: int) -> "_Review":
         """The review of the batch that is nearest in size."""

@@ -29,6 +29,8 @@ MEAN_GAIN, LARGEST_RATIO = 0.02, 4.0
 """Share of a step in the mean ratio of measured and typical times, and the largest ratio that counts."""
 HALF_LIFE = 2000
 """Steps of any shape after which a mean that was not renewed counts half."""
+LEAST_WEIGHT = 1e-6
+"""Least weight of a step, however old: a weight is never 0."""
 MOST_SHAPES = 64
 """Shapes whose means are kept; the longest unused goes first."""
 KNOWN_STEPS = 4
@@ -54,7 +56,7 @@ class _Shape:
 
     def weight(self, now: int) -> float:
         """Steps that the mean counts for."""
-        return float(min(self.steps, MOST_STEPS) * 0.5 ** ((now - self.last) / HALF_LIFE))
+        return float(min(self.steps, MOST_STEPS) * max(0.5 ** ((now - self.last) / HALF_LIFE), LEAST_WEIGHT))
 
     def weighted(self, now: int) -> Weighted:
         """The mean as a measurement, weaker with age."""

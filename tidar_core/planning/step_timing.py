@@ -54,7 +54,7 @@ def decoding_latency(
     shapes = latency_shapes(decoder, context_len)
     times: dict[_Step, list[float]] = {}
     for turn in range(repeats):
-        if turn >= LEAST_TURNS and clock() - began >= LEAST_SECONDS:
+        if turn >= LEAST_TURNS and clock() - began >= min(LEAST_SECONDS, budget):
             break
         for index, (batch, context) in enumerate(shapes):
             every = index == 0 or decoder.captures

@@ -253,6 +253,7 @@ def test_results_of_a_token_do_not_depend_on_how_many_tokens_a_product_has(form,
         assert torch.equal(held(x[:, :tokens]), together[:, :tokens]), tokens
     assert torch.equal(held(x.view(8, 5, 160)), together.view(8, 5, 96))
     assert held(torch.zeros(1, 1, 160, dtype=dtype)).isfinite().all()
+    assert held(x[:, :0]).shape == (1, 0, 96)
 
 
 @compiled

@@ -87,10 +87,10 @@ def test_reviews_take_no_more_than_their_share_however_slow_they_are(machine, ba
     decoder, planner = machine("gpu")
     clock, weigh, reviews = decoder.clock, planner.weigh, []
 
-    def slow(requests, context):
+    def slow(requests, *of, **how):
         clock.run(0.01)
         reviews.append(len(requests))
-        return weigh(requests, context)
+        return weigh(requests, *of, **how)
 
     monkeypatch.setattr(planner, "weigh", slow)
     began = clock()

@@ -45,7 +45,8 @@ def test_in_two_passes_an_untimed_plan_that_drafts_takes_the_place_of_a_draft_an
     for before, plan in pairwise(found):
         if plan in untimed:
             assert bool(before.groups) == (plan == untimed[1])
-    assert found.count(untimed[0]) >= 8 <= found.count(untimed[1])
+    assert found.count(untimed[0]) >= 8
+    assert found.count(untimed[1]) >= 8
 
 
 def test_a_probe_drafts_a_short_block_and_verifies_it():
@@ -63,3 +64,20 @@ def test_autoregression_with_nothing_to_probe_tries_untimed_plans_alone():
     found = plans(AR, 3 * TIMED_EVERY, (plan,))
     assert found.count(plan) == 3
     assert set(found) == {StepPlan(1), plan, StepPlan(probe_len(K))}
+
+
+def test_after_a_long_time_without_drafts_one_step_is_compared_and_not_all_that_were_missed():
+    learning = LearningSteps(K)
+    for _ in range(10_000):
+        learning.next_plan(AR, 1, 0, ())
+    found = [learning.next_plan(SINGLE_PASS, 4, 0, ()) for _ in range(31)]
+    assert found.count(StepPlan(1)) == 1
+
+
+def test_the_drafts_of_a_probe_are_verified_before_an_untimed_plan_comes():
+    untimed, learning, found, pending = StepPlan(4, (1,), 4), LearningSteps(K), [], 1
+    for _ in range(20 * TIMED_EVERY):
+        found.append(learning.next_plan(AR, pending, 9, (untimed,)))
+        pending = 4 if found[-1].groups else 1
+    assert found.count(untimed) >= 18
+    assert all(not before.groups for before, plan in pairwise(found) if plan == untimed)

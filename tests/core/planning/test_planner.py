@@ -200,7 +200,7 @@ def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
     weighed = []
     weigh = planner.weigh
     monkeypatch.setattr(
-        planner, "weigh", lambda requests, context: weighed.append(len(requests)) or weigh(requests, context)
+        planner, "weigh", lambda requests, *of, **how: weighed.append(len(requests)) or weigh(requests, *of, **how)
     )
     for batch in (5, 6, 5, 6):
         planner.next_plan({str(i): 1 for i in range(batch)}, 10)
@@ -229,7 +229,7 @@ def test_lone_requests_that_are_new_share_a_review(monkeypatch):
     weighed = []
     weigh = planner.weigh
     monkeypatch.setattr(
-        planner, "weigh", lambda requests, context: weighed.append(set(requests)) or weigh(requests, context)
+        planner, "weigh", lambda requests, *of, **how: weighed.append(set(requests)) or weigh(requests, *of, **how)
     )
     for request in ("first", "second"):
         for _ in range(10):
@@ -240,6 +240,23 @@ def test_lone_requests_that_are_new_share_a_review(monkeypatch):
         planner.observe([DecodeStep("second", (1, 1), None, 4, 2, 4)])
     planner.next_plan({"second": 4}, 10)
     assert weighed[3:] == [{"second"}]
+
+
+def test_the_review_of_one_request_and_that_of_all_take_turns_and_do_not_mix(monkeypatch):
+    """Reviews are so slow that few are due in time; neither of the two may wait for ever."""
+    planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
+    alike, weigh = [], planner.weigh
+    monkeypatch.setattr(planner, "weigh", lambda *of, **how: alike.append(how["alike"]) or weigh(*of, **how))
+    known(planner, rates([0.9] * K, 0.9))
+    for _ in range(100):
+        planner.observe([DecodeStep("bad", (1,), None, 4, 1, 4)])
+    for step in range(4000):
+        planner.next_plan({"bad": 1}, 10)
+        planner._review_seconds = 0.0 if step % 300 == 0 else 1e9
+    assert min(alike.count(True), alike.count(False)) >= 5
+    assert abs(alike.count(True) - alike.count(False)) <= 2
+    of_all, of_one = planner._reviews[1].choice, planner._reviews[frozenset({"bad"})].choice
+    assert of_one.mode == "autoregressive" != of_all.mode
 
 
 def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():

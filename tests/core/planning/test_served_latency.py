@@ -155,3 +155,12 @@ def test_the_time_of_a_shape_is_known_after_a_few_steps_at_any_context_until_the
     assert not latency.knows(8, 1, drafts=True)
     latency.observe(8, 1, 10, True, 1.0)
     assert latency.knows(8, 1, drafts=True)
+
+
+def test_steps_that_are_very_old_still_have_a_weight():
+    latency = ServedLatency(flat_table())
+    latency.observe(8, 1, 10, True, 1.0)
+    latency._steps = 10_000_000
+    latency.observe(1, 1, 10, False, 1.0)
+    latency.refit()
+    assert latency.seconds(8, 1, 10, drafts=True) > 0
