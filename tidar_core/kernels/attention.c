@@ -5,7 +5,20 @@
  * that it does not see: what is hidden adds 0, if it is finite. `reference.py` defines the result. Tensors are
  * contiguous unless a stride is given.
  */
+#include "attention_rows.h"
+
+#define FORM SINGLE
 #include "attention_part.h"
+#define FORM WIDENED
+#include "attention_part.h"
+#ifdef __AVX512BF16__
+#define FORM PAIRS
+#include "attention_part.h"
+#endif
+#ifdef __AMX_TILE__
+#define FORM MATRICES
+#include "attention_part.h"
+#endif
 
 #define MOST_RESULTS (1L << 22) /* numbers, 16 MiB, that results of parts may take */
 
@@ -15,9 +28,8 @@ int omp_get_num_threads(void);
 /* Add the results of the next part. Not inlined: its bits must be the same wherever it is called. */
 static void __attribute__((noinline)) fold(struct results to, struct results part, long count, long padded) {
     for (long n = 0; n < count; n += NATIVE) {
-        const N before = *(N *)(to.most + n), now = *(N *)(part.most + n);
-        const NI less = before < now, none = before == now; /* both may be -inf, where neither saw a key */
-        const N most = (N)(((NI)now & less) | ((NI)before & ~less));
+        const N before = *(N *)(to.most + n), now = *(N *)(part.most + n), most = larger_each(now, before);
+        const NI none = before == now; /* both may be -inf, where neither saw a key */
         const N kept = power_of_two((N)((NI)(before - most) & ~none));
         const N added = power_of_two((N)((NI)(now - most) & ~none));
         *(N *)(to.most + n) = most;
@@ -30,11 +42,27 @@ static void __attribute__((noinline)) fold(struct results to, struct results par
     }
 }
 
-INLINE void write_results(const struct attention *a, const struct group *g, struct results from, enum form form) {
+/* Results of a group for `count` keys of the part that begins with key `first`. */
+static void attend(const struct attention *a, const struct group *g, const struct room *room, long first, long count,
+                   struct results to) {
+    switch (a->form) {
+    case SINGLE: attend_SINGLE(a, g, room, first, count, to); break;
+    case WIDENED: attend_WIDENED(a, g, room, first, count, to); break;
+#ifdef __AVX512BF16__
+    case PAIRS: attend_PAIRS(a, g, room, first, count, to); break;
+#endif
+#ifdef __AMX_TILE__
+    case MATRICES: attend_MATRICES(a, g, room, first, count, to); break;
+#endif
+    default: break;
+    }
+}
+
+static void write_results(const struct attention *a, const struct group *g, struct results from) {
     for (long n = 0; n < g->count; n++) {
         const long to = (token_of(a, g, n) * a->heads + head_of(a, g, n)) * a->size;
         for (long d = 0; d < a->size; d += LANES)
-            put_run(a->out, to, d, a->size, halved(form), *(F *)(from.sums + n * a->padded + d) / from.total[n]);
+            put_run(a->out, to, d, a->size, halved(a->form), *(F *)(from.sums + n * a->padded + d) / from.total[n]);
     }
 }
 
@@ -43,12 +71,16 @@ INLINE struct group group_of(const struct attention *a, long sequence, long head
     return (struct group){sequence, head, first, left < a->most ? left : a->most, prefix_of(a, sequence) + a->own[n]};
 }
 
-/* Keys to be read of a part, hidden ones included, where `left` are left. */
-INLINE long width_of(long left) { return left < PART ? multiple(left, EVEN) : PART; }
+/* Keys to be read of a part, zeros included, where `left` are left. */
+INLINE long width_of(long left) { return left < PART ? multiple(left, BLOCK) : PART; }
+
+static void forget_next(const struct attention *a, struct room *room) {
+    find_rows(a, (struct part){0, 0}, 0, room->zeros, &room->next);
+}
 
 /* Room for a thread. Free it by `leave`. */
 static struct room enter(const struct attention *a) {
-    const long keys = a->words * PART, values = a->padded * PART / (paired(a->form) ? 2 : 1);
+    const long keys = a->words * BLOCK, values = a->padded * rows_of(a->form, PART);
     const long queries = QUERIES * a->words, scores = QUERIES * PART, zeros = multiple(a->kv_heads * a->size, LANES);
     float *place = aligned_alloc(64, multiple(4 * (keys + values + queries + scores + zeros + 2 * results_len(a)), 64));
     struct room room = {.keys = (U *)place};
@@ -57,37 +89,34 @@ static struct room enter(const struct attention *a) {
     room.scores = place += queries;
     room.zeros = memset(place += scores, 0, zeros * 4);
     room.results = place + zeros;
+    forget_next(a, &room);
 #ifdef __AMX_TILE__
     if (a->form == MATRICES) configure_tiles(LANES);
 #endif
     return room;
 }
 
-static void leave(const struct attention *a, struct room room) {
+static void leave(const struct attention *a, struct room *room) {
 #ifdef __AMX_TILE__
     if (a->form == MATRICES) _tile_release();
 #endif
     (void)a;
-    free(room.keys);
+    free(room->keys);
 }
 
 /* All parts of one group. */
-INLINE void attend_group(const struct attention *a, struct group g, struct room *room, enum form form) {
+static void attend_group(const struct attention *a, struct group g, struct room *room) {
     const struct results all = results_at(a, room->results), one = results_at(a, room->results + results_len(a));
-    const struct part none = {.sequence = -1};
-    read_queries(a, &g, room, form);
     for (long first = 0; first < g.keys; first += PART) {
-        const long count = width_of(g.keys - first);
-        find_rows(a, (struct part){g.sequence, first}, count, g.keys, room, form);
-        read_part(a, room, g.head, count, none, form);
-        attend(a, &g, room, first, count, first ? one : all, form);
+        find_rows(a, (struct part){g.sequence, first}, g.keys, room->zeros, &room->now);
+        attend(a, &g, room, first, width_of(g.keys - first), first ? one : all);
         if (first) fold(all, one, g.count, a->padded);
     }
-    write_results(a, &g, all, form);
+    write_results(a, &g, all);
 }
 
 /* Attention of heads that have several groups. Threads share groups out, the last ones first: they see most keys. */
-INLINE void attend_to_groups(const struct attention *a, long sequences, enum form form) {
+static void attend_to_groups(const struct attention *a, long sequences) {
     const long heads = sequences * a->kv_heads;
 #pragma omp parallel
     {
@@ -95,9 +124,9 @@ INLINE void attend_to_groups(const struct attention *a, long sequences, enum for
 #pragma omp for schedule(dynamic)
         for (long n = 0; n < heads * a->groups; n++) {
             const long head = n % heads, group = a->groups - 1 - n / heads;
-            attend_group(a, group_of(a, head / a->kv_heads, head % a->kv_heads, group), &room, form);
+            attend_group(a, group_of(a, head / a->kv_heads, head % a->kv_heads, group), &room);
         }
-        leave(a, room);
+        leave(a, &room);
     }
 }
 
@@ -131,77 +160,81 @@ static void forget(struct parts parts) {
     free(parts.middle);
 }
 
-/* One part, for all heads. The results of a head follow those of the head before. */
-INLINE void attend_part(const struct attention *a, struct part part, struct room *room, float *results,
-                        struct part next, enum form form) {
-    const long keys = keys_of(a, part.sequence), count = width_of(keys - part.first);
-    find_rows(a, part, count, keys, room, form);
+/* One part, for all heads. The results of a head follow those of the head before. Returns how many rows were read. */
+static long attend_part(const struct attention *a, struct part part, const struct room *room, float *results) {
+    const long count = width_of(keys_of(a, part.sequence) - part.first);
     for (long head = 0; head < a->kv_heads; head++, results += results_len(a)) {
         const struct group g = group_of(a, part.sequence, head, 0);
-        read_queries(a, &g, room, form);
-        read_part(a, room, head, count, next, form);
-        attend(a, &g, room, part.first, count, results_at(a, results), form);
+        attend(a, &g, room, part.first, count, results_at(a, results));
     }
+    return count;
 }
 
-/* This thread's share of all parts: those whose middle lies in its share of all keys. A part is requested from memory
- * while the one before is attended to; of a part without keys in pages, there is nothing to request. */
-INLINE void attend_share(const struct attention *a, const struct parts *parts, struct room *room, float *results,
-                         enum form form) {
+/* Find the rows of the next part from number `n` on that has keys in pages. Returns its number. */
+static long expect(const struct attention *a, const struct parts *parts, long n, long last, struct room *room) {
+    while (n < last && parts->part[n].first >= prefix_of(a, parts->part[n].sequence)) n++;
+    if (n == last) forget_next(a, room);
+    else find_rows(a, parts->part[n], keys_of(a, parts->part[n].sequence), room->zeros, &room->next);
+    return n;
+}
+
+/* This thread's share of all parts: those whose middle lies in its share of all keys. A part with keys in pages is
+ * requested from memory while the parts before are attended to, row by row; of a longer one the rest follows. */
+static void attend_share(const struct attention *a, const struct parts *parts, struct room *room, float *results) {
     const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), apart = a->kv_heads * results_len(a);
-    long first = 0, last;
+    long first = 0, last, read = 0;
     while (first < parts->count && parts->middle[first] * threads < thread) first++;
     for (last = first; last < parts->count && parts->middle[last] * threads < thread + 1;) last++;
-    if (first < last) request(a, parts->part[first], 0, 1, form);
-    for (long n = first, requested = first; n < last; n++) {
-        struct part next = {.sequence = -1};
-        if (requested == n) {
-            do requested++;
-            while (requested < last && parts->part[requested].first >= prefix_of(a, parts->part[requested].sequence));
-            if (requested < last) next = parts->part[requested];
-        }
-        attend_part(a, parts->part[n], room, results + n * apart, next, form);
+    long next = expect(a, parts, first, last, room);
+    for (long n = first; n < last; n++) {
+        const struct part part = parts->part[n];
+        if (n == next) {
+            request_rest(a, &room->next, read);
+            room->now = room->next;
+            next = expect(a, parts, n + 1, last, room);
+        } else find_rows(a, part, keys_of(a, part.sequence), room->zeros, &room->now);
+        read = attend_part(a, part, room, results + n * apart);
     }
 }
 
 /* Fold the results of the parts of one head of a sequence, and write them. */
-INLINE void finish(const struct attention *a, long sequence, long head, float *results, enum form form) {
+static void finish(const struct attention *a, long sequence, long head, float *results) {
     const struct group g = group_of(a, sequence, head, 0);
     const struct results all = results_at(a, results);
     for (long part = 1; part < parts_of(g.keys); part++) {
         results += a->kv_heads * results_len(a);
         fold(all, results_at(a, results), g.count, a->padded);
     }
-    write_results(a, &g, all, form);
+    write_results(a, &g, all);
 }
 
 /* Attention of heads that have one group. Threads share parts out, each with all heads: so memory is read in order. */
-INLINE void attend_to_parts(const struct attention *a, long sequences, enum form form) {
+static void attend_to_parts(const struct attention *a, long sequences) {
     const struct parts parts = find_parts(a, sequences);
     const long apart = a->kv_heads * results_len(a);
     float *results = aligned_alloc(64, multiple(parts.count * apart * 4, 64));
 #pragma omp parallel
     {
         struct room room = enter(a);
-        attend_share(a, &parts, &room, results, form);
+        attend_share(a, &parts, &room, results);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (long n = 0; n < sequences * a->kv_heads; n++) {
             const long sequence = n / a->kv_heads, head = n % a->kv_heads;
-            finish(a, sequence, head, results + parts.number[sequence] * apart + head * results_len(a), form);
+            finish(a, sequence, head, results + parts.number[sequence] * apart + head * results_len(a));
         }
-        leave(a, room);
+        leave(a, &room);
     }
     free(results);
     forget(parts);
 }
 
 /* Both ways have the same bits. Results of parts have a place each, so many parts of many queries are no way. */
-INLINE void attention(const struct attention *a, long sequences, enum form form) {
+static void attention_of(const struct attention *a, long sequences) {
     long parts = 0;
     for (long s = 0; s < sequences; s++) parts += parts_of(keys_of(a, s));
-    if (a->groups > 1 || parts * a->kv_heads * results_len(a) > MOST_RESULTS) attend_to_groups(a, sequences, form);
-    else attend_to_parts(a, sequences, form);
+    if (a->groups > 1 || parts * a->kv_heads * results_len(a) > MOST_RESULTS) attend_to_groups(a, sequences);
+    else attend_to_parts(a, sequences);
 }
 
 /* What tokens see, with what lies before and after; and how many own keys each group sees. */
@@ -245,17 +278,7 @@ void paged_attention(const void *q, const void *k, const void *v, long q_stride,
     a.seen = malloc(per_sequence * seen_width(&a));
     a.own = malloc(groups * sizeof(long));
     find_seen(&a, visible);
-    switch (form) {
-    case SINGLE: attention(&a, sequences, SINGLE); break;
-    case WIDENED: attention(&a, sequences, WIDENED); break;
-#ifdef __AVX512BF16__
-    case PAIRS: attention(&a, sequences, PAIRS); break;
-#endif
-#ifdef __AMX_TILE__
-    case MATRICES: attention(&a, sequences, MATRICES); break;
-#endif
-    default: break;
-    }
+    attention_of(&a, sequences);
     free(a.own);
     free(a.seen);
 }

@@ -112,6 +112,15 @@ INLINE F larger(F x, F y) {
 #endif
 }
 
+/* The same of numbers in registers. */
+INLINE N larger_each(N x, N y) {
+#ifdef __AVX512F__
+    return larger(x, y);
+#else
+    return (N)(((NI)x & (x > y)) | ((NI)y & ~(x > y)));
+#endif
+}
+
 /* The same of integers, or of the bits of numbers that are not negative: nan is larger than infinity. */
 INLINE I larger_bits(I x, I y) {
 #ifdef __AVX512F__
@@ -169,8 +178,12 @@ INLINE F exponential(F x) {
     return (F)((I)(y * (F)((power + 127) << 23)) & (x > -87.f));
 }
 
-/* 2 to the power of x <= 0, up to about 2e-7 of the result; 0 below -126. */
+/* 2 to the power of x <= 0, up to about 2e-7 of the result; 0, or next to nothing, below -126. What is no number stays
+ * none. */
 INLINE N power_of_two(N x) {
+#ifdef __AVX512F__
+    x = larger((N){} - 160, x);
+#endif
     const N whole = x + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
     const N r = x - (whole - 12582912.f);
     N y = r * 1.32647273e-3f + 9.67151299e-3f;
@@ -178,29 +191,41 @@ INLINE N power_of_two(N x) {
     y = y * r + 2.40222424e-1f;
     y = y * r + 6.93147004e-1f;
     y = y * r + 1.f;
-    return (N)(((NI)y + ((NI)whole << 23 & (x == x))) & ~(x <= -126.f)); /* what is no number stays none */
+#ifdef __AVX512F__
+    return (N)_mm512_scalef_ps((__m512)y, (__m512)(whole - 12582912.f));
+#else
+    return (N)(((NI)y + ((NI)whole << 23 & (x == x))) & ~(x <= -126.f));
+#endif
 }
-
-#define LOW_OF(n, s) (n) & (s) ? (n) - (s) + 16 : (n)
-#define HIGH_OF(n, s) (n) & (s) ? (n) + 16 : (n) + (s)
 
 /* Exchange rows and columns of a square of words. */
 INLINE void transpose(U word[16]) {
-#ifndef __AVX512F__
+#ifdef __AVX512F__
+    __m512i pair[16], four[16];
+    UNROLL for (int n = 0; n < 16; n += 2) {
+        pair[n] = _mm512_unpacklo_epi32((__m512i)word[n], (__m512i)word[n + 1]);
+        pair[n + 1] = _mm512_unpackhi_epi32((__m512i)word[n], (__m512i)word[n + 1]);
+    }
+    UNROLL for (int n = 0; n < 16; n += 4) /* four[n + c] has columns c, 4 + c, 8 + c and 12 + c of rows n to n + 3 */
+        UNROLL for (int c = 0; c < 4; c += 2) {
+            four[n + c] = _mm512_unpacklo_epi64(pair[n + c / 2], pair[n + c / 2 + 2]);
+            four[n + c + 1] = _mm512_unpackhi_epi64(pair[n + c / 2], pair[n + c / 2 + 2]);
+        }
+    UNROLL for (int c = 0; c < 4; c++) {
+        const __m512i even = _mm512_shuffle_i32x4(four[c], four[4 + c], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(four[c], four[4 + c], 0xdd);
+        const __m512i last_even = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0x88);
+        const __m512i last_odd = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0xdd);
+        word[c] = (U)_mm512_shuffle_i32x4(even, last_even, 0x88);
+        word[4 + c] = (U)_mm512_shuffle_i32x4(odd, last_odd, 0x88);
+        word[8 + c] = (U)_mm512_shuffle_i32x4(even, last_even, 0xdd);
+        word[12 + c] = (U)_mm512_shuffle_i32x4(odd, last_odd, 0xdd);
+    }
+#else
     uint32_t row[16][16], column[16][16]; /* a vector of 16 words that no register holds is shuffled word by word */
     memcpy(row, word, sizeof row);
     for (int m = 0; m < 16; m++)
         for (int n = 0; n < 16; n++) column[n][m] = row[m][n];
     memcpy(word, column, sizeof row);
-    return;
 #endif
-    UNROLL for (int s = 1; s < 16; s *= 2) {
-        const U low = {SIXTEEN(LOW_OF, s)}, high = {SIXTEEN(HIGH_OF, s)};
-        UNROLL for (int n = 0; n < 16; n++) {
-            if (n & s) continue;
-            U first = word[n], second = word[n + s];
-            word[n] = __builtin_shuffle(first, second, low);
-            word[n + s] = __builtin_shuffle(first, second, high);
-        }
-    }
 }
