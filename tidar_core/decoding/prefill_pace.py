@@ -13,7 +13,7 @@ __all__ = ["PrefillPace"]
 
 FIRST_TOKENS = 64
 """Tokens of a chunk before any gap was measured."""
-LEAST_ALONE, LEAST_BESIDE = 16, 4
+LEAST_ALONE, LEAST_BESIDE = 16, 1
 """Fewest tokens of a chunk that has a forward of its own, where fewer take nearly as long. The second number is for a
 chunk in the forward of a decode step."""
 STEP_GAIN = 0.2
