@@ -8,10 +8,10 @@ Autoregression is always among the candidates. Some steps are run to learn from 
 """
 
 import time
-from collections.abc import Callable, Collection, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
@@ -30,6 +30,7 @@ from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_c
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, probe_len
 from tidar_core.planning.loop_time import LoopTime
+from tidar_core.planning.reviews import MAX_INDIVIDUAL_BATCH, Choice, Review, Reviews
 from tidar_core.planning.served_latency import ServedLatency
 from tidar_core.timing import Clock
 
@@ -50,29 +51,16 @@ HYSTERESIS = 1.02
 MIN_SPEEDUP_TO_DRAFT = 1.02
 """To draft at all, a choice must promise this many times the tokens per second of the autoregressive mode, because a
 forecast is never exact."""
-FIRST_REVIEW, LONGEST_REVIEW = 4, 256
-"""Decode steps before a new choice is reviewed, and the most between later reviews. The gap doubles as long as the
-choice stays the same."""
-REVIEW_SHARE, REVIEW_CREDIT = 0.003, 0.02
-"""Share of the time that reviews may take, and the seconds beyond it that the first reviews may take."""
-MAX_INDIVIDUAL_BATCH = 1
-"""Largest batch in which each request counts with its own acceptance rates, because texts differ much. A larger batch
-uses the rates of all requests, since the time of a review grows with the requests."""
 MIN_VERIFICATIONS = 32
 """Verifications after which such a request has a review of its own; until then it shares the review of others."""
 PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
 """Share of its time that the autoregressive choice spends on probes, and the most steps from one to the next."""
+LEARNT_TOGETHER, LEARNT_AFTER = 32, 0.02
+"""Most steps, and seconds of steps, that are learnt from together. Code that runs once in a step of half a millisecond
+is gone from the processor's caches, and takes three times as long as in a loop."""
 NEAR_SHARE, MOST_UNTIMED = 0.9, 4
 """Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
 take turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice(Candidate):
-    """A candidate and its expected speed."""
-
-    tokens_per_second: float
-    """Expected speed of the loop without prefills, over all sequences of the batch."""
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:
@@ -121,8 +109,7 @@ class AutoPlanner:
         if block_len > 1:
             self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
-        self._seconds = self._review_seconds = 0.0
-        """Seconds of all decode steps, and of all reviews."""
+        self.reviews, self._seen, self._learnt = Reviews(clock), list[_Seen](), 0.0
         self._launched: _Launched | None = None
         self._served: frozenset[str] = frozenset()
         """Requests of the last decode step, if only the loop's own work came after it."""
@@ -134,12 +121,13 @@ class AutoPlanner:
 
     def forget_drafts(self) -> None:
         """Forget how often drafts were accepted: they are made by other weights from now on."""
+        self.learn()
         self.acceptance = Acceptance(self.block_len)
         """Counts of all requests so far."""
         self._own: dict[str, _Own] = {}
         """Counts of each running request."""
-        self._reviews: dict[frozenset[str] | int, _Review] = {}
-        self._steps, self._learning = 0, LearningSteps(self.block_len)
+        self._learning = LearningSteps(self.block_len)
+        self.reviews.forget()
 
     @property
     def drafts_first_blocks(self) -> bool:
@@ -163,8 +151,10 @@ class AutoPlanner:
         """
         if not self._served.isdisjoint(pending):
             self.loop.add_gap(self._clock() - self._free_since)
-        plan = self._planned(pending, context)
-        self._launched = _Launched(plan, frozenset(pending), context, bool(self._served), self._clock())
+        review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
+        untimed = (plan for plan in review.untimed if not self._knows(plan, len(pending)))
+        plan = self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, untimed)
+        self._launched = _Launched(plan, review, requests, context, bool(self._served), self._clock())
         return plan
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
@@ -173,18 +163,34 @@ class AutoPlanner:
         beside  whether its forward read prompts too: time beyond the forecast then counts as theirs
         """
         self._free_since = self._clock()
-        if (launched := self._launched) is not None:
-            plan, seconds = launched.plan, self._free_since - launched.began
-            rows, batch = plan.query_tokens(self.block_len), self._computed_slots(len(launched.requests))
-            if beside:
-                forecast = self.latency.seconds(rows, batch, launched.context, drafts=bool(plan.groups))
-                forecast = min(seconds, forecast * self.latency.slowdown)
-                self.loop.add_prefill(seconds - forecast)
-                seconds = forecast
-            elif launched.alone or not self._queued:
-                self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
-            self._seconds += seconds
-            self._launched, self._served = None, launched.requests
+        if self._launched is not None:
+            self._served = self._launched.requests
+        self._seen.append(_Seen(self._launched, self._free_since, steps, beside))
+        self._launched = None
+        if len(self._seen) == LEARNT_TOGETHER or self._free_since >= self._learnt + LEARNT_AFTER:
+            self.learn()
+
+    def learn(self) -> None:
+        """Learn from all steps that were observed; several are learnt from together, if they are short."""
+        seen, self._seen, self._learnt = self._seen, [], self._free_since
+        for step in seen:
+            if step.launched is not None:
+                self._learn_time(step.launched, step.ended - step.launched.began, beside=step.beside)
+            self._learn_drafts(step.steps)
+
+    def _learn_time(self, launched: "_Launched", seconds: float, *, beside: bool) -> None:
+        plan = launched.plan
+        rows, batch = plan.query_tokens(self.block_len), self._computed_slots(len(launched.requests))
+        if beside:
+            forecast = self.latency.seconds(rows, batch, launched.context, drafts=bool(plan.groups))
+            forecast = min(seconds, forecast * self.latency.slowdown)
+            self.loop.add_prefill(seconds - forecast)
+            seconds = forecast
+        elif launched.alone or not self._queued:
+            self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
+        self.reviews.add_step(seconds)
+
+    def _learn_drafts(self, steps: Sequence[DecodeStep]) -> None:
         individual, tokens, ended = len(steps) <= MAX_INDIVIDUAL_BATCH, 0, 0
         for step in steps:
             tokens += len(step.token_ids)
@@ -194,14 +200,18 @@ class AutoPlanner:
                 if individual:
                     own.acceptance.observe(step, own.regime)
                     own.verifications += 1
+                    if own.verifications == MIN_VERIFICATIONS:
+                        self.reviews.look_again()
                 own.regime = regime_after(own.regime, step)
             if step.finish_reason is not None:
                 ended += 1
                 self._own.pop(step.request_id, None)
         self.loop.add_step(tokens, ended)
+        self.reviews.add_texts(ended)
 
     def facts(self) -> dict[str, Any]:
         """The current choice, its expected speed and speedup, and the acceptance rates so far; for reports."""
+        self.learn()
         return {
             "mode": self.choice.mode,
             "plans": [
@@ -237,6 +247,7 @@ class AutoPlanner:
         context   tokens of the longest sequence in the cache
         alike     whether requests of a small batch count with the acceptance rates of all, as those of a large one do
         """
+        self.learn()
         accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), () if alike else requests)))
         plans = dict.fromkeys(plan for candidate in self.candidates for plan in candidate.cycle)
         loop, batch = self.loop.step_seconds, len(requests)
@@ -271,40 +282,21 @@ class AutoPlanner:
         everyone = self.acceptance
         return [everyone.rates() if known is None else known.acceptance.with_prior(everyone) for known in own]
 
-    def _planned(self, pending: Mapping[str, int], context: int) -> StepPlan:
-        self._steps += 1
+    def _next_review(self, pending: Mapping[str, int], context: int) -> tuple[Review, frozenset[str]]:
+        """Look for the review that holds from now on, and its requests."""
+        self.learn()
         if len(self._own) > 2 * len(pending):  # aborted requests never report a finish
             self._own = {request: own for request, own in self._own.items() if request in pending}
-        review = self._review(pending.keys(), context)
+        few = pending if len(pending) <= MAX_INDIVIDUAL_BATCH and self.reviews.individual else ()
+        own = (self._own.get(request) for request in few)
+        known = any(found is not None and found.verifications >= MIN_VERIFICATIONS for found in own)
+        review, requests = self.reviews.look(
+            pending.keys(), lambda last, alike: self._reviewed(pending, context, last, alike=alike), known=known
+        )
         self.choice, self.autoregressive_tokens_per_second = review.choice, review.autoregressive_tokens_per_second
-        untimed = (plan for plan in review.untimed if not self._knows(plan, len(pending)))
-        return self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, untimed)
+        return review, requests
 
-    def _review(self, requests: KeysView[str], context: int) -> "_Review":
-        """The review that holds for a batch: the last one, or a new one if that is due and there is time for it.
-
-        A lone request that is known well has a review of its own. The review of all lone requests, with which the next
-        one begins, is renewed meanwhile. The review that has waited longer comes first.
-        """
-        keys: list[frozenset[str] | int] = [len(requests)]
-        if len(requests) <= MAX_INDIVIDUAL_BATCH:
-            own = (self._own.get(request) for request in requests)
-            if any(known is not None and known.verifications >= MIN_VERIFICATIONS for known in own):
-                keys.insert(0, frozenset(requests))
-        found = [self._reviews.get(key) for key in keys]
-        since = [0 if last is None else last.due for last in found]
-        due = min(range(len(keys)), key=since.__getitem__)
-        busy = bool(self._reviews) and self._review_seconds > REVIEW_CREDIT + REVIEW_SHARE * self._seconds
-        if self._steps >= since[due] and not busy:
-            began = self._clock()
-            if found[due] is None:  # drop reviews of single requests that are gone
-                self._reviews = {key: review for key, review in self._reviews.items() if isinstance(key, int)}
-            self._reviews[keys[due]] = self._reviewed(requests, context, found[due], alike=keys[due] == len(requests))
-            self._review_seconds += self._clock() - began
-            found = [self._reviews.get(key) for key in keys]
-        return found[0] or found[-1] or self._nearest(len(requests))
-
-    def _reviewed(self, requests: KeysView[str], context: int, last: "_Review | None", *, alike: bool) -> "_Review":
+    def _reviewed(self, requests: Collection[str], context: int, last: Review | None, *, alike: bool) -> Review:
         """A new review in place of the last one; see `weigh`."""
         self.latency.refit()
         ar, *others = choices = self.weigh(requests, context, alike=alike)
@@ -315,11 +307,9 @@ class AutoPlanner:
             best = ar
         elif present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
             best = present
-        holds = last is not None and last.choice.cycle == best.cycle
-        gap = min(2 * last.gap, LONGEST_REVIEW) if last is not None and holds else FIRST_REVIEW
         probe_every = self._probe_every(requests, context) if best is ar else 0
         untimed = self._untimed(choices, best, len(requests))
-        return _Review(best, ar.tokens_per_second, self._steps + gap, gap, probe_every, untimed)
+        return Review(best, ar.tokens_per_second, probe_every, untimed)
 
     def _untimed(self, choices: Sequence[Choice], best: Choice, batch: int) -> tuple[StepPlan, ...]:
         """Plans of nearly as good choices whose time is not known from served steps, the most promising first."""
@@ -331,12 +321,6 @@ class AutoPlanner:
     def _knows(self, plan: StepPlan, batch: int) -> bool:
         rows, slots = plan.query_tokens(self.block_len), self._computed_slots(batch)
         return self.latency.knows(rows, slots, drafts=bool(plan.groups))
-
-    def _nearest(self, batch: int) -> "_Review":
-        """The review of the batch that is nearest in size."""
-        sizes = [known for known in self._reviews if isinstance(known, int)]
-        nearest = min(sizes, key=lambda size: max(size, batch) / min(size, batch), default=None)
-        return next(iter(self._reviews.values())) if nearest is None else self._reviews[nearest]
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
         """Autoregressive steps from one probe to the next, so that probes take PROBE_SHARE of the time.
@@ -353,16 +337,25 @@ class AutoPlanner:
         return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
 
 
-@dataclass(slots=True)
-class _Launched:
+class _Launched(NamedTuple):
     """The step that was planned last."""
 
     plan: StepPlan
+    review: Review
     requests: frozenset[str]
     context: int
     alone: bool
     """Whether no prefill came before it."""
     began: float
+
+
+class _Seen(NamedTuple):
+    """A step that was observed; `launched` is None if no plan was made for it."""
+
+    launched: _Launched | None
+    ended: float
+    steps: Sequence[DecodeStep]
+    beside: bool
 
 
 @dataclass(slots=True)
@@ -376,16 +369,3 @@ class _Own:
 
     def __post_init__(self, block_len: int) -> None:
         self.acceptance = Acceptance(block_len)
-
-
-@dataclass(frozen=True, slots=True)
-class _Review:
-    choice: Choice
-    autoregressive_tokens_per_second: float
-    due: int
-    """Decode step at which the next review is due."""
-    gap: int
-    probe_every: int
-    """Steps from one probe to the next, if the choice is autoregressive."""
-    untimed: tuple[StepPlan, ...]
-    """Plans to be run now and then, to know their time."""

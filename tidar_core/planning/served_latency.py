@@ -113,7 +113,7 @@ class ServedLatency:
         if seconds <= 0:
             return
         self._steps += 1
-        key = (rows, batch, round(math.log2(context + 1)), drafts)
+        key = (rows, batch, (context + 1).bit_length(), drafts)
         shape = self._shapes.get(key)
         if shape is None:
             expected = math.log(self.seconds(rows, batch, context, drafts=drafts))

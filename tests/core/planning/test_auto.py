@@ -7,7 +7,8 @@ from simulated_machine import Clock, Drafts, SimulatedDecoder, best_fixed, cpu_s
 
 from tidar_core.config import DraftConfig
 from tidar_core.planning.candidate_plans import few_candidates
-from tidar_core.planning.planner import REVIEW_CREDIT, REVIEW_SHARE, AutoPlanner
+from tidar_core.planning.planner import AutoPlanner
+from tidar_core.planning.reviews import REVIEW_CREDIT, REVIEW_SHARE
 from tidar_core.planning.step_timing import decoding_latency
 
 DRAFTS = {

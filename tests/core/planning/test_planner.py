@@ -252,10 +252,11 @@ def test_the_review_of_one_request_and_that_of_all_take_turns_and_do_not_mix(mon
         planner.observe([DecodeStep("bad", (1,), None, 4, 1, 4)])
     for step in range(4000):
         planner.next_plan({"bad": 1}, 10)
-        planner._review_seconds = 0.0 if step % 300 == 0 else 1e9
+        planner.reviews._reviewing = 1e9 if step % 300 else 0.0
+        planner.reviews.look_again()
     assert min(alike.count(True), alike.count(False)) >= 5
     assert abs(alike.count(True) - alike.count(False)) <= 2
-    of_all, of_one = planner._reviews[1].choice, planner._reviews[frozenset({"bad"})].choice
+    of_all, of_one = (planner.reviews._found[key].review.choice for key in (1, frozenset({"bad"})))
     assert of_one.mode == "autoregressive" != of_all.mode
 
 
@@ -271,7 +272,7 @@ def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
     for turn in range(50):
         planner.next_plan({f"alone-{turn}": 1}, 10)
     assert len(planner._own) <= 2
-    assert len(planner._reviews) <= 2
+    assert len(planner.reviews._found) <= 2
 
 
 @pytest.mark.parametrize(("drafting", "expected"), [(1.0, "drafts"), (30.0, "autoregressive")])
