@@ -10,7 +10,8 @@ curve; TiDAR, section 2). The cost of every term is positive, so a larger step n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class LatencyFormula:
         rows    query tokens of one sequence
         drafts  masks are among them
         """
-        return sum(cost * units for cost, units in zip(self._costs, _terms(rows, batch, context, drafts)))
+        return sum(map(mul, self._costs, _terms(rows, batch, context, drafts)))
 
     def fitted(
         self, measured: Sequence[Weighted], *, spread: float, start: "LatencyFormula | None" = None
@@ -144,6 +145,12 @@ def _terms_of(points: Sequence[LatencyPoint]) -> Tensor:
 
 def _terms(rows: int, batch: int, context: int, drafts: bool) -> tuple[float, ...]:
     """Units of each term of a step, KEY_TERMS first."""
-    queries, keys = rows * batch, batch * context
+    keys = batch * context
+    return (keys, rows * keys, *_other_terms(rows, batch, drafts))
+
+
+@lru_cache(maxsize=1024)
+def _other_terms(rows: int, batch: int, drafts: bool) -> tuple[float, ...]:
+    queries = rows * batch
     few, many = (min(queries, most) for most in FEW), (max(0, queries - knee) for knee in MANY)
-    return (keys, rows * keys, 1.0, batch, queries, *few, *many, float(drafts), float(drafts) * batch)
+    return (1.0, batch, queries, *few, *many, float(drafts), float(drafts) * batch)
