@@ -16,6 +16,12 @@ FIRST_TOKENS = 64
 LEAST_ALONE, LEAST_BESIDE = 16, 1
 """Fewest tokens of a chunk that has a forward of its own, where fewer take nearly as long. The second number is for a
 chunk in the forward of a decode step."""
+LEAST_BEHIND, MISSED, SAVED = 4, 3, 0.5
+"""A chunk far behind in a prompt reads so many keys that even the shortest one may take too long. After so many of
+these, chunks have the first number of tokens again, unless the shortest one takes less than SAVED of its time."""
+RENEWED_EVERY, RENEWED_GAIN = 16, 0.5
+"""Gaps with a chunk before one without, so that the time without a chunk stays known; and the share of that gap in the
+mean."""
 STEP_GAIN = 0.2
 """Share of a new gap in the mean gap without a chunk."""
 CHUNK_STEPS = 0.85
@@ -33,14 +39,20 @@ class PrefillPace:
         least  fewest tokens of a chunk, unless `most` is less
         """
         self._most, self._least, self._clock = most, min(least, most), clock
-        self._tokens = float(min(FIRST_TOKENS, most))
+        self._tokens, self._floor = float(min(FIRST_TOKENS, most)), self._least
+        self._chunks = self._missed = 0
+        """Gaps with a chunk since one without, and shortest chunks that took too long, one after the other."""
+        self._behind = 0.0
+        """Time of the last chunk of at least LEAST_BEHIND tokens."""
         self._ended: float | None = None
         self._bare = 0.0
         """Mean gap between decode steps without a chunk; 0 if none was measured."""
 
     def tokens(self, running: int) -> int:
-        """Most tokens of the next chunk beside so many running requests."""
-        return int(self._tokens) if running else self._most
+        """Most tokens of the next chunk beside so many running requests; 0 for a gap without a chunk."""
+        if not running:
+            return self._most
+        return 0 if self._chunks == RENEWED_EVERY else int(self._tokens)
 
     def idle(self) -> None:
         """No request runs: the next gap is no gap between steps."""
@@ -56,10 +68,25 @@ class PrefillPace:
         if before is None:
             return
         gap = self._ended - before
-        if not read:
-            self._bare += (STEP_GAIN if self._bare else 1.0) * (gap - self._bare)
-        elif self._bare and 2 * read > self._tokens:
-            allowed = CHUNK_STEPS * self._bare * max(1.0, share)
-            change = allowed / max(gap - self._bare, 1e-9)
-            self._tokens *= min(max(change, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
-            self._tokens = min(max(self._tokens, self._least), self._most)
+        if read:
+            self._chunks += 1
+            if self._bare and 2 * read > self._tokens:
+                self._chunk_ended(read, max(gap - self._bare, 1e-9), CHUNK_STEPS * self._bare * max(1.0, share))
+            return
+        renewed = self._chunks == RENEWED_EVERY
+        if not renewed:  # no prompt is being read
+            self._floor = self._least
+        gain = RENEWED_GAIN if renewed else STEP_GAIN
+        self._bare += (gain if self._bare else 1.0) * (gap - self._bare)
+        self._chunks = 0
+
+    def _chunk_ended(self, read: int, seconds: float, allowed: float) -> None:
+        """Learn from the time that a chunk took."""
+        if read >= LEAST_BEHIND:
+            self._behind = seconds
+        missed = read == self._least < LEAST_BEHIND and seconds > max(allowed, SAVED * self._behind)
+        self._missed = self._missed + 1 if missed else 0
+        if self._missed == MISSED:
+            self._floor = LEAST_BEHIND
+        self._tokens *= min(max(allowed / seconds, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        self._tokens = min(max(self._tokens, self._floor), self._most)

@@ -10,7 +10,7 @@
 #define NAME_OF(name, form) name##_##form
 #define NAMED(name, form) NAME_OF(name, form)
 #define NAME(name) NAMED(name, FORM)
-#define WHOLE static __attribute__((noinline))
+#define APART static __attribute__((noinline))
 #define AT_ONCE (NATIVE == LANES && FORM != MATRICES) /* whether queries meet what is read in registers */
 
 /* 16 words of a key from word `w` on. */
@@ -25,7 +25,7 @@ INLINE F NAME(dot)(F sum, float one, U row) {
     return sum + one * (F)row;
 }
 
-WHOLE void NAME(read_queries)(const struct attention *a, const struct group *g, const struct room *room) {
+APART void NAME(read_queries)(const struct attention *a, const struct group *g, const struct room *room) {
     const F scale = all(paired(FORM) ? 1 : LOG2_E / sqrtf(a->size));
     float *to = room->queries;
     long token = token_of(a, g, 0), head = g->first % share_of(a);
@@ -61,7 +61,7 @@ INLINE void NAME(sum_up)(const float *line, long line_stride, const U *row, long
 
 /* Read the block of keys from number `first` of the part on, request as many of the next part, and keep them in the
  * room if `keep` is 1. `sum` has the products with the first FEW queries, where they are computed AT_ONCE. */
-WHOLE void NAME(read_keys)(const struct attention *a, const struct room *room, long head, long first, int keep,
+APART void NAME(read_keys)(const struct attention *a, const struct room *room, long head, long first, int keep,
                            F sum[FEW][2]) {
     const long from = head * a->size * size_of(FORM);
     for (long n = 0; n < BLOCK; n += LANES) {
@@ -110,7 +110,7 @@ INLINE void NAME(read_row)(const struct attention *a, const struct room *room, l
 }
 
 /* The same as `read_keys` for the first `count` values of the part; products go to the sums of the first FEW queries. */
-WHOLE void NAME(read_values)(const struct attention *a, const struct room *room, long head, long count, int keep,
+APART void NAME(read_values)(const struct attention *a, const struct room *room, long head, long count, int keep,
                              float *sums) {
     const long from = head * a->size * size_of(FORM);
     for (long d = 0; d < a->padded; d += EVEN) {
@@ -160,7 +160,7 @@ INLINE void NAME(sum_up_by_matrices)(const float *line, long line_stride, const 
 #endif
 
 /* Scores of some queries from `n` on with the block of keys that the room has. */
-WHOLE void NAME(score)(const struct attention *a, const struct group *g, const struct room *room, long first, long n,
+APART void NAME(score)(const struct attention *a, const struct group *g, const struct room *room, long first, long n,
                        long key) {
     const float *line = room->queries + n * a->words;
     F sum[FEW][2] = {};
@@ -181,7 +181,7 @@ WHOLE void NAME(score)(const struct attention *a, const struct group *g, const s
 }
 
 /* Turn scores of FEW queries into weights, in bf16 if words are pairs. The largest has weight 1 if any key is seen. */
-WHOLE void NAME(weigh)(float *score, long count, float *largest, float *total) {
+APART void NAME(weigh)(float *score, long count, float *largest, float *total) {
     N most[FEW], sum[FEW] = {};
     float base[FEW];
     UNROLL for (int m = 0; m < FEW; m++) most[m] = (N){} - INFINITY;
@@ -205,7 +205,7 @@ WHOLE void NAME(weigh)(float *score, long count, float *largest, float *total) {
 }
 
 /* Sums of some queries from `n` on with the first `count` values of the part, which the room has. */
-WHOLE void NAME(sum)(const struct attention *a, const struct room *room, float *sums, long n, long count) {
+APART void NAME(sum)(const struct attention *a, const struct room *room, float *sums, long n, long count) {
     const float *line = room->scores + n * PART;
     const long rows = rows_of(FORM, count);
     sums += n * a->padded;
@@ -225,7 +225,7 @@ WHOLE void NAME(sum)(const struct attention *a, const struct room *room, float *
 
 /* Results of a group for the first `count` keys of the part that begins with key `first`; `count` is a multiple of
  * BLOCK. */
-WHOLE void NAME(attend)(const struct attention *a, const struct group *g, const struct room *room, long first,
+APART void NAME(attend)(const struct attention *a, const struct group *g, const struct room *room, long first,
                         long count, struct results to) {
     const long others = AT_ONCE ? FEW : 0;
     const int keep = g->count > others;
@@ -244,7 +244,7 @@ WHOLE void NAME(attend)(const struct attention *a, const struct group *g, const 
 
 #undef IN_TURN
 #undef AT_ONCE
-#undef WHOLE
+#undef APART
 #undef NAME
 #undef NAMED
 #undef NAME_OF

@@ -181,9 +181,7 @@ INLINE F exponential(F x) {
 /* 2 to the power of x <= 0, up to about 2e-7 of the result; 0, or next to nothing, below -126. What is no number stays
  * none. */
 INLINE N power_of_two(N x) {
-#ifdef __AVX512F__
-    x = larger((N){} - 160, x);
-#endif
+    x = larger_each((N){} - 160, x);
     const N whole = x + 12582912.f; /* 1.5 * 2^23: what follows the point is rounded away */
     const N r = x - (whole - 12582912.f);
     N y = r * 1.32647273e-3f + 9.67151299e-3f;

@@ -55,9 +55,9 @@ MIN_VERIFICATIONS = 32
 """Verifications after which such a request has a review of its own; until then it shares the review of others."""
 PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
 """Share of its time that the autoregressive choice spends on probes, and the most steps from one to the next."""
-LEARNT_TOGETHER, LEARNT_AFTER = 32, 0.02
-"""Most steps, and seconds of steps, that are learnt from together. Code that runs once in a step of half a millisecond
-is gone from the processor's caches, and takes three times as long as in a loop."""
+LEARNED_TOGETHER, LEARNED_AFTER = 32, 0.02
+"""Most steps that are learned from together, and most seconds from the first to the last of them. Code that runs once
+in a step of half a millisecond is gone from the processor's caches, and takes three times as long as in a loop."""
 NEAR_SHARE, MOST_UNTIMED = 0.9, 4
 """Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
 take turns."""
@@ -109,7 +109,7 @@ class AutoPlanner:
         if block_len > 1:
             self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
-        self.reviews, self._seen, self._learnt = Reviews(clock), list[_Seen](), 0.0
+        self.reviews, self._seen, self._learned = Reviews(clock), list[_Seen](), 0.0
         self._launched: _Launched | None = None
         self._served: frozenset[str] = frozenset()
         """Requests of the last decode step, if only the loop's own work came after it."""
@@ -154,7 +154,7 @@ class AutoPlanner:
         review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
         untimed = (plan for plan in review.untimed if not self._knows(plan, len(pending)))
         plan = self._learning.next_plan(review.choice, max(pending.values()), review.probe_every, untimed)
-        self._launched = _Launched(plan, review, requests, context, bool(self._served), self._clock())
+        self._launched = _Launched(plan, requests, context, bool(self._served), self._clock())
         return plan
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
@@ -165,14 +165,14 @@ class AutoPlanner:
         self._free_since = self._clock()
         if self._launched is not None:
             self._served = self._launched.requests
-        self._seen.append(_Seen(self._launched, self._free_since, steps, beside))
+        self._seen.append(_Seen(self._launched, self._free_since, tuple(steps), beside))
         self._launched = None
-        if len(self._seen) == LEARNT_TOGETHER or self._free_since >= self._learnt + LEARNT_AFTER:
+        if len(self._seen) == LEARNED_TOGETHER or self._free_since >= self._learned + LEARNED_AFTER:
             self.learn()
 
     def learn(self) -> None:
-        """Learn from all steps that were observed; several are learnt from together, if they are short."""
-        seen, self._seen, self._learnt = self._seen, [], self._free_since
+        """Learn from all steps that were observed; several are learned from together, if they are short."""
+        seen, self._seen, self._learned = self._seen, [], self._free_since
         for step in seen:
             if step.launched is not None:
                 self._learn_time(step.launched, step.ended - step.launched.began, beside=step.beside)
@@ -188,7 +188,7 @@ class AutoPlanner:
             seconds = forecast
         elif launched.alone or not self._queued:
             self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
-        self.reviews.add_step(seconds)
+        self.reviews.add_step(seconds, len(launched.requests))
 
     def _learn_drafts(self, steps: Sequence[DecodeStep]) -> None:
         individual, tokens, ended = len(steps) <= MAX_INDIVIDUAL_BATCH, 0, 0
@@ -341,7 +341,6 @@ class _Launched(NamedTuple):
     """The step that was planned last."""
 
     plan: StepPlan
-    review: Review
     requests: frozenset[str]
     context: int
     alone: bool

@@ -20,11 +20,12 @@ FIRST_REVIEW, LONGEST_REVIEW = 4, 256
 choice stays the same."""
 REVIEW_SHARE, REVIEW_CREDIT, EARLY_SHARE = 0.003, 0.02, 0.03
 """Share of the time that reviews may take, the seconds beyond it that the first reviews may take, and the share of the
-time that these may take. So a model with short steps has not spent its first reviews before it knows its drafts."""
+time that these may take if a review is longer than a step. So a model with short steps has not spent its first reviews
+before it knows its drafts."""
 OWN_SHARE = 0.005
 """Most time of a review over the time of a mean text where lone requests have reviews of their own."""
 LOOK_AGAIN = 32
-"""Steps after which a review is looked for again where there was no time for a new one."""
+"""Most steps after which a review is looked for again where there was no time for a new one."""
 MAX_INDIVIDUAL_BATCH = 1
 """Largest batch in which each request counts with its own acceptance rates, because texts differ much. A larger batch
 uses the rates of all requests, since the time of a review grows with the requests."""
@@ -74,10 +75,10 @@ class Reviews:
     def __init__(self, clock: Clock) -> None:
         """clock   seconds, ascending; read before and after each review"""
         self._clock = clock
-        self._decoding = self._reviewing = 0.0
-        """Seconds of all decode steps, and of all reviews."""
-        self._texts = self._count = 0
-        """Texts that ended, and reviews."""
+        self._decoding = self._reviewing = self._requests = 0.0
+        """Seconds of all decode steps, of all reviews, and of all steps for each of their requests."""
+        self._decoded = self._texts = self._count = 0
+        """Decode steps, texts that ended, and reviews."""
         self.forget()
 
     def forget(self) -> None:
@@ -86,9 +87,10 @@ class Reviews:
         self._found: dict[frozenset[str] | int, _Dated] = {}
         self._holding: _Holding | None = None
 
-    def add_step(self, seconds: float) -> None:
-        """Count the time of a decode step."""
-        self._decoding += seconds
+    def add_step(self, seconds: float, requests: int) -> None:
+        """Count the time of a decode step of so many requests."""
+        self._decoding, self._decoded = self._decoding + seconds, self._decoded + 1
+        self._requests += seconds * requests
 
     def add_texts(self, texts: int) -> None:
         """Count texts that ended."""
@@ -97,7 +99,7 @@ class Reviews:
     @property
     def individual(self) -> bool:
         """Whether a text takes so long that one review of its own is a small share of its time."""
-        return not self._texts or self._count * OWN_SHARE * self._decoding >= self._texts * self._reviewing
+        return not self._texts or self._count * OWN_SHARE * self._requests >= self._texts * self._reviewing
 
     def look_again(self) -> None:
         """Look for the review that holds at the next step: a request is known well by now."""
@@ -131,15 +133,31 @@ class Reviews:
         due = [self._found[key].due if key in self._found else 0 for key in keys]
         until = min(due)
         if self._steps >= until:
-            credit = min(REVIEW_CREDIT, EARLY_SHARE * self._decoding)
-            busy = bool(self._found) and self._reviewing > credit + REVIEW_SHARE * self._decoding
-            until = self._steps + (LOOK_AGAIN if busy else FIRST_REVIEW)
-            if not busy:
-                key = keys[due.index(min(due))]
+            key = keys[due.index(until)]
+            lacking = self._lacking(key)
+            until = self._steps + (lacking or FIRST_REVIEW)
+            if not lacking:
                 self._renew(key, renew, alike=key == batch)
         found = next((self._found[key] for key in keys if key in self._found), None) or self._nearest(batch)
         self._holding = _Holding(found.review, named, until)
         return found.review, named
+
+    def _lacking(self, key: frozenset[str] | int) -> int:
+        """Decode steps until there may be time for a review; 0 if there is.
+
+        A batch of a size that was not reviewed yet has no choice of its own and need not wait for an early share.
+        """
+        if not self._found or not self._decoded:
+            return 0
+        step, credit, share = self._decoding / self._decoded, REVIEW_CREDIT, REVIEW_SHARE
+        reviewed = key in self._found or not isinstance(key, int)
+        early = EARLY_SHARE * self._decoding
+        if reviewed and early < credit and self._reviewing > step * self._count:
+            credit, share = early, REVIEW_SHARE + EARLY_SHARE
+        lacking = self._reviewing - credit - REVIEW_SHARE * self._decoding
+        if lacking <= 0:
+            return 0
+        return max(1, int(min(lacking / share / step, LOOK_AGAIN))) if step else LOOK_AGAIN
 
     def _renew(self, key: frozenset[str] | int, renew: Callable[[Review | None, bool], Review], *, alike: bool) -> None:
         began, last = self._clock(), self._found.get(key)

@@ -10,24 +10,35 @@ from tiny import wide_model
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.decoder import Decoder
-from tidar_core.decoding.prefill_pace import CHUNK_STEPS, FIRST_TOKENS, LEAST_ALONE, LEAST_BESIDE, PrefillPace
+from tidar_core.decoding.prefill_pace import (
+    CHUNK_STEPS,
+    FIRST_TOKENS,
+    LEAST_ALONE,
+    LEAST_BEHIND,
+    LEAST_BESIDE,
+    PrefillPace,
+)
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import FixedMode
 from tidar_core.transformer.shapes import named_shape
 
 
-def paced(pace, clock, *, step, token, steps=100, share=1.0, intercept=0.0):
-    """Gaps of requests that run beside an endless prompt, after ten steps without it."""
+def paced(pace, clock, *, step, token, steps=100, share=1.0, intercept=0.0, slower=1.0):
+    """Gaps of requests that run beside chunks of an endless prompt, after ten steps without it.
+
+    slower   factor of all steps after these ten
+    """
     gaps, read = [], 0
     for index in range(10 + steps):
         began = clock()
         if index >= 10:
             read = pace.tokens(1)
-            clock.run(intercept + read * token)
-        clock.run(step)
+            clock.run(intercept * (read > 0) + read * token)
+        clock.run(step if index < 10 else step * slower)
         pace.step_ended(read, share)
-        gaps.append(clock() - began)
-    return gaps[10:]
+        if read:
+            gaps.append(clock() - began)
+    return gaps
 
 
 @pytest.mark.parametrize("token", [0.001, 0.005, 0.01, 0.02])
@@ -42,13 +53,33 @@ def test_after_the_first_chunks_a_gap_is_two_steps_at_most(token, intercept):
 
 
 def test_chunks_have_a_least_and_a_most_length():
-    for token, least, length in ((1.0, LEAST_ALONE, 16), (1.0, LEAST_BESIDE, 4), (1e-6, LEAST_ALONE, 512)):
+    for token, least, length in ((1.0, LEAST_ALONE, 16), (1.0, LEAST_BESIDE, 1), (1e-6, LEAST_ALONE, 512)):
         clock = Clock()
         pace = PrefillPace(512, clock, least=least)
         paced(pace, clock, step=1.0, token=token)
         assert pace.tokens(1) == length
     assert PrefillPace(8, clock).tokens(1) == 8
     assert pace.tokens(0) == 512
+
+
+def test_where_the_shortest_chunk_takes_too_long_because_of_all_keys_before_it_chunks_have_four_tokens():
+    """A bound that cannot be kept must not starve the prompt. With the next prompt, chunks are short again."""
+    clock = Clock()
+    pace = PrefillPace(512, clock, least=LEAST_BESIDE)
+    gaps = paced(pace, clock, step=1.0, token=0.1, intercept=1.5)
+    assert pace.tokens(1) == LEAST_BEHIND
+    assert gaps[-50:] == pytest.approx([2.9] * 50)
+    assert paced(pace, clock, step=1.0, token=0.1)[-1] < 2.0
+    assert paced(pace, clock, step=1.0, token=0.5, intercept=0.3)[-1] == pytest.approx(1.8)
+
+
+@pytest.mark.parametrize("slower", [0.5, 2.0])
+def test_a_machine_that_becomes_slower_or_faster_is_noticed_while_a_prompt_is_read(slower):
+    """Otherwise the longer step would count as the time of the chunk, and chunks would stay as short as can be."""
+    clock = Clock()
+    pace = PrefillPace(512, clock, least=LEAST_BESIDE)
+    gaps = paced(pace, clock, step=1.0, token=0.01, slower=slower)
+    assert gaps[-1] == pytest.approx(slower * (1 + CHUNK_STEPS), rel=0.05)
 
 
 def test_if_more_requests_arrive_than_run_chunks_may_take_longer():

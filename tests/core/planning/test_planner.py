@@ -375,3 +375,15 @@ def test_a_forward_that_read_prompts_teaches_their_time_and_not_that_of_its_plan
         planner.observe([DecodeStep("r", (1,), None, 1, 1, 1)], beside=beside)
     assert planner.latency.slowdown == pytest.approx(1.0, abs=0.02)
     assert planner.loop.token_seconds == pytest.approx(1.0, rel=0.05), "two seconds for every second token"
+
+
+def test_a_caller_may_extend_its_list_of_steps_after_it_was_observed():
+    """A scheduler adds the first tokens of prompts, which are no part of the decode step."""
+    planner = planner_with(table_of(lambda rows: 1.0), K)
+    for _ in range(5):
+        planner.next_plan({"a": 4}, 10)
+        planner.observe(steps := [DecodeStep("a", (1,), None, 4, 1, 4)])
+        steps.append(DecodeStep("b", (1,), "stop", 0, 0, 0))
+    planner.learn()
+    assert planner._own["a"].verifications == 5
+    assert planner.loop.texts_per_token == 0.0

@@ -1,6 +1,7 @@
 """Reviews have a share of the time, come when something is known, and find what holds at once."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from simulated_machine import Clock, Drafts, SimulatedDecoder, cpu_seconds, served
@@ -31,7 +32,7 @@ def decoded(reviews, clock, steps, *, step, review, batch=1, known=False, texts=
             look.append(number)
             reviews.look(requests.keys(), renew, known=known)
         clock.run(step)
-        reviews.add_step(step)
+        reviews.add_step(step, batch)
     reviews.add_texts(texts)
     return came, look
 
@@ -51,7 +52,7 @@ def test_first_reviews_of_short_steps_wait_until_drafts_were_verified():
     assert steps[0] == 0
     assert steps[2] >= 60
     assert 8 <= len(steps) <= 12
-    assert max(b - a for a, b in zip(steps, steps[1:])) <= 600
+    assert max(later - step for step, later in pairwise(steps)) <= 600
 
 
 def test_without_time_for_a_review_the_last_one_is_looked_for_seldom():
@@ -78,6 +79,23 @@ def test_a_lone_request_that_is_known_and_all_lone_requests_have_a_review_each()
     assert {alike for _, alike in came} == {True, False}
 
 
+@pytest.mark.parametrize(("step", "review"), [(0.05, 0.012), (0.0005, 0.008)])
+def test_a_batch_of_a_new_size_is_reviewed_at_once(step, review):
+    clock = Clock()
+    reviews = Reviews(clock)
+    decoded(reviews, clock, 2, step=step, review=review, batch=1)
+    came, _ = decoded(reviews, clock, 2, step=step, review=review, batch=16)
+    assert came == [(0, True)]
+
+
+def test_a_review_that_lacks_a_little_time_comes_when_that_has_passed():
+    """With each step of 5 ms come 0.165 ms for reviews of 10 ms."""
+    clock = Clock()
+    came, look = decoded(Reviews(clock), clock, 70, step=0.005, review=0.01)
+    assert [step for step, _ in came] == [0, pytest.approx(61, abs=1)]
+    assert len(look) <= 8
+
+
 def test_another_batch_has_its_own_review_and_until_then_the_nearest():
     clock = Clock()
     reviews = Reviews(clock)
@@ -89,10 +107,10 @@ def test_another_batch_has_its_own_review_and_until_then_the_nearest():
 
 @pytest.mark.parametrize("seconds", [1.0, 0.001])
 def test_steps_that_are_learnt_from_together_teach_the_same(monkeypatch, seconds):
-    """Short steps and long ones, learnt from one by one and together: the same plans, times and rates."""
+    """Short steps and long ones, learned from one by one and together: the same plans, times and rates."""
     told = []
-    for together in (1, planner_module.LEARNT_TOGETHER):
-        monkeypatch.setattr(planner_module, "LEARNT_TOGETHER", together)
+    for together in (1, planner_module.LEARNED_TOGETHER):
+        monkeypatch.setattr(planner_module, "LEARNED_TOGETHER", together)
         decoder = SimulatedDecoder(
             Clock(), lambda *shape: seconds * cpu_seconds(*shape), draft=DraftConfig(block_len=8)
         )
