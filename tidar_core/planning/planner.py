@@ -56,8 +56,8 @@ MIN_VERIFICATIONS = 32
 PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
 """Share of its time that the autoregressive choice spends on probes, and the most steps from one to the next."""
 LEARNED_TOGETHER, LEARNED_AFTER = 32, 0.02
-"""Most steps that are learned from together, and most seconds from the first to the last of them. Code that runs once
-in a step of half a millisecond is gone from the processor's caches, and takes three times as long as in a loop."""
+"""Most steps that are learned from together, and most seconds from the first to the last of them. In a step of half a
+millisecond, code that runs once is in no cache and takes three times as long as in a loop."""
 NEAR_SHARE, MOST_UNTIMED = 0.9, 4
 """Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
 take turns."""

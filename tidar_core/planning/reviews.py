@@ -1,4 +1,4 @@
-"""When the choice of a plan is reviewed.
+"""Reviews of the choice of a plan.
 
 Which review holds for a batch, and is it time for a new one?
 
@@ -19,9 +19,9 @@ FIRST_REVIEW, LONGEST_REVIEW = 4, 256
 """Decode steps before a new choice is reviewed, and the most between later reviews. The gap doubles as long as the
 choice stays the same."""
 REVIEW_SHARE, REVIEW_CREDIT, EARLY_SHARE = 0.003, 0.02, 0.03
-"""Share of the time that reviews may take, the seconds beyond it that the first reviews may take, and the share of the
-time that these may take if a review is longer than a step. So a model with short steps has not spent its first reviews
-before it knows its drafts."""
+"""Share of the time that reviews may take, and the seconds beyond it that the first reviews may take. If a review is
+longer than a step, these seconds are at most the last number's share of the time. So a model with short steps has not
+spent its first reviews before it knows its drafts."""
 OWN_SHARE = 0.005
 """Most time of a review over the time of a mean text where lone requests have reviews of their own."""
 LOOK_AGAIN = 32

@@ -89,7 +89,7 @@ def test_a_batch_of_a_new_size_is_reviewed_at_once(step, review):
 
 
 def test_a_review_that_lacks_a_little_time_comes_when_that_has_passed():
-    """With each step of 5 ms come 0.165 ms for reviews of 10 ms."""
+    """Each step of 5 ms allows for 0.165 ms of reviews; one takes 10 ms."""
     clock = Clock()
     came, look = decoded(Reviews(clock), clock, 70, step=0.005, review=0.01)
     assert [step for step, _ in came] == [0, pytest.approx(61, abs=1)]
@@ -108,7 +108,7 @@ def test_another_batch_has_its_own_review_and_until_then_the_nearest():
 @pytest.mark.parametrize("seconds", [1.0, 0.001])
 def test_steps_that_are_learnt_from_together_teach_the_same(monkeypatch, seconds):
     """Short steps and long ones, learned from one by one and together: the same plans, times and rates."""
-    told = []
+    learned = []
     for together in (1, planner_module.LEARNED_TOGETHER):
         monkeypatch.setattr(planner_module, "LEARNED_TOGETHER", together)
         decoder = SimulatedDecoder(
@@ -117,5 +117,5 @@ def test_steps_that_are_learnt_from_together_teach_the_same(monkeypatch, seconds
         table = decoding_latency(decoder, clock=decoder.clock)
         planner = AutoPlanner(table, 8, few_candidates(8), clock=decoder.clock)
         speed = served(planner, decoder, Drafts(easy=0.8, hard=0.5), batch=4, tokens=4000)
-        told.append((speed, planner.facts(), planner.latency.slowdown))
-    assert told[0] == told[1]
+        learned.append((speed, planner.facts(), planner.latency.slowdown))
+    assert learned[0] == learned[1]
