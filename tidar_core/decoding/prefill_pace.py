@@ -16,9 +16,10 @@ FIRST_TOKENS = 64
 LEAST_ALONE, LEAST_BESIDE = 16, 1
 """Fewest tokens of a chunk that has a forward of its own, where fewer take nearly as long. The second number is for a
 chunk in the forward of a decode step."""
-LEAST_BEHIND, MISSED, SAVED = 4, 3, 0.5
-"""A chunk far behind in a prompt reads so many keys that even the shortest one may take too long. After so many of
-these, chunks have the first number of tokens again, unless the shortest one takes less than SAVED of its time."""
+LEAST_BEHIND, MISSED, BEYOND, SAVED = 4, 3, 1.5, 0.5
+"""A chunk far behind in a prompt reads so many keys that even the shortest one may take too long: BEYOND times what it
+may take. After MISSED of these, chunks have LEAST_BEHIND tokens, unless the shortest one takes less than SAVED of the
+time that such a chunk took."""
 RENEWED_EVERY, RENEWED_GAIN = 16, 0.5
 """Gaps with a chunk before one without, so that the time without a chunk stays known; and the share of that gap in the
 mean."""
@@ -84,7 +85,7 @@ class PrefillPace:
         """Learn from the time that a chunk took."""
         if read >= LEAST_BEHIND:
             self._behind = seconds
-        missed = read == self._least < LEAST_BEHIND and seconds > max(allowed, SAVED * self._behind)
+        missed = read == self._least < LEAST_BEHIND and seconds > max(BEYOND * allowed, SAVED * self._behind)
         self._missed = self._missed + 1 if missed else 0
         if self._missed == MISSED:
             self._floor = LEAST_BEHIND
