@@ -17,9 +17,9 @@ LEAST_ALONE, LEAST_BESIDE = 16, 1
 """Fewest tokens of a chunk that has a forward of its own, where fewer take nearly as long. The second number is for a
 chunk in the forward of a decode step."""
 LEAST_BEHIND, MISSED, BEYOND, SAVED = 4, 3, 1.5, 0.5
-"""A chunk far behind in a prompt reads so many keys that even the shortest one may take too long: BEYOND times what it
-may take. After MISSED of these, chunks have LEAST_BEHIND tokens, unless the shortest one takes less than SAVED of the
-time that such a chunk took."""
+"""Behind many tokens, even the shortest chunk may take more than BEYOND times as long as it may, since it reads all
+keys. After MISSED of these, chunks have LEAST_BEHIND tokens, unless the shortest one takes less than SAVED of their
+time."""
 RENEWED_EVERY, RENEWED_GAIN = 16, 0.5
 """Gaps with a chunk before one without, so that the time without a chunk stays known; and the share of that gap in the
 mean."""
