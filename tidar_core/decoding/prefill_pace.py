@@ -5,6 +5,9 @@ How many prompt tokens may be read from one decode step to the next?
 A long prompt is read in chunks, and every chunk delays the running requests. A chunk may take nearly as long as a
 decode step, so that a gap stays below two steps. If more requests arrive than run, it may take longer by that factor. A
 gap lasts from the end of one decode step to the end of the next, since a device may compute later.
+
+A gap now and then has no chunk, so that the time of a bare step stays known. Where
+even the shortest chunk takes much too long, chunks have a few tokens, since a prompt must not starve.
 """
 
 from tidar_core.timing import Clock
