@@ -37,6 +37,25 @@ class RandomPlanner:
         assert steps
 
 
+class RandomPace:
+    """A pace that draws the length of each chunk, and how many layers it passes in each gap, at random."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def tokens(self, running):
+        return self.random.randint(0, 8) if running else 512
+
+    def layers(self, tokens, left):
+        return self.random.randint(0, left)
+
+    def idle(self):
+        pass
+
+    def step_ended(self, read, share):
+        pass
+
+
 def prompts(*lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [tuple(torch.randint(0, 500, (n,), generator=generator).tolist()) for n in lengths]

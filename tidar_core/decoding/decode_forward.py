@@ -1,7 +1,7 @@
 """Computes the hidden states of the query tokens of one decoder forward.
 
 A forward may have several parts: the sequences of a decode step, and chunks of prompts. They share each product, so
-that weights are read once for all of them.
+that weights are read once for all of them. Chunks may pass the layers in several forwards, some layers in each.
 
 It is the transformer of `model`, in the order that suits a decode step. Each residual sum is computed together with the
 norm that follows it. Keys and values go straight to their pages, and one gathering serves all layers. The functions it
@@ -15,7 +15,8 @@ Shape letters: B sequences, C clean tokens, R query tokens, K block length, N pa
 D head width, E embedding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from tidar_core.transformer.draft_adapter import ADAPTER_SCALE, LowRank
 from tidar_core.transformer.kv_cache import KVCache
 from tidar_core.transformer.model import TidarModel
 
-__all__ = ["DecodeForward", "QueryTokens"]
+__all__ = ["DecodeForward", "Passage", "QueryTokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,35 +89,58 @@ class DecodeForward:
         the query tokens of a part, visibility is the same for all sequences. Afterwards the cache holds keys and
         values of the clean tokens; keys and values of masks are not kept. No sequence may be in two parts.
         """
-        config, kernels = self.model.config, self.kernels
-        prepared, first = [], 0
-        for tokens in parts:
-            prepared.append(self._prepared(tokens, first if len(parts) > 1 else None))
-            first += len(tokens.prefix_len_B) * len(tokens.pattern.position_R)
-        x = _joined([part.embedded for part in prepared])
+        return self.finish(self.enter(*parts))
+
+    def enter(self, *parts: QueryTokens) -> "Passage":
+        """Query tokens before the first layer."""
+        placed = _placed([self._prepared(tokens) for tokens in parts])
+        return Passage(placed, _joined([part.embedded for part in placed]))
+
+    def finish(self, passage: "Passage") -> list[Tensor]:
+        """Take query tokens through all layers that they have not passed; returns the hidden states of each part."""
+        self._advance(passage, self.model.config.layers)
+        return passage.hidden
+
+    def step(self, tokens: QueryTokens, beside: "Passage | None" = None, layers: int = 0) -> Tensor:
+        """Hidden states [B, R, E] of the query tokens of a decode step.
+
+        beside  chunks of prompts, which pass their next `layers` layers, or all that are left, in the same products
+        """
+        own = self.enter(tokens)
+        if beside is not None and layers:
+            self._advance(own, beside.passed)
+            both = own.joined(beside)
+            self._advance(both, min(beside.passed + layers, self.model.config.layers))
+            both.divide(own, beside)
+        return self.finish(own)[0]
+
+    def _advance(self, passage: "Passage", after: int) -> None:
+        """Take query tokens through the layers before number `after`; after the last layer, through the last norm."""
+        x, residual, parts, first = passage.x, passage.residual, passage.parts, passage.passed
+        if first == after:
+            return
         if self.one_call is not None:
-            hidden = self.one_call(x, prepared, self.cache.pages)
-            return [part.of(hidden) for part in prepared]
-        eps, residual = config.norm_eps, None
-        for layer, pages in zip(self._layers, self.cache.pages.unbind()):
+            passage.x, passage.residual = self.one_call(x, residual, parts, self.cache.pages, first, after)
+            passage.passed = after
+            return
+        config, kernels, eps = self.model.config, self.kernels, self.model.config.norm_eps
+        for layer, pages in zip(self._layers[first:after], self.cache.pages[first:after].unbind()):
             x, residual = kernels.add_rms_norm(x, residual, layer.attention_norm, eps)
-            qkv, gathered = layer.qkv(x, prepared), []
-            for part in prepared:
+            qkv, gathered = layer.qkv(x, parts), []
+            for part in parts:
                 q, k, v = kernels.rotate_and_store(
                     part.of(qkv), layer.norm, part.cos, part.sin, pages, part.page_slot_BC, eps=eps, heads=config.heads
                 )
                 gathered.append(part.gather(q, k, v, pages).flatten(2))
-            x = layer.output(_joined(gathered), prepared)
+            x = layer.output(_joined(gathered), parts)
             x, residual = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(kernels.silu_mul(layer.gate_up(x, prepared)), prepared)
-        hidden = kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)[0]
-        return [part.of(hidden) for part in prepared]
+            x = layer.down(kernels.silu_mul(layer.gate_up(x, parts)), parts)
+        if after == config.layers:
+            x, residual = kernels.add_rms_norm(x, residual, self.model.norm.weight, eps)
+        passage.x, passage.residual, passage.passed = x, residual, after
 
-    def _prepared(self, tokens: QueryTokens, first: int | None) -> "_Part":
-        """Make what all layers share.
-
-        first  number of query tokens of the parts before; None: the forward has one part
-        """
+    def _prepared(self, tokens: QueryTokens) -> "_Part":
+        """Make what all layers share."""
         page_len, pattern, clean_BC = self.cache.page_len, tokens.pattern, tokens.clean_BC
         table_BN, prefix_len_B, clean_len = tokens.page_table_BN, tokens.prefix_len_B, clean_BC.shape[1]
         position_BR = prefix_len_B[:, None] + pattern.position_R
@@ -130,7 +154,6 @@ class DecodeForward:
             embedded=x,
             clean_len=clean_len,
             masks=pattern.masks,
-            rows=None if first is None else slice(first, first + position_BR.numel()),
             gather=self.kernels.gathering(table_BN[:, : tokens.used_pages], prefix_len_B, pattern.visible_RR, page_len),
             page_slot_BC=table_BN.gather(1, clean_position_BC // page_len) * page_len + clean_position_BC % page_len,
             cos=F.embedding(turned_BR, self._cos_LD),
@@ -147,22 +170,68 @@ class _Part:
     clean_len: int
     masks: int
     """Masks of a sequence."""
-    rows: slice | None
-    """Place of the tokens among those of the forward; None: they are all there are."""
     gather: Gather
     page_slot_BC: Tensor
     """Places of the clean tokens in the cache."""
     cos: Tensor
     sin: Tensor
+    rows: slice | None = None
+    """Place of the tokens among those of the forward; None: they are all there are."""
 
     def of(self, x: Tensor) -> Tensor:
         """The part's entries [B, R, N] of a tensor of all tokens, as a view."""
         return x if self.rows is None else x[self.rows].view(*self.embedded.shape[:2], -1)
 
 
+@dataclass(slots=True)
+class Passage:
+    """Query tokens on their way through the layers."""
+
+    parts: list[_Part]
+    x: Tensor
+    """Embeddings [.., E], then what the last layer added, in the end the hidden states."""
+    residual: Tensor | None = None
+    """Sum [.., E] of what was added before; None before the first layer."""
+    passed: int = 0
+    """Layers that the tokens have passed."""
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states [B, R, E] of each part, after the last layer."""
+        return [part.of(self.x) for part in self.parts]
+
+    def joined(self, beside: "Passage") -> "Passage":
+        """Both, for layers that they pass together."""
+        residual = None
+        if self.residual is not None and beside.residual is not None:
+            residual = _joined([self.residual, beside.residual])
+        return Passage(_placed([*self.parts, *beside.parts]), _joined([self.x, beside.x]), residual, self.passed)
+
+    def divide(self, own: "Passage", beside: "Passage") -> None:
+        """Give two passages that were joined what became of theirs."""
+        assert self.residual is not None, "no layer was passed together"
+        count = own.x.shape[:-1].numel()
+        for passage, rows in ((own, slice(count)), (beside, slice(count, None))):
+            shape = passage.x.shape
+            passage.x, passage.residual = self.x[rows].view(shape), self.residual[rows].view(shape)
+            passage.passed = self.passed
+
+
+def _placed(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts with their places among the tokens of all."""
+    if len(parts) == 1:
+        return [parts[0] if parts[0].rows is None else replace(parts[0], rows=None)]
+    placed, first = [], 0
+    for part in parts:
+        after = first + part.embedded.shape[:2].numel()
+        placed.append(replace(part, rows=slice(first, after)))
+        first = after
+    return placed
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One tensor of the entries [B, R, N] of all parts: [tokens, N], if there are several."""
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+    """One tensor of the entries [.., N] of all parts: [tokens, N], if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, -2) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)

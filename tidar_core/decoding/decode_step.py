@@ -7,7 +7,7 @@ host. So a forward can be captured and replayed.
 Shape letters: B sequences, C clean tokens, K block length, R query tokens of a forward, E embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
-from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
+from tidar_core.decoding.decode_forward import DecodeForward, Passage, QueryTokens
 from tidar_core.decoding.held_link import LOOKED_UP_TOKENS, HeldLink
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.plan_tensors import PlanTensors
@@ -67,8 +67,6 @@ class Outcome:
     """[B, C, V]: logits of the autoregressive mode, from the head; None for a captured step that is not scored."""
     hidden: Tensor | None
     """[B, R, E]; None for a captured step."""
-    beside: Sequence[Tensor] = ()
-    """Hidden states [1, R, E] of each chunk that was read in the same forward."""
 
 
 class DecodeStepRunner:
@@ -114,9 +112,13 @@ class DecodeStepRunner:
         pattern = self._tensors_of_prefill(plan).pattern
         return QueryTokens(page_table_1N, prefix_len, chunk_1C, pattern, -(-start // self.cache.page_len))
 
-    def read(self, chunks: Collection[QueryTokens]) -> list[Tensor]:
-        """Read chunks of different sequences; returns hidden states [1, R, E] of each."""
-        return self._forward(*chunks)
+    def enter(self, chunks: Collection[QueryTokens]) -> Passage:
+        """Chunks of different sequences, before the first layer."""
+        return self._forward.enter(*chunks)
+
+    def read(self, passage: Passage) -> list[Tensor]:
+        """Take chunks through all layers that are left; returns hidden states [1, R, E] of each."""
+        return self._forward.finish(passage)
 
     def begin(
         self, slots: slice, hidden: Tensor, plan: StepPlan, last_11: Tensor, sampling: SamplingTensors,
@@ -146,14 +148,15 @@ class DecodeStepRunner:
         tensors: PlanTensors,
         used_pages: int,
         adjust: Callable[[Tensor], Tensor] | None = None,
-        beside: Collection[QueryTokens] = (),
+        beside: Passage | None = None,
+        layers: int = 0,
     ) -> Outcome:
         """Verify and draft for the first `batch` slots.
 
         tensors     tensors of the plan, from `tensors_of`
         used_pages  leading pages that hold all of every prefix
         adjust      changes the target logits [B, C, V] by the rules of the requests
-        beside      chunks of sequences without a slot, to be read in the same forward
+        beside      chunks of sequences without a slot, which pass their next `layers` layers in the same forward
         """
         plan, state = tensors.plan, self.state
         B, C = batch, plan.clean_len
@@ -161,7 +164,7 @@ class DecodeStepRunner:
         prefix_B, draft_BC = state.prefix_len[:B], state.draft[:B, :C]
         read_BC = draft_BC.clamp(min=0)  # NO_DRAFT is rejected, whatever is read in its place
         batch_tokens = QueryTokens(state.page_table[:B], prefix_B, read_BC, tensors.pattern, used_pages)
-        hidden_BRE, *others = self._forward(batch_tokens, *beside)
+        hidden_BRE = self._forward.step(batch_tokens, beside, layers)
         together = bool(plan.groups) and plan.query_tokens(self.draft.block_len) <= self._tuning.one_product_tokens
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]
@@ -185,7 +188,7 @@ class DecodeStepRunner:
         self._propose(
             slice(0, B), verdict.next_B, accepted_B, hidden_BRE, tensors, sampling, logits_BRV if together else None
         )
-        return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE, others)
+        return Outcome(torch.cat([accepted_B[:, None], emitted_BC], 1), ar_logits, hidden_BRE)
 
     def target_logits(
         self, ar_BRV: Tensor, first_masks_BRE: Tensor, token_BR: Tensor, sampling: SamplingTensors

@@ -11,7 +11,7 @@ since other batch shapes sum in another order.
 The decoder keeps no waiting line and owns no pages: both are the scheduler's. `decode_step` computes a forward.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from tidar_core.config import DraftConfig
 from tidar_core.decoding.batch_state import BatchState
 from tidar_core.decoding.cuda_graphs import CudaRecorder, StepGraphs
-from tidar_core.decoding.decode_forward import QueryTokens
+from tidar_core.decoding.decode_forward import Passage, QueryTokens
 from tidar_core.decoding.decode_step import DEFAULT_TUNING, DecodeStepRunner, DecodeTuning, Outcome
 from tidar_core.decoding.decoder_size import DecoderSize
 from tidar_core.decoding.logit_rules import adjusting
@@ -29,7 +29,7 @@ from tidar_core.decoding.page_pool import PAGE_LEN, page_count
 from tidar_core.decoding.plan_tensors import NextBlock, block_after, blocks_after
 from tidar_core.decoding.request import DecodeStep, Request, check_request
 from tidar_core.decoding.sampling import SamplingTensors
-from tidar_core.decoding.sequence import Chunk, Sequence
+from tidar_core.decoding.sequence import Chunk, Reading, Sequence
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.transformer.draft_adapter import exchange_drafts
 from tidar_core.transformer.kv_cache import KVCache
@@ -109,10 +109,20 @@ class Decoder:
         self._runner.refresh_drafts()
 
     @torch.inference_mode()
-    def read(self, chunks: Collection[Chunk]) -> None:
-        """Read chunks of different sequences that have no slot yet."""
-        for chunk, hidden in zip(chunks, self._runner.read([self._query_tokens(chunk) for chunk in chunks])):
-            self._has_been_read(chunk, hidden)
+    def enter(self, chunks: list[Chunk]) -> Reading:
+        """Chunks of different sequences that have no slot yet, before the first layer."""
+        reading = Reading(chunks, None, 0)
+        if unread := reading.unread:
+            reading.passage = self._runner.enter([self._query_tokens(chunk) for chunk in unread])
+            reading.left = self.model.config.layers
+        return reading
+
+    @torch.inference_mode()
+    def read(self, reading: Reading) -> None:
+        """Take chunks through all layers that are left."""
+        if reading.passage is not None and reading.left:
+            self._runner.read(reading.passage)
+            self._has_passed(reading, reading.left)
 
     @torch.inference_mode()
     def begin(self, chunk: Chunk) -> DecodeStep:
@@ -143,13 +153,13 @@ class Decoder:
         self._runner.fill_with_point_mass(slice(slot, slot + 1), last)
 
     @torch.inference_mode()
-    def decode_step(self, plan: StepPlan, beside: Collection[Chunk] = ()) -> list[DecodeStep]:
+    def decode_step(self, plan: StepPlan, beside: Reading | None = None, layers: int = 0) -> list[DecodeStep]:
         """Run one forward for all running sequences; returns one step for each, by slot.
 
         Any plan may follow any other. Where a request has beta below 1, groups that the plan leaves out are added. The
         caller has given the pages that `plan.clean_len` more tokens take.
 
-        beside  chunks to read in the same forward; none where steps are captured
+        beside  chunks that pass their next `layers` layers in the same forward; none where steps are captured
         """
         if any(sequence.request.sampling.beta < 1 for sequence in self.running):
             plan = StepPlan(plan.clean_len, tuple(range(1, plan.clean_len + 1)))
@@ -159,9 +169,10 @@ class Decoder:
             self._moved = False
         ruled = {slot: sequence.rules for slot, sequence in enumerate(self.running) if sequence.rules is not None}
         adjust = adjusting(ruled, self._state.draft[:batch, 1 : plan.clean_len].clamp(min=0)) if ruled else None
-        outcome = self._launch(batch, plan, used_pages, adjust, [self._query_tokens(chunk) for chunk in beside])
-        for chunk, hidden in zip(beside, outcome.beside, strict=True):
-            self._has_been_read(chunk, hidden)
+        passage = None if beside is None else beside.passage
+        outcome = self._launch(batch, plan, used_pages, adjust, passage, layers)
+        if beside is not None and layers:
+            self._has_passed(beside, layers)
         blocks, logits = blocks_after(plan, self.draft.block_len), outcome.ar_logits
         steps = []
         for slot, (n, *tokens) in enumerate(outcome.accepted_emitted[:batch].tolist()):
@@ -213,11 +224,12 @@ class Decoder:
         plan: StepPlan,
         used_pages: int,
         adjust: Callable[[Tensor], Tensor] | None = None,
-        beside: Collection[QueryTokens] = (),
+        beside: Passage | None = None,
+        layers: int = 0,
     ) -> Outcome:
         if self._graphs is None or adjust is not None:
-            return self._runner.step(batch, self._runner.tensors_of(plan), used_pages, adjust, beside)
-        assert not beside, "a captured step reads no chunks"
+            return self._runner.step(batch, self._runner.tensors_of(plan), used_pages, adjust, beside, layers)
+        assert beside is None, "a captured step reads no chunks"
         scored = any(sequence.request.sampling.logprobs is not None for sequence in self.running)
         return self._graphs.step(batch, plan, used_pages, scored=scored)
 
@@ -230,10 +242,15 @@ class Decoder:
             pages.row = torch.tensor([pages.ids], device=self.device)
         return self._runner.chunk(pages.row, start, tokens, chunk.plan)
 
-    def _has_been_read(self, chunk: Chunk, hidden: Tensor) -> None:
-        sequence, start = chunk.sequence, chunk.sequence.read
-        sequence.read, chunk.hidden = start + chunk.plan.clean_len, hidden
-        score_prompt(sequence, start, hidden[0], self.model.head)
+    def _has_passed(self, reading: Reading, layers: int) -> None:
+        """Note that chunks have passed so many more layers."""
+        reading.left -= layers
+        if reading.left or reading.passage is None:
+            return
+        for chunk, hidden in zip(reading.unread, reading.passage.hidden, strict=True):
+            sequence, start = chunk.sequence, chunk.sequence.read
+            sequence.read, chunk.hidden = start + chunk.plan.clean_len, hidden
+            score_prompt(sequence, start, hidden[0], self.model.head)
 
     def _take_slot(self, sequence: Sequence) -> int:
         slot = len(self.running)

@@ -2,7 +2,8 @@
 
 Requests wait in one line. Between two forwards the first of them take the free slots, and leave when they have
 finished. Prompts are read in chunks, so that a long prompt does not hold up running requests. The forward of a decode
-step reads the weights anyway, so it reads a chunk too. Only where steps are captured has a chunk its own forward.
+step reads the weights anyway, so a chunk passes its layers too, or some of them (`prefill_pace`). Only where steps are
+captured has a chunk its own forward.
 Where pages run out, the youngest sequence gives its pages up, returns to the head of the line, and is read again later.
 
 No threads: the owner calls `advance` for as long as `busy`. The only clock paces prefills (`prefill_pace`).
@@ -17,9 +18,9 @@ from torch import Tensor
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.page_pool import PagePool, SequencePages
-from tidar_core.decoding.prefill_pace import LEAST_ALONE, LEAST_BESIDE, PrefillPace
+from tidar_core.decoding.prefill_pace import PrefillPace
 from tidar_core.decoding.request import DecodeStep, Request
-from tidar_core.decoding.sequence import Chunk, Sequence
+from tidar_core.decoding.sequence import Chunk, Reading, Sequence
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
 from tidar_core.decoding.verify import NO_DRAFT
 from tidar_core.errors import CapacityError, RequestError
@@ -62,12 +63,16 @@ class Scheduler:
         self.shared_tokens = 0
         """Prompt tokens that the cache held already."""
         self._share_prefixes, self._prefill_tokens = share_prefixes, prefill_tokens
-        least = LEAST_ALONE if decoder.captures else LEAST_BESIDE
-        self._pace, self._read = PrefillPace(prefill_tokens, clock, least=least), 0
+        depth = 1 if decoder.captures else decoder.model.config.layers
+        self._pace, self._depth = PrefillPace(prefill_tokens, clock, depth=depth), depth
+        self._read = 0
+        """Prompt tokens since the last decode step ended, times the layers that they passed."""
+        self._reading: Reading | None = None
+        """The chunks in hand: they have entered the layers, and did not pass all of them yet."""
         self._sequences: dict[str, Sequence] = {}
         """All requests that wait or run, by id."""
         self._line: deque[Sequence] = deque()
-        """Sequences without a slot of their own. Only the first may hold pages: it is the one that is being read."""
+        """Sequences without a slot of their own. Only the first may hold pages, and those whose chunks are in hand."""
         self._arrivals = 0
 
     @property
@@ -160,17 +165,14 @@ class Scheduler:
             return self._prefill()
         running, plan = len(self.decoder.running), self._plan()
         self._make_room(plan.clean_len)
-        chunks: list[Chunk] = []
-        if not self.decoder.captures and self.decoder.running:
-            chunks = self._next_chunks(self._pace.tokens(running), drafts=self.planner.drafts_first_blocks)
-        unread = _with_tokens(chunks)
-        steps = self._stepped(plan, unread)
-        self.planner.observe(steps, beside=bool(unread))
+        layers = self._layers_beside(running)
+        steps = self._stepped(plan, layers)
+        self.planner.observe(steps, beside=layers > 0)
         self._pace.step_ended(self._read, min(len(self._line), self._free) / running)
         self._read = 0
-        if chunks:
+        if self._reading is not None and self._reading.left == 0:
             self.planner.begin_prefill()
-            steps += self._settle(self._begun(chunks))
+            steps += self._settle(self._begun())
             self.planner.end_prefill()
         elif self.decoder.captures or not self.decoder.running:
             steps += self._prefill()
@@ -200,11 +202,11 @@ class Scheduler:
         """
         left = self._prefill_tokens if max_tokens is None else max_tokens
         steps: list[DecodeStep] = []
-        while left > 0 and (chunks := self._next_chunks(min(left, self._prefill_tokens), drafts=drafts)):
-            left -= sum(chunk.plan.clean_len for chunk in chunks)
-            if unread := _with_tokens(chunks):
-                self.decoder.read(unread)
-            steps += self._begun(chunks)
+        while left > 0 and (reading := self._chunks_in_hand(min(left, self._prefill_tokens), drafts=drafts)):
+            left -= reading.tokens
+            self._read += reading.tokens * self._depth
+            self.decoder.read(reading)
+            steps += self._begun()
         return self._settle(steps)
 
     def redraft(self, request_id: str, tokens: list[int]) -> None:
@@ -230,11 +232,34 @@ class Scheduler:
         self.planner.end_prefill()
         return steps
 
-    def _stepped(self, plan: StepPlan, beside: list[Chunk] | None = None) -> list[DecodeStep]:
-        """Steps of all running requests, for which there is room."""
+    def _stepped(self, plan: StepPlan, layers: int = 0) -> list[DecodeStep]:
+        """Steps of all running requests, for which there is room.
+
+        layers  layers that the chunks in hand pass in the same forward
+        """
         if not self.decoder.running:
             return []
-        return self._settle(self.decoder.decode_step(plan, beside or []))
+        return self._settle(self.decoder.decode_step(plan, self._reading if layers else None, layers))
+
+    def _layers_beside(self, running: int) -> int:
+        """Number of layers that the chunks in hand pass in the forward of the next decode step.
+
+        running  requests that ran when pages were made sure of
+        """
+        if self.decoder.captures or not self.decoder.running:
+            return 0
+        reading = self._chunks_in_hand(self._pace.tokens(running), drafts=self.planner.drafts_first_blocks)
+        if reading is None or not reading.left:
+            return 0
+        layers = self._pace.layers(reading.tokens, reading.left)
+        self._read = reading.tokens * layers
+        return layers
+
+    def _chunks_in_hand(self, most: int, *, drafts: bool) -> Reading | None:
+        """The chunks that have passed some layers, or else the next of the line; see `_next_chunks`."""
+        if self._reading is None and (chunks := self._next_chunks(most, drafts=drafts)):
+            self._reading = self.decoder.enter(chunks)
+        return self._reading
 
     def _next_chunks(self, most: int, *, drafts: bool) -> list[Chunk]:
         """The next tokens of the line, `most` together, for one forward; all chunks but the last end a prompt.
@@ -246,7 +271,7 @@ class Scheduler:
             if most <= 0 or (chunks and self._shares_later(sequence, chunks)) or not self._hold(sequence):
                 break
             count = min(most, sequence.goal - sequence.read)
-            most, self._read = most - count, self._read + count
+            most -= count
             request, last = sequence.request, sequence.read + count == sequence.goal
             masked = last and not sequence.emitted and ((drafts and request.speculative) or request.sampling.beta < 1)
             chunks.append(Chunk(sequence, StepPlan(count, (count,) if masked else ())))
@@ -262,10 +287,11 @@ class Scheduler:
         beginning = sequence.tokens[:beyond]
         return beyond < len(sequence.tokens) and any(chunk.sequence.tokens[:beyond] == beginning for chunk in chunks)
 
-    def _begun(self, chunks: list[Chunk]) -> list[DecodeStep]:
-        """Publish the pages of chunks that were read; first tokens of the prompts that they end."""
+    def _begun(self) -> list[DecodeStep]:
+        """Publish the pages of the chunks in hand, which were read; first tokens of the prompts that they end."""
         steps: list[DecodeStep] = []
-        for chunk in chunks:
+        reading, self._reading = self._reading, None
+        for chunk in reading.chunks if reading else []:
             sequence = chunk.sequence
             self.pool.commit(sequence.pages, sequence.tokens, sequence.read)
             if sequence.read < sequence.goal:
@@ -346,10 +372,16 @@ class Scheduler:
         self._drop_pages(sequence)
 
     def _drop_pages(self, sequence: Sequence) -> None:
+        """Release the pages of a sequence.
+
+        Chunks in hand that write there are dropped. Their other sequences release their pages too, but for the first of
+        the line.
+        """
         self.pool.release(sequence.pages)
         sequence.pages, sequence.read, sequence.prompt_logprobs = SequencePages(), 0, []
-
-
-def _with_tokens(chunks: list[Chunk]) -> list[Chunk]:
-    """The chunks that have tokens to read: a text that was preempted may find all of its pages in the cache."""
-    return [chunk for chunk in chunks if chunk.plan.clean_len]
+        chunks = self._reading.chunks if self._reading else []
+        if any(chunk.sequence is sequence for chunk in chunks):
+            self._reading, first = None, next(iter(self._line), None)
+            for other in chunks:
+                if other.sequence is not first:
+                    self._drop_pages(other.sequence)

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tidar_core.decoding.decode_forward import Passage
 from tidar_core.decoding.logit_rules import LogitRules
 from tidar_core.decoding.page_pool import SequencePages
 from tidar_core.decoding.request import DecodeStep, Request, TokenLogprob
 from tidar_core.decoding.step_plan import StepPlan
 
-__all__ = ["Chunk", "Sequence"]
+__all__ = ["Chunk", "Reading", "Sequence"]
 
 
 @dataclass(slots=True, eq=False)
@@ -76,10 +77,32 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """The next tokens of a sequence without a slot, to be read by one forward."""
+    """The next tokens of a sequence without a slot."""
 
     sequence: Sequence
     plan: StepPlan
     """Number of the tokens, and the masks behind them."""
     hidden: Tensor | None = None
-    """Hidden states [1, R, E] of tokens and masks, after the forward."""
+    """Hidden states [1, R, E] of tokens and masks, after all layers."""
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """Chunks that pass the layers together, in one forward or in several."""
+
+    chunks: list[Chunk]
+    passage: Passage | None
+    """Query tokens of all chunks; None if there are none: a text that was preempted may find all of its pages in the
+    cache."""
+    left: int
+    """Layers that the tokens have not passed."""
+
+    @property
+    def unread(self) -> list[Chunk]:
+        """The chunks that have tokens to read."""
+        return [chunk for chunk in self.chunks if chunk.plan.clean_len]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all chunks, without masks."""
+        return sum(chunk.plan.clean_len for chunk in self.chunks)

@@ -52,7 +52,7 @@ SIGNATURES = {
     "rotate": (P, N, P, P, N, N, N, X, B, P),
     "mask_attention": (*MASKS, P, P),
     "mask_attention_gradient": (*MASKS, *6 * (P,)),
-    "layers": (P, P, P, N, P, N, P),
+    "layers": (P, N, N, P, P, P, N, P, N, P),
     "paged_attention": (P, P, P, N, N, P, N, P, N, N, P, P, N, N, N, N, N, B, P),
 }
 """Types of the arguments of each function; no function returns anything."""

@@ -54,21 +54,27 @@ class CompiledLayers:
         )  # fmt: skip
         self._run = needed_library().layers
 
-    def __call__(self, x: Tensor, parts: Sequence[Any], pages: Tensor) -> Tensor:
-        """Hidden states [.., E] after the last norm.
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Any], pages: Tensor, first: int, after: int
+    ) -> tuple[Tensor, Tensor]:
+        """Take tokens through the layers first..after - 1; both tensors are overwritten.
 
-        x      embeddings [.., E] of the tokens of all parts, one part after the other
-        parts  parts of the forward (`decode_forward`); their keys and values of clean tokens are stored
-        pages  the cache, [layers, ..]
+        Returns the new `x` and `residual`. After the last layer, x holds the hidden states after the last norm.
+
+        x         embeddings [.., E] of the tokens of all parts, part after part; later what the layer before added
+        residual  sum of what was added before; None before the first layer
+        parts     parts of the forward (`decode_forward`); their keys and values of clean tokens are stored
+        pages     the cache, [layers, ..]
         """
-        x, hidden = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        x = x.contiguous()
+        residual, hidden = torch.empty_like(x) if residual is None else residual, torch.empty_like(x)
         held = (_Part * len(parts))(*(_part(part) for part in parts))
         apart = pages.stride(0) * pages.element_size()
         self._run(
-            ctypes.byref(self._model), x.data_ptr(), pages.data_ptr(), apart, ctypes.byref(held), len(held),
-            hidden.data_ptr(),
+            ctypes.byref(self._model), first, after, x.data_ptr(), residual.data_ptr(), pages.data_ptr(), apart,
+            ctypes.byref(held), len(held), hidden.data_ptr(),
         )  # fmt: skip
-        return hidden
+        return (hidden if after == len(self._layers) else x), residual
 
 
 def _part(part: Any) -> "_Part":

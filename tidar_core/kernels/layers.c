@@ -76,23 +76,26 @@ static void gather(const struct model *model, const struct layer *layer, char *q
     }
 }
 
-/* Hidden states [tokens, width] of the tokens of all parts, from their embeddings x. `pages` are those of layer 0, and
- * those of the next layer lie `apart` bytes behind. */
-void layers(const struct model *model, const void *x, void *pages, long apart, const struct part *parts, long count,
-            void *hidden) {
-    const struct layer *layer = model->layers;
+/* Takes the tokens of all parts through the layers first..after - 1. `added` [tokens, width] is what the layer before
+ * added, at first the embeddings, and `total` the sum before that; both are overwritten. After the last layer, `hidden`
+ * has the states after the last norm. `pages` are those of layer 0, and those of the next layer lie `apart` bytes
+ * behind. */
+void layers(const struct model *model, long first, long after, void *added, void *total, char *pages, long apart,
+            const struct part *parts, long count, void *hidden) {
+    const struct layer *layer = model->layers + first;
     const struct map *gate_up = &layer->gate_up;
     const long size = model->half ? 2 : 4, width = model->width;
     long tokens = 0;
     for (long n = 0; n < count; n++) tokens += parts[n].sequences * parts[n].per_sequence;
     const long line = tokens * size;
-    char *added = malloc(line * (2 * width + layer->qkv.out + layer->output.width + gate_up->out + gate_up->out / 2));
-    char *total = added + line * width, *qkv = total + line * width, *gathered = qkv + line * layer->qkv.out;
-    char *wide = gathered + line * layer->output.width, *gated = wide + line * gate_up->out;
-    memcpy(total, x, line * width);
-    for (long n = 0; n < model->count; n++, layer++, pages = (char *)pages + apart) {
-        add_rms_norm(n ? added : total, n ? total : 0, layer->attention_norm, model->half_norm, model->eps, tokens,
-                     width, model->half, hidden, total);
+    char *qkv = malloc(line * (layer->qkv.out + layer->output.width + gate_up->out + gate_up->out / 2));
+    char *gathered = qkv + line * layer->qkv.out, *wide = gathered + line * layer->output.width;
+    char *gated = wide + line * gate_up->out;
+    pages += first * apart;
+    if (first == 0) memcpy(total, added, line * width);
+    for (long n = first; n < after; n++, layer++, pages += apart) {
+        add_rms_norm(added, n ? total : 0, layer->attention_norm, model->half_norm, model->eps, tokens, width,
+                     model->half, hidden, total);
         multiply(&layer->qkv, hidden, tokens, qkv, parts, count, model->half);
         gather(model, layer, qkv, pages, parts, count, gathered);
         multiply(&layer->output, gathered, tokens, added, parts, count, model->half);
@@ -102,6 +105,7 @@ void layers(const struct model *model, const void *x, void *pages, long apart, c
         silu_mul(wide, tokens, gate_up->out / 2, model->half, gated);
         multiply(&layer->down, gated, tokens, added, parts, count, model->half);
     }
-    add_rms_norm(added, total, model->norm, model->half_norm, model->eps, tokens, width, model->half, hidden, total);
-    free(added);
+    if (after == model->count)
+        add_rms_norm(added, total, model->norm, model->half_norm, model->eps, tokens, width, model->half, hidden, total);
+    free(qkv);
 }

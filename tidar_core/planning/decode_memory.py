@@ -128,15 +128,16 @@ class _Tested:
         self, plan: StepPlan, sampling: SamplingConfig, adjust: Callable[[Tensor], Tensor] | None = None
     ) -> object:
         """One decode step of the whole batch; on a CPU, its forward reads a chunk too."""
-        state, beside = self.stepper.state, [] if self.cuda else [self.chunk()]
+        state, beside = self.stepper.state, None if self.cuda else self.stepper.enter([self.chunk()])
         state.gather_sampling([sampling] * state.slots)
         copies, tensors = state.snapshot(), self.stepper.tensors_of(plan)  # copies as before a capture
-        outcome = self.stepper.step(state.slots, tensors, self.size.max_pages, adjust, beside)
-        return copies, outcome, [self.scores(hidden[0]) for hidden in outcome.beside]
+        layers = self.model.config.layers
+        outcome = self.stepper.step(state.slots, tensors, self.size.max_pages, adjust, beside, layers)
+        return copies, outcome, [self.scores(hidden[0]) for hidden in (beside.hidden if beside else [])]
 
     def prefill(self) -> object:
         """The last chunk of the longest prompt, with every token scored."""
-        (hidden,) = self.stepper.read([self.chunk()])
+        (hidden,) = self.stepper.read(self.stepper.enter([self.chunk()]))
         return self.scores(hidden[0])
 
     def chunk(self) -> QueryTokens:

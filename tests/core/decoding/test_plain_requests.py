@@ -59,7 +59,7 @@ def test_no_draft_is_accepted_for_it_where_drafts_pass_the_ratio_test(model):
 def test_where_nobody_wants_drafts_each_forward_is_the_autoregressive_one(model):
     decoder = decoder_of(model)
     plans, step = [], decoder.decode_step
-    decoder.decode_step = lambda plan, beside: plans.append(plan) or step(plan, beside)
+    decoder.decode_step = lambda plan, *beside: plans.append(plan) or step(plan, *beside)
     scheduler = Scheduler(decoder, Uncalled("single-pass", 4))
     texts = prompts(9, 14)
     done = complete(scheduler, [replace(request, speculative=False) for request in requests(texts, GREEDY)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import GREEDY, expected_texts, prompts, requests
+from decoding import GREEDY, RandomPace, expected_texts, prompts, requests
 from tiny import wide_model
 
 from tidar_core.config import DraftConfig, SamplingConfig
@@ -60,6 +60,34 @@ def test_with_plain_torch_parts_differ_by_rounding_alone(model):
         torch.testing.assert_close(found, expected, rtol=0, atol=4e-5)  # products of other shapes sum in another order
 
 
+@pytest.mark.skipif(compiled.library() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("calls", ["one for all layers", "one for each function"])
+def test_with_kernels_in_c_chunks_that_pass_some_layers_beside_each_of_several_steps_have_the_same_bits(calls):
+    model = wide_model(replace(named_shape("tiny"), layers=7))
+    prepare_for_decoding(model)
+    kernels = c_kernels() if calls == "one for all layers" else replace(c_kernels(), layers=None)
+    step, *chunks = PARTS
+    step_alone, *alone = hidden_states(model, c_kernels(), [step], chunks)
+    read = DecodeForward(model, KVCache(model.config, pages=8, page_len=4), positions=40, block_len=K, kernels=kernels)
+    with torch.no_grad():
+        passage = read.enter(*chunks)
+        for layers in (1, 0, 3, 2):
+            assert torch.equal(read.step(step, passage, layers), step_alone)
+        assert passage.passed == 6
+        assert all(map(torch.equal, read.finish(passage), alone))
+
+
+def test_a_step_takes_chunks_no_further_than_through_the_last_layer(model):
+    step, *chunks = PARTS
+    expected = hidden_states(model, PLAIN, chunks)
+    read = DecodeForward(model, KVCache(model.config, pages=8, page_len=4), positions=40, block_len=K, kernels=PLAIN)
+    with torch.no_grad():
+        passage = read.enter(*chunks)
+        read.step(step, passage, 99)
+    for found, alone in zip(passage.hidden, expected, strict=True):
+        torch.testing.assert_close(found, alone, rtol=0, atol=4e-5)
+
+
 class Watched(Scheduler):
     """A scheduler that notes the prompt tokens of each forward: those of chunks beside a step, or alone."""
 
@@ -68,13 +96,13 @@ class Watched(Scheduler):
         self.alone, self.beside = [], []
         read, step = self.decoder.read, self.decoder.decode_step
 
-        def watched_read(chunks):
-            self.alone.append([chunk.plan.clean_len for chunk in chunks])
-            read(chunks)
+        def watched_read(reading):
+            self.alone += [lengths] if (lengths := [chunk.plan.clean_len for chunk in reading.unread]) else []
+            read(reading)
 
-        def watched_step(plan, beside):
-            self.beside.append([chunk.plan.clean_len for chunk in beside])
-            return step(plan, beside)
+        def watched_step(plan, beside, layers):
+            self.beside.append([chunk.plan.clean_len for chunk in beside.unread] if layers else [])
+            return step(plan, beside, layers)
 
         self.decoder.read, self.decoder.decode_step = watched_read, watched_step
 
@@ -147,10 +175,12 @@ def test_with_kernels_in_c_a_long_prompt_gives_the_same_bits_in_every_mode_and_i
     sampling = SamplingConfig(max_tokens=10, prompt_logprobs=True, logprobs=3)
     texts = requests(prompts(300, 5, 270), sampling)
 
-    def decoded(mode, slots, prefill_tokens, some):
+    def decoded(mode, slots, prefill_tokens, some, pace=None):
         decoder = Decoder(model, DraftConfig(block_len=K), slots=slots)
         scheduler = Scheduler(decoder, FixedMode(mode, K), prefill_tokens=prefill_tokens)
+        scheduler._pace = pace or scheduler._pace
         return [(done.token_ids, done.logprobs, done.prompt_logprobs) for done in complete(scheduler, some)]
 
     expected = [decoded("autoregressive", 1, 10_000, [text])[0] for text in texts]
     assert decoded(mode, 3, 50, texts) == expected
+    assert decoded(mode, 2, 50, texts, RandomPace(1)) == expected, "chunks pass some layers in each step"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import GREEDY, RandomPlanner, expected_texts, prefilled, prompts, requests
+from decoding import GREEDY, RandomPace, RandomPlanner, expected_texts, prefilled, prompts, requests
 
 from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.completion import complete
@@ -36,14 +36,23 @@ def test_sequences_that_give_up_their_pages_are_read_again_and_give_the_same_tex
     assert scheduler.pool.held == 0
 
 
+def pages_are_held_by_right(scheduler):
+    """Whether no waiting sequence holds pages but the first of the line and those whose chunks are in hand."""
+    in_hand = [chunk.sequence for chunk in scheduler._reading.chunks] if scheduler._reading else []
+    return all(sequence in in_hand for sequence in tuple(scheduler._line)[1:] if sequence.pages.ids)
+
+
+@pytest.mark.parametrize("paced", ["whole chunks", "layers at random"])
 @pytest.mark.parametrize("kind", ["argmax", "sampled"])
 @pytest.mark.parametrize("seed", range(6))
-def test_after_any_history_of_admits_aborts_and_finishes_every_page_is_free(model, seed, kind):
+def test_after_any_history_of_admits_aborts_and_finishes_every_page_is_free(model, seed, kind, paced):
     luck = random.Random(seed)
     texts = prompts(*(luck.randint(1, 24) for _ in range(14)), seed=seed)
     texts += [text[:10] + prompts(5, seed=seed)[0] for text in texts if len(text) > 10]  # some begin alike
     expected = dict(enumerate(expected_texts(model, texts, GREEDY)))
     scheduler = Scheduler(decoder_of(model, rows=4, pages=22, kind=kind), RandomPlanner(seed, 4))
+    if paced == "layers at random":
+        scheduler._pace = RandomPace(seed)
     waiting, emitted = requests(texts, GREEDY), {str(i): () for i in range(len(texts))}
     while waiting or scheduler.busy:
         if waiting and luck.random() < 0.5:
@@ -55,11 +64,39 @@ def test_after_any_history_of_admits_aborts_and_finishes_every_page_is_free(mode
         for step in scheduler.advance():
             emitted[step.request_id] += step.token_ids
         assert scheduler.pool.held <= 22
+        assert pages_are_held_by_right(scheduler)
     for i, text in expected.items():
         assert text is None or emitted[str(i)] == text
     assert (scheduler.pool.held, scheduler.pool.available) == (0, 22)
     assert not scheduler.decoder._state.live.any()
     assert not scheduler.decoder._state.page_table.any()
+
+
+@pytest.mark.parametrize("gone", ["0", "1", "2"])
+def test_a_request_that_goes_takes_its_chunk_in_hand_along_and_the_others_are_read_again(model, gone):
+    """Its pages may be another's at once, so no forward may write there any more."""
+    texts = prompts(6, 5, 7, 4)
+    scheduler = Scheduler(decoder_of(model, rows=4), FixedMode("autoregressive", 4))
+    first, *others = requests(texts[3:] + texts[:3], GREEDY)
+    scheduler.submit(first)
+    emitted = {request.request_id: () for request in (first, *others)}
+    assert scheduler.advance()
+    scheduler._pace.layers = lambda tokens, left: 1  # of two
+    for request in others:
+        scheduler.submit(request)
+    scheduler.advance()
+    assert scheduler._reading.left == 1
+    gone = others[int(gone)].request_id
+    assert scheduler.abort(gone)
+    assert scheduler._reading is None
+    assert pages_are_held_by_right(scheduler)
+    while scheduler.busy:
+        for step in scheduler.advance():
+            emitted[step.request_id] += step.token_ids
+    found = {name: text for name, text in emitted.items() if name != gone}
+    expected = dict(zip(emitted, expected_texts(model, texts[3:] + texts[:3], GREEDY), strict=True))
+    assert {name: text[-20:] for name, text in found.items()} == {name: expected[name][-20:] for name in found}
+    assert scheduler.pool.held == 0
 
 
 def test_a_prompt_that_begins_like_one_before_is_not_read_twice(model):

@@ -23,17 +23,20 @@ def clock(monkeypatch):
     """A clock that forwards move: by a fixed time, and for each token that they read or decode."""
     now = [0.0]
 
-    def moved(forward):
-        def run(self, *given):
-            tokens = len(self.running) + sum(chunk.plan.clean_len for chunk in given[-1] if given)
-            now[0] += SECONDS_A_FORWARD + SECONDS_A_TOKEN * tokens
-            return forward(self, *given)
+    def moved(tokens):
+        now[0] += SECONDS_A_FORWARD + SECONDS_A_TOKEN * tokens
 
-        return run
+    def timed_read(self, reading):
+        moved(reading.tokens * reading.left / self.model.config.layers)
+        read(self, reading)
+
+    def timed_step(self, plan, beside, layers):
+        moved(len(self.running) + (beside.tokens * layers / self.model.config.layers if beside else 0))
+        return step(self, plan, beside, layers)
 
     read, step = Decoder.read, Decoder.decode_step
-    monkeypatch.setattr(Decoder, "read", moved(lambda self, chunks: read(self, chunks)))
-    monkeypatch.setattr(Decoder, "decode_step", moved(lambda self, plan, beside: step(self, plan, beside)))
+    monkeypatch.setattr(Decoder, "read", timed_read)
+    monkeypatch.setattr(Decoder, "decode_step", timed_step)
     return lambda: now[0]
 
 
@@ -57,10 +60,12 @@ def test_times_are_those_of_the_forwards(model, clock):
 def test_a_stream_waits_beside_the_end_of_a_long_prompt(model, clock, monkeypatch):
     """There chunks see most keys, so the gaps are the longest."""
     beside, step = [], Decoder.decode_step
-    monkeypatch.setattr(
-        Decoder, "decode_step", lambda self, plan, chunks: beside.extend(chunk.sequence.read for chunk in chunks)
-        or step(self, plan, chunks),
-    )  # fmt: skip
+
+    def watched_step(self, plan, reading, layers):
+        beside.extend(chunk.sequence.read for chunk in (reading.chunks if reading else []))
+        return step(self, plan, reading, layers)
+
+    monkeypatch.setattr(Decoder, "decode_step", watched_step)
     prompt_costs(model, [1150], repeats=1, clock=clock)
     assert min(beside) == 1150 - BESIDE
     assert max(beside) > 500

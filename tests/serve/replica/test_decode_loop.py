@@ -170,7 +170,7 @@ def test_a_failed_forward_ends_what_ran_and_spares_what_waits(scheduler, loop, m
         waiting = asyncio.create_task(tokens_of(loop, request("c")))
         await until(lambda: loop.waiting == 1)
 
-        def fail(plan, beside):
+        def fail(plan, *beside):
             monkeypatch.undo()  # before anything can run again
             return 1 / 0
 

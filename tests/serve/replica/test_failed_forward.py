@@ -61,14 +61,14 @@ def failing_once(scheduler, monkeypatch, *, reads):
     decoder, preempted = scheduler.decoder, []
     step, read = decoder.decode_step, decoder.read
 
-    def fail_if_due(chunks):
+    def fail_if_due(reading):
         emitted = [s.request.request_id for s in scheduler._line if s.emitted and not s.pages.ids]
-        if not preempted and len(emitted) >= 2 - reads and bool(chunks) == reads:
+        if not preempted and len(emitted) >= 2 - reads and bool(reading) == reads:
             preempted.extend(emitted)
             raise ZeroDivisionError
 
-    monkeypatch.setattr(decoder, "decode_step", lambda plan, beside: fail_if_due(beside) or step(plan, beside))
-    monkeypatch.setattr(decoder, "read", lambda chunks: fail_if_due(chunks) or read(chunks))
+    monkeypatch.setattr(decoder, "decode_step", lambda plan, *beside: fail_if_due(beside[0]) or step(plan, *beside))
+    monkeypatch.setattr(decoder, "read", lambda reading: fail_if_due(reading) or read(reading))
     return preempted
 
 
