@@ -137,7 +137,7 @@ class DecodeStepRunner:
         ar_logits = self.model.head(hidden[:, C - 1 : C])
         logits = self.target_logits(ar_logits, hidden[:, C : C + 1], last_11, sampling)
         if adjust is not None:
-            logits = adjust(logits)
+            logits = adjust(logits.float())
         first = sample(logits, sampling, self.state.prefix_len[slots, None], TARGET)[:, 0]
         self._propose(slots, first, torch.zeros_like(first), hidden, self._tensors_of_prefill(plan), sampling)
         return first, ar_logits
@@ -171,7 +171,7 @@ class DecodeStepRunner:
         first_masks_BCE = hidden_BRE[:, C :: plan.masks(self.draft.block_len)]
         logits_BCV = self.target_logits(ar_logits, first_masks_BCE, draft_BC, sampling)
         if adjust is not None:
-            logits_BCV = adjust(logits_BCV)
+            logits_BCV = adjust(logits_BCV.float())
         next_BC = prefix_B[:, None] + self._ahead_K[:C]
         if state.proposal is None:
             emitted_BC = sample(logits_BCV, sampling, next_BC, TARGET)  # an accepted draft equals the target's draw
@@ -193,14 +193,16 @@ class DecodeStepRunner:
     def target_logits(
         self, ar_BRV: Tensor, first_masks_BRE: Tensor, token_BR: Tensor, sampling: SamplingTensors
     ) -> Tensor:
-        """z = beta * AR + (1 - beta) * diffusion, fp32; both predict the same positions (TiDAR, section 4.4.3).
+        """z = beta * AR + (1 - beta) * diffusion, in fp32; both predict the same positions (TiDAR, section 4.4.3).
+
+        Where all betas are 1, these are the AR logits as they are.
 
         first_masks_BRE  first mask of the group after each token; not read where all betas are 1
         token_BR         the tokens themselves
         """
-        ar_BRV = ar_BRV.float()
         if sampling.trusts_ar:
             return ar_BRV
+        ar_BRV = ar_BRV.float()
         beta_B11 = sampling.beta_B[:, None, None]
         diffusion_BRV = self.linked(self.model.head(first_masks_BRE), token_BR, first_masks_BRE).float()
         mixed_BRV = beta_B11 * ar_BRV + (1 - beta_B11) * diffusion_BRV

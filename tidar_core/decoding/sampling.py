@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from tidar_core.config import SamplingConfig
+from tidar_core.kernels import on_cpu
+from tidar_core.kernels.compiled import library
 
 __all__ = ["ACCEPT", "DRAFT", "TARGET", "SamplingTensors", "draw", "likeliest", "sample", "target_probs", "uniform"]
 
 ACCEPT, TARGET, DRAFT = 1, 2, 3
 """Roles of a draw at a position: it accepts or rejects the draft, chooses the token, or proposes the draft."""
-
-RUN_LEN, LEAST_RUNS = 256, 16
-"""Entries of a run whose largest is found at once, and the fewest runs for which that is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +73,10 @@ class SamplingTensors:
 def likeliest(logits: Tensor) -> Tensor:
     """Ids [..] of the largest logits [.., V]; the least id where several are equal, as `argmax` has it.
 
-    On a CPU, `argmax` reads one entry at a time, and the largest of each run of entries is found several times as fast.
+    On a CPU, `argmax` reads one entry at a time, so it takes many times as long as the kernel in C.
     """
-    vocab = logits.shape[-1]
-    if logits.is_cuda or vocab < RUN_LEN * LEAST_RUNS:
-        return logits.argmax(-1)
-    whole = vocab // RUN_LEN * RUN_LEN
-    largest = logits[..., :whole].unflatten(-1, (-1, RUN_LEN)).amax(-1)
-    if whole < vocab:
-        largest = torch.cat([largest, logits[..., whole:].amax(-1, keepdim=True)], -1)
-    first = largest.argmax(-1, keepdim=True) * RUN_LEN
-    index = (first + torch.arange(RUN_LEN, device=logits.device)).clamp_(max=vocab - 1)
-    return first[..., 0] + logits.gather(-1, index).argmax(-1)
+    in_c = logits.device.type == "cpu" and logits.dtype in on_cpu.DTYPES and library() is not None
+    return on_cpu.likeliest(logits) if in_c else logits.argmax(-1)
 
 
 def target_probs(logits_BRV: Tensor, sampling: SamplingTensors) -> Tensor:

@@ -45,6 +45,7 @@ SIGNATURES = {
     "add_rms_norm": (P, P, P, B, X, N, N, B, P, P),
     "rotate_and_store": (P, P, P, P, P, P, N, N, N, N, N, N, X, B),
     "silu_mul": (P, N, N, B, P),
+    "likeliest": (P, N, N, N, N, B, P),
     "losses_forward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
     "losses_backward": (P, P, P, P, N, N, X, X, B, P, P, P, P),
     "rms_norm_gradient": (P, P, P, X, N, N, B, P),

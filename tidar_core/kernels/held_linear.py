@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidar_core.kernels.compiled import needed_library, words_together
+from tidar_core.kernels.weight_memory import WeightMemory
 
 __all__ = ["LANES", "CompiledLinear", "HeldLinear", "panels"]
 
@@ -48,11 +49,18 @@ class CompiledLinear(HeldLinear):
         """weight  [O, I], fp32 or bf16, on the CPU"""
         super().__init__(weight, None if bias is None else bias.float().contiguous())
         self._out, self._width = weight.shape
-        self._held = self._laid_out(weight.detach())
-        addresses = [held.data_ptr() for held in self._held]
-        self.addresses = (*addresses, None if self._bias is None else self._bias.data_ptr(), self._out, self._width)
-        """First arguments of the function."""
         self._product = getattr(needed_library(), self.FUNCTION)
+        self._place(self._laid_out(weight.detach()))
+
+    def move(self, memory: WeightMemory) -> None:
+        """Put the weight into a region."""
+        self._place(tuple(memory.holding(tensor) for tensor in self._held))
+
+    def _place(self, held: tuple[Tensor, ...]) -> None:
+        self._held = held
+        bias = None if self._bias is None else self._bias.data_ptr()
+        self.addresses = (*(tensor.data_ptr() for tensor in held), bias, self._out, self._width)
+        """First arguments of the function."""
 
     @staticmethod
     def padded(out: int, width: int, together: int) -> tuple[int, int]:

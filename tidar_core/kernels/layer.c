@@ -1,10 +1,12 @@
-/* Norms, rotation and gate of a decode step, for fp32 and bf16.
+/* Norms, rotation and gate of a decode step, and the likeliest tokens, for fp32 and bf16.
  *
  * `reference.py` defines what each function computes. A token's results do not depend, bit for bit, on how many tokens
  * a call has. Tensors are contiguous. Sums are in fp32; results in bf16 are rounded once.
  */
 #include "kernels.h"
 #include "numbers.h"
+
+#define RUN 512 /* logits whose largest is found together */
 
 /* The inverse of the root mean square of one token or head. */
 INLINE float inverse_norm(const void *x, long first, long width, float eps, int half) {
@@ -77,4 +79,39 @@ void silu_mul(const void *gate_up, long tokens, long width, int half, void *y) {
     for (long t = 0; t < tokens; t++)
         if (half) gate(gate_up, t, width, 1, y);
         else gate(gate_up, t, width, 0, y);
+}
+
+/* Index of the largest of `width` numbers, of the first if several are equal; of the first that is no number, if any
+ * is none. */
+INLINE int64_t largest_at(const void *x, long first, long width, int half) {
+    float most = -INFINITY;
+    long at = 0;
+    I none = {};
+    for (long i = 0; i < width; i += RUN) {
+        const long end = i + RUN < width ? i + RUN : width;
+        F found = all(-INFINITY);
+        for (long n = i; n < end; n += LANES) {
+            const long left = end - n;
+            const F x_n = left < LANES ? load_some(x, first + n, half, left, -INFINITY) : load(x, first + n, half);
+            found = larger(x_n, found);
+            none |= x_n != x_n;
+        }
+        const float of_run = largest_of(found);
+        if (of_run > most) most = of_run, at = i;
+    }
+    if (largest_bits_of(none & 1)) {
+        for (at = 0; !isnan(load_one(x, first + at, half));) at++;
+        return at;
+    }
+    while (load_one(x, first + at, half) != most) at++;
+    return at;
+}
+
+/* The likeliest tokens [outer, inner] of logits [outer, inner, width], whose outer rows lie `apart` numbers apart. */
+void likeliest(const void *x, long outer, long inner, long apart, long width, int half, int64_t *token) {
+#pragma omp parallel for schedule(static) if (outer * inner * width >= 16 * MANY)
+    for (long n = 0; n < outer * inner; n++) {
+        const long first = n / inner * apart + n % inner * width;
+        token[n] = half ? largest_at(x, first, width, 1) : largest_at(x, first, width, 0);
+    }
 }

@@ -19,6 +19,7 @@ from tidar_core.errors import ConfigError
 from tidar_core.kernels.compiled import library
 from tidar_core.kernels.held_linear import CompiledLinear, HeldLinear, panels
 from tidar_core.kernels.quantised_linear import Int4Linear, Int8Linear
+from tidar_core.kernels.weight_memory import WeightMemory
 from tidar_core.transformer.model import TidarModel
 
 __all__ = ["Bf16Linear", "Fp32Linear", "PackedLinear", "held_bytes", "prepare_for_decoding", "weight_bytes"]
@@ -98,15 +99,16 @@ def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
             _require_groups(model)
     model.requires_grad_(False)
     model.weights = weights
-    for owner, name in _places(model):
+    forms = _forms(model, device, weights)
+    sizes = [_bytes_of(form, getattr(owner, name).weight) for owner, name, form in forms]
+    memory = WeightMemory(sum(sizes), 2 * len(forms))
+    for owner, name, form in forms:
         linear: Any = getattr(owner, name)
-        form = _form(linear.weight, device, weights)
-        if form is not None:
-            setattr(owner, name, form(linear.weight, linear.bias))
-    table: Tensor = model.head.weight
-    form = _form(table, device, weights and "int8")
-    if form is not None:
-        model.head = form(table, model.head.mask_bias(table))  # pyrefly: ignore[bad-assignment]
+        bias = linear.mask_bias(linear.weight) if owner is model else linear.bias
+        held = form(linear.weight, bias)
+        if isinstance(held, CompiledLinear):
+            held.move(memory)
+        setattr(owner, name, held)
 
 
 def weight_bytes(model: TidarModel) -> int:
@@ -120,16 +122,29 @@ def held_bytes(model: TidarModel, device: str, weights: str | None) -> int:
 
     device  kind of the device that decodes, such as cpu
     """
-    forms = [(getattr(owner, name).weight, weights) for owner, name in _places(model)]
     total = weight_bytes(model)
-    for weight, bits in [*forms, (model.head.weight, weights and "int8")]:
-        form = _form(weight, device, bits)
-        if form is not None:
-            (out, width), size = weight.shape, weight.element_size()
-            total += form.bytes_of(out, width, size) - weight.numel() * weight.element_size()
-            if weight is model.embedding.weight:
-                total += weight.numel() * weight.element_size()  # the table stays
+    for owner, name, form in _forms(model, device, weights):
+        weight = getattr(owner, name).weight
+        total += _bytes_of(form, weight)
+        if weight is not model.embedding.weight:  # the table of a tied head stays
+            total -= weight.numel() * weight.element_size()
     return total
+
+
+def _bytes_of(form: type[HeldLinear], weight: Tensor) -> int:
+    out, width = weight.shape
+    return form.bytes_of(out, width, weight.element_size())
+
+
+def _forms(model: TidarModel, device: str, weights: str | None) -> list[tuple[Any, str, type[HeldLinear]]]:
+    """Owner, name and form of the linear maps that a device of this kind holds in a form of its own."""
+    places = [(owner, name, weights) for owner, name in _places(model)]
+    found = []
+    for owner, name, bits in [*places, (model, "head", weights and "int8")]:
+        form = _form(getattr(owner, name).weight, device, bits)
+        if form is not None:
+            found.append((owner, name, form))
+    return found
 
 
 def _places(model: TidarModel) -> list[tuple[Any, str]]:

@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "Gathering",
     "add_rms_norm",
+    "likeliest",
     "paged_attention",
     "rotate_and_store",
     "silu_mul",
@@ -114,3 +115,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
     needed_library().silu_mul(gate_up.data_ptr(), y.numel() // width, width, gate_up.dtype == HALF, y.data_ptr())
     return y
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Ids [..] of the largest logits [.., V]; the least id where several are equal, as `argmax` has it."""
+    *rows, width = logits.shape
+    found = torch.empty(rows, dtype=torch.long)
+    if logits.dim() == 3 and logits.stride()[1:] == (width, 1):
+        outer, inner, apart = *rows, logits.stride(0)
+    else:
+        logits = logits.contiguous()
+        outer, inner, apart = found.numel(), 1, width
+    needed_library().likeliest(
+        logits.data_ptr(), outer, inner, apart, width, logits.dtype == HALF, found.data_ptr()
+    )  # fmt: skip
+    return found

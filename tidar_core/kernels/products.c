@@ -29,7 +29,7 @@
 #define GROUP 32
 #define GROUP_WORDS (GROUP / 8 + 1)
 #define PART 64
-#define AHEAD 8192
+#define AHEAD(tokens) ((tokens) == 1 ? 4096 : 8192) /* bytes that are requested before their use */
 #define SEVERAL 6
 #define BLOCK 80 /* words of a channel for which a thread lays out tokens at a time; 16 and 5 divide it */
 #ifdef __AVX512F__
@@ -134,14 +134,10 @@ INLINE void put(void *y, long out, long token, long channel, int half, const flo
     }
 }
 
-/* Request what a stream of weights needs next for `halves` of a panel, AHEAD of its use. Products of one token wait
- * for memory alone; those of SEVERAL compute longer, and their first cache has no room. Between, requests cost what
- * they save. */
+/* Request what a stream of weights needs next for `halves` of a panel. It goes to the second cache: lines on their way
+ * to the first would hold up those that are read. */
 INLINE void fetch(int tokens, int halves, const U *word) {
-    UNROLL for (int n = 0; n < halves; n++) {
-        if (tokens == 1) __builtin_prefetch((const char *)(word + n) + AHEAD);
-        if (tokens >= SEVERAL) __builtin_prefetch((const char *)(word + n) + AHEAD, 0, 2);
-    }
+    UNROLL for (int n = 0; n < halves; n++) __builtin_prefetch((const char *)(word + n) + AHEAD(tokens), 0, 2);
 }
 
 /* Values of 16 channels for input `j` of a word. */

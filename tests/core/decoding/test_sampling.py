@@ -164,3 +164,21 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocab, dtype):
     assert likeliest(logits).tolist() == logits.float().argmax(-1).tolist()
     assert likeliest(logits)[0, :4].tolist() == [vocab // 2, vocab - 1, 0, vocab - 1]
     assert torch.equal(likeliest(logits[:, 1::2]), likeliest(logits)[:, 1::2])
+    assert torch.equal(likeliest(logits[:, :3]), likeliest(logits)[:, :3])
+    assert torch.equal(likeliest(logits[1, 4]), likeliest(logits)[1, 4])
+    assert likeliest(logits[:, :0]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("vocab", [5, 40, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_that_of_torch_where_logits_are_no_numbers_or_zeros_of_both_signs(vocab, dtype):
+    """So a broken model gives the same token on every device."""
+    nan, inf = float("nan"), float("inf")
+    logits = torch.zeros(6, vocab, dtype=dtype)
+    logits[0, [3, 4]] = torch.tensor([nan, inf], dtype=dtype)
+    logits[1, :] = nan
+    logits[2, :] = -inf
+    logits[3, 4] = inf
+    logits[4, :2] = -0.0
+    logits[5, [1, 4]] = torch.tensor([2.0, -nan], dtype=dtype)
+    assert likeliest(logits).tolist() == logits.argmax(-1).tolist() == [3, 0, 0, 4, 0, 4]
