@@ -69,6 +69,8 @@ class Drafts:
     """Factor of the rate of drafts behind a correction."""
     passage: float = 12.0
     """Mean tokens of a passage."""
+    loops: bool = False
+    """Whether an easy passage goes on to the end of the text, as where a small model repeats itself."""
 
 
 class SimulatedText:
@@ -77,10 +79,11 @@ class SimulatedText:
     def __init__(self, name, drafts, seed, length):
         luck = random.Random(seed)
         self.name, self.length, self.pending, self.late, self.tokens = name, length, 1, 0, 0
-        self.drafts, easy = drafts, luck.random() < 0.5
+        self.drafts, easy = drafts, luck.random() < 0.5 and not drafts.loops
         self.rate, self.luck = [], []
         for _ in range(length + 64):
-            easy = easy != (luck.random() < 1 / drafts.passage)
+            turns = luck.random() < 1 / drafts.passage
+            easy = (easy or turns) if drafts.loops else easy != turns
             self.rate.append(drafts.easy if easy else drafts.hard)
             self.luck.append(luck.random())
 

@@ -5,7 +5,8 @@ Which plan comes next: one of the choice, or one whose time or drafts are not kn
 A plan that is never run is never corrected. While the choice is autoregressive, a short block is drafted and verified
 now and then, to learn whether drafts would pay by now. While drafts are made, a step now and then is autoregressive,
 because drafting must beat its time. Plans that promise nearly the speed of the choice are run until their time is
-known. The formula alone can be wrong by more than the difference.
+known. The formula alone can be wrong by more than the difference. For a few steps now and then, the other mode that
+drafts takes the place of the choice. It verifies drafts that the choice never verifies.
 """
 
 from collections.abc import Iterable
@@ -25,6 +26,9 @@ FIRST_COMPARISON, COMPARED_EVERY = 32, 256
 """While drafts are made, one step in so many is autoregressive. The gap doubles from the first to the second number."""
 TIMED_EVERY = 64
 """Steps from one step of an untimed plan to the next."""
+OTHER_STEPS, FIRST_OTHER = 8, 64
+"""Steps of the other mode in a row, and the steps before the first of them. Later gaps double as long as the caller
+allows."""
 
 
 def probe_len(block_len: int) -> int:
@@ -40,15 +44,25 @@ class LearningSteps:
         self._steps = self._since_drafts = self._probes = self._timed = 0
         self._next_comparison = self._comparison_gap = FIRST_COMPARISON
         self._next_untimed = TIMED_EVERY
+        self._next_other = self._other_gap = FIRST_OTHER
+        self._other_left = 0
+        """Steps of the other mode that are left of those in a row."""
 
-    def next_plan(self, choice: Candidate, pending: int, probe_every: int, untimed: Iterable[StepPlan]) -> StepPlan:
+    def next_plan(
+        self, choice: Candidate, pending: int, probe_every: int, untimed: Iterable[StepPlan],
+        other: Candidate | None = None, other_every: int = 0,
+    ) -> StepPlan:  # fmt: skip
         """The plan of the next step.
 
         pending      the most tokens pending (d_1 and its drafts) of a sequence
         probe_every  steps from one probe to the next, if the choice is autoregressive; 0 if there is nothing to probe
         untimed      plans that promise nearly as much, whose time is not known; read only where one may be run
+        other        candidate of the other mode that drafts, if it promises nearly as much
+        other_every  steps from one time that it takes OTHER_STEPS to the next, at most
         """
         self._steps += 1
+        if other is not None and self._others(other_every):
+            return _of_cycle(other, pending)
         plan = self._untimed(choice.mode, pending, untimed) if self._steps >= self._next_untimed else None
         if plan is not None:
             return plan
@@ -59,9 +73,15 @@ class LearningSteps:
             self._next_comparison = self._steps + self._comparison_gap
             self._comparison_gap = min(2 * self._comparison_gap, COMPARED_EVERY)
             return StepPlan(1)
-        if pending > 1:
-            return choice.cycle[-1]
-        return first_plan(choice.cycle[0])
+        return _of_cycle(choice, pending)
+
+    def _others(self, every: int) -> bool:
+        """Whether the other mode that drafts takes this step."""
+        if self._steps >= self._next_other:
+            self._next_other, self._other_left = self._steps + self._other_gap, OTHER_STEPS
+            self._other_gap = min(2 * self._other_gap, every)
+        self._other_left -= 1
+        return self._other_left >= 0
 
     def _untimed(self, mode: str, pending: int, untimed: Iterable[StepPlan]) -> StepPlan | None:
         """The untimed plan that is next; None where it must wait for drafts to be verified, or where there is none.
@@ -85,3 +105,8 @@ class LearningSteps:
         if not every or self._since_drafts < early:
             return StepPlan(1)
         return StepPlan(1, (1,), self._probe_len)
+
+
+def _of_cycle(candidate: Candidate, pending: int) -> StepPlan:
+    """The plan that verifies what is pending; where nothing is, the one that drafts."""
+    return candidate.cycle[-1] if pending > 1 else first_plan(candidate.cycle[0])

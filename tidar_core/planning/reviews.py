@@ -49,6 +49,10 @@ class Review:
     """Steps from one probe to the next, if the choice is autoregressive."""
     untimed: tuple[StepPlan, ...]
     """Plans to be run now and then, to know their time."""
+    other: Candidate | None = None
+    """The best candidate of the other mode that drafts, to be run now and then; None if it promises too little."""
+    other_every: int = 0
+    """Steps from one time that it is run to the next."""
 
 
 @dataclass(frozen=True, slots=True)

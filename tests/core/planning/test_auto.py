@@ -83,6 +83,23 @@ def test_plans_that_promise_nearly_as_much_are_tried_on_a_machine_that_no_formul
     assert served(planner, decoder, DRAFTS["middling"], batch=batch, tokens=tokens) >= 0.96 * best
 
 
+def test_drafts_that_the_choice_never_verifies_are_tried_in_the_other_mode():
+    """Texts repeat themselves from some place on. Short blocks never show how many drafts would be accepted there.
+
+    Without steps of the other mode, the planner keeps to 0.95 of the best plan.
+    """
+
+    def small(rows, batch, context):
+        return (0.35 + 0.03 * rows * batch) / 1000
+
+    clock, texts = Clock(), Drafts(easy=0.985, hard=0.6, decay=1.0, late=1.2, passage=250, loops=True)
+    decoder = SimulatedDecoder(clock, small, slots=1, draft=DraftConfig(block_len=8))
+    planner = AutoPlanner(decoding_latency(decoder, clock=clock), 8, clock=clock)
+    served(planner, decoder, texts, batch=1, tokens=3000, seed=1)
+    best, _ = best_fixed(planner.candidates, decoder, texts, batch=1, tokens=5000, seed=11)
+    assert served(planner, decoder, texts, batch=1, tokens=5000, seed=11) >= 0.97 * best
+
+
 @pytest.mark.parametrize("batch", [1, 64])
 def test_reviews_take_no_more_than_their_share_however_slow_they_are(machine, batch, monkeypatch):
     decoder, planner = machine("gpu")
