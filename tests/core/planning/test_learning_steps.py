@@ -4,14 +4,7 @@ from itertools import pairwise
 
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate
-from tidar_core.planning.learning_steps import (
-    COMPARED_EVERY,
-    FIRST_OTHER,
-    OTHER_STEPS,
-    TIMED_EVERY,
-    LearningSteps,
-    probe_len,
-)
+from tidar_core.planning.learning_steps import COMPARED_EVERY, TIMED_EVERY, LearningSteps, probe_len
 
 K = 8
 AR = Candidate("autoregressive", (StepPlan(1),))
@@ -20,11 +13,11 @@ TWO_PASS = Candidate("two-pass", (DRAFT, VERIFY))
 SINGLE_PASS = Candidate("single-pass", (StepPlan(4, (1,), 4),))
 
 
-def plans(choice, steps, untimed=(), probe_every=0, **other):
+def plans(choice, steps, untimed=(), probe_every=0):
     """Plans of so many steps; drafts are pending after each plan that drafts."""
     learning, found, pending = LearningSteps(K), [], 1
     for _ in range(steps):
-        found.append(learning.next_plan(choice, pending, probe_every, untimed, **other))
+        found.append(learning.next_plan(choice, pending, probe_every, untimed))
         pending = 4 if found[-1].groups else 1
     return found
 
@@ -36,19 +29,6 @@ def test_where_all_times_are_known_a_choice_that_drafts_is_compared_with_autoreg
         assert others == []
         compared = [n for n, plan in enumerate(found, 1) if plan == StepPlan(1)]
         assert compared == [32, 64, 128, 256, 512, 768, 1024]
-
-
-def test_for_a_few_steps_now_and_then_the_other_mode_takes_the_place_of_the_choice():
-    """The gap doubles, up to the one that the caller gives."""
-    draft, verify = StepPlan(1, (1,), 6), StepPlan(6)
-    found = plans(SINGLE_PASS, 4000, other=Candidate("two-pass", (draft, verify)), other_every=700)
-    others = [n for n, plan in enumerate(found, 1) if plan in (draft, verify)]
-    begins = [n for n in others if n - 1 not in others]
-    assert begins == [64, 128, 256, 512, 1024, 1724, 2424, 3124, 3824]
-    assert FIRST_OTHER == 64
-    for begin in begins:  # drafts of the choice are pending: they are verified first
-        assert found[begin - 1 : begin - 1 + OTHER_STEPS] == [verify, draft] * (OTHER_STEPS // 2)
-    assert len(others) == OTHER_STEPS * len(begins)
 
 
 def test_untimed_plans_take_turns_one_step_in_so_many():

@@ -30,7 +30,6 @@ from tidar_core.planning.planner import (
     AutoPlanner,
     planner_of,
 )
-from tidar_core.planning.reviews import Choice
 from tidar_core.planning.step_timing import decoding_latency
 
 K = 4
@@ -185,37 +184,6 @@ def test_a_text_whose_drafts_are_always_or_never_accepted_can_be_planned_for_eve
         planner.observe([DecodeStep("r", (1,) * n, None, pending, n, plan.clean_len)])
         pending = plan.masks(block_len) if plan.groups else 1
     assert (planner.choice.mode == "autoregressive") == (not all_accepted)
-
-
-@pytest.mark.parametrize(
-    ("mode", "promise", "found"),
-    [("two-pass", 2.5, 666), ("two-pass", 2.9, 400), ("two-pass", 2.0, 0), ("single-pass", 2.9, 0)],
-)
-def test_the_best_of_the_other_mode_is_run_now_and_then_if_it_promises_nearly_as_much(
-    monkeypatch, mode, promise, found
-):
-    """Otherwise drafts that the choice never verifies are never known. The steps cost 0.2 % of the time."""
-    planner, calls = planner_with(table_of(lambda rows: 1.0), K), []
-    ar, best, *rest = (
-        Choice("autoregressive", (StepPlan(1),), 1.0), Choice("single-pass", (StepPlan(4, (1,), 4),), 3.0),
-        Choice("two-pass", (StepPlan(1, (1,), 2), StepPlan(2)), 1.5),
-        Choice(mode, (StepPlan(1, (1,), 4), StepPlan(4)), promise),
-    )  # fmt: skip
-    monkeypatch.setattr(planner, "weigh", lambda *of, **how: [ar, best, *rest])
-    next_plan = planner._learning.next_plan
-    monkeypatch.setattr(planner._learning, "next_plan", lambda *given: calls.append(given) or next_plan(*given))
-    planner.next_plan({"r": 1}, 10)
-    ((choice, _, _, _, other, every),) = calls
-    assert (choice, other, every) == (best, rest[-1] if found else None, found)
-
-
-def test_an_autoregressive_choice_runs_no_other_mode(monkeypatch):
-    planner = planner_with(table_of(lambda rows: 1.0 + rows), K)
-    choices = [Choice("autoregressive", (StepPlan(1),), 3.0), Choice("single-pass", (StepPlan(4, (1,), 4),), 2.9)]
-    monkeypatch.setattr(planner, "weigh", lambda *of, **how: choices)
-    planner.next_plan({"r": 1}, 10)
-    review, _ = planner.reviews.holding({"r": 1}.keys())
-    assert (review.choice, review.other, review.other_every) == (choices[0], None, 0)
 
 
 def test_drafting_must_promise_clearly_more_than_autoregression():

@@ -1,0 +1,67 @@
+"""Steps of the mode that the choice is not: they verify drafts that the choice never verifies."""
+
+import pytest
+
+from tidar_core.decoding.step_plan import StepPlan
+from tidar_core.planning.candidate_plans import Candidate
+from tidar_core.planning.latency_formula import LatencyPoint
+from tidar_core.planning.latency_table import LatencyTable
+from tidar_core.planning.learning_steps import FIRST_OTHER, OTHER_STEPS, LearningSteps
+from tidar_core.planning.planner import AutoPlanner
+from tidar_core.planning.reviews import Choice
+
+K = 4
+SINGLE_PASS = Candidate("single-pass", (StepPlan(4, (1,), 4),))
+
+
+def planner():
+    """A planner whose clock stands still."""
+    point = LatencyPoint(rows=1, batch=1, context=64, seconds=1.0)
+    return AutoPlanner(LatencyTable((point,)), K, clock=lambda: 0.0)
+
+
+def test_for_a_few_steps_now_and_then_the_other_mode_takes_the_place_of_the_choice():
+    """The gap doubles, up to the one that the caller gives."""
+    draft, verify = StepPlan(1, (1,), 6), StepPlan(6)
+    other, learning, found, pending = Candidate("two-pass", (draft, verify)), LearningSteps(8), [], 1
+    for _ in range(4000):
+        found.append(learning.next_plan(SINGLE_PASS, pending, 0, (), other, 700))
+        pending = 4 if found[-1].groups else 1
+    others = [n for n, plan in enumerate(found, 1) if plan in (draft, verify)]
+    begins = [n for n in others if n - 1 not in others]
+    assert begins == [64, 128, 256, 512, 1024, 1724, 2424, 3124, 3824]
+    assert FIRST_OTHER == 64
+    for begin in begins:  # drafts of the choice are pending: they are verified first
+        assert found[begin - 1 : begin - 1 + OTHER_STEPS] == [verify, draft] * (OTHER_STEPS // 2)
+    assert len(others) == OTHER_STEPS * len(begins)
+
+
+@pytest.mark.parametrize(
+    ("mode", "promise", "found"),
+    [("two-pass", 2.5, 666), ("two-pass", 2.9, 400), ("two-pass", 2.0, 0), ("single-pass", 2.9, 0)],
+)
+def test_the_best_of_the_other_mode_is_run_now_and_then_if_it_promises_nearly_as_much(
+    monkeypatch, mode, promise, found
+):
+    """Otherwise drafts that the choice never verifies are never known. The steps cost 0.2 % of the time."""
+    auto, calls = planner(), []
+    ar, best, *rest = (
+        Choice("autoregressive", (StepPlan(1),), 1.0), Choice("single-pass", (StepPlan(4, (1,), 4),), 3.0),
+        Choice("two-pass", (StepPlan(1, (1,), 2), StepPlan(2)), 1.5),
+        Choice(mode, (StepPlan(1, (1,), 4), StepPlan(4)), promise),
+    )  # fmt: skip
+    monkeypatch.setattr(auto, "weigh", lambda *of, **how: [ar, best, *rest])
+    next_plan = auto._learning.next_plan
+    monkeypatch.setattr(auto._learning, "next_plan", lambda *given: calls.append(given) or next_plan(*given))
+    auto.next_plan({"r": 1}, 10)
+    ((choice, _, _, _, other, every),) = calls
+    assert (choice, other, every) == (best, rest[-1] if found else None, found)
+
+
+def test_an_autoregressive_choice_runs_no_other_mode(monkeypatch):
+    auto = planner()
+    choices = [Choice("autoregressive", (StepPlan(1),), 3.0), Choice("single-pass", (StepPlan(4, (1,), 4),), 2.9)]
+    monkeypatch.setattr(auto, "weigh", lambda *of, **how: choices)
+    auto.next_plan({"r": 1}, 10)
+    review, _ = auto.reviews.holding({"r": 1}.keys())
+    assert (review.choice, review.other, review.other_every) == (choices[0], None, 0)
