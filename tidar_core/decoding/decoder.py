@@ -244,7 +244,7 @@ class Decoder:
 
     def _has_passed(self, reading: Reading, layers: int) -> None:
         """Note that chunks have passed so many more layers."""
-        reading.left -= layers
+        reading.left = max(0, reading.left - layers)
         if reading.left or reading.passage is None:
             return
         for chunk, hidden in zip(reading.unread, reading.passage.hidden, strict=True):

@@ -60,7 +60,7 @@ class PrefillPace:
         """Most tokens of the next chunk beside so many running requests; 0 for a gap without a chunk."""
         if not running:
             return self._most
-        if self._chunks == RENEWED_EVERY:
+        if self._chunks >= RENEWED_EVERY:
             return 0
         layers = self._even(self._depth, LEAST_TOKENS)
         return min(int(self._work / layers), self._most)
@@ -71,7 +71,7 @@ class PrefillPace:
         tokens  tokens of the chunk
         left    layers that it has not passed, 1..depth
         """
-        if self._chunks == RENEWED_EVERY:
+        if self._chunks >= RENEWED_EVERY:
             return 0
         return self._even(left, tokens / SLACK)
 
@@ -90,7 +90,7 @@ class PrefillPace:
             return
         gap = self._ended - before
         if not read:
-            gain = RENEWED_GAIN if self._chunks == RENEWED_EVERY else STEP_GAIN
+            gain = RENEWED_GAIN if self._chunks >= RENEWED_EVERY else STEP_GAIN
             self._bare += (gain if self._bare else 1.0) * (gap - self._bare)
             self._chunks = 0
             return

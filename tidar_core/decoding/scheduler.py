@@ -195,7 +195,7 @@ class Scheduler:
         """Read up to `max_tokens` tokens of the prompts that have a slot, in order.
 
         Returns the first token of each prompt that was read to its end. Stops where pages run out. A sequence that was
-        preempted is read again with its completion, and brings no step.
+        preempted is read again with its completion, and brings no step. Chunks in hand come first, as they are.
 
         max_tokens  `prefill_tokens` of the scheduler by default
         drafts      draft first blocks in the same forwards
@@ -204,7 +204,7 @@ class Scheduler:
         steps: list[DecodeStep] = []
         while left > 0 and (reading := self._chunks_in_hand(min(left, self._prefill_tokens), drafts=drafts)):
             left -= reading.tokens
-            self._read += reading.tokens * self._depth
+            self._read += reading.tokens * min(reading.left, self._depth)
             self.decoder.read(reading)
             steps += self._begun()
         return self._settle(steps)
@@ -252,7 +252,7 @@ class Scheduler:
         if reading is None or not reading.left:
             return 0
         layers = self._pace.layers(reading.tokens, reading.left)
-        self._read = reading.tokens * layers
+        self._read += reading.tokens * layers
         return layers
 
     def _chunks_in_hand(self, most: int, *, drafts: bool) -> Reading | None:

@@ -1,7 +1,7 @@
 /* Norms, rotation and gate of a decode step, and the likeliest tokens, for fp32 and bf16.
  *
  * `reference.py` defines what each function computes. A token's results do not depend, bit for bit, on how many tokens
- * a call has. Tensors are contiguous. Sums are in fp32; results in bf16 are rounded once.
+ * a call has. Tensors are contiguous, but for logits. Sums are in fp32; results in bf16 are rounded once.
  */
 #include "kernels.h"
 #include "numbers.h"

@@ -100,15 +100,17 @@ def prepare_for_decoding(model: TidarModel, weights: str | None = None) -> None:
     model.requires_grad_(False)
     model.weights = weights
     forms = _forms(model, device, weights)
-    sizes = [_bytes_of(form, getattr(owner, name).weight) for owner, name, form in forms]
-    memory = WeightMemory(sum(sizes), 2 * len(forms))
+    moved = (x for x in forms if issubclass(x[2], CompiledLinear))
+    size = sum(_bytes_of(form, getattr(owner, name).weight) for owner, name, form in moved)
+    memory = WeightMemory(size, 2 * len(forms))
     for owner, name, form in forms:
         linear: Any = getattr(owner, name)
         bias = linear.mask_bias(linear.weight) if owner is model else linear.bias
         held = form(linear.weight, bias)
+        setattr(owner, name, held)
+        del linear  # the parameter is freed before the weight is copied
         if isinstance(held, CompiledLinear):
             held.move(memory)
-        setattr(owner, name, held)
 
 
 def weight_bytes(model: TidarModel) -> int:

@@ -29,10 +29,10 @@ class WeightMemory:
         self._left: Tensor | None = None
         """Bytes of the region that no tensor has; None where there is no region."""
         if size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            region = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             try:
+                region = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 region.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # the kernel has no such pages
+            except OSError:  # the kernel has no such pages, or not so much memory at a time
                 return
             whole = torch.frombuffer(region, dtype=torch.uint8)
             self._left = whole[-whole.data_ptr() % PAGE :]

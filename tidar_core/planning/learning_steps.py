@@ -61,7 +61,9 @@ class LearningSteps:
         other_every  steps from one time that it takes OTHER_STEPS to the next, at most
         """
         self._steps += 1
-        if other is not None and self._others(other_every):
+        if other is None:
+            self._other_left = 0
+        elif self._others(other_every):
             return _of_cycle(other, pending)
         plan = self._untimed(choice.mode, pending, untimed) if self._steps >= self._next_untimed else None
         if plan is not None:

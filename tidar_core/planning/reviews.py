@@ -52,7 +52,7 @@ class Review:
     other: Candidate | None = None
     """The best candidate of the other mode that drafts, to be run now and then; None if it promises too little."""
     other_every: int = 0
-    """Steps from one time that it is run to the next."""
+    """Steps from one time that it is run to the next, at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,27 @@ def test_a_prompt_that_arrives_later_is_read_beside_the_steps_of_others(model, m
     assert [chunks for chunks in scheduler.beside if chunks] == [[5, 5], [7]]
 
 
+@pytest.mark.parametrize("passed", [0, 1])
+def test_a_gap_counts_what_is_read_alone_in_it_and_what_is_read_beside_its_step(model, passed):
+    """The first text ends, so the next prompts are read alone. The gap ends with the first step of the second text."""
+    scheduler = Watched(model, slots=3, planner=FixedMode("autoregressive", K), prefill_tokens=8)
+    pace, read = scheduler._pace, []
+    step_ended, pace.layers = pace.step_ended, lambda tokens, left: 2
+    pace.step_ended = lambda work, share: read.append(work) or step_ended(work, share)
+    first, *others = requests(prompts(5, 7, 9), replace(GREEDY, max_tokens=2))
+    scheduler.submit(first)
+    scheduler.advance()
+    pace.tokens, pace.layers = (lambda running: 0 if running and not passed else 8), lambda tokens, left: passed
+    for request in others:
+        scheduler.submit(request)
+    scheduler.advance()  # the first text ends, and 8 tokens pass the layers that they have not passed, alone
+    pace.tokens, pace.layers = (lambda running: 8), lambda tokens, left: 2
+    scheduler.advance()
+    assert scheduler.alone == [[5], [7, 1]]
+    assert scheduler.beside[-1] == [8]
+    assert read == [5 * 2 + 8 * passed, 8 * (2 - passed) + 8 * 2]
+
+
 def test_prompts_that_begin_alike_wait_for_the_pages_of_the_first(model):
     common, ends = prompts(9)[0], prompts(3, 5, 4, seed=1)
     scheduler = Watched(model, slots=3)

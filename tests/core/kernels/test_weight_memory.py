@@ -65,6 +65,15 @@ def test_a_kernel_that_has_no_such_pages_leaves_tensors_where_they_are(monkeypat
     assert WeightMemory(3 * MIB, 1).holding(large) is large
 
 
+def test_where_there_is_no_memory_for_a_region_tensors_stay_where_they_are(monkeypatch):
+    def full(*of, **how):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    (large,) = tensors(3 * MIB)
+    assert WeightMemory(3 * MIB, 1).holding(large) is large
+
+
 @large_pages
 @pytest.mark.skipif(library() is None, reason="no C compiler works here")
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
