@@ -23,6 +23,13 @@ class Candidate:
     cycle: tuple[StepPlan, ...]
     """Plans taken in turns; a two-pass round has two."""
 
+    def next_plan(self, pending: int) -> StepPlan:
+        """The plan that verifies what is pending; where nothing is, the one that drafts.
+
+        pending  the most tokens pending (d_1 and its drafts) of a sequence
+        """
+        return self.cycle[-1] if pending > 1 else first_plan(self.cycle[0])
+
 
 @cache
 def first_plan(plan: StepPlan) -> StepPlan:

@@ -12,7 +12,7 @@ drafts takes the place of the choice. It verifies drafts that the choice never v
 from collections.abc import Iterable
 
 from tidar_core.decoding.step_plan import StepPlan
-from tidar_core.planning.candidate_plans import Candidate, first_plan
+from tidar_core.planning.candidate_plans import Candidate
 
 __all__ = ["COMPARED_EVERY", "SHORTEST_PROBE", "TIMED_EVERY", "LearningSteps", "probe_len"]
 
@@ -64,7 +64,7 @@ class LearningSteps:
         if other is None:
             self._other_left = 0
         elif self._others(other_every):
-            return _of_cycle(other, pending)
+            return other.next_plan(pending)
         plan = self._untimed(choice.mode, pending, untimed) if self._steps >= self._next_untimed else None
         if plan is not None:
             return plan
@@ -75,7 +75,7 @@ class LearningSteps:
             self._next_comparison = self._steps + self._comparison_gap
             self._comparison_gap = min(2 * self._comparison_gap, COMPARED_EVERY)
             return StepPlan(1)
-        return _of_cycle(choice, pending)
+        return choice.next_plan(pending)
 
     def _others(self, every: int) -> bool:
         """Whether the other mode that drafts takes this step."""
@@ -107,8 +107,3 @@ class LearningSteps:
         if not every or self._since_drafts < early:
             return StepPlan(1)
         return StepPlan(1, (1,), self._probe_len)
-
-
-def _of_cycle(candidate: Candidate, pending: int) -> StepPlan:
-    """The plan that verifies what is pending; where nothing is, the one that drafts."""
-    return candidate.cycle[-1] if pending > 1 else first_plan(candidate.cycle[0])

@@ -16,7 +16,7 @@ from tidar_core.config import AUTOREGRESSIVE, DraftConfig, SamplingConfig
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.step_plan import Planner, StepPlan
-from tidar_core.planning.candidate_plans import Candidate, first_plan
+from tidar_core.planning.candidate_plans import Candidate
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.mode_benchmark import timed_run
 from tidar_core.planning.planner import AUTO, AutoPlanner, planner_of
@@ -47,9 +47,8 @@ class FixedCycle:
         """A fixed plan does not time its prefills."""
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
-        """The plan that verifies what is pending; where nothing is, the one that drafts."""
-        cycle = self.candidate.cycle
-        return cycle[-1] if max(pending.values()) > 1 else first_plan(cycle[0])
+        """The next plan of the candidate."""
+        return self.candidate.next_plan(max(pending.values()))
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
         """A fixed plan has nothing to learn."""
