@@ -7,7 +7,7 @@ host. So a forward can be captured and replayed.
 Shape letters: B sequences, C clean tokens, K block length, R query tokens of a forward, E embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -227,49 +227,52 @@ class DecodeStepRunner:
         masks_BRE = _chosen(hidden_BRE, index_BR)
         logits_BRV = self.model.head(masks_BRE) if logits_BRV is None else _chosen(logits_BRV, index_BR)
         first_B1, drafted = first_B[:, None], slice(1, width)
-        drawn, proposals = zip(*self._drawn(logits_BRV, masks_BRE, first_B1, slots, sampling))
-        state.draft[slots, drafted] = torch.where(guessed_BR, torch.cat(drawn, 1), first_B1)
+        draft_BR, proposal_BRV = self._drawn(logits_BRV, masks_BRE, first_B1, slots, sampling)
+        state.draft[slots, drafted] = torch.where(guessed_BR, draft_BR, first_B1)
         if state.proposal is not None:
             kept_BRV = state.proposal[slots, drafted]
-            state.proposal[slots, drafted] = torch.where(guessed_BR[..., None], torch.cat(proposals, 1), kept_BRV)
+            state.proposal[slots, drafted] = torch.where(guessed_BR[..., None], proposal_BRV, kept_BRV)
 
     def _drawn(
         self, logits_BRV: Tensor, masks_BRE: Tensor, before_B1: Tensor, slots: slice, sampling: SamplingTensors
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Drafts and the distributions that they were drawn from, or logits where no distribution is kept.
+    ) -> tuple[Tensor, Tensor]:
+        """Drafts [B, R] and the distributions that they were drawn from, or logits where no distribution is kept.
 
-        All at once, or one by one where each draft is linked to the draft before it.
+        Where they are linked, each draft follows from the one before it.
 
         masks_BRE  hidden states of the masks
         before_B1  the token before the first
         """
+        if self.state.proposal is None:
+            if self._link is None:
+                return likeliest(logits_BRV), logits_BRV
+            return self._link.likeliest(logits_BRV, before_B1, masks_BRE), logits_BRV
         drafts = logits_BRV.shape[1]
         position_BR = self.state.prefix_len[slots, None] + self._ahead_K[:drafts]
-        at_once = drafts if self.model.link is None else 1
-        parts = (x.split(at_once, 1) for x in (logits_BRV, masks_BRE, position_BR))
-        for logits, masks, position in zip(*parts):
-            linked = self.linked(logits, before_B1, masks)
-            if self.state.proposal is None:
-                before_B1 = likeliest(linked)
-                yield before_B1, linked
-            else:
-                proposal = target_probs(linked, sampling)
-                before_B1 = draw(proposal, uniform(sampling.seed_B, position, DRAFT))
-                yield before_B1, proposal
+        at_once = drafts if self._link is None else 1
+        drawn, proposals = [], []
+        for logits, masks, position in zip(*(x.split(at_once, 1) for x in (logits_BRV, masks_BRE, position_BR))):
+            proposals.append(target_probs(self.linked(logits, before_B1, masks), sampling))
+            before_B1 = draw(proposals[-1], uniform(sampling.seed_B, position, DRAFT))
+            drawn.append(before_B1)
+        return torch.cat(drawn, 1), torch.cat(proposals, 1)
 
-    def linked(self, logits: Tensor, before: Tensor, masks: Tensor) -> Tensor:
-        """Logits of masks [.., V], corrected by the tokens `before` theirs [..], once these are known.
+    def linked(self, logits_BKV: Tensor, before_BK: Tensor, masks_BKE: Tensor) -> Tensor:
+        """The logits of masks, corrected in place by the tokens before theirs, once these are known.
 
-        masks  hidden states of the masks [.., E]
+        masks_BKE  hidden states of the masks
         """
-        return logits if self._link is None else logits + self._link(before, masks)
+        if self._link is not None:
+            self._link.add_to(logits_BKV, before_BK, masks_BKE)
+        return logits_BKV
 
     def drafts_within(self, rules: LogitRules, masks_RE: Tensor) -> list[int]:
         """Drafts of consecutive masks of one block, or of the first of them, within the rules of a request."""
         logits_RV = self.model.head(masks_RE)
 
         def linked(mask: int, before_1: Tensor) -> Tensor:
-            return self.linked(logits_RV[mask][None], before_1, masks_RE[mask][None])
+            of_mask = slice(mask, mask + 1)
+            return self.linked(logits_RV[None, of_mask], before_1[None], masks_RE[None, of_mask])[0]
 
         return rules.adjust_drafts(logits_RV, linked)
 
@@ -283,5 +286,7 @@ class DecodeStepRunner:
 
 
 def _chosen(x_BRN: Tensor, index_BK: Tensor) -> Tensor:
-    """Entries of some query tokens of each sequence [B, K, N]."""
-    return x_BRN.gather(1, index_BK[..., None].expand(-1, -1, x_BRN.shape[-1]))
+    """Entries of some query tokens of each sequence [B, K, N], as a copy."""
+    B, R, _ = x_BRN.shape
+    row_BK = index_BK if B == 1 else index_BK + R * torch.arange(B, device=index_BK.device)[:, None]
+    return x_BRN.flatten(0, 1).index_select(0, row_BK.flatten()).unflatten(0, row_BK.shape)

@@ -46,6 +46,8 @@ class Kernels:
     """Holds a weight of the link."""
     low_rank: Callable[[Tensor, Tensor], HeldLowRank]
     """Holds the two maps of an adapter, and adds their product to the results of masks."""
+    linked_drafts: Callable[..., Tensor] | None = None
+    """All drafts of a block in one call (`on_cpu`); None where they are made one by one."""
     layers: Callable[..., CompiledLayers | None] | None = None
     """All layers in one call, made of the weights of a model; None where there is no such form."""
 
@@ -79,7 +81,7 @@ def c_kernels() -> Kernels:
     """Kernels in C for CPU tensors; only where `compiled.library` has them."""
     return Kernels(
         on_cpu.paged_attention, on_cpu.Gathering, on_cpu.add_rms_norm, on_cpu.rotate_and_store, on_cpu.silu_mul,
-        CompiledMap, CompiledLowRank, CompiledLayers.of,
+        CompiledMap, CompiledLowRank, on_cpu.linked_drafts, CompiledLayers.of,
     )  # fmt: skip
 
 

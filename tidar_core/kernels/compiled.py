@@ -26,22 +26,23 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = (
     "numbers.h", "tiles.h", "kernels.h", "attention_rows.h", "attention_part.h", "products.c", "layer.c", "attention.c",
-    "layers.c", "loss.c", "gradients.c", "mask_attention.c",
+    "layers.c", "drafts.c", "loss.c", "gradients.c", "mask_attention.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 """Time that a compiler may take."""
 P, N, B, X = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-PRODUCT = (P, P, N, N, P, N, P, B)
+PRODUCT = (P, P, N, N, P, N, P, B, P)
 MASKS = (*5 * (P,), *5 * (N,), P, P, *6 * (N,), B)
 SIGNATURES = {
     "product_fp32": PRODUCT,
     "product_bf16": PRODUCT,
     "product_int4": PRODUCT,
     "product_int8": (P, P, *PRODUCT[1:]),
-    "low_rank_fp32": (P, P, N, N, N, P, P, N, N, N),
-    "low_rank_bf16": (P, P, N, N, N, P, P, N, N, N),
+    "add_product": (P, N, N, P, N, P, N, B),
+    "linked_drafts": (P, P, P, P, P, N, N, N, N, B, P),
+    "low_rank": (P, P, N, N, N, P, P, N, N, N, B),
     "add_rms_norm": (P, P, P, B, X, N, N, B, P, P),
     "rotate_and_store": (P, P, P, P, P, P, N, N, N, N, N, N, X, B),
     "silu_mul": (P, N, N, B, P),

@@ -19,19 +19,16 @@ from tidar_core.kernels.held_linear import panels
 
 __all__ = ["CompiledLowRank", "CompiledMap", "HeldLowRank", "HeldMap", "PlainLowRank", "PlainMap"]
 
-SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-"""Ends of the names of functions in C."""
-
 
 class HeldMap(Protocol):
-    """A linear map."""
+    """A linear map whose results are added to others."""
 
     def refresh(self, weight_OI: Tensor, /) -> None:
         """Take other values of the weight, in the same memory."""
         ...
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [.., I] to [.., O]."""
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor) -> None:
+        """Add the results of x to y, in place."""
         ...
 
 
@@ -51,14 +48,13 @@ class _Panels:
     """Weights on the CPU, in panels, and a function that reads them (`products.c`)."""
 
     FUNCTION: ClassVar[str]
-    """Beginning of its name."""
 
     def __init__(self, *weights: Tensor) -> None:
-        dtype = weights[0].dtype
-        self._together = 4 // dtype.itemsize
+        self._half = weights[0].dtype == torch.bfloat16
+        self._together = 2 if self._half else 1
         self._held = [panels(weight.detach(), self._together) for weight in weights]
         self._addresses = [held.data_ptr() for held in self._held]
-        self._function = getattr(needed_library(), self.FUNCTION + SUFFIXES[dtype])
+        self._function = getattr(needed_library(), self.FUNCTION)
 
     def refresh(self, *weights: Tensor) -> None:
         for held, weight in zip(self._held, weights, strict=True):
@@ -68,24 +64,26 @@ class _Panels:
 class CompiledMap(_Panels):
     """A weight on the CPU, in panels."""
 
-    FUNCTION = "product_"
+    FUNCTION = "add_product"
 
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__(weight_OI)
-        self._out, self._width = weight_OI.shape
+        self._width = weight_OI.shape[1]
+        (self.address,) = self._addresses
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        y, half = x.new_empty((*x.shape[:-1], self._out)), x.dtype == torch.bfloat16
-        tokens = x.numel() // self._width
-        self._function(*self._addresses, None, self._out, self._width, x.data_ptr(), tokens, y.data_ptr(), half)
-        return y
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor) -> None:
+        x_BRI, (B, R, out) = x_BRI.contiguous(), y_BRO.shape
+        apart = 1
+        if not y_BRO.is_contiguous():
+            apart, rest = divmod(y_BRO.stride(0), out)
+            assert (R, y_BRO.stride(2), rest) == (1, 1, 0), "results are one piece, or one row of each sequence's piece"
+        self._function(self.address, out, self._width, x_BRI.data_ptr(), B * R, y_BRO.data_ptr(), apart, self._half)
 
 
 class CompiledLowRank(_Panels):
     """Two maps on the CPU, in panels."""
 
-    FUNCTION = "low_rank_"
+    FUNCTION = "low_rank"
 
     def __init__(self, down_KI: Tensor, up_OK: Tensor) -> None:
         super().__init__(down_KI, up_OK)
@@ -97,7 +95,9 @@ class CompiledLowRank(_Panels):
         assert y_BRO.is_contiguous(), "results are made as one piece"
         x_BRI = x_BRI.contiguous()
         B, R, _ = x_BRI.shape
-        self._function(*self._addresses, *self._sizes, x_BRI.data_ptr(), y_BRO.data_ptr(), B, R, R - clean_len)
+        self._function(
+            *self._addresses, *self._sizes, x_BRI.data_ptr(), y_BRO.data_ptr(), B, R, R - clean_len, self._half
+        )
 
 
 class _Plain:
@@ -114,8 +114,8 @@ class _Plain:
 class PlainMap(_Plain):
     """A weight as it is, on any device."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._held[0])
+    def add_to(self, y_BRO: Tensor, x_BRI: Tensor) -> None:
+        y_BRO += F.linear(x_BRI, self._held[0])
 
 
 class PlainLowRank(_Plain):

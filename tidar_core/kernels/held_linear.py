@@ -76,7 +76,7 @@ class CompiledLinear(HeldLinear):
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._out))
         tokens = x.numel() // self._width
-        self._product(*self.addresses, x.data_ptr(), tokens, y.data_ptr(), x.dtype == torch.bfloat16)
+        self._product(*self.addresses, x.data_ptr(), tokens, y.data_ptr(), x.dtype == torch.bfloat16, None)
         return y
 
 

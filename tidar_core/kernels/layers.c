@@ -41,21 +41,26 @@ struct part {
     long sequences, per_sequence, clean, page_len, table_stride, table_len;
 };
 
-static void multiply(const struct map *map, const char *x, long tokens, char *y, const struct part *parts, long count,
+/* `masks` has the numbers of the `count` tokens to which an adapter adds. */
+static void multiply(const struct map *map, const char *x, long tokens, char *y, const long *masks, long count,
                      int half) {
-    const long out = map->out, width = map->width, size = half ? 2 : 4;
+    const long out = map->out, width = map->width;
+    const struct added added = {map->down, map->up, map->rank, masks, map->rank ? count : 0};
     switch (map->form) {
-    case FP32: product_fp32(map->weight, map->bias, out, width, x, tokens, y, half); break;
-    case BF16: product_bf16(map->weight, map->bias, out, width, x, tokens, y, half); break;
-    case INT8: product_int8(map->weight, map->scale, map->bias, out, width, x, tokens, y, half); break;
-    case INT4: product_int4(map->weight, map->bias, out, width, x, tokens, y, half); break;
+    case FP32: product_fp32(map->weight, map->bias, out, width, x, tokens, y, half, &added); break;
+    case BF16: product_bf16(map->weight, map->bias, out, width, x, tokens, y, half, &added); break;
+    case INT8: product_int8(map->weight, map->scale, map->bias, out, width, x, tokens, y, half, &added); break;
+    case INT4: product_int4(map->weight, map->bias, out, width, x, tokens, y, half, &added); break;
     }
-    for (long first = 0; map->rank && count; first += parts->sequences * parts->per_sequence, parts++, count--) {
-        const long masks = parts->per_sequence - parts->clean;
-        if (masks == 0) continue;
-        (half ? low_rank_bf16 : low_rank_fp32)(map->down, map->up, out, width, map->rank, x + first * width * size,
-                                               y + first * out * size, parts->sequences, parts->per_sequence, masks);
-    }
+}
+
+/* Numbers of the masks of all parts. */
+static long find_masks(const struct part *parts, long count, long *masks) {
+    long found = 0;
+    for (long first = 0; count; first += parts->sequences * parts->per_sequence, parts++, count--)
+        for (long n = 0; n < parts->sequences * parts->per_sequence; n++)
+            if (n % parts->per_sequence >= parts->clean) masks[found++] = first + n;
+    return found;
 }
 
 /* Keys and values of clean tokens go to the pages, then the tokens of all parts gather values. */
@@ -91,21 +96,23 @@ void layers(const struct model *model, long first, long after, void *added, void
     char *qkv = malloc(line * (layer->qkv.out + layer->output.width + gate_up->out + gate_up->out / 2));
     char *gathered = qkv + line * layer->qkv.out, *wide = gathered + line * layer->output.width;
     char *gated = wide + line * gate_up->out;
+    long *masks = malloc(tokens * sizeof(long)), masked = find_masks(parts, count, masks);
     pages += first * apart;
     if (first == 0) memcpy(total, added, line * width);
     for (long n = first; n < after; n++, layer++, pages += apart) {
         add_rms_norm(added, n ? total : 0, layer->attention_norm, model->half_norm, model->eps, tokens, width,
                      model->half, hidden, total);
-        multiply(&layer->qkv, hidden, tokens, qkv, parts, count, model->half);
+        multiply(&layer->qkv, hidden, tokens, qkv, masks, masked, model->half);
         gather(model, layer, qkv, pages, parts, count, gathered);
-        multiply(&layer->output, gathered, tokens, added, parts, count, model->half);
+        multiply(&layer->output, gathered, tokens, added, masks, masked, model->half);
         add_rms_norm(added, total, layer->mlp_norm, model->half_norm, model->eps, tokens, width, model->half, hidden,
                      total);
-        multiply(&layer->gate_up, hidden, tokens, wide, parts, count, model->half);
+        multiply(&layer->gate_up, hidden, tokens, wide, masks, masked, model->half);
         silu_mul(wide, tokens, gate_up->out / 2, model->half, gated);
-        multiply(&layer->down, gated, tokens, added, parts, count, model->half);
+        multiply(&layer->down, gated, tokens, added, masks, masked, model->half);
     }
     if (after == model->count)
         add_rms_norm(added, total, model->norm, model->half_norm, model->eps, tokens, width, model->half, hidden, total);
+    free(masks);
     free(qkv);
 }

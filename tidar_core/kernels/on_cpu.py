@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from tidar_core.kernels.compiled import needed_library
+from tidar_core.kernels.draft_maps import CompiledMap
 
 __all__ = [
     "DTYPES",
     "Gathering",
     "add_rms_norm",
     "likeliest",
+    "linked_drafts",
     "paged_attention",
     "rotate_and_store",
     "silu_mul",
@@ -115,6 +117,32 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
     needed_library().silu_mul(gate_up.data_ptr(), y.numel() // width, width, gate_up.dtype == HALF, y.data_ptr())
     return y
+
+
+def linked_drafts(
+    logits_BKV: Tensor,
+    before_B: Tensor,
+    rows: Tensor,
+    state_BKR: Tensor | None = None,
+    after: CompiledMap | None = None,
+) -> Tensor:
+    """Likeliest tokens [B, K]; each follows from the one before it. A link corrects the logits in place.
+
+    before_B   token before the first
+    rows       of all tokens: logits [V, V] to add, or what the map `after` reads [V, R]
+    state_BKR  what the map reads of each mask besides, if it does
+    """
+    assert all(x.is_contiguous() for x in (logits_BKV, rows)), "logits and rows are one piece each"
+    B, K, V = logits_BKV.shape
+    state_BKR = None if state_BKR is None else state_BKR.contiguous()
+    draft_BK = torch.empty((B, K), dtype=torch.long)
+    needed_library().linked_drafts(
+        logits_BKV.data_ptr(), before_B.contiguous().data_ptr(), rows.data_ptr(),
+        None if state_BKR is None else state_BKR.data_ptr(), None if after is None else after.address, B, K, V,
+        rows.shape[1],
+        logits_BKV.dtype == HALF, draft_BK.data_ptr(),
+    )  # fmt: skip
+    return draft_BK
 
 
 def likeliest(logits: Tensor) -> Tensor:

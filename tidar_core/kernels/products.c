@@ -25,6 +25,7 @@
 #include <unistd.h>
 #endif
 
+int omp_get_max_threads(void);
 
 #define GROUP 32
 #define GROUP_WORDS (GROUP / 8 + 1)
@@ -84,10 +85,13 @@ INLINE long words_of_channel(enum form form, long width) {
 /* Tokens in tiles, about equally many in each: the first `larger` ones have one token more than `least`. */
 struct tiles { long count, least, larger; };
 
-static struct tiles tiles_of(long tokens) {
-    const long count = (tokens + MOST - 1) / MOST;
+static struct tiles tiles_of(long tokens, long count) {
+    const long fewest = (tokens + MOST - 1) / MOST;
+    if (count < fewest) count = fewest;
     return (struct tiles){count, tokens / count, tokens % count};
 }
+
+INLINE long all_of(const struct tiles *tiles) { return tiles->count * tiles->least + tiles->larger; }
 
 INLINE long first_of(const struct tiles *tiles, long tile) {
     return tile * tiles->least + (tile < tiles->larger ? tile : tiles->larger);
@@ -95,40 +99,35 @@ INLINE long first_of(const struct tiles *tiles, long tile) {
 
 INLINE long tokens_of(const struct tiles *tiles, long tile) { return tiles->least + (tile < tiles->larger); }
 
-/* Where the results of tokens are added: the last `count` of every `of` rows are theirs. */
-struct rows { long count, of; };
-
-INLINE long row_of(const struct rows *added, long token) {
-    return added ? token / added->count * added->of + added->of - added->count + token % added->count : token;
-}
-
-/* A product: see the top of the file. x holds the tokens as `lay_block` leaves them, tile by tile; each has `steps`
- * steps along the inputs. */
+/* A product: see the top of the file. Token n is row n of `x` and of `y`, or the row that `from` or `to` gives it.
+ * `laid` holds the tokens as `lay_block` leaves them, tile by tile; each has `steps` steps along the inputs. Results are
+ * added to what is there if `adds` is 1. */
 struct product {
     const U *weight;
     const float *scale, *bias;
-    long out, words, steps;
-    char *x;
+    long out, width, words, steps;
     struct tiles tiles;
+    const void *x;
+    char *laid;
     void *y;
-    int half;
-    const struct rows *added;
+    const long *from, *to;
+    int half, adds;
 };
 
+INLINE long row_of(const long *rows, long token) { return rows ? rows[token] : token; }
+
 /* Write the results of one token for the 32 channels of a panel, or add them to what is there. */
-INLINE void put(void *y, long out, long token, long channel, int half, const float *bias, const F *sum,
-                const struct rows *added) {
-    long row = row_of(added, token);
+INLINE void put(void *y, long out, long row, long channel, int half, const float *bias, const F *sum, int adds) {
     UNROLL for (int p = 0; p < 2; p++, channel += LANES) {
         long left = out - channel, place = row * out + channel;
         F value = sum[p];
         if (left >= LANES) {
             if (bias) value += load(bias, channel, 0);
-            if (added) value += load(y, place, half);
+            if (adds) value += load(y, place, half);
             store(y, place, half, value);
         } else if (left > 0) {
             if (bias) value += load_some(bias, channel, 0, left, 0);
-            if (added) value += load_some(y, place, half, left, 0);
+            if (adds) value += load_some(y, place, half, left, 0);
             store_some(y, place, half, left, value);
         }
     }
@@ -246,21 +245,21 @@ INLINE void sums_of_tile(enum form form, int tokens, const U *word, long words, 
         UNROLL for (int p = 0; p < 2; p++) sums_of_groups(tokens, p, 1, word, words, laid, sums);
 }
 
-/* Products of panel `n` with all tokens. */
-INLINE void panel(enum form form, const struct product *of, long n) {
+/* Products of panel `n` with the tokens of a tile. */
+INLINE void panel(enum form form, const struct product *of, long n, long tile) {
     const U *word = of->weight + n * 2 * of->words;
-    const char *x = of->x;
-    for (long tile = 0, token = 0, count; tile < of->tiles.count; tile++, x += count * of->steps * bytes_of(form)) {
-        F sums[MOST][2];
-        count = tokens_of(&of->tiles, tile);
-#define TILE(count) sums_of_tile(form, count, word, of->words, x, sums)
-        CONSTANT(count, TILE)
-        for (long t = 0; t < count; t++, token++) {
-            if (form == INT8) UNROLL for (int p = 0; p < 2; p++) sums[t][p] *= load(of->scale, n * 32 + p * LANES, 0);
-            put(of->y, of->out, token, n * 32, of->half, of->bias, sums[t], of->added);
-        }
+    const long token = first_of(&of->tiles, tile), count = tokens_of(&of->tiles, tile);
+    const char *laid = of->laid + token * of->steps * bytes_of(form);
+    F sums[MOST][2];
+#define TILE(count) sums_of_tile(form, count, word, of->words, laid, sums)
+    CONSTANT(count, TILE)
+    for (long t = 0; t < count; t++) {
+        if (form == INT8) UNROLL for (int p = 0; p < 2; p++) sums[t][p] *= load(of->scale, n * 32 + p * LANES, 0);
+        put(of->y, of->out, row_of(of->to, token + t), n * 32, of->half, of->bias, sums[t], of->adds);
     }
 }
+
+INLINE long panels_of(const struct product *of) { return (of->out + 31) / 32; }
 
 /* Whether a weight is worth more than one thread: to start them takes as long as to read so many words. */
 INLINE int large(const struct product *of) { return of->out > 32 && of->out * of->words > 32768; }
@@ -292,23 +291,24 @@ INLINE float levels_of(enum form form, const void *x, long first, long left, int
     return sum_of(__builtin_convertvector((I)sum, F));
 }
 
-/* Lay inputs of `count` tokens, a constant, next to each other: those of the steps from `first` to before `last`. */
-INLINE void lay_numbers(enum form form, int count, const void *x, long token, long width, int half, long first,
-                        long last, float *laid) {
-    const long end = last * inputs_of(form), whole = end < width ? end : width;
+/* Lay inputs of `count` tokens, a constant, next to each other: those of the steps from `first` to before `last`. The
+ * inputs of token `t` begin at number `line[t]` of x. */
+INLINE void lay_numbers(enum form form, int count, const struct product *of, const long *line, long first, long last,
+                        float *laid) {
+    const long end = last * inputs_of(form), whole = end < of->width ? end : of->width;
     long i = first * inputs_of(form);
     for (; i < whole; i++, laid += count)
-        UNROLL for (int t = 0; t < count; t++) laid[t] = load_one(x, (token + t) * width + i, half);
+        UNROLL for (int t = 0; t < count; t++) laid[t] = load_one(of->x, line[t] + i, of->half);
     memset(laid, 0, (end - i) * count * sizeof *laid);
 }
 
-INLINE void lay_pairs(int count, const uint16_t *x, long token, long width, long first, long last, uint32_t *laid) {
-    const long whole = last < width / 2 ? last : width / 2;
-    x += token * width;
+INLINE void lay_pairs(int count, const struct product *of, const long *line, long first, long last, uint32_t *laid) {
+    const uint16_t *x = of->x;
+    const long whole = last < of->width / 2 ? last : of->width / 2;
     for (; first < whole; first++, laid += count)
-        UNROLL for (int t = 0; t < count; t++) memcpy(laid + t, x + t * width + 2 * first, 4);
+        UNROLL for (int t = 0; t < count; t++) memcpy(laid + t, x + line[t] + 2 * first, 4);
     memset(laid, 0, (last - first) * count * sizeof *laid);
-    for (int t = 0; first < last && 2 * first < width && t < count; t++) laid[t] = x[(t + 1) * width - 1];
+    for (int t = 0; first < last && 2 * first < of->width && t < count; t++) laid[t] = x[line[t] + of->width - 1];
 }
 
 /* Write one step of a token, which is token `t` of `count`, in levels; `left` inputs of the token are left. */
@@ -324,21 +324,21 @@ INLINE void lay_step(enum form form, const void *x, long i, long left, int half,
 
 /* The same as `lay_numbers` in levels. All largest values are found before the first level, so the steps of each loop
  * overlap. */
-INLINE void lay_levels(enum form form, long count, const void *x, long token, long width, int half, long first,
+INLINE void lay_levels(enum form form, long count, const struct product *of, const long *line, int half, long first,
                        long last, char *laid) {
     const int inputs = inputs_of(form);
     float largest[BLOCK / GROUP_WORDS][MOST];
     for (long n = first; n < last; n++)
         for (long t = 0; t < count; t++) {
-            const long i = (token + t) * width + n * inputs, left = width - n * inputs;
-            largest[n - first][t] = left < inputs ? largest_size(x, i, left, inputs, half)
-                                                  : largest_size(x, i, inputs, inputs, half);
+            const long i = line[t] + n * inputs, left = of->width - n * inputs;
+            largest[n - first][t] = left < inputs ? largest_size(of->x, i, left, inputs, half)
+                                                  : largest_size(of->x, i, inputs, inputs, half);
         }
     for (long n = first; n < last; n++, laid += count * bytes_of(form))
         for (long t = 0; t < count; t++) {
-            const long i = (token + t) * width + n * inputs, left = width - n * inputs;
-            if (left < inputs) lay_step(form, x, i, left, half, largest[n - first][t], t, count, laid);
-            else lay_step(form, x, i, inputs, half, largest[n - first][t], t, count, laid);
+            const long i = line[t] + n * inputs, left = of->width - n * inputs;
+            if (left < inputs) lay_step(form, of->x, i, left, half, largest[n - first][t], t, count, laid);
+            else lay_step(form, of->x, i, inputs, half, largest[n - first][t], t, count, laid);
         }
 }
 
@@ -347,52 +347,136 @@ INLINE long blocks_of_tile(enum form form, const struct product *of) {
     return (of->steps + run - 1) / run;
 }
 
-/* Lay out block `n` of the tokens x: the inputs of a tile for BLOCK words of a channel. */
-INLINE void lay_block(enum form form, const struct product *of, const void *x, long width, long n) {
+/* Lay out block `n` of the tokens: the inputs of a tile for BLOCK words of a channel. */
+INLINE void lay_block(enum form form, const struct product *of, long n) {
     const long blocks = blocks_of_tile(form, of), tile = n / blocks, run = BLOCK / words_of(form);
     const long first = n % blocks * run, last = first + run < of->steps ? first + run : of->steps;
     const long token = first_of(&of->tiles, tile), count = tokens_of(&of->tiles, tile);
-    void *laid = of->x + (token * of->steps + count * first) * bytes_of(form);
-#define LAY_PAIRS(count) lay_pairs(count, x, token, width, first, last, laid)
-#define LAY_NUMBERS(count) lay_numbers(form, count, x, token, width, of->half, first, last, laid)
+    void *laid = of->laid + (token * of->steps + count * first) * bytes_of(form);
+    long line[MOST];
+    for (long t = 0; t < count; t++) line[t] = row_of(of->from, token + t) * of->width;
+#define LAY_PAIRS(count) lay_pairs(count, of, line, first, last, laid)
+#define LAY_NUMBERS(count) lay_numbers(form, count, of, line, first, last, laid)
     if (form == PAIRS) {
         CONSTANT(count, LAY_PAIRS)
     } else if (form < INT8) {
         CONSTANT(count, LAY_NUMBERS)
-    } else if (of->half) lay_levels(form, count, x, token, width, 1, first, last, laid);
-    else lay_levels(form, count, x, token, width, 0, first, last, laid);
+    } else if (of->half) lay_levels(form, count, of, line, 1, first, last, laid);
+    else lay_levels(form, count, of, line, 0, first, last, laid);
 }
 
+/* A product of tokens in their order. Free it by `end`. One token in fp32 may lie as it is. */
+INLINE struct product begin(enum form form, const void *weight, const float *scale, const float *bias, long out,
+                            long width, struct tiles tiles, const void *x, void *y, int half) {
+    const long words = words_of_channel(form, width), steps = (words + words_of(form) - 1) / words_of(form);
+    const long tokens = all_of(&tiles), bytes = (tokens * steps * bytes_of(form) + 63) / 64 * 64;
+    const int lies = form == FP32 && !half && tokens == 1 && words == width;
+    char *laid = lies ? (char *)x : aligned_alloc(64, bytes);
+    return (struct product){weight, scale, bias, out, width, words, steps, tiles, x, laid, y, .half = half};
+}
+
+INLINE void end(struct product *of) {
+    if (of->laid != of->x) free(of->laid);
+}
+
+/* What an adapter adds to results: the product of two maps. It passes through `thin`. */
+struct low_rank { struct product down, up; void *thin; };
+
+#ifdef __AVX512BF16__
+#define HALVES PAIRS
+#else
+#define HALVES BF16
+#endif
+
+#define FEW 4 /* tokens that a thread takes through the first map */
+
+/* Free it by `end_low_rank`. */
+static struct low_rank begin_low_rank(const struct added *added, long out, long width, const void *x, void *y,
+                                      int half) {
+    const long shares = (added->count + FEW - 1) / FEW, threads = omp_get_max_threads();
+    const struct tiles tiles = tiles_of(added->count, shares < threads ? shares : threads);
+    void *thin = malloc(added->count * added->rank * 4);
+    struct low_rank of = {
+        half ? begin(HALVES, added->down, 0, 0, added->rank, width, tiles, x, thin, 1)
+             : begin(FP32, added->down, 0, 0, added->rank, width, tiles, x, thin, 0),
+        half ? begin(HALVES, added->up, 0, 0, out, added->rank, tiles, thin, y, 1)
+             : begin(FP32, added->up, 0, 0, out, added->rank, tiles, thin, y, 0),
+        thin,
+    };
+    of.down.from = of.up.to = added->token;
+    of.up.adds = 1;
+    return of;
+}
+
+static void end_low_rank(struct low_rank *of) {
+    end(&of->down);
+    end(&of->up);
+    free(of->thin);
+}
+
+/* Take a tile of tokens through the first map, and lay them out for the second. */
+INLINE void narrow(enum form form, const struct low_rank *of, long tile) {
+    const long blocks = blocks_of_tile(form, &of->down), after = blocks_of_tile(form, &of->up);
+    for (long n = 0; n < blocks; n++) lay_block(form, &of->down, tile * blocks + n);
+    for (long n = 0; n < panels_of(&of->down); n++) panel(form, &of->down, n, tile);
+    for (long n = 0; n < after; n++) lay_block(form, &of->up, tile * after + n);
+}
+
+static void narrow_tile(const struct low_rank *of, long tile) {
+    if (of->up.half) narrow(HALVES, of, tile);
+    else narrow(FP32, of, tile);
+}
+
+/* Add panel `n` of the second map to the results of all tokens. */
+INLINE void widen(enum form form, const struct low_rank *of, long n) {
+    for (long tile = 0; tile < of->up.tiles.count; tile++) panel(form, &of->up, n, tile);
+}
+
+static void widen_panel(const struct low_rank *of, long n) {
+    if (of->up.half) widen(HALVES, of, n);
+    else widen(FP32, of, n);
+}
+
+static void add_low_rank(const struct added *added, long out, long width, const void *x, void *y, int half) {
+    if (added->count == 0) return;
+    struct low_rank of = begin_low_rank(added, out, width, x, y, half);
+#pragma omp parallel for schedule(static) if (of.up.tiles.count > 1)
+    for (long n = 0; n < of.up.tiles.count; n++) narrow_tile(&of, n);
+#pragma omp parallel for schedule(static) if (large(&of.up))
+    for (long n = 0; n < panels_of(&of.up); n++) widen_panel(&of, n);
+    end_low_rank(&of);
+}
+
+/* `added` may be null. Where rows are given by `to`, results are added to them. */
 #define PRODUCT(name, form)                                                                                        \
-    static void name##_block(const struct product *of, const void *x, long width, long n) {                        \
-        lay_block(form, of, x, width, n);                                                                          \
+    static void name##_first(const struct product *of, const struct low_rank *more, long n) {                      \
+        if (n < more->up.tiles.count) narrow_tile(more, n);                                                        \
+        else lay_block(form, of, n - more->up.tiles.count);                                                        \
     }                                                                                                              \
     static void name(const void *weight, const float *scale, const float *bias, long out, long width,              \
-                     const void *x, long tokens, void *y, int half, const struct rows *added) {                    \
+                     const void *x, long tokens, void *y, const long *to, int half, const struct added *added) {   \
         if (tokens == 0) return;                                                                                   \
-        const long words = words_of_channel(form, width), steps = (words + words_of(form) - 1) / words_of(form);   \
-        const int laid = form == FP32 && !half && tokens == 1 && words == width;                                   \
-        const long bytes = (tokens * steps * bytes_of(form) + 63) / 64 * 64;                                       \
-        const struct product of = {                                                                                \
-            weight, scale, bias, out, words, steps, laid ? (char *)x : aligned_alloc(64, bytes),                   \
-            tiles_of(tokens), y, half, added,                                                                      \
-        };                                                                                                         \
-        const long blocks = laid ? 0 : of.tiles.count * blocks_of_tile(form, &of);                                 \
-        if (tokens * width < (form < INT8 ? 8 * MANY : MANY)) /* an OpenMP region of one thread takes time too */  \
-            for (long n = 0; n < blocks; n++) name##_block(&of, x, width, n);                                      \
+        struct product of = begin(form, weight, scale, bias, out, width, tiles_of(tokens, 1), x, y, half);         \
+        of.to = to, of.adds = to != 0;                                                                             \
+        struct low_rank more = {};                                                                                 \
+        if (added && added->count) more = begin_low_rank(added, out, width, x, y, half);                           \
+        const long blocks = of.laid == x ? 0 : of.tiles.count * blocks_of_tile(form, &of);                         \
+        const long tiles = more.up.tiles.count, all = blocks + tiles;                                              \
+        if (tokens * width < (form < INT8 ? 8 * MANY : MANY) && tiles < 2) /* a region takes time too */           \
+            for (long n = 0; n < all; n++) name##_first(&of, &more, n);                                            \
         else                                                                                                       \
-            _Pragma("omp parallel for schedule(static)")                                                           \
-            for (long n = 0; n < blocks; n++) name##_block(&of, x, width, n);                                      \
+            _Pragma("omp parallel for schedule(static, 1)")                                                        \
+            for (long n = 0; n < all; n++) name##_first(&of, &more, n);                                            \
         _Pragma("omp parallel for schedule(static) if (large(&of))")                                               \
-        for (long n = 0; n < (out + 31) / 32; n++) panel(form, &of, n);                                            \
-        if (!laid) free(of.x);                                                                                     \
+        for (long n = 0; n < panels_of(&of); n++) {                                                                \
+            for (long tile = 0; tile < of.tiles.count; tile++) panel(form, &of, n, tile);                          \
+            if (tiles) widen_panel(&more, n);                                                                      \
+        }                                                                                                          \
+        if (tiles) end_low_rank(&more);                                                                            \
+        end(&of);                                                                                                  \
     }
 PRODUCT(of_fp32, FP32)
-#ifdef __AVX512BF16__
-PRODUCT(of_bf16_by_vectors, PAIRS)
-#else
-PRODUCT(of_bf16_by_vectors, BF16)
-#endif
+PRODUCT(of_bf16_by_vectors, HALVES)
 PRODUCT(of_int8, INT8)
 PRODUCT(of_int4, INT4)
 
@@ -415,7 +499,7 @@ INLINE void tile_sums(const U *word, long lines, const char *x, long stride, voi
 }
 
 static void product_of_tiles(const U *weight, const float *bias, long out, long padded, const uint16_t *x, long tokens,
-                             void *y, int half, const struct rows *added) {
+                             void *y, int half) {
 #pragma omp parallel if (out > 32 && out * padded > 65536)
     {
         F sums[2][16];
@@ -427,7 +511,7 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
                 if (count != configured) configure_tiles(configured = count);
                 tile_sums(weight + n * padded, padded / 2, (const char *)(x + t * padded), padded * 2, sums);
                 for (int r = 0; r < count; r++)
-                    put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]}, added);
+                    put(y, out, t + r, n * 32, half, bias, (F[]){sums[0][r], sums[1][r]}, 0);
             }
         if (configured) _tile_release();
     }
@@ -436,50 +520,57 @@ static void product_of_tiles(const U *weight, const float *bias, long out, long 
 
 /* Weights in bf16; x in bf16. */
 static void of_bf16(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
-                    long tokens, void *y, int half, const struct rows *added) {
+                    long tokens, void *y, const long *to, int half, const struct added *added) {
 #ifdef __AMX_TILE__
-    if (matrices) {
+    if (matrices && !to) {
         long padded = 2 * words_of_channel(BF16, width);
         uint16_t *filled = padded == width ? 0 : calloc(tokens * padded, 2);
         for (long t = 0; filled && t < tokens; t++)
             memcpy(filled + t * padded, (const uint16_t *)x + t * width, width * 2);
-        product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half, added);
+        product_of_tiles(weight, bias, out, padded, filled ? filled : x, tokens, y, half);
         free(filled);
+        if (added) add_low_rank(added, out, width, x, y, half);
         return;
     }
 #endif
-    of_bf16_by_vectors(weight, scale, bias, out, width, x, tokens, y, half, added);
+    of_bf16_by_vectors(weight, scale, bias, out, width, x, tokens, y, to, half, added);
 }
 
-#define EXPORTED(name, of)                                                                                         \
-    void name(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,    \
-              int half) {                                                                                          \
-        of(weight, 0, bias, out, width, x, tokens, y, half, 0);                                                    \
-    }
-EXPORTED(product_fp32, of_fp32)
-EXPORTED(product_bf16, of_bf16)
-EXPORTED(product_int4, of_int4)
+void product_fp32(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                  int half, const struct added *added) {
+    of_fp32(weight, 0, bias, out, width, x, tokens, y, 0, half, added);
+}
 
-/* Weights in int8; `scale` is the size of a channel's step. */
+void product_bf16(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                  int half, const struct added *added) {
+    of_bf16(weight, 0, bias, out, width, x, tokens, y, 0, half, added);
+}
+
+/* `scale` is the size of a channel's step. */
 void product_int8(const void *weight, const float *scale, const float *bias, long out, long width, const void *x,
-                  long tokens, void *y, int half) {
-    of_int8(weight, scale, bias, out, width, x, tokens, y, half, 0);
+                  long tokens, void *y, int half, const struct added *added) {
+    of_int8(weight, scale, bias, out, width, x, tokens, y, 0, half, added);
+}
+
+void product_int4(const void *weight, const float *bias, long out, long width, const void *x, long tokens, void *y,
+                  int half, const struct added *added) {
+    of_int4(weight, 0, bias, out, width, x, tokens, y, 0, half, added);
+}
+
+/* Add the product of token n to row n * `apart` of y; all have the dtype of the map. */
+void add_product(const void *weight, long out, long width, const void *x, long tokens, void *y, long apart, int half) {
+    long *to = malloc(tokens * sizeof(long));
+    for (long n = 0; n < tokens; n++) to[n] = n * apart;
+    (half ? of_bf16 : of_fp32)(weight, 0, 0, out, width, x, tokens, y, to, half, 0);
+    free(to);
 }
 
 /* Add the product of two maps, of width `rank` between them, to the last `masks` of the `rows` tokens of each sequence.
  * x [batch, rows, width] and y [batch, rows, out] have the dtype of the maps. */
-#define LOW_RANK(name, of, half)                                                                                   \
-    void name(const void *down, const void *up, long out, long width, long rank, const void *x, void *y,           \
-              long batch, long rows, long masks) {                                                                 \
-        const long size = half ? 2 : 4, tokens = batch * masks, line = width * size;                               \
-        const char *first = (const char *)x + (rows - masks) * line;                                               \
-        char *thin = malloc(tokens * rank * size), *close = batch > 1 ? malloc(tokens * line) : 0;                 \
-        for (long b = 0; close && b < batch; b++)                                                                  \
-            memcpy(close + b * masks * line, first + b * rows * line, masks * line);                               \
-        of(down, 0, 0, rank, width, close ? close : first, tokens, thin, half, 0);                                 \
-        of(up, 0, 0, out, rank, thin, tokens, y, half, &(struct rows){masks, rows});                               \
-        free(close);                                                                                               \
-        free(thin);                                                                                                \
-    }
-LOW_RANK(low_rank_fp32, of_fp32, 0)
-LOW_RANK(low_rank_bf16, of_bf16, 1)
+void low_rank(const void *down, const void *up, long out, long width, long rank, const void *x, void *y, long batch,
+              long rows, long masks, int half) {
+    long *token = malloc(batch * masks * sizeof(long));
+    for (long n = 0; n < batch * masks; n++) token[n] = n / masks * rows + rows - masks + n % masks;
+    add_low_rank(&(struct added){down, up, rank, token, batch * masks}, out, width, x, y, half);
+    free(token);
+}

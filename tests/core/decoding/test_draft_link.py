@@ -14,9 +14,11 @@ from tidar_core.config import DraftConfig, SamplingConfig
 from tidar_core.decoding.completion import complete
 from tidar_core.decoding.decode_step import DecodeTuning
 from tidar_core.decoding.decoder import Decoder
+from tidar_core.decoding.held_link import HeldLink
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.errors import ConfigError
+from tidar_core.kernels import PLAIN, kernels_for
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
 from tidar_core.training.losses import chunk_loss, dual_mode_loss, label_counts, loss_sums
 from tidar_core.training.objective import Objective
@@ -95,6 +97,27 @@ def test_a_link_computes_in_the_models_dtype(linked):
         sampling = replace(SAMPLED, beta=beta, max_tokens=6)
         (done,) = complete(Scheduler(Decoder(half, DraftConfig(block_len=4), slots=1)), requests(prompts(7), sampling))
         assert len(done.token_ids) == 6
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, pytest.param(kernels_for("cpu", torch.float32), id="of this CPU")])
+@pytest.mark.parametrize(
+    ("reads_state", "looked_up_tokens"), [(False, 0), (True, 0), (False, 512)], ids=["map", "state", "table"]
+)
+def test_drafts_of_several_sequences_each_follow_from_their_own_token_before(kernels, reads_state, looked_up_tokens):
+    model = adapted_model(link_rank=4, link_reads_state=reads_state)
+    generator = torch.Generator().manual_seed(3)
+    logits_BKV, hidden_BKE = torch.randn(3, 5, 512, generator=generator), torch.randn(3, 5, 32, generator=generator)
+    first_B1, link = torch.tensor([[7], [0], [511]]), model.link
+    with torch.no_grad():
+        drafts_BK = HeldLink(model, kernels, looked_up_tokens).likeliest(logits_BKV.clone(), first_B1, hidden_BKE)
+    for b in range(3):
+        before = int(first_B1[b])
+        for k in range(5):
+            read = link.before[before]
+            if reads_state:
+                read = F.silu(read + link.state @ hidden_BKE[b, k])
+            before = int((logits_BKV[b, k] + link.after @ read).argmax())
+            assert drafts_BK[b, k] == before
 
 
 def test_a_link_that_was_just_started_adds_nothing():

@@ -49,13 +49,26 @@ def test_other_maps_take_the_place_of_the_first(form, dtype):
 
 @pytest.mark.parametrize("form", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_map_multiplies_and_takes_another_weight_in_the_same_memory(form, dtype):
-    first, second, x = drawn(dtype, (70, 40), (70, 40), (2, 3, 40))
+def test_a_map_adds_its_product_and_takes_another_weight_in_the_same_memory(form, dtype):
+    first, second, x, y = drawn(dtype, (70, 40), (70, 40), (2, 3, 40), (2, 3, 70))
     held = form(first)
     place = held._held[0].data_ptr()
     for weight in (first, second):
         held.refresh(weight)
-        expected = x.double() @ weight.double().T
+        found, expected = y.clone(), y.double() + x.double() @ weight.double().T
+        held.add_to(found, x)
         close = 2 ** (-7 if dtype is torch.bfloat16 else -18)
-        torch.testing.assert_close(held(x).double(), expected, rtol=close, atol=close)
+        torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
     assert held._held[0].data_ptr() == place
+
+
+@pytest.mark.parametrize("form", MAPS)
+@pytest.mark.parametrize(("B", "R"), [(1, 4), (3, 4), (3, 1)])
+def test_a_map_adds_to_one_mask_of_each_sequence_and_to_nothing_else(form, B, R):
+    weight, x, y = drawn(torch.bfloat16, (70, 40), (B, 1, 40), (B, R, 70))
+    found, alone = y.clone(), y[:, R - 1 :].clone()
+    form(weight).add_to(found[:, R - 1 :], x)
+    form(weight).add_to(alone, x)
+    assert torch.equal(found[:, : R - 1], y[:, : R - 1])
+    assert torch.equal(found[:, R - 1 :], alone)
+    assert not torch.equal(alone, y[:, R - 1 :])
