@@ -30,6 +30,9 @@ OTHER_STEPS, FIRST_OTHER = 8, 64
 """Steps of the other mode in a row, and the steps before the first of them. Later gaps double as long as the caller
 allows."""
 
+MOST_CALM = 256
+"""Most calm steps from one call of `LearningSteps.next_plan` to the next."""
+
 
 def probe_len(block_len: int) -> int:
     """Tokens of the block that a probe drafts and verifies."""
@@ -77,6 +80,28 @@ class LearningSteps:
             return StepPlan(1)
         return choice.next_plan(pending)
 
+    def calm(self, choice: Candidate, probe_every: int, *, other: bool, untimed: bool) -> int:
+        """Steps from now on in which `next_plan` would return the choice's own plan.
+
+        It was called with the same arguments before, and returned such a plan.
+        """
+        left = []
+        if other:
+            left.append(0 if self._other_left > 0 else self._next_other - self._steps)
+        if untimed:
+            left.append(self._next_untimed - self._steps)
+        if choice.mode != "autoregressive":
+            left.append(self._next_comparison - self._steps)
+        elif probe_every:
+            left.append(self._early(probe_every) - self._since_drafts)
+        return max(0, min(left, default=MOST_CALM) - 1)
+
+    def skip(self, steps: int, mode: str) -> None:
+        """Count calm steps that were run without `next_plan`."""
+        self._steps += steps
+        if mode == "autoregressive":
+            self._since_drafts += steps
+
     def _others(self, every: int) -> bool:
         """Whether the other mode that drafts takes this step."""
         if self._steps >= self._next_other:
@@ -103,7 +128,10 @@ class LearningSteps:
             self._since_drafts, self._probes = 0, self._probes + 1
             return StepPlan(self._probe_len)
         self._since_drafts += 1
-        early = max(SHORTEST_PROBE, every >> max(0, EARLY_PROBES - self._probes))
-        if not every or self._since_drafts < early:
+        if not every or self._since_drafts < self._early(every):
             return StepPlan(1)
         return StepPlan(1, (1,), self._probe_len)
+
+    def _early(self, every: int) -> int:
+        """Autoregressive steps before the next probe, where later ones come every so many steps."""
+        return max(SHORTEST_PROBE, every >> max(0, EARLY_PROBES - self._probes))

@@ -133,6 +133,7 @@ class AutoPlanner:
         self._own: dict[str, _Own] = {}
         """Counts of each running request."""
         self._learning = LearningSteps(self.block_len)
+        self._calm = _Calm(self.choice, frozenset())
         self.reviews.forget()
 
     @property
@@ -157,13 +158,29 @@ class AutoPlanner:
         """
         if not self._served.isdisjoint(pending):
             self.loop.add_gap(self._clock() - self._free_since)
-        review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
-        untimed = (plan for plan in review.untimed if not self._knows(plan, len(pending)))
-        plan = self._learning.next_plan(
-            review.choice, max(pending.values()), review.probe_every, untimed, review.other, review.other_every
-        )
+        calm = self._calm
+        if calm.left and calm.requests == pending.keys():
+            calm.left, calm.passed = calm.left - 1, calm.passed + 1
+            plan, requests = calm.choice.next_plan(max(pending.values())), calm.requests
+        else:
+            plan, requests = self._weighed_plan(pending, context)
         self._launched = _Launched(plan, requests, context, bool(self._served), self._clock())
         return plan
+
+    def _weighed_plan(self, pending: Mapping[str, int], context: int) -> tuple[StepPlan, frozenset[str]]:
+        """The plan of the next step and its requests; notes for how long the choice's own plans follow."""
+        calm = self._calm
+        self.reviews.skip(calm.passed)
+        self._learning.skip(calm.passed, calm.choice.mode)
+        review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
+        choice, most = review.choice, max(pending.values())
+        untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
+        plan = self._learning.next_plan(choice, most, review.probe_every, untimed, review.other, review.other_every)
+        self._calm = _Calm(choice, requests)
+        if plan == choice.next_plan(most):
+            own = self._learning.calm(choice, review.probe_every, other=review.other is not None, untimed=bool(untimed))
+            self._calm.left = min(own, self.reviews.calm())
+        return plan, requests
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
         """Learn the time of the step that `next_plan` planned, and which drafts were accepted.
@@ -209,6 +226,7 @@ class AutoPlanner:
                     own.acceptance.observe(step, own.regime)
                     own.verifications += 1
                     if own.verifications == MIN_VERIFICATIONS:
+                        self._calm.left = 0
                         self.reviews.look_again()
                 own.regime = regime_after(own.regime, step)
             if step.finish_reason is not None:
@@ -368,6 +386,17 @@ class _Launched(NamedTuple):
     alone: bool
     """Whether no prefill came before it."""
     began: float
+
+
+@dataclass(slots=True)
+class _Calm:
+    """A run of steps in which the plan is the choice's own, as long as the requests stay the same."""
+
+    choice: Choice
+    requests: frozenset[str]
+    left: int = 0
+    passed: int = 0
+    """Steps of the run that were taken."""
 
 
 class _Seen(NamedTuple):

@@ -120,6 +120,14 @@ class Reviews:
             return None
         return held.review, held.requests
 
+    def calm(self) -> int:
+        """Steps from now on for which the review holds, if the requests stay the same."""
+        return 0 if self._holding is None else max(0, self._holding.until - self._steps - 1)
+
+    def skip(self, steps: int) -> None:
+        """Count calm steps that were run without `holding`."""
+        self._steps += steps
+
     def look(
         self, requests: KeysView[str], renew: Callable[[Review | None, bool], Review], *, known: bool
     ) -> tuple[Review, frozenset[str]]:

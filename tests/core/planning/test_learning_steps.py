@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import pytest
+
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate
 from tidar_core.planning.learning_steps import COMPARED_EVERY, TIMED_EVERY, LearningSteps, probe_len
@@ -81,3 +83,29 @@ def test_the_drafts_of_a_probe_are_verified_before_an_untimed_plan_comes():
         pending = 4 if found[-1].groups else 1
     assert found.count(untimed) >= 18
     assert all(not before.groups for before, plan in pairwise(found) if plan == untimed)
+
+
+@pytest.mark.parametrize("choice", [AR, TWO_PASS, SINGLE_PASS], ids=lambda choice: choice.mode)
+@pytest.mark.parametrize("untimed", [(), (StepPlan(1, (1,), 8), StepPlan(8))], ids=["timed", "untimed"])
+@pytest.mark.parametrize(("other", "probe_every"), [(None, 0), (None, 100), (TWO_PASS, 100), (SINGLE_PASS, 0)])
+def test_plans_of_a_calm_run_are_the_choices_own(choice, untimed, other, probe_every):
+    """So they may be taken without being looked for: the plans, step by step, are the same."""
+    sequences, longest = [], 0
+    for calmly in (False, True):
+        learning, found, pending, left, passed = LearningSteps(K), [], 1, 0, 0
+        for _ in range(3000):
+            own = choice.next_plan(pending)
+            if left:
+                left, passed = left - 1, passed + 1
+                found.append(own)
+            else:
+                learning.skip(passed, choice.mode)
+                passed = 0
+                found.append(learning.next_plan(choice, pending, probe_every, untimed, other, 300))
+                if calmly and found[-1] == own:
+                    left = learning.calm(choice, probe_every, other=other is not None, untimed=bool(untimed))
+                    longest = max(longest, left)
+            pending = 4 if found[-1].groups else 1
+        sequences.append(found)
+    assert sequences[0] == sequences[1]
+    assert longest >= 32

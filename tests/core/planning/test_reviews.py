@@ -1,5 +1,6 @@
 """Reviews have a share of the time, come when something is known, and find what holds at once."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from tidar_core.config import DraftConfig
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning import planner as planner_module
 from tidar_core.planning.candidate_plans import few_candidates
+from tidar_core.planning.learning_steps import LearningSteps
 from tidar_core.planning.planner import AutoPlanner
 from tidar_core.planning.reviews import FIRST_REVIEW, LOOK_AGAIN, Choice, Review, Reviews
 from tidar_core.planning.step_timing import decoding_latency
@@ -119,3 +121,32 @@ def test_steps_that_are_learnt_from_together_teach_the_same(monkeypatch, seconds
         speed = served(planner, decoder, Drafts(easy=0.8, hard=0.5), batch=4, tokens=4000)
         learned.append((speed, planner.facts(), planner.latency.slowdown))
     assert learned[0] == learned[1]
+
+
+def counted(function, count):
+    """The function, whose calls are counted."""
+
+    def call(*given):
+        count["calls"] += 1
+        return function(*given)
+
+    return call
+
+
+@pytest.mark.parametrize("drafts", [Drafts(easy=0.9, hard=0.6), Drafts(easy=0.2, hard=0.1)], ids=["good", "bad"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_calm_runs_save_looking_for_plans_and_no_speed_is_lost(monkeypatch, drafts, batch):
+    """Without them every plan is looked for. Plans whose time is forgotten in a calm run are timed after it."""
+    learned, looked = [], []
+    for calm in (LearningSteps.calm, lambda *of, **how: 0):
+        monkeypatch.setattr(LearningSteps, "calm", calm)
+        decoder = SimulatedDecoder(Clock(), cpu_seconds, draft=DraftConfig(block_len=8))
+        planner = AutoPlanner(decoding_latency(decoder, clock=decoder.clock), 8, clock=decoder.clock)
+        count = Counter()
+        monkeypatch.setattr(planner, "_weighed_plan", counted(planner._weighed_plan, count))
+        speed = served(planner, decoder, drafts, batch=batch, tokens=6000)
+        learned.append((speed, planner.facts()["plans"]))
+        looked.append(count["calls"])
+    assert learned[0][0] == pytest.approx(learned[1][0], rel=0.005)
+    assert learned[0][1] == learned[1][1]
+    assert looked[0] < looked[1] / 4
