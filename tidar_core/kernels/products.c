@@ -365,14 +365,14 @@ INLINE void lay_block(enum form form, const struct product *of, long n) {
     else lay_levels(form, count, of, line, 0, first, last, laid);
 }
 
-/* A product of tokens in their order. Free it by `end`. One token in fp32 may lie as it is. */
+/* A product that writes. Free it by `end`. One token in fp32 may lie as it is. */
 INLINE struct product begin(enum form form, const void *weight, const float *scale, const float *bias, long out,
-                            long width, struct tiles tiles, const void *x, void *y, int half) {
+                            long width, struct tiles tiles, const void *x, const long *from, void *y, int half) {
     const long words = words_of_channel(form, width), steps = (words + words_of(form) - 1) / words_of(form);
     const long tokens = all_of(&tiles), bytes = (tokens * steps * bytes_of(form) + 63) / 64 * 64;
-    const int lies = form == FP32 && !half && tokens == 1 && words == width;
+    const int lies = form == FP32 && !half && tokens == 1 && words == width && !from;
     char *laid = lies ? (char *)x : aligned_alloc(64, bytes);
-    return (struct product){weight, scale, bias, out, width, words, steps, tiles, x, laid, y, .half = half};
+    return (struct product){weight, scale, bias, out, width, words, steps, tiles, x, laid, y, from, .half = half};
 }
 
 INLINE void end(struct product *of) {
@@ -397,13 +397,13 @@ static struct low_rank begin_low_rank(const struct added *added, long out, long 
     const struct tiles tiles = tiles_of(added->count, shares < threads ? shares : threads);
     void *thin = malloc(added->count * added->rank * 4);
     struct low_rank of = {
-        half ? begin(HALVES, added->down, 0, 0, added->rank, width, tiles, x, thin, 1)
-             : begin(FP32, added->down, 0, 0, added->rank, width, tiles, x, thin, 0),
-        half ? begin(HALVES, added->up, 0, 0, out, added->rank, tiles, thin, y, 1)
-             : begin(FP32, added->up, 0, 0, out, added->rank, tiles, thin, y, 0),
+        half ? begin(HALVES, added->down, 0, 0, added->rank, width, tiles, x, added->token, thin, 1)
+             : begin(FP32, added->down, 0, 0, added->rank, width, tiles, x, added->token, thin, 0),
+        half ? begin(HALVES, added->up, 0, 0, out, added->rank, tiles, thin, 0, y, 1)
+             : begin(FP32, added->up, 0, 0, out, added->rank, tiles, thin, 0, y, 0),
         thin,
     };
-    of.down.from = of.up.to = added->token;
+    of.up.to = added->token;
     of.up.adds = 1;
     return of;
 }
@@ -456,7 +456,7 @@ static void add_low_rank(const struct added *added, long out, long width, const 
     static void name(const void *weight, const float *scale, const float *bias, long out, long width,              \
                      const void *x, long tokens, void *y, const long *to, int half, const struct added *added) {   \
         if (tokens == 0) return;                                                                                   \
-        struct product of = begin(form, weight, scale, bias, out, width, tiles_of(tokens, 1), x, y, half);         \
+        struct product of = begin(form, weight, scale, bias, out, width, tiles_of(tokens, 1), x, 0, y, half);      \
         of.to = to, of.adds = to != 0;                                                                             \
         struct low_rank more = {};                                                                                 \
         if (added && added->count) more = begin_low_rank(added, out, width, x, y, half);                           \

@@ -9,12 +9,13 @@ known. The formula alone can be wrong by more than the difference. For a few ste
 drafts takes the place of the choice. It verifies drafts that the choice never verifies.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate
+from tidar_core.planning.reviews import Choice
 
-__all__ = ["COMPARED_EVERY", "SHORTEST_PROBE", "TIMED_EVERY", "LearningSteps", "probe_len"]
+__all__ = ["COMPARED_EVERY", "SHORTEST_PROBE", "TIMED_EVERY", "LearningSteps", "other_mode", "probe_len"]
 
 PROBE_PART = 4
 """Block length over the length of a probe's block: the first drafts decide whether drafting pays."""
@@ -30,6 +31,10 @@ OTHER_STEPS, FIRST_OTHER = 8, 64
 """Steps of the other mode in a row, and the steps before the first of them. Later gaps double as long as the caller
 allows."""
 
+OTHER_PROMISE = 0.7
+"""Share of the best one's speed that the best candidate of the other mode must promise, to be run now and then."""
+OTHER_SHARE, LEAST_LOSS = 0.002, 0.1
+"""Share of the time that its steps may cost, and the least part of them that counts as lost."""
 MOST_CALM = 256
 """Most calm steps from one call of `LearningSteps.next_plan` to the next."""
 
@@ -37,6 +42,20 @@ MOST_CALM = 256
 def probe_len(block_len: int) -> int:
     """Tokens of the block that a probe drafts and verifies."""
     return min(block_len, max(2, block_len // PROBE_PART))
+
+
+def other_mode(choices: Sequence[Choice], best: Choice) -> tuple[Choice | None, int]:
+    """The best choice of the other mode that drafts, and the steps from one time that it is run to the next.
+
+    If it promises too little, there is none.
+    """
+    others = (choice for choice in choices if choice.mode not in ("autoregressive", best.mode))
+    other = max(others, key=lambda choice: choice.tokens_per_second, default=None)
+    if other is None or best.mode == "autoregressive":
+        return None, 0
+    promise = other.tokens_per_second / best.tokens_per_second
+    lost = OTHER_STEPS * max(1.0 - promise, LEAST_LOSS)
+    return (other, int(lost / OTHER_SHARE)) if promise >= OTHER_PROMISE else (None, 0)
 
 
 class LearningSteps:

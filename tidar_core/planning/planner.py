@@ -28,7 +28,7 @@ from tidar_core.planning.acceptance_model import (
 )
 from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
 from tidar_core.planning.latency_table import LatencyTable
-from tidar_core.planning.learning_steps import OTHER_STEPS, SHORTEST_PROBE, LearningSteps, probe_len
+from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, other_mode, probe_len
 from tidar_core.planning.loop_time import LoopTime
 from tidar_core.planning.reviews import MAX_INDIVIDUAL_BATCH, Choice, Review, Reviews
 from tidar_core.planning.served_latency import ServedLatency
@@ -61,12 +61,6 @@ millisecond, code that runs once is in no cache and takes three times as long as
 NEAR_SHARE, MOST_UNTIMED = 0.9, 4
 """Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
 take turns."""
-
-
-OTHER_PROMISE = 0.7
-"""Share of the best one's speed that the best candidate of the other mode must promise, to be run now and then."""
-OTHER_SHARE, LEAST_LOSS = 0.002, 0.1
-"""Share of the time that its steps may cost, and the least part of them that counts as lost."""
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:
@@ -169,9 +163,8 @@ class AutoPlanner:
 
     def _weighed_plan(self, pending: Mapping[str, int], context: int) -> tuple[StepPlan, frozenset[str]]:
         """The plan of the next step and its requests; notes for how long the choice's own plans follow."""
-        calm = self._calm
-        self.reviews.skip(calm.passed)
-        self._learning.skip(calm.passed, calm.choice.mode)
+        self.reviews.skip(self._calm.passed)
+        self._learning.skip(self._calm.passed, self._calm.choice.mode)
         review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
         choice, most = review.choice, max(pending.values())
         untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
@@ -335,7 +328,7 @@ class AutoPlanner:
             best = present
         probe_every = self._probe_every(requests, context) if best is ar else 0
         untimed = self._untimed(choices, best, len(requests))
-        return Review(best, ar.tokens_per_second, probe_every, untimed, *_other(choices, best))
+        return Review(best, ar.tokens_per_second, probe_every, untimed, *other_mode(choices, best))
 
     def _untimed(self, choices: Sequence[Choice], best: Choice, batch: int) -> tuple[StepPlan, ...]:
         """Plans of nearly as good choices whose time is not known from served steps, the most promising first."""
@@ -361,20 +354,6 @@ class AutoPlanner:
         drafting, verifying, ar = (self._forward_seconds(plan, batch, context) + loop for plan in plans)
         lost = (drafting + verifying) / ar - 1.0 - self._tokens([two_pass_chain(P, P)], requests)[0]
         return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
-
-
-def _other(choices: Sequence[Choice], best: Choice) -> tuple[Choice | None, int]:
-    """The best choice of the other mode that drafts, and the steps from one time that it is run to the next.
-
-    If it promises too little, there is none.
-    """
-    others = (choice for choice in choices if choice.mode not in ("autoregressive", best.mode))
-    other = max(others, key=lambda choice: choice.tokens_per_second, default=None)
-    if other is None or best.mode == "autoregressive":
-        return None, 0
-    promise = other.tokens_per_second / best.tokens_per_second
-    lost = OTHER_STEPS * max(1.0 - promise, LEAST_LOSS)
-    return (other, int(lost / OTHER_SHARE)) if promise >= OTHER_PROMISE else (None, 0)
 
 
 class _Launched(NamedTuple):

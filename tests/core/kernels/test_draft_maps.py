@@ -9,7 +9,14 @@ from tidar_core.kernels.draft_maps import CompiledLowRank, CompiledMap, PlainLow
 compiled = pytest.mark.skipif(library() is None, reason="no C compiler works here")
 LOW_RANK = [pytest.param(CompiledLowRank, marks=compiled), PlainLowRank]
 MAPS = [pytest.param(CompiledMap, marks=compiled), PlainMap]
-SIZES = [(1, 12, 4, 576, 3072, 32), (5, 20, 4, 100, 70, 4), (1, 8, 0, 64, 32, 16), (3, 41, 1, 1536, 576, 32)]
+SIZES = [
+    (1, 12, 4, 576, 3072, 32),
+    (5, 20, 4, 100, 70, 4),
+    (1, 8, 0, 64, 32, 16),
+    (3, 41, 1, 1536, 576, 32),
+    (1, 5, 4, 64, 96, 16),
+    (3, 4, 3, 32, 40, 5),
+]
 """Sequences, query tokens, clean ones, inputs, outputs, rank."""
 
 
@@ -25,8 +32,9 @@ def test_masks_get_the_product_of_both_maps_and_clean_tokens_nothing(form, dtype
     down, up, x, y = drawn(dtype, (rank, inputs), (outputs, rank), (B, R, inputs), (B, R, outputs))
     expected = y.double()
     expected[:, clean:] += x[:, clean:].double() @ down.double().T @ up.double().T
-    found = y.clone()
-    form(down, up).add_to(found, x, clean)
+    found, read = y.clone(), x.clone()
+    form(down, up).add_to(found, read, clean)
+    assert torch.equal(read, x)
     assert torch.equal(found[:, :clean], y[:, :clean])
     close = 2 ** (-7 if dtype is torch.bfloat16 else -18)
     torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
