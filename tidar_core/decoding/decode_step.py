@@ -169,7 +169,7 @@ class DecodeStepRunner:
         logits_BRV = self.model.head(hidden_BRE if together else hidden_BRE[:, :C])
         ar_logits = logits_BRV[:, :C]
         first_masks_BCE = hidden_BRE[:, C :: plan.masks(self.draft.block_len)]
-        logits_BCV = self.target_logits(ar_logits, first_masks_BCE, draft_BC, sampling)
+        logits_BCV = self.target_logits(ar_logits, first_masks_BCE, read_BC, sampling)
         if adjust is not None:
             logits_BCV = adjust(logits_BCV.float())
         next_BC = prefix_B[:, None] + self._ahead_K[:C]

@@ -99,6 +99,18 @@ def test_a_link_computes_in_the_models_dtype(linked):
         assert len(done.token_ids) == 6
 
 
+def test_a_request_without_drafts_may_trust_diffusion_beside_others(linked):
+    """The link reads the token before each position; where no draft was made, there is none."""
+    sampling = replace(GREEDY, beta=0.3, max_tokens=12)
+    both = [replace(r, speculative=r.request_id != "0") for r in requests(prompts(5, 9), sampling)]
+
+    def texts(of):
+        done = complete(Scheduler(Decoder(linked, DraftConfig(block_len=4), slots=2), RandomPlanner(0, 4)), of)
+        return [done_one.token_ids for done_one in done]
+
+    assert texts(both) == [*texts(both[:1]), *texts(both[1:])]
+
+
 @pytest.mark.parametrize("kernels", [PLAIN, pytest.param(kernels_for("cpu", torch.float32), id="of this CPU")])
 @pytest.mark.parametrize(
     ("reads_state", "looked_up_tokens"), [(False, 0), (True, 0), (False, 512)], ids=["map", "state", "table"]
