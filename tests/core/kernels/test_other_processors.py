@@ -6,7 +6,6 @@ registers are among this one's.
 
 import ctypes
 import platform
-import subprocess
 from pathlib import Path
 
 import attending
@@ -15,6 +14,7 @@ import torch
 from attending import Text, by_definition
 
 from tidar_core.kernels import compiled, on_cpu
+from tidar_core.kernels.draft_maps import CompiledLowRank
 from tidar_core.kernels.linear import Bf16Linear, Fp32Linear
 
 INSTRUCTIONS = Path(attending.__file__).with_name("matrix_instructions.h")
@@ -72,16 +72,21 @@ def test_a_product_is_the_plain_one_and_a_token_has_the_same_bits_beside_others(
     assert torch.equal(torch.cat([held(token) for token in x.split(1)]), y)
 
 
+@pytest.mark.parametrize("dtype", on_cpu.DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs", "rank"), [(64, 96, 16), (100, 70, 5)])
+@pytest.mark.parametrize("clean", [0, 3, 6, 7])
+def test_an_adapter_adds_to_masks_alone(dtype, inputs, outputs, rank, clean):
+    draw = torch.Generator().manual_seed(0)
+    shapes = (rank, inputs), (outputs, rank), (3, 7, inputs), (3, 7, outputs)
+    down, up, x, y = (torch.randn(shape, generator=draw).to(dtype) / shape[-1] ** 0.5 for shape in shapes)
+    found, expected = y.clone(), y.float()
+    CompiledLowRank(down, up).add_to(found, x, clean)
+    expected[:, clean:] += x[:, clean:].float() @ down.float().T @ up.float().T
+    torch.testing.assert_close(found.float(), expected, **TOLERANCE[dtype])
+
+
 def test_the_kernels_are_those_of_the_processor(processor):
     """Otherwise this module would test this processor's own."""
     name, library = processor
     assert on_cpu.needed_library() is library
     assert compiled.words_together() == (16 if "matrix" in name else 1)
-
-
-@pytest.mark.parametrize("unit", ["attention.c", "products.c"])
-def test_the_compiler_takes_the_code_with_the_processor_s_own_matrix_instructions(unit):
-    """Plain C accepts more: such an instruction is no expression."""
-    own = ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bf16", "-mavx512vl", "-mavx512bw")
-    command = [compiled.compiler_here(), *compiled.FLAGS, *own, "-S", "-o", "/dev/null", compiled.HERE / unit]
-    subprocess.run(command, check=True, capture_output=True, timeout=compiled.SECONDS)
