@@ -126,7 +126,7 @@ class LogitRules:
         stop where the text ends.
 
         logits_RV  logits of the masks that draft d_2..d_{R+1}; d_1 is committed already
-        linked     corrected logits [1, V] of a mask, given its index and the token before it [1]: `TidarModel.linked`
+        linked     corrects the logits of a mask in place, given its index and the token before it [1]; returns [1, V]
         """
         drafts: list[int] = []
         for index, logits_V in enumerate(logits_RV):

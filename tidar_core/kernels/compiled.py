@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = (
     "numbers.h", "tiles.h", "kernels.h", "product_form.h", "product_inputs.h", "product_sums.h", "attention_rows.h",
-    "attention_part.h", "products.c", "layer.c", "attention.c",
-    "layers.c", "drafts.c", "loss.c", "gradients.c", "mask_attention.c",
+    "attention_part.h", "products.c", "layer.c", "attention.c", "layers.c", "drafts.c", "loss.c", "gradients.c",
+    "mask_attention.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")

@@ -128,18 +128,18 @@ def linked_drafts(
 ) -> Tensor:
     """Likeliest tokens [B, K]; each follows from the one before it. A link corrects the logits in place.
 
-    before_B   token before the first
+    before_B   token before the first; each sequence has one, in whatever shape
     rows       of all tokens: logits [V, V] to add, or what the map `after` reads [V, R]
     state_BKR  what the map reads of each mask besides, if it does
     """
-    assert all(x.is_contiguous() for x in (logits_BKV, rows)), "logits and rows are one piece each"
-    B, K, V = logits_BKV.shape
+    (B, K, V), before_B = logits_BKV.shape, before_B.contiguous()
     state_BKR = None if state_BKR is None else state_BKR.contiguous()
+    read = [x for x in (logits_BKV, rows, state_BKR) if x is not None]
+    assert all(x.is_contiguous() and x.dtype == logits_BKV.dtype for x in read), "tensors differ, or are in pieces"
     draft_BK = torch.empty((B, K), dtype=torch.long)
+    state, panels = None if state_BKR is None else state_BKR.data_ptr(), None if after is None else after.address
     needed_library().linked_drafts(
-        logits_BKV.data_ptr(), before_B.contiguous().data_ptr(), rows.data_ptr(),
-        None if state_BKR is None else state_BKR.data_ptr(), None if after is None else after.address, B, K, V,
-        rows.shape[1],
+        logits_BKV.data_ptr(), before_B.data_ptr(), rows.data_ptr(), state, panels, B, K, V, rows.shape[1],
         logits_BKV.dtype == HALF, draft_BK.data_ptr(),
     )  # fmt: skip
     return draft_BK

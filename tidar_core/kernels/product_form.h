@@ -29,11 +29,7 @@
     }
 
 /* Words of a channel are filled up to a multiple of this. */
-#ifdef __AMX_TILE__
-const int words_together = 16;
-#else
-const int words_together = 1;
-#endif
+extern const int words_together;
 
 /* How weights lie, and what multiplies them: PAIRS are two inputs of BF16 that one instruction takes. */
 enum form { FP32, BF16, PAIRS, INT8, INT4 };
@@ -68,7 +64,7 @@ INLINE long first_of(const struct tiles *tiles, long tile) {
 
 INLINE long tokens_of(const struct tiles *tiles, long tile) { return tiles->least + (tile < tiles->larger); }
 
-/* A product: see the top of the file. Token n is row n of `x` and of `y`, or the row that `from` or `to` gives it.
+/* A product: see `products.c`. Token n is row n of `x` and of `y`, or the row that `from` or `to` gives it.
  * `laid` holds the tokens as `lay_block` leaves them, tile by tile; each has `steps` steps along the inputs. Results are
  * added to what is there if `adds` is 1. */
 struct product {

@@ -1,4 +1,4 @@
-/* Tokens of a product, laid out next to each other in the form of its weights. */
+/* Tokens of a product, laid out next to each other in the form of its weights. Included after `product_form.h`. */
 
 /* The largest absolute value of a step of one token, at least 1e-30; not finite if one of them is not. */
 INLINE float largest_size(const void *x, long first, long left, int inputs, int half) {

@@ -1,4 +1,4 @@
-/* Sums of one panel of weights with the tokens of a tile, which are laid out. */
+/* Sums of one panel of weights with the tokens of a tile, which are laid out. Included after `product_form.h`. */
 
 /* Write the results of one token for the 32 channels of a panel, or add them to what is there. */
 INLINE void put(void *y, long out, long row, long channel, int half, const float *bias, const F *sum, int adds) {

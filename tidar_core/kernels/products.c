@@ -29,6 +29,11 @@
 int omp_get_max_threads(void);
 
 int matrices = 0;
+#ifdef __AMX_TILE__
+const int words_together = 16;
+#else
+const int words_together = 1;
+#endif
 
 /* Prepare the processor. Returns whether matrix instructions are used. */
 int start(void) {
@@ -140,7 +145,8 @@ static void add_low_rank(const struct added *added, long out, long width, const 
         if (added && added->count) more = begin_low_rank(added, out, width, x, y, half);                           \
         const long blocks = of.laid == x ? 0 : of.tiles.count * blocks_of_tile(form, &of);                         \
         const long tiles = more.up.tiles.count, all = blocks + tiles;                                              \
-        if (tokens * width < (form < INT8 ? 8 * MANY : MANY) && tiles < 2) /* a region takes time too */           \
+        const int few = tokens * width < (form < INT8 ? 8 * MANY : MANY);                                          \
+        if (few && (tiles < 2 || added->count * width * added->rank < 8 * MANY)) /* a region takes time too */     \
             for (long n = 0; n < all; n++) name##_first(&of, &more, n);                                            \
         else                                                                                                       \
             _Pragma("omp parallel for schedule(static, 1)")                                                        \

@@ -30,7 +30,6 @@ TIMED_EVERY = 64
 OTHER_STEPS, FIRST_OTHER = 8, 64
 """Steps of the other mode in a row, and the steps before the first of them. Later gaps double as long as the caller
 allows."""
-
 OTHER_PROMISE = 0.7
 """Share of the best one's speed that the best candidate of the other mode must promise, to be run now and then."""
 OTHER_SHARE, LEAST_LOSS = 0.002, 0.1
@@ -78,7 +77,7 @@ class LearningSteps:
 
         pending      the most tokens pending (d_1 and its drafts) of a sequence
         probe_every  steps from one probe to the next, if the choice is autoregressive; 0 if there is nothing to probe
-        untimed      plans that promise nearly as much, whose time is not known; read only where one may be run
+        untimed      plans that promise nearly as much, whose time is not known
         other        candidate of the other mode that drafts, if it promises nearly as much
         other_every  steps from one time that it takes OTHER_STEPS to the next, at most
         """
@@ -100,11 +99,12 @@ class LearningSteps:
         return choice.next_plan(pending)
 
     def calm(self, choice: Candidate, probe_every: int, *, other: bool, untimed: bool) -> int:
-        """Steps from now on in which `next_plan` would return the choice's own plan.
+        """Steps from now on in which `next_plan` would return the choice's own plan, at most MOST_CALM.
 
-        It was called with the same arguments before, and returned such a plan.
+        `next_plan` was called with the same arguments, and returned such a plan. Under an autoregressive choice no
+        drafts are pending.
         """
-        left = []
+        left = [1 + MOST_CALM]
         if other:
             left.append(0 if self._other_left > 0 else self._next_other - self._steps)
         if untimed:
@@ -113,7 +113,7 @@ class LearningSteps:
             left.append(self._next_comparison - self._steps)
         elif probe_every:
             left.append(self._early(probe_every) - self._since_drafts)
-        return max(0, min(left, default=MOST_CALM) - 1)
+        return max(0, min(left) - 1)
 
     def skip(self, steps: int, mode: str) -> None:
         """Count calm steps that were run without `next_plan`."""

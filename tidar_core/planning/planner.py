@@ -152,21 +152,21 @@ class AutoPlanner:
         """
         if not self._served.isdisjoint(pending):
             self.loop.add_gap(self._clock() - self._free_since)
-        calm = self._calm
-        if calm.left and calm.requests == pending.keys():
+        calm, most = self._calm, max(pending.values())
+        if calm.left and calm.requests == pending.keys() and (most == 1 or calm.choice.mode != "autoregressive"):
             calm.left, calm.passed = calm.left - 1, calm.passed + 1
-            plan, requests = calm.choice.next_plan(max(pending.values())), calm.requests
+            plan, requests = calm.choice.next_plan(most), calm.requests
         else:
-            plan, requests = self._weighed_plan(pending, context)
+            plan, requests = self._weighed_plan(pending, most, context)
         self._launched = _Launched(plan, requests, context, bool(self._served), self._clock())
         return plan
 
-    def _weighed_plan(self, pending: Mapping[str, int], context: int) -> tuple[StepPlan, frozenset[str]]:
+    def _weighed_plan(self, pending: Mapping[str, int], most: int, context: int) -> tuple[StepPlan, frozenset[str]]:
         """The plan of the next step and its requests; notes for how long the choice's own plans follow."""
         self.reviews.skip(self._calm.passed)
         self._learning.skip(self._calm.passed, self._calm.choice.mode)
         review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
-        choice, most = review.choice, max(pending.values())
+        choice = review.choice
         untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
         plan = self._learning.next_plan(choice, most, review.probe_every, untimed, review.other, review.other_every)
         self._calm = _Calm(choice, requests)

@@ -112,7 +112,7 @@ class Reviews:
     def holding(self, requests: KeysView[str]) -> tuple[Review, frozenset[str]] | None:
         """The review that holds for a batch and its requests, or None if it is time to `look`.
 
-        Called once for each decode step.
+        Called once for each decode step that is not counted by `skip`.
         """
         self._steps += 1
         held = self._holding

@@ -18,7 +18,8 @@ from tidar_core.decoding.held_link import HeldLink
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.errors import ConfigError
-from tidar_core.kernels import PLAIN, kernels_for
+from tidar_core.kernels import PLAIN, c_kernels
+from tidar_core.kernels.compiled import library
 from tidar_core.training.dual_mode import IGNORED, dual_mode_batch
 from tidar_core.training.losses import chunk_loss, dual_mode_loss, label_counts, loss_sums
 from tidar_core.training.objective import Objective
@@ -29,6 +30,7 @@ from tidar_core.transformer.shapes import named_shape
 
 MASK = 511
 DENSE = StepPlan(5, (1, 2, 3, 4, 5))
+compiled = pytest.mark.skipif(library() is None, reason="no C compiler works here")
 SAMPLED = SamplingConfig(max_tokens=24, temperature=1.0, seed=5)
 
 
@@ -111,25 +113,33 @@ def test_a_request_without_drafts_may_trust_diffusion_beside_others(linked):
     assert texts(both) == [*texts(both[:1]), *texts(both[1:])]
 
 
-@pytest.mark.parametrize("kernels", [PLAIN, pytest.param(kernels_for("cpu", torch.float32), id="of this CPU")])
+@pytest.mark.parametrize("in_c", [False, pytest.param(True, marks=compiled)], ids=["in torch", "in C"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("reads_state", "looked_up_tokens"), [(False, 0), (True, 0), (False, 512)], ids=["map", "state", "table"]
 )
-def test_drafts_of_several_sequences_each_follow_from_their_own_token_before(kernels, reads_state, looked_up_tokens):
-    model = adapted_model(link_rank=4, link_reads_state=reads_state)
+def test_drafts_of_several_sequences_each_follow_from_their_own_token_before(
+    in_c, dtype, reads_state, looked_up_tokens
+):
+    """The logits are corrected in place."""
+    kernels = c_kernels() if in_c else PLAIN
+    model = adapted_model(link_rank=4, link_reads_state=reads_state).to(dtype)
     generator = torch.Generator().manual_seed(3)
-    logits_BKV, hidden_BKE = torch.randn(3, 5, 512, generator=generator), torch.randn(3, 5, 32, generator=generator)
+    logits_BKV, hidden_BKE = (torch.randn(3, 5, n, generator=generator).to(dtype) for n in (512, 32))
     first_B1, link = torch.tensor([[7], [0], [511]]), model.link
+    corrected_BKV, close = logits_BKV.clone(), 1e-5 if dtype == torch.float32 else 2**-6
     with torch.no_grad():
-        drafts_BK = HeldLink(model, kernels, looked_up_tokens).likeliest(logits_BKV.clone(), first_B1, hidden_BKE)
+        drafts_BK = HeldLink(model, kernels, looked_up_tokens).likeliest(corrected_BKV, first_B1, hidden_BKE)
     for b in range(3):
         before = int(first_B1[b])
         for k in range(5):
-            read = link.before[before]
+            read = link.before[before].float()
             if reads_state:
-                read = F.silu(read + link.state @ hidden_BKE[b, k])
-            before = int((logits_BKV[b, k] + link.after @ read).argmax())
-            assert drafts_BK[b, k] == before
+                read = F.silu(read + link.state.float() @ hidden_BKE[b, k].float())
+            expected = logits_BKV[b, k].float() + link.after.float() @ read
+            torch.testing.assert_close(corrected_BKV[b, k].float(), expected, rtol=close, atol=close)
+            before = int(drafts_BK[b, k])
+            assert expected[before] >= expected.max() - 2 * close
 
 
 def test_a_link_that_was_just_started_adds_nothing():

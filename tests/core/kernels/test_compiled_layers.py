@@ -9,7 +9,7 @@ from tiny import adapted_model, wide_model
 
 from tidar_core.decoding.decode_forward import DecodeForward, QueryTokens
 from tidar_core.decoding.plan_tensors import QueryPattern
-from tidar_core.kernels import c_kernels
+from tidar_core.kernels import c_kernels, compiled
 from tidar_core.kernels.compiled import library
 from tidar_core.kernels.linear import prepare_for_decoding
 from tidar_core.kernels.quantised_linear import WEIGHTS
@@ -54,3 +54,26 @@ def test_one_call_has_the_bits_of_many(form, config, adapted):
     for one, many in zip(found, expected, strict=True):
         assert torch.equal(one, many)
         assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
+def test_one_call_has_the_bits_of_many_on_other_processors(monkeypatch, processor, form):
+    monkeypatch.setattr(compiled, "library", lambda: processor[1])
+    test_one_call_has_the_bits_of_many(form, WIDE, adapted=True)
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
+def test_the_number_of_threads_changes_no_bit(form):
+    """Sixteen masks in one step: threads share out the tiles of an adapter's first map, then all panels."""
+    model = adapted_model(replace(WIDE, hidden_size=256, intermediate_size=1024), rank=32)
+    model = model.bfloat16() if form == "bf16" else model
+    prepare_for_decoding(model, form if form in WEIGHTS else None)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(read(model, c_kernels(), PROMPTS, [STEP]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(*both) for both in zip(found[0], other, strict=True))

@@ -6,7 +6,7 @@ from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate
 from tidar_core.planning.latency_formula import LatencyPoint
 from tidar_core.planning.latency_table import LatencyTable
-from tidar_core.planning.learning_steps import FIRST_OTHER, OTHER_STEPS, LearningSteps
+from tidar_core.planning.learning_steps import FIRST_OTHER, OTHER_STEPS, LearningSteps, probe_len
 from tidar_core.planning.planner import AutoPlanner
 from tidar_core.planning.reviews import Choice
 
@@ -65,3 +65,37 @@ def test_an_autoregressive_choice_runs_no_other_mode(monkeypatch):
     auto.next_plan({"r": 1}, 10)
     review, _ = auto.reviews.holding({"r": 1}.keys())
     assert (review.choice, review.other, review.other_every) == (choices[0], None, 0)
+
+
+def calm_planner(monkeypatch, *choices):
+    """A planner within a run of steps of its choice, and how often it looked for a plan since."""
+    auto, looks = planner(), []
+    monkeypatch.setattr(auto, "weigh", lambda *of, **how: list(choices))
+    auto.next_plan({"r": 1}, 10)
+    assert auto._calm.left > 0
+    look = auto._weighed_plan
+    monkeypatch.setattr(auto, "_weighed_plan", lambda *given: looks.append(given) or look(*given))
+    return auto, looks
+
+
+AR_CHOICE = Choice("autoregressive", (StepPlan(1),), 3.0)
+
+
+def test_a_run_of_steps_ends_with_its_requests_or_its_drafts(monkeypatch):
+    for end in (
+        lambda auto: {"other": 1},
+        lambda auto: {"r": 1, "other": 1},
+        lambda auto: auto.forget_drafts() or {"r": 1},
+    ):
+        auto, looks = calm_planner(monkeypatch, AR_CHOICE)
+        auto.next_plan({"r": 1}, 10)
+        assert not looks
+        auto.next_plan(end(auto), 10)
+        assert len(looks) == 1
+
+
+def test_drafts_that_are_pending_in_an_autoregressive_run_are_verified(monkeypatch):
+    """An autoregressive step drafts as well where diffusion is trusted."""
+    auto, _ = calm_planner(monkeypatch, AR_CHOICE)
+    assert auto.next_plan({"r": 1}, 10) == StepPlan(1)
+    assert auto.next_plan({"r": 4}, 10) == StepPlan(probe_len(auto.block_len))
