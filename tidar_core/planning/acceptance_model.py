@@ -36,8 +36,9 @@ __all__ = [
 NONE, SOME, ALL = range(3)
 """Regimes: how many of the drafts were accepted that were verified last."""
 
-DECAY = 0.998
-"""Decay per verification: old counts fade, so positions not tried recently are explored again."""
+DECAY, FADE = 0.998, 0.9995
+"""Decay of the counts of a regime and kind of block with each verification of that kind, and with each other one. So
+what few verifications showed is kept for some time, and then explored again."""
 FIRST_RATE, PRIOR_VERIFICATIONS = 0.5, 16.0
 """Prior acceptance rate of the first draft, and how many verifications each prior counts for. The prior of each later
 draft is the rate of the draft before it."""
@@ -85,11 +86,14 @@ class Acceptance:
         drafts = min(step.pending, step.verified) - 1
         if drafts < 1:
             return
-        self._weight /= DECAY  # a growing weight of new counts is a decay of the old ones
+        self._weight /= FADE  # a growing weight of new counts is a decay of the old ones
         if self._weight > 1e12:
             self._renew()
         K, weight, late = self.block_len, self._weight, step.mask_offset > 0
         tried, kept, accepted = self.tried[regime], self.kept[regime], step.accepted
+        for entry in range(K, K + 2) if late else range(1, K):
+            tried[entry] *= DECAY / FADE
+            kept[entry] *= DECAY / FADE
         for draft in range(1, min(drafts, accepted) + 1):
             entry = draft if not late else K if draft == 1 else K + 1
             tried[entry] += weight

@@ -57,3 +57,16 @@ def test_what_was_not_tried_for_long_is_unknown_again():
     for _ in range(20_000):  # so many that the weights of the counts must be renewed
         acceptance.observe(DecodeStep("r", (1, 1), None, 2, 2, 2), ALL)
     assert acceptance.rates()[ALL].whole[2] > 0.9
+
+
+def test_what_few_verifications_of_a_kind_showed_is_kept_while_many_of_another_kind_are_counted():
+    """A choice may verify whole blocks behind rejections alone. Other plans show at times what follows whole blocks."""
+    acceptance = Acceptance(8)
+    for _ in range(12):
+        for _ in range(4):
+            acceptance.observe(DecodeStep("r", (1,) * 8, None, 8, 8, 8), ALL)
+        for _ in range(200):
+            acceptance.observe(DecodeStep("r", (1,), None, 8, 1, 8), NONE)
+            acceptance.observe(DecodeStep("r", (1,) * 4, None, 4, 4, 4, mask_offset=4), SOME)
+    assert acceptance.rates()[ALL].whole[1] > 0.5
+    assert acceptance.rates()[NONE].whole[1] < 0.05
