@@ -59,9 +59,9 @@ class HeldLink:
 
         before_B1  token before the first
         """
-        if self._in_one_call is not None and self._table_VV is not None:
-            return self._in_one_call(logits_BKV, before_B1, self._table_VV)
         if self._in_one_call is not None:
+            if self._table_VV is not None:
+                return self._in_one_call(logits_BKV, before_B1, self._table_VV)
             state = None if self._link.state is None else F.linear(hidden_BKE, self._link.state)
             return self._in_one_call(logits_BKV, before_B1, self._before_VR, state, self._after)
         drafts = []

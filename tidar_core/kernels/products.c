@@ -120,6 +120,7 @@ static void widen_panel(const struct low_rank *of, long n) {
     else widen(FP32, of, n);
 }
 
+/* Add what an adapter adds, where the product of its map does not. */
 static void add_low_rank(const struct added *added, long out, long width, const void *x, void *y, int half) {
     if (added->count == 0) return;
     struct low_rank of = begin_low_rank(added, out, width, x, y, half);

@@ -40,18 +40,27 @@ def read(model, kernels, *forwards):
         return [hidden for parts in forwards for hidden in forward(*parts)] + [cache.pages[:, 1:]]
 
 
+def prepared(model, form):
+    model = model.bfloat16() if form == "bf16" else model
+    prepare_for_decoding(model, form if form in WEIGHTS else None)
+    return model
+
+
+def read_in_both_forms(model):
+    """Hidden states and cache by one call of all layers, and by many calls."""
+    cache = KVCache(model.config, pages=2, page_len=4)
+    assert DecodeForward(model, cache, positions=4, block_len=K).one_call is not None
+    forms = (read(model, kernels, PROMPTS, [STEP]) for kernels in (c_kernels(), replace(c_kernels(), layers=None)))
+    return list(zip(*forms, strict=True))
+
+
 @pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
 @pytest.mark.parametrize("config", [WIDE, BIASED], ids=["norms of heads", "biases"])
 @pytest.mark.parametrize("adapted", [True, False])
 def test_one_call_has_the_bits_of_many(form, config, adapted):
-    model = adapted_model(config) if adapted else wide_model(config)
-    model = model.bfloat16() if form == "bf16" else model
-    prepare_for_decoding(model, form if form in WEIGHTS else None)
-    assert DecodeForward(model, KVCache(config, pages=2, page_len=4), positions=4, block_len=K).one_call is not None
-    found = read(model, c_kernels(), PROMPTS, [STEP])
-    expected = read(model, replace(c_kernels(), layers=None), PROMPTS, [STEP])
+    found = read_in_both_forms(prepared(adapted_model(config) if adapted else wide_model(config), form))
     assert len(found) == 4
-    for one, many in zip(found, expected, strict=True):
+    for one, many in found:
         assert torch.equal(one, many)
         assert one.abs().max() > 0
 
@@ -59,15 +68,15 @@ def test_one_call_has_the_bits_of_many(form, config, adapted):
 @pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
 def test_one_call_has_the_bits_of_many_on_other_processors(monkeypatch, processor, form):
     monkeypatch.setattr(compiled, "library", lambda: processor[1])
-    test_one_call_has_the_bits_of_many(form, WIDE, adapted=True)
+    for one, many in read_in_both_forms(prepared(adapted_model(WIDE), form)):
+        assert torch.equal(one, many)
+        assert one.abs().max() > 0
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", *WEIGHTS])
 def test_the_number_of_threads_changes_no_bit(form):
     """Sixteen masks in one step: threads share out the tiles of an adapter's first map, then all panels."""
-    model = adapted_model(replace(WIDE, hidden_size=256, intermediate_size=1024), rank=32)
-    model = model.bfloat16() if form == "bf16" else model
-    prepare_for_decoding(model, form if form in WEIGHTS else None)
+    model = prepared(adapted_model(replace(WIDE, hidden_size=256, intermediate_size=1024), rank=32), form)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):
