@@ -3,33 +3,27 @@
 Which mode, with which query tokens, is fastest right now?
 
 The cost comes from a measured latency table, corrected by the steps that were served (`served_latency`). The loop's
-own time is added (`loop_time`). The gain comes from how often drafts were accepted so far (`acceptance_model`).
+own time is added (`loop_time`). The gain comes from the newest drafts (`draft_history`), which every plan would have
+verified in its own way (`plan_replay`).
 Autoregression is always among the candidates. Some steps are run to learn from (`learning_steps`).
 """
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.step_plan import FixedMode, Planner, StepPlan
-from tidar_core.planning.acceptance_model import (
-    NONE,
-    Acceptance,
-    AcceptanceRates,
-    PlanChain,
-    expected_tokens,
-    lost_tokens,
-    regime_after,
-    two_pass_chain,
-)
+from tidar_core.planning.acceptance_rates import mean_rates
 from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
+from tidar_core.planning.draft_history import DraftHistory
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, other_mode, probe_len
 from tidar_core.planning.loop_time import LoopTime
+from tidar_core.planning.plan_replay import PlanChain, expected_tokens, lost_tokens, two_pass_chain
 from tidar_core.planning.reviews import MAX_INDIVIDUAL_BATCH, Choice, Review, Reviews
 from tidar_core.planning.served_latency import ServedLatency
 from tidar_core.timing import Clock
@@ -49,8 +43,8 @@ AUTO = "auto"
 HYSTERESIS = 1.02
 """A new choice must promise this many times the tokens per second of the present one."""
 MIN_SPEEDUP_TO_DRAFT = 1.02
-"""To draft at all, a choice must promise this many times the tokens per second of the autoregressive mode, because a
-forecast is never exact."""
+"""To begin to draft, a choice must promise this many times the tokens per second of the autoregressive mode, because a
+forecast is never exact. To go on, it must promise more than that mode."""
 MIN_VERIFICATIONS = 32
 """Verifications after which such a request has a review of its own; until then it shares the review of others."""
 PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
@@ -116,16 +110,12 @@ class AutoPlanner:
         self._free_since = 0.0
         """Time at which the last decode step ended, or the last prefill began."""
         self.forget_drafts()
-        if self._chains:  # what all reviews share is computed before the first request
-            expected_tokens(list(self._chains.values()), self.acceptance.rates())
+        self._tokens(self._chains.values())  # what all reviews share is computed before the first request
 
     def forget_drafts(self) -> None:
         """Forget how often drafts were accepted: they are made by other weights from now on."""
         self.learn()
-        self.acceptance = Acceptance(self.block_len)
-        """Counts of all requests so far."""
-        self._own: dict[str, _Own] = {}
-        """Counts of each running request."""
+        self.history = DraftHistory(self.block_len)
         self._learning = LearningSteps(self.block_len)
         self._calm = _Calm(self.choice, frozenset())
         self.reviews.forget()
@@ -167,6 +157,8 @@ class AutoPlanner:
         self._learning.skip(self._calm.passed, self._calm.choice.mode)
         review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
         choice = review.choice
+        if review.untimed:
+            self.learn()
         untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
         plan = self._learning.next_plan(choice, most, review.probe_every, untimed, review.other, review.other_every)
         self._calm = _Calm(choice, requests)
@@ -212,19 +204,10 @@ class AutoPlanner:
         individual, tokens, ended = len(steps) <= MAX_INDIVIDUAL_BATCH, 0, 0
         for step in steps:
             tokens += len(step.token_ids)
-            if step.verified > 1:
-                own = self._own.get(step.request_id) or self._own.setdefault(step.request_id, _Own(self.block_len))
-                self.acceptance.observe(step, own.regime)
-                if individual:
-                    own.acceptance.observe(step, own.regime)
-                    own.verifications += 1
-                    if own.verifications == MIN_VERIFICATIONS:
-                        self._calm.left = 0
-                        self.reviews.look_again()
-                own.regime = regime_after(own.regime, step)
-            if step.finish_reason is not None:
-                ended += 1
-                self._own.pop(step.request_id, None)
+            ended += step.finish_reason is not None
+            if self.history.observe(step) == MIN_VERIFICATIONS and individual:
+                self._calm.left = 0
+                self.reviews.look_again()
         self.loop.add_step(tokens, ended)
         self.reviews.add_texts(ended)
 
@@ -239,7 +222,7 @@ class AutoPlanner:
             ],
             "expected_tokens_per_second": self.expected_tokens_per_second(self.choice.tokens_per_second),
             "expected_over_ar": self.expected_over_ar,
-            "chances": asdict(self.acceptance.pooled()),
+            "chances": asdict(mean_rates(self.history.excerpt().windows, self.block_len)),
         }
 
     def expected_tokens_per_second(self, decoding: float) -> float:
@@ -267,7 +250,7 @@ class AutoPlanner:
         alike     whether requests of a small batch count with the acceptance rates of all, as those of a large one do
         """
         self.learn()
-        accepted = dict(zip(self._chains, self._tokens(list(self._chains.values()), () if alike else requests)))
+        accepted = dict(zip(self._chains, self._tokens(self._chains.values(), () if alike else requests)))
         plans = dict.fromkeys(plan for candidate in self.candidates for plan in candidate.cycle)
         loop, batch = self.loop.step_seconds, len(requests)
         step_seconds = {plan: self._forward_seconds(plan, batch, context) + loop for plan in plans}
@@ -291,24 +274,20 @@ class AutoPlanner:
             return PlanChain.of(candidate.cycle[0], self.block_len)
         return two_pass_chain(candidate.cycle[1].clean_len, candidate.cycle[0].masks(self.block_len))
 
-    def _tokens(self, chains: Sequence[PlanChain], requests: Collection[str]) -> list[float]:
-        return expected_tokens(chains, *self._rates(requests)) if chains else []
-
-    def _rates(self, requests: Collection[str]) -> list[list[AcceptanceRates]]:
-        """Acceptance rates of each request if they are few; of all requests so far if they are many or not named."""
-        few = 0 < len(requests) <= MAX_INDIVIDUAL_BATCH
-        own = [self._own.get(request) for request in requests] if few else [None]
-        everyone = self.acceptance
-        return [everyone.rates() if known is None else known.acceptance.with_prior(everyone) for known in own]
+    def _tokens(self, chains: Collection[PlanChain], requests: Collection[str] = ()) -> list[float]:
+        """Accepted length of each chain; a lone request counts with its own drafts, others with those of all."""
+        if not chains:
+            return []
+        lone = next(iter(requests)) if 0 < len(requests) <= MAX_INDIVIDUAL_BATCH else None
+        return expected_tokens(chains, self.history.excerpt(lone), self.block_len)
 
     def _next_review(self, pending: Mapping[str, int], context: int) -> tuple[Review, frozenset[str]]:
         """Look for the review that holds from now on, and its requests."""
         self.learn()
-        if len(self._own) > 2 * len(pending):  # aborted requests never report a finish
-            self._own = {request: own for request, own in self._own.items() if request in pending}
+        if len(self.history) > 2 * len(pending):  # aborted requests never report a finish
+            self.history.keep(pending)
         few = pending if len(pending) <= MAX_INDIVIDUAL_BATCH and self.reviews.individual else ()
-        own = (self._own.get(request) for request in few)
-        known = any(found is not None and found.verifications >= MIN_VERIFICATIONS for found in own)
+        known = any(self.history.verifications(request) >= MIN_VERIFICATIONS for request in few)
         review, requests = self.reviews.look(
             pending.keys(), lambda last, alike: self._reviewed(pending, context, last, alike=alike), known=known
         )
@@ -322,7 +301,8 @@ class AutoPlanner:
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
         present = next((choice for choice in others if choice.cycle == held.cycle), ar)
-        if best.tokens_per_second < MIN_SPEEDUP_TO_DRAFT * ar.tokens_per_second:
+        least = MIN_SPEEDUP_TO_DRAFT if last is None or present is ar else 1.0
+        if best.tokens_per_second <= least * ar.tokens_per_second:
             best = ar
         elif present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
             best = present
@@ -385,16 +365,3 @@ class _Seen(NamedTuple):
     ended: float
     steps: Sequence[DecodeStep]
     beside: bool
-
-
-@dataclass(slots=True)
-class _Own:
-    """Counts and regime of one request; what it verified in a larger batch counts for all requests alone."""
-
-    block_len: InitVar[int]
-    acceptance: Acceptance = field(init=False)
-    regime: int = NONE
-    verifications: int = 0
-
-    def __post_init__(self, block_len: int) -> None:
-        self.acceptance = Acceptance(block_len)

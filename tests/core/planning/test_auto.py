@@ -146,7 +146,7 @@ def test_exchanged_drafts_are_judged_by_themselves(machine):
     planner.forget_drafts()
     served(planner, decoder, DRAFTS["good"], batch=8, tokens=800)
     assert planner.choice.mode != "autoregressive"
-    assert planner.acceptance.pooled().whole[1] > 0.8
+    assert planner.facts()["chances"]["whole"][1] > 0.8
 
 
 def test_a_batch_costs_as_much_as_the_slots_that_its_captured_steps_compute(machine):

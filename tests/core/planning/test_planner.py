@@ -1,4 +1,4 @@
-"""The planner: its model against a simulation, its choice against brute force, its texts against autoregression."""
+"""The planner: its choice against brute force, its texts against autoregression."""
 
 import random
 
@@ -13,12 +13,6 @@ from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.decoding.step_plan import StepPlan
-from tidar_core.planning.acceptance_model import (
-    AcceptanceRates,
-    PlanChain,
-    expected_tokens,
-    two_pass_chain,
-)
 from tidar_core.planning.candidate_plans import all_candidates, few_candidates, timed_plans
 from tidar_core.planning.decode_step_benchmark import step_plans
 from tidar_core.planning.latency_formula import LatencyPoint
@@ -35,36 +29,29 @@ from tidar_core.planning.step_timing import decoding_latency
 K = 4
 
 
-def rates(whole, late=0.3):
-    """The same rates in every regime; all drafts of a late block have the rate `late`."""
-    return [AcceptanceRates(tuple(whole), (late, late))] * 3
+def taught(planner, whole, late=None):
+    """Show the planner many verifications of whole blocks, and of blocks behind a correction.
+
+    whole  rate of each draft of a whole block; entry 0 is not used
+    late   rate of every draft behind a correction; by default the rate of a whole block's first draft
+    """
+    luck, late = random.Random(0), whole[1] if late is None else late
+    for _ in range(2000):
+        for offset in (0, 1):
+            n, drafts = 1, K - offset - 1
+            while n <= drafts and luck.random() < (late if offset else whole[n]):
+                n += 1
+            planner.observe([DecodeStep("taught", (1,) * n, None, K - offset, n, K, mask_offset=offset)])
 
 
-REGIMES = [
-    AcceptanceRates((0, 0.4, 0.3, 0.2), (0.1, 0.3)),
-    AcceptanceRates((0, 0.6, 0.5, 0.5), (0.4, 0.6)),
-    AcceptanceRates((0, 0.9, 0.9, 0.8), (0.7, 0.9)),
-]
-"""Rates by how many drafts were accepted before: none, some, all."""
-
-
-def known(planner, regimes):
-    """Make the planner so certain of these rates that its prior does not count."""
-    planner.acceptance.kept = [[c * 1e6 for c in (*regime.whole, *regime.late)] for regime in regimes]
-    planner.acceptance.tried = [[1e6] * (K + 2) for _ in regimes]
-
-
-def simulated_tokens(plan, regimes, forwards=40_000, seed=0, whole_blocks=False):
+def simulated_tokens(plan, chance, late_chance, forwards=40_000, whole_blocks=False):
     """Accepted length of a sequence that is decoded draft by draft, mean over verifications."""
-    luck, late, tokens, width = random.Random(seed), 0, 0, plan.masks(len(regimes[0].whole))
-    regime = regimes[0]
+    luck, late, tokens, width = random.Random(0), 0, 0, plan.masks(K)
     for _ in range(forwards):
         n, drafts = 1, min(plan.clean_len, width - late) - 1
-        while n <= drafts and luck.random() < (regime.late[n > 1] if late else regime.whole[n]):
+        while n <= drafts and luck.random() < (late_chance if late else chance[n]):
             n += 1
         tokens += n
-        if drafts > 0:
-            regime = regimes[2 if n == plan.clean_len else 1 if n > 1 else 0]
         groups = [g for g in plan.groups if g <= n]
         late = 0 if whole_blocks else min(width, n - max(groups)) if groups else width
     return tokens / forwards
@@ -80,62 +67,22 @@ def table_of(seconds_of_rows, batch=1):
     return LatencyTable(tuple(points))
 
 
-@pytest.mark.parametrize(
-    "regimes", [REGIMES, *(rates((0, *whole), late) for whole in ((0.9, 0.9, 0.9), (0.0, 0.9, 0.9), (1.0, 1.0, 1.0))
-                       for late in (0.0, 0.3, 0.9))]
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "plan",
-    [
-        StepPlan(4, (1, 2, 3, 4)),
-        StepPlan(4, (1,)),
-        StepPlan(4, (1, 4)),
-        StepPlan(3, (1, 2)),
-        StepPlan(4, (1, 3)),
-        StepPlan(2, (1, 2), 2),
-        StepPlan(2, (1,), 3),
-        StepPlan(3, (1,), 3),
-    ],
-)
-def test_expected_tokens_are_those_of_a_simulation(plan, regimes):
-    # 40,000 forwards of at most 4 tokens: the standard error is below 0.02, runs of a regime included
-    assert expected_tokens([PlanChain.of(plan, K)], regimes)[0] == pytest.approx(
-        simulated_tokens(plan, regimes), abs=0.06
-    )
-
-
-def test_expected_tokens_of_two_passes_are_those_of_a_simulation():
-    simulated = simulated_tokens(StepPlan(3, (), 4), REGIMES, whole_blocks=True)
-    assert expected_tokens([two_pass_chain(3, 4)], REGIMES)[0] == pytest.approx(simulated, abs=0.06)
-
-
-def test_dense_groups_give_the_plain_expectation():
-    dense = PlanChain.of(StepPlan(4, (1, 2, 3, 4)), K)
-    assert expected_tokens([dense], rates((0, 0.8, 0.5, 0.2)))[0] == pytest.approx(1 + 0.8 + 0.4 + 0.08)
-
-
-def test_what_a_batch_expects_is_the_mean_over_its_sequences():
-    dense = PlanChain.of(StepPlan(4, (1, 2, 3, 4)), K)
-    found = expected_tokens([dense], rates((0, 1.0, 1.0, 1.0)), rates((0, 0.0, 0.0, 0.0)))
-    assert found == pytest.approx([(4 + 1) / 2])
-
-
 @pytest.mark.parametrize("chance", [[0, 0.05, 0.05, 0.05], [0, 0.6, 0.5, 0.4], [0, 0.95, 0.95, 0.95]])
 @pytest.mark.parametrize("row_cost", [0.0, 0.02, 0.1, 1.0])
 def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
     planner = planner_with(table_of(lambda rows: 1.0 + row_cost * rows), K)
-    known(planner, rates(chance, 0.3 * chance[1]))
-    regimes = planner.acceptance.rates()
+    late_chance = 0.3 * chance[1]
+    taught(planner, chance, late_chance)
     planner.next_plan({"r": 1}, 10)
     speeds = {}
     for candidate in all_candidates(K):
         mode, cycle = candidate.mode, candidate.cycle
         seconds = sum(1.0 + row_cost * plan.query_tokens(K) for plan in cycle)
         if mode == "single-pass":
-            tokens = simulated_tokens(cycle[0], regimes)
+            tokens = simulated_tokens(cycle[0], chance, late_chance)
         else:
             tokens = 1.0 if mode == "autoregressive" else 1 + simulated_tokens(
-                StepPlan(cycle[1].clean_len, (), cycle[0].width), regimes, whole_blocks=True
+                StepPlan(cycle[1].clean_len, (), cycle[0].width), chance, late_chance, whole_blocks=True
             )  # fmt: skip
         speeds[cycle] = tokens / seconds
     best = max(speeds.values())
@@ -147,21 +94,21 @@ def test_the_choice_is_the_best_candidate_by_brute_force(chance, row_cost):
 
 def test_hopeless_drafts_and_costly_rows_mean_autoregression():
     planner = planner_with(table_of(lambda rows: float(rows)), K)
-    known(planner, rates([0.0] * K, 0.0))
+    taught(planner, [0.0] * K)
     assert planner.next_plan({"a": 1, "b": 1}, 10) == StepPlan(1)
     assert planner.choice.mode == "autoregressive"
 
 
 def test_free_rows_and_good_drafts_mean_single_pass_with_every_group():
     planner = planner_with(table_of(lambda rows: 1.0), K)
-    known(planner, rates([0.9] * K, 0.9))
+    taught(planner, [0.9] * K)
     planner.next_plan({"r": 4}, 10)
     assert planner.choice.cycle == (StepPlan(4, (1, 2, 3, 4), 4),)
 
 
 def test_autoregression_tries_a_block_now_and_then_and_can_be_won_back():
     planner = planner_with(table_of(lambda rows: 1.0 + 0.01 * rows), K)
-    planner.acceptance.tried = [[600.0] * (K + 2) for _ in range(3)]
+    taught(planner, [0.0] * K)
     plans = []
     pending = 1
     for _ in range(3000):
@@ -188,7 +135,7 @@ def test_a_text_whose_drafts_are_always_or_never_accepted_can_be_planned_for_eve
 
 def test_drafting_must_promise_clearly_more_than_autoregression():
     planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
-    known(planner, rates([0.3] * K, 0.3))
+    taught(planner, [0.3] * K)
     weighed = planner.weigh(["r"], 10)
     best = max(choice.tokens_per_second for choice in weighed) / weighed[0].tokens_per_second
     assert 1 < best < MIN_SPEEDUP_TO_DRAFT
@@ -209,7 +156,7 @@ def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
 
 def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
     planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
-    known(planner, rates([0.5] * K, 0.5))
+    taught(planner, [0.5] * K)
     for request, n in (("good", 4), ("bad", 1)):
         for _ in range(200):
             planner.observe([DecodeStep(request, (1,) * n, None, 4, n, 4)])
@@ -221,7 +168,7 @@ def test_a_request_that_runs_alone_is_weighed_by_its_own_drafts():
     planner.next_plan({"good": 4}, 10)
     assert planner.choice.mode != "autoregressive"
     planner.next_plan({"new": 1}, 10)
-    assert set(planner._own) <= {"good", "bad"}
+    assert len(planner.history) <= 2
 
 
 def test_lone_requests_that_are_new_share_a_review(monkeypatch):
@@ -247,7 +194,7 @@ def test_the_review_of_one_request_and_that_of_all_take_turns_and_do_not_mix(mon
     planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     alike, weigh = [], planner.weigh
     monkeypatch.setattr(planner, "weigh", lambda *of, **how: alike.append(how["alike"]) or weigh(*of, **how))
-    known(planner, rates([0.9] * K, 0.9))
+    taught(planner, [0.9] * K)
     for _ in range(100):
         planner.observe([DecodeStep("bad", (1,), None, 4, 1, 4)])
     for step in range(4000):
@@ -267,11 +214,12 @@ def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
         planner.next_plan(running, 10)
         reasons = ["stop", "length", "length", None, None, None]  # the last three are aborted after this step
         planner.observe([DecodeStep(r, (1,), reason, 4, 1, 4) for r, reason in zip(running, reasons)])
-        assert len(planner._own) <= 2 * len(running) + 3
-        assert not {r for r, reason in zip(running, reasons) if reason} & set(planner._own)
+        assert len(planner.history) <= 2 * len(running) + 3
+        finished = [r for r, reason in zip(running, reasons) if reason]
+        assert [planner.history.verifications(r) for r in finished] == [0, 0, 0]
     for turn in range(50):
         planner.next_plan({f"alone-{turn}": 1}, 10)
-    assert len(planner._own) <= 2
+    assert len(planner.history) <= 2
     assert len(planner.reviews._found) <= 2
 
 
@@ -309,13 +257,6 @@ def test_auto_with_a_block_of_one_token_has_nothing_to_draft_or_probe(model, row
     found = [tuple(c.token_ids) for c in complete(Scheduler(decoder, planner), requests(texts, GREEDY))]
     assert found == expected_texts(model, texts, GREEDY)
     assert planner.facts()["plans"] == [{"verified": 1, "groups": [], "masks": 1}]
-
-
-@pytest.mark.parametrize("chain", [two_pass_chain(1, 1), two_pass_chain(1, K), PlanChain.of(StepPlan(K, (1,), 1), K)])
-def test_a_plan_that_verifies_no_draft_gives_one_token(chain):
-    tested = PlanChain.of(StepPlan(4, (1,)), K)
-    alone = expected_tokens([tested], REGIMES)
-    assert expected_tokens([chain, tested], REGIMES) == pytest.approx([1.0, *alone])
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 3, 8, 16])
@@ -385,5 +326,5 @@ def test_a_caller_may_extend_its_list_of_steps_after_it_was_observed():
         planner.observe(steps := [DecodeStep("a", (1,), None, 4, 1, 4)])
         steps.append(DecodeStep("b", (1,), "stop", 0, 0, 0))
     planner.learn()
-    assert planner._own["a"].verifications == 5
+    assert planner.history.verifications("a") == 5
     assert planner.loop.texts_per_token == 0.0
