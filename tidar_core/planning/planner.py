@@ -10,9 +10,9 @@ Autoregression is always among the candidates. Some steps are run to learn from 
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import DecodeStep
@@ -103,12 +103,14 @@ class AutoPlanner:
         if block_len > 1:
             self.choice = Choice("single-pass", (StepPlan(block_len, (1,), block_len),), 0.0)
         self.autoregressive_tokens_per_second = 0.0
-        self.reviews, self._seen, self._learned = Reviews(clock), list[_Seen](), 0.0
+        self.reviews, self._prefill_began, self._learned = Reviews(clock), 0.0, 0.0
+        self._seen: list[tuple[_Launched | None, float, tuple[DecodeStep, ...], bool]] = []
+        """Steps that were not learned from yet: the time at which each ended, and whether it read prompts too."""
         self._launched: _Launched | None = None
+        self._ended: float | None = None
+        """Time at which the last decode step ended, if only the loop's own work came after it."""
         self._served: frozenset[str] = frozenset()
-        """Requests of the last decode step, if only the loop's own work came after it."""
-        self._free_since = 0.0
-        """Time at which the last decode step ended, or the last prefill began."""
+        """Requests of the last step that was learned from."""
         self.forget_drafts()
         self._tokens(self._chains.values())  # what all reviews share is computed before the first request
 
@@ -127,12 +129,12 @@ class AutoPlanner:
 
     def begin_prefill(self) -> None:
         """Note the time."""
-        self._free_since = self._clock()
+        self._prefill_began = self._clock()
 
     def end_prefill(self) -> None:
         """Count the time since `begin_prefill`."""
-        self.loop.add_prefill(self._clock() - self._free_since)
-        self._served = frozenset()
+        self.loop.add_prefill(self._clock() - self._prefill_began)
+        self._ended = None
 
     def next_plan(self, pending: Mapping[str, int], context: int) -> StepPlan:
         """The plan of the choice; if no draft is pending, drafts are made first.
@@ -140,19 +142,21 @@ class AutoPlanner:
         pending   tokens pending (d_1 and its drafts) of each running request
         context   tokens of the longest sequence in the cache
         """
-        if not self._served.isdisjoint(pending):
-            self.loop.add_gap(self._clock() - self._free_since)
+        began = self._clock()
+        gap = None if self._ended is None else began - self._ended
         calm, most = self._calm, max(pending.values())
-        if calm.left and calm.requests == pending.keys() and (most == 1 or calm.choice.mode != "autoregressive"):
-            calm.left, calm.passed = calm.left - 1, calm.passed + 1
-            plan, requests = calm.choice.next_plan(most), calm.requests
+        if calm.left and calm.requests == pending.keys() and (most == 1 or calm.drafts):
+            calm.left -= 1
+            calm.passed += 1
+            plan = calm.plans[most > 1]
         else:
-            plan, requests = self._weighed_plan(pending, most, context)
-        self._launched = _Launched(plan, requests, context, bool(self._served), self._clock())
+            plan, calm = self._weighed_plan(pending, most, context)
+            began = self._clock()
+        self._launched = plan, calm.requests, context, gap, began
         return plan
 
-    def _weighed_plan(self, pending: Mapping[str, int], most: int, context: int) -> tuple[StepPlan, frozenset[str]]:
-        """The plan of the next step and its requests; notes for how long the choice's own plans follow."""
+    def _weighed_plan(self, pending: Mapping[str, int], most: int, context: int) -> tuple[StepPlan, "_Calm"]:
+        """The plan of the next step, and the run of the choice's own plans that follows."""
         self.reviews.skip(self._calm.passed)
         self._learning.skip(self._calm.passed, self._calm.choice.mode)
         review, requests = self.reviews.holding(pending.keys()) or self._next_review(pending, context)
@@ -161,44 +165,47 @@ class AutoPlanner:
             self.learn()
         untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
         plan = self._learning.next_plan(choice, most, review.probe_every, untimed, review.other, review.other_every)
-        self._calm = _Calm(choice, requests)
-        if plan == choice.next_plan(most):
+        self._calm = calm = _Calm(choice, requests)
+        if plan == calm.plans[most > 1]:
             own = self._learning.calm(choice, review.probe_every, other=review.other is not None, untimed=bool(untimed))
-            self._calm.left = min(own, self.reviews.calm())
-        return plan, requests
+            calm.left = min(own, self.reviews.calm())
+        return plan, calm
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
         """Learn the time of the step that `next_plan` planned, and which drafts were accepted.
 
         beside  whether its forward read prompts too: time beyond the forecast then counts as theirs
         """
-        self._free_since = self._clock()
-        if self._launched is not None:
-            self._served = self._launched.requests
-        self._seen.append(_Seen(self._launched, self._free_since, tuple(steps), beside))
+        ended = self._clock()
+        self._seen.append((self._launched, ended, tuple(steps), beside))
+        self._ended = None if self._launched is None else ended
         self._launched = None
-        if len(self._seen) == LEARNED_TOGETHER or self._free_since >= self._learned + LEARNED_AFTER:
+        if len(self._seen) == LEARNED_TOGETHER or ended >= self._learned + LEARNED_AFTER:
             self.learn()
 
     def learn(self) -> None:
         """Learn from all steps that were observed; several are learned from together, if they are short."""
-        seen, self._seen, self._learned = self._seen, [], self._free_since
-        for step in seen:
-            if step.launched is not None:
-                self._learn_time(step.launched, step.ended - step.launched.began, beside=step.beside)
-            self._learn_drafts(step.steps)
+        seen, self._seen = self._seen, []
+        for launched, ended, steps, beside in seen:
+            self._learned = ended
+            if launched is not None:
+                self._learn_time(launched, ended, beside=beside)
+            self._learn_drafts(steps)
 
-    def _learn_time(self, launched: "_Launched", seconds: float, *, beside: bool) -> None:
-        plan = launched.plan
-        rows, batch = plan.query_tokens(self.block_len), self._computed_slots(len(launched.requests))
+    def _learn_time(self, launched: "_Launched", ended: float, *, beside: bool) -> None:
+        plan, requests, context, gap, began = launched
+        if gap is not None and not self._served.isdisjoint(requests):
+            self.loop.add_gap(gap)
+        self._served = requests
+        seconds, rows, drafts = ended - began, plan.query_tokens(self.block_len), bool(plan.groups)
+        batch = self._computed_slots(len(requests))
         if beside:
-            forecast = self.latency.seconds(rows, batch, launched.context, drafts=bool(plan.groups))
-            forecast = min(seconds, forecast * self.latency.slowdown)
+            forecast = min(seconds, self.latency.seconds(rows, batch, context, drafts=drafts) * self.latency.slowdown)
             self.loop.add_prefill(seconds - forecast)
             seconds = forecast
-        elif launched.alone or not self._queued:
-            self.latency.observe(rows, batch, launched.context, bool(plan.groups), seconds)
-        self.reviews.add_step(seconds, len(launched.requests))
+        elif gap is not None or not self._queued:
+            self.latency.observe(rows, batch, context, drafts, seconds)
+        self.reviews.add_step(seconds, len(requests))
 
     def _learn_drafts(self, steps: Sequence[DecodeStep]) -> None:
         individual, tokens, ended = len(steps) <= MAX_INDIVIDUAL_BATCH, 0, 0
@@ -336,32 +343,20 @@ class AutoPlanner:
         return int(min(max(lost / PROBE_SHARE, SHORTEST_PROBE), LONGEST_PROBE))
 
 
-class _Launched(NamedTuple):
-    """The step that was planned last."""
-
-    plan: StepPlan
-    requests: frozenset[str]
-    context: int
-    alone: bool
-    """Whether no prefill came before it."""
-    began: float
+_Launched = tuple[StepPlan, frozenset[str], int, float | None, float]
+"""The step that was planned last: its plan, requests and context, the seconds since the step before it, and the time at
+which it began. None for the seconds stands for a prefill between the two."""
 
 
-@dataclass(slots=True)
 class _Calm:
     """A run of steps in which the plan is the choice's own, as long as the requests stay the same."""
 
-    choice: Choice
-    requests: frozenset[str]
-    left: int = 0
-    passed: int = 0
-    """Steps of the run that were taken."""
+    __slots__ = ("choice", "drafts", "left", "passed", "plans", "requests")
 
-
-class _Seen(NamedTuple):
-    """A step that was observed; `launched` is None if no plan was made for it."""
-
-    launched: _Launched | None
-    ended: float
-    steps: Sequence[DecodeStep]
-    beside: bool
+    def __init__(self, choice: Choice, requests: frozenset[str]) -> None:
+        self.choice, self.requests = choice, requests
+        self.plans = choice.next_plan(1), choice.next_plan(2)
+        """Plans where no draft is pending, and where some are."""
+        self.drafts = choice.mode != "autoregressive"
+        self.left = self.passed = 0
+        """Steps of the run that are left, and those that were taken."""
