@@ -105,7 +105,6 @@ def _put_shards(job: PackJob, listing: Listing, given: Tokenizer | None, identit
     output = locations.absolute(job.output)
     done = _completed(output, identity)
     if not done:
-        output_folder.refuse_stranger(output, shards.MANIFEST)
         output_folder.remove_other_work(output, folder.uri)
         connect()
         try:
