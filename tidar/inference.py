@@ -105,6 +105,7 @@ def bench(
              "--block-len": block_len, "--plot": plot, "--transformers": transformers, "--llama-cpp": llama_cpp,
              "--context": context, "--every-plan": every_plan}  # fmt: skip
     _check_bench(given, model, shape, batch, random_weights, prompt_len)
+    _check_plot(plot)
     if shape is not None:
         form = shape, dtype.value, weights and weights.value, threads
         if prompt_len:
@@ -122,6 +123,9 @@ def bench(
         return print_facts(facts, as_json, tables.print_prompts)
     most = 64 if max_tokens is None else max_tokens
     requests = measure.bench_prompts(uri, bundle, prompts, count or 8, most, chat)
+    for option, size in (("--count", count or 1), ("--batch", batch[0] if batch else 1)):
+        if size > (found := len(requests.tokens)):
+            raise RequestError(f"{option} is {size}, and bench has {found} prompts; lower it, or give it more prompts")
     beside: dict[str, Any] = {"transformers": transformers, "llama_cpp": llama_cpp, "plot": plot}
     facts = (measure.compared_plans if every_plan else partial(measure.compared_modes, **beside))(
         bundle.model, requests, max_tokens=most, block_len=block_len or bundle.info.block_len,
@@ -146,14 +150,16 @@ def profile(
     """Time forwards of 1 to 512 query tokens: how many token slots are free on this machine."""
     from pipelines.evaluation import measure, tables
 
+    _check_plot(plot)
     uri = _bundle_uri(model, tracking_uri)
     bundle = _load(uri, threads, dtype.value, weights)
     facts = measure.latency_curve(bundle.model, batch=batch)
     facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
         from pipelines.evaluation.plots import latency_plot
+        from tidar_core.artifacts.store import locations
 
-        plot.write_bytes(latency_plot(facts["points"]))
+        locations.write_bytes(str(plot), latency_plot(facts["points"]))
     print_facts(facts, as_json, tables.print_latency)
     _note_without_drafts(bundle, uri)
 
@@ -237,6 +243,16 @@ def _check_bench(
         return
     if others := sorted(given - taken):
         raise RequestError(f"bench with {form} does not take {' or '.join(others)}; drop {others[0]}")
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Raise UserError if no picture can be written at `plot`, before anything is measured. Folders above are made."""
+    from tidar_core.artifacts.store.output_folder import require_writable
+
+    if plot is not None:
+        if plot.is_dir():
+            raise RequestError(f"--plot is {plot}, a folder; give the path of a PNG file")
+        require_writable(str(plot))
 
 
 def _note_without_drafts(bundle: Any, uri: str) -> None:
