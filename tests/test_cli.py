@@ -96,10 +96,19 @@ def test_generate_ends_at_a_special_token_that_a_stop_string_names(run, bundle):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [("[1]", "JSON object"), ("{", "JSON object"), ('{"n": 2}', "n = 1"), ('{"speed": 2}', "speed"),
-     ('{"min_p": 3}', "min_p is 3")],
+     ('{"min_p": 3}', "min_p is 3"), ('{"top_k": 1, "top_k": 2}', "--fields gives the key 'top_k' twice"),
+     ('{"prompt": "y"}', "prompt is an argument"), ('{"model": "y"}', "model is an argument"),
+     ('{"logprobs": 0}', "add --json"), ('{"stream": true}', "stream is in --fields")],
 )  # fmt: skip
 def test_a_wrong_field_is_refused(run, bundle, fields, words):
     assert words in refused(run, "generate", bundle, "x", "--fields", fields)
+
+
+def test_a_field_of_both_an_option_and_fields_is_refused(run, bundle):
+    both = "--temperature", 1, "--fields", '{"temperature": 0}'
+    assert "temperature is given by --temperature and in --fields; give one" in refused(
+        run, "generate", bundle, "x", *both
+    )
 
 
 def test_a_model_of_nan_is_refused_by_every_command_that_would_decode_with_it(run, tmp_path):

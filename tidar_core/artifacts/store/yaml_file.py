@@ -35,7 +35,7 @@ class _RepeatedKeyError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; a mapping may not give a key twice. A key beside a merge key `<<` may override what it merges."""
+    """The safe loader; a mapping may not give a key twice. A key beside a merge key `<<` may override a merged one."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """The mapping as written, before merge keys are resolved. Raises _RepeatedKeyError."""
