@@ -7,6 +7,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines.cluster.connection import connect, on_a_node, original_error
 from pipelines.cluster.remote_progress import remote_progress, report_line, report_progress, report_start
@@ -100,7 +101,7 @@ class _Trainer(TorchTrainer):  # pyrefly: ignore[invalid-inheritance]
 class _Retries(DefaultFailurePolicy):
     """Ray Train's retries of failed workers, but for an error that would come again."""
 
-    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Retry, or raise the error of the workers."""
         if _comes_again(_of_worker(training_failed_error)):
             return FailureDecision.RAISE
