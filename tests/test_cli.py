@@ -96,10 +96,19 @@ def test_generate_ends_at_a_special_token_that_a_stop_string_names(run, bundle):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [("[1]", "JSON object"), ("{", "JSON object"), ('{"n": 2}', "n = 1"), ('{"speed": 2}', "speed"),
-     ('{"min_p": 3}', "min_p is 3")],
+     ('{"min_p": 3}', "min_p is 3"), ('{"top_k": 1, "top_k": 2}', "--fields gives the key 'top_k' twice"),
+     ('{"prompt": "y"}', "prompt is an argument"), ('{"model": "y"}', "model is an argument"),
+     ('{"logprobs": 0}', "add --json"), ('{"stream": true}', "stream is in --fields")],
 )  # fmt: skip
 def test_a_wrong_field_is_refused(run, bundle, fields, words):
     assert words in refused(run, "generate", bundle, "x", "--fields", fields)
+
+
+def test_a_field_of_both_an_option_and_fields_is_refused(run, bundle):
+    both = "--temperature", 1, "--fields", '{"temperature": 0}'
+    assert "temperature is given by --temperature and in --fields; give one" in refused(
+        run, "generate", bundle, "x", *both
+    )
 
 
 def test_a_model_of_nan_is_refused_by_every_command_that_would_decode_with_it(run, tmp_path):
@@ -165,14 +174,14 @@ def test_bench_ends_texts_at_any_end_token_of_the_model(run, bundle, tmp_path):
 
 
 def test_profile_finds_the_knee_and_draws_the_curve(run, bundle, tmp_path):
-    code, out, _ = run("profile", bundle, "--batch", 1, "--plot", tmp_path / "curve.png", "--json")
+    code, out, _ = run("profile", bundle, "--batch", 1, "--plot", tmp_path / "new/curve.png", "--json")
     assert code == 0
     facts = json.loads(out)
     assert {(p["rows"], p["batch"], p["context"]) for p in facts["points"]} >= {(1, 1, 64), (512, 1, 64)}
     one_token = next(p["seconds"] for p in facts["points"] if p["rows"] == 1)
     free = [p["rows"] for p in facts["points"] if p["seconds"] <= 1.25 * one_token]
     assert facts["knee_rows"] == max(free)
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the measuring prompts are not on this machine")
@@ -275,6 +284,30 @@ def test_a_job_file_that_is_no_text_is_refused(run, tmp_path):
 
 def test_a_bench_that_cannot_hold_a_prompt_is_refused_at_once(run, bundle):
     assert "context of 128" in refused(run, "bench", bundle, "--max-tokens", 128)
+
+
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(run, tmp_path, command):
+    plots = {tmp_path: "a folder; give the path of a PNG file", f"{__file__}/x.png": "Not a directory"}
+    for plot, words in plots.items():
+        assert words in refused(run, command, tmp_path / "no model", "--plot", plot)
+
+
+@pytest.mark.parametrize("options", [("--count", 3), ("--batch", 3)])
+def test_more_prompts_than_there_are_is_refused(run, bundle, tmp_path, options):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n' * 2)
+    found = refused(run, "bench", bundle, "--prompts", tmp_path / "p.jsonl", *options)
+    assert f"{options[0]} is 3, and bench has 2 prompts" in found
+    assert "--count is 9, and bench has 8" in refused(run, "bench", bundle, "--count", 9)
+
+
+def test_prompts_that_lose_their_beginning_are_counted(run, bundle, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"text": "x " * 300}) + '\n{"text": "a"}\n')
+    options = "--prompts", tmp_path / "p.jsonl", "--max-tokens", 2, "--repeats", 1
+    _, out, _ = run("bench", bundle, *options)
+    assert "2 prompts (1 without their beginning, for the context)" in " ".join(out.split())
+    _, out, _ = run("bench", bundle, *options, "--every-plan", "--json")
+    assert json.loads(out)["prompts_shortened"] == 1
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", '{"answer": 1}\n'])

@@ -1,12 +1,12 @@
 """Commands that decode with a model: completions, measurements, the service."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tidar.fields import request_fields
 from tidar.options import (
     MODEL,
     MOST_TOGETHER,
@@ -29,6 +29,7 @@ __all__ = ["bench", "generate", "profile", "serve"]
 
 
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     mode: Annotated[
@@ -51,8 +52,7 @@ def generate(
     """Continue a prompt; text appears as it is committed."""
     from serve_apps.tools.offline_generation import OfflineGeneration
 
-    request = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-               "stop": stop, **_object(fields, "--fields"), "prompt": prompt}  # fmt: skip
+    request = request_fields(context, as_json=as_json)
     uri = _bundle_uri(model, tracking_uri)
     bundle = _load(uri, threads, weights=weights)
     output = OfflineGeneration(bundle, uri, request, mode=mode and mode.value, block_len=block_len, report=note)
@@ -121,7 +121,7 @@ def bench(
         facts = measure.long_prompts(bundle.model, prompt_len, repeats=repeats or 3, transformers_of=of)
         return print_facts(facts, as_json, tables.print_prompts)
     most = 64 if max_tokens is None else max_tokens
-    requests = measure.bench_prompts(uri, bundle, prompts, count or 8, most, chat)
+    requests = _bench_prompts(uri, bundle, prompts, most, chat, count=count, batch=batch)
     beside: dict[str, Any] = {"transformers": transformers, "llama_cpp": llama_cpp, "plot": plot}
     facts = (measure.compared_plans if every_plan else partial(measure.compared_modes, **beside))(
         bundle.model, requests, max_tokens=most, block_len=block_len or bundle.info.block_len,
@@ -146,14 +146,16 @@ def profile(
     """Time forwards of 1 to 512 query tokens: how many token slots are free on this machine."""
     from pipelines.evaluation import measure, tables
 
+    _check_plot(plot)
     uri = _bundle_uri(model, tracking_uri)
     bundle = _load(uri, threads, dtype.value, weights)
     facts = measure.latency_curve(bundle.model, batch=batch)
     facts["stored"] = measure.stored_latency(uri, bundle, batch=batch)
     if plot is not None:
         from pipelines.evaluation.plots import latency_plot
+        from tidar_core.artifacts.store import locations
 
-        plot.write_bytes(latency_plot(facts["points"]))
+        locations.write_bytes(str(plot), latency_plot(facts["points"]))
     print_facts(facts, as_json, tables.print_latency)
     _note_without_drafts(bundle, uri)
 
@@ -222,6 +224,7 @@ def _check_bench(
 
     options  values by name, without the options that every bench takes
     """
+    _check_plot(options["--plot"])
     given = {name for name, value in options.items() if value not in (None, False, [])}
     if (model is None) == (shape is None) or random_weights != (shape is not None):
         raise RequestError("bench takes a MODEL, or --shape NAME with --random-weights; give one of them")
@@ -239,20 +242,33 @@ def _check_bench(
         raise RequestError(f"bench with {form} does not take {' or '.join(others)}; drop {others[0]}")
 
 
+def _bench_prompts(
+    uri: str, bundle: Any, path: Path | None, max_tokens: int, chat: bool | None, *, count: int | None, batch: list[int]
+) -> Any:
+    """The prompts of a bench. Raises RequestError if an option needs more prompts than were found."""
+    from pipelines.evaluation.measure import bench_prompts
+
+    requests = bench_prompts(uri, bundle, path, count or 8, max_tokens, chat)
+    found = len(requests.tokens)
+    for option, size in (("--count", count or 1), ("--batch", max(batch, default=1))):
+        if size > found:
+            raise RequestError(f"{option} is {size}, and bench has {found} prompts; lower it, or give it more prompts")
+    return requests
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Raise UserError if no picture can be written at `plot`, before anything is measured. Folders above are made."""
+    from tidar_core.artifacts.store.output_folder import require_writable
+
+    if plot is not None:
+        if plot.is_dir():
+            raise RequestError(f"--plot is {plot}, a folder; give the path of a PNG file")
+        require_writable(str(plot))
+
+
 def _note_without_drafts(bundle: Any, uri: str) -> None:
     """Print how to convert a checkpoint."""
     from tidar_core.artifacts.model.bundle_info import no_drafts_note
 
     if not bundle.model.config.drafting:
         note(no_drafts_note(uri))
-
-
-def _object(text: str, option: str) -> dict[str, Any]:
-    """Parse a JSON object given on the command line."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise RequestError(f"{option} is {text}; it must be a JSON object such as '{{\"min_p\": 0.1}}'")
-    return value

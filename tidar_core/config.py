@@ -241,7 +241,7 @@ class SamplingConfig:
                 f"logprobs is {self.logprobs}; it must be from 0 to {MOST_LOGPROBS}, or absent",
             ),
             (0 <= self.beta <= 1, f"beta is {self.beta}; it must be from 0 to 1"),
-            (abs(self.seed) < 2**63, f"seed is {self.seed}; it must fit 64 bits"),
+            (abs(self.seed) < 2**63, f"seed is {self.seed}; it must be from {1 - 2**63} to {2**63 - 1}"),
         ):
             if not holds:
                 raise RequestError(message)

@@ -13,6 +13,7 @@
     │   ├── RegistryError      a registry name, version or alias
     │   ├── GateError          a report that misses its thresholds
     │   └── RequestError       one generation request
+    │       ├── PromptError          no tokens, or ids that are not tokens of text
     │       └── ContextLengthError   prompt and max_tokens together are too long
     └── CapacityError          correct input, no capacity now: try again later
 
@@ -28,6 +29,7 @@ __all__ = [
     "CorpusError",
     "DivergedError",
     "GateError",
+    "PromptError",
     "RegistryError",
     "RequestError",
     "ShardError",
@@ -89,6 +91,10 @@ class GateError(UserError):
 
 class RequestError(UserError):
     """A generation request that cannot be honoured."""
+
+
+class PromptError(RequestError):
+    """A prompt without tokens, or with ids that are not tokens of text."""
 
 
 class ContextLengthError(RequestError):

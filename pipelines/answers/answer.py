@@ -97,7 +97,6 @@ def answer(job: AnswersJob) -> AnswersManifest:
     with output_lock(output, ANSWERS_JSON):
         done = _completed(output, identity)
         if not done:
-            output_folder.refuse_stranger(output, ANSWERS_JSON)
             output_folder.remove_other_work(output, work)
             try:
                 done = _answered(job, files, model, identity, folder)

@@ -37,12 +37,13 @@ class EvaluateJob(Job):
     """Held-out documents whose beginnings are continued, greedily, by TiDAR and by the AR mode."""
     prompts_file: str | None = None
     """JSON lines of prompts to continue instead: users' messages, if the model has a chat template. By default the
-    prompts are beginnings of held-out documents."""
+    prompts are beginnings of held-out documents. A prompt that the context cannot hold with `max_tokens` loses its
+    beginning; the report counts such prompts."""
     prompt_len: Positive = 64
     """Tokens of such a beginning."""
     max_tokens: Positive = 128
     batch: Positive = 4
-    """Prompts decoded together."""
+    """Prompts decoded together, as far as there are so many."""
     loss_rows: Positive = 128
     """Held-out rows that the losses are averaged over, at most."""
     repeats: Positive = 3

@@ -18,6 +18,7 @@ from pipelines.evaluation.llama_cpp_baseline import against_llama_cpp, require_l
 from tidar_core.artifacts.model.bundle import DTYPES, Bundle, load_for_decoding
 from tidar_core.artifacts.model.bundle_info import base_location, hf_location
 from tidar_core.artifacts.model.latency_file import bundle_table, time_and_store
+from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.text.chat_template import load_chat_template
 from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
 from tidar_core.artifacts.text.prompts import read_prompts
@@ -74,12 +75,14 @@ class BenchPrompts:
     """Tokens that end a text after these prompts."""
     chat: bool
     """Whether each prompt is a user's message in the model's chat template; otherwise it is a text to continue."""
+    shortened: int = 0
+    """Prompts that lost their beginning, because the context cannot hold prompt and completion."""
 
 
 def bench_prompts(
     uri: str, bundle: Bundle, path: Path | None, count: int, max_tokens: int, chat: bool | None = None
 ) -> BenchPrompts:
-    """The first prompts of a file; a prompt loses its beginning if the context cannot hold prompt and completion.
+    """The first prompts of a file; a prompt that the context cannot hold with its completion loses its beginning.
 
     uri   location of the bundle, with its chat template
     path  prompts file; None: beginnings of Python code, which are always continued
@@ -99,7 +102,9 @@ def bench_prompts(
         encoded = [encode_chat(template, tokenizer, [{"role": "user", "content": text}]) for text in texts]
         turn_end = turn_end_id(template, tokenizer)
     end_ids = bundle.end_ids if turn_end is None else tuple(dict.fromkeys([*bundle.end_ids, turn_end]))
-    return BenchPrompts([tuple(ids)[max_tokens - context_len :] for ids in encoded], end_ids, template is not None)
+    room = context_len - max_tokens
+    tokens, shortened = [tuple(ids)[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
+    return BenchPrompts(tokens, end_ids, template is not None, shortened)
 
 
 def compared_modes(
@@ -142,6 +147,7 @@ def compared_modes(
         "block_len": block_len,
         "batch": batch,
         "prompts": len(prompts),
+        "prompts_shortened": requests.shortened,
         "chat": requests.chat,
         "modes": {name: mode.figures() for name, mode in results.items()},
     }
@@ -155,7 +161,7 @@ def compared_modes(
     if plot is not None:
         from pipelines.evaluation.plots import bench_plot
 
-        plot.write_bytes(bench_plot(facts["modes"]))
+        locations.write_bytes(str(plot), bench_plot(facts["modes"]))
     return facts
 
 
@@ -184,7 +190,8 @@ def compared_plans(
             model, requests.tokens, sampling, block_len=block_len, batch=batch, repeats=repeats,
             context_len=context_len, table=partial(bundle_table, uri), on_prompt=lambda: show(next(done), {}),
         )  # fmt: skip
-    return {**_device(model), "block_len": block_len, "batch": batch, "prompts": len(requests.tokens), **asdict(found)}
+    facts = {"prompts": len(requests.tokens), "prompts_shortened": requests.shortened}
+    return {**_device(model), "block_len": block_len, "batch": batch, **facts, **asdict(found)}
 
 
 def long_prompts(

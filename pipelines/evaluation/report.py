@@ -102,6 +102,8 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         _number(parent["ar_loss"], 4) if parent else "",
     )
     yield entry("diffusion loss (nats per token)", _number(report["diffusion_loss"], 4))
+    if shortened := report["prompts_shortened"]:
+        yield entry("prompts without their beginning, for the context", f"{shortened} of {report['prompts']}")
     yield entry(
         "greedy texts equal to the plain AR loop",
         f"{report['prompts_equal']} of {report['prompts']} prompts",

@@ -56,7 +56,7 @@ def print_models(facts: dict[str, Any]) -> None:
 
 def print_modes(facts: dict[str, Any]) -> None:
     """Print the modes that a bench compared, an entry each."""
-    title = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}"
+    title = _prompts_title(facts)
     columns = ("mode", "tokens/s", "spread", "over AR", "per forward", "per round", "first, ms", "equal to AR")
     table = Table(*columns, title=title)
     for name, mode in facts["modes"].items():
@@ -108,8 +108,7 @@ def print_steps(facts: dict[str, Any]) -> None:
 
 def print_plans(facts: dict[str, Any]) -> None:
     """Print `auto` and the fastest fixed plans, an entry each, and how near `auto` came to the best."""
-    prompts = f"{facts['prompts']} prompts, {facts['batch']} at a time, K = {facts['block_len']}"
-    title = f"{len(facts['tried'])} plans tried on a few of {prompts}; {_title(facts)}"
+    title = f"{len(facts['tried'])} plans tried on a few of {_prompts_title(facts)}; {_title(facts)}"
     table = Table("plan", "tokens/s", "spread", "tokens/s when tried", title=title)
     for name, speeds in facts["finals"].items():
         tried = facts["tried"].get(name)
@@ -138,6 +137,11 @@ def print_prompts(facts: dict[str, Any]) -> None:
             f"{cost['longest_gap_steps']:.2f}", size(cost["peak_bytes"]), *theirs,
         )  # fmt: skip
     stdout.print(table)
+
+
+def _prompts_title(facts: dict[str, Any]) -> str:
+    shortened = f" ({count} without their beginning, for the context)" if (count := facts["prompts_shortened"]) else ""
+    return f"{facts['prompts']} prompts{shortened}, {facts['batch']} at a time, K = {facts['block_len']}"
 
 
 def _title(facts: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from tidar_core.artifacts.model.bundle_info import BUNDLE_JSON, is_bundle
 from tidar_core.artifacts.model.checkpoint import checkpoint_files, content_hash
 from tidar_core.artifacts.model.hf_files import stored_tensors
 from tidar_core.artifacts.model.hf_weights import check_weights, load_model, require_embeddings
-from tidar_core.artifacts.store.output_folder import refuse_stranger
 from tidar_core.artifacts.store.output_lock import output_lock
 from tidar_core.artifacts.store.provenance import made_by
 from tidar_core.artifacts.text.chat_template import load_chat_template
@@ -48,9 +47,8 @@ def import_dual_mode(origin: Origin, output: str, *, mask_token: str, block_len:
     ends = read_end_tokens(folder, eos_id=tokenizer.eos_id, vocab_len=tokenizer.vocab_len)
     if token_id in ends.ids:
         raise UserError(f"--mask-token {mask_token} is an end token of {origin.name}; give the token that masks have")
-    refuse_stranger(output, BUNDLE_JSON)
-    parents = {"start": content_hash(checkpoint_files(folder))}
     with output_lock(output, BUNDLE_JSON):
+        parents = {"start": content_hash(checkpoint_files(folder))}
         model = load_model(folder, dtype=_dtype(folder))
         mask_id = max(token_id, tokenizer.vocab_len)
         model = _with_mask(model, token_id, mask_id)

@@ -57,6 +57,9 @@ __all__ = ["pack"]
 
 Listing = list[list[FileEntry]]
 """The files of each source."""
+SHOW_SECONDS = 1.0
+"""Time between two looks at the training of a tokenizer."""
+
 Splits = Mapping[str, list[tuple[int, Part]]]
 Outcome = TypeVar("Outcome")
 
@@ -105,7 +108,6 @@ def _put_shards(job: PackJob, listing: Listing, given: Tokenizer | None, identit
     output = locations.absolute(job.output)
     done = _completed(output, identity)
     if not done:
-        output_folder.refuse_stranger(output, shards.MANIFEST)
         output_folder.remove_other_work(output, folder.uri)
         connect()
         try:
@@ -155,11 +157,16 @@ def _put_tokenizer(job: PackJob, listing: Listing, given: Tokenizer | None, fold
     else:
         assert isinstance(job.tokenizer, TrainBpe), "a tokenizer folder is loaded, not trained"
         files = [(file, source) for source, files in zip(job.sources, listing) for file in files]
-        train = ray.remote(pack_tasks.train_tokenizer)
-        try:
-            ray.get(train.remote(files, job.tokenizer, job.held_out, folder))
-        except RayError as error:
-            raise original_error(error) from None
+        task = ray.remote(pack_tasks.train_tokenizer).remote(files, job.tokenizer, job.held_out, folder)
+        began = time.monotonic()
+        with job_progress("train the tokenizer", total=1, unit="tokenizers") as show:
+            while not ray.wait([task], timeout=SHOW_SECONDS)[0]:
+                show(0, {"s": time.monotonic() - began})
+            try:
+                ray.get(task)
+            except RayError as error:
+                raise original_error(error) from None
+            show(1, {})
     return load_tokenizer(folder.tokenizer)
 
 

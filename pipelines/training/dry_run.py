@@ -8,8 +8,10 @@ from pipelines.training.memory import estimated_memory, learned_count, parameter
 from pipelines.training.precision import precise_job
 from pipelines.training.train_start import absolute_job, check_start, finished_bundle, model_config, starting_config
 from pipelines.training.train_step_time import estimated_step
+from tidar_core.artifacts.model.bundle_info import BUNDLE_JSON
 from tidar_core.artifacts.shards import TOKENIZER, ShardReader, check_sizes, read_manifest
 from tidar_core.artifacts.store import locations
+from tidar_core.artifacts.store.output_folder import refuse_stranger, require_writable
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 
 __all__ = ["dry_run"]
@@ -23,6 +25,8 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     manifest = read_manifest(job.shards)
     check_sizes(job.shards, manifest)
     finished = finished_bundle(job, manifest) is not None
+    refuse_stranger(job.output, BUNDLE_JSON)
+    require_writable(job.output)
     newest = check_start(job, manifest)
     model = model_config(newest.cursor) if newest is not None else starting_config(job, manifest)
     if job.sample_every:

@@ -6,6 +6,8 @@ from typing import Any
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines.cluster.connection import connect, on_a_node, original_error
 from pipelines.cluster.remote_progress import remote_progress, report_line, report_progress, report_start
@@ -19,7 +21,7 @@ from tidar_core.artifacts.registry import runs
 from tidar_core.artifacts.shards import Manifest, read_manifest, verify_shards
 from tidar_core.artifacts.store import locations
 from tidar_core.artifacts.store.output_lock import output_lock
-from tidar_core.errors import DivergedError, TidarError
+from tidar_core.errors import StorageError, TidarError, UserError
 
 __all__ = ["train"]
 
@@ -50,9 +52,7 @@ def _trained(job: TrainJob, manifest: Manifest) -> BundleInfo:
         on_a_node(verify_shards, job.shards)
         run_id = _mlflow_run(job, manifest)
         with remote_progress(f"train {job.objective}", total=job.steps, unit="steps") as reports:
-            outcome = _trainer(job, run_id, reports).fit().return_value  # pyrefly: ignore[missing-attribute]
-        if outcome is not None:
-            raise outcome
+            _trainer(job, run_id, reports).fit()
     except BaseException as error:
         if run_id is not None:
             runs.end_run(job.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -83,19 +83,33 @@ def _trainer(job: TrainJob, run_id: str, reports: Any) -> TorchTrainer:
 
 
 class _Trainer(TorchTrainer):  # pyrefly: ignore[invalid-inheritance]
-    """Ray Train without the actors that a job has no use for; each is a process that loads Ray Train for seconds."""
+    """Ray Train with `_Retries`, and without the actors that a job has no use for.
+
+    Each of these actors would be a process that loads Ray Train for seconds.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_HERE
         callbacks: list[Any] = super()._create_default_callbacks()  # of Ray Train 2
         return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["failure_policy"] = _Retries(self.run_config.failure_config)  # of Ray Train 2
+        return super()._initialize_and_run_controller(**arguments)
 
-def _on_worker(config: dict[str, Any]) -> DivergedError | None:
-    """Run the job in a Ray Train worker; after a failure, again in its successor.
 
-    Returns the error of a run that diverged. It would diverge again, so it must not be retried as a failure.
-    """
+class _Retries(DefaultFailurePolicy):
+    """Ray Train's retries of failed workers, but for an error that would come again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Retry, or raise the error of the workers."""
+        if _comes_again(_of_worker(training_failed_error)):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def _on_worker(config: dict[str, Any]) -> None:
+    """Run the job in a Ray Train worker; after a failure, again in its successor."""
     job = TrainJob.model_validate(config["job"])
     tracking, run_id = job.tracking_uri, config["run_id"]
     context = ray.train.get_context()
@@ -119,13 +133,11 @@ def _on_worker(config: dict[str, Any]) -> DivergedError | None:
     with runs.system_metrics(tracking, run_id, machine, job.system_metrics_every) if machine else nullcontext():
         try:
             train_worker(job, around)
-        except DivergedError as error:
-            return error
         except Exception as error:
-            reason = " ".join(str(error).split())
-            report_line(config["reports"], f"worker {around.rank} failed: {type(error).__name__}: {reason}")
+            if not _comes_again(error):
+                reason = " ".join(str(error).split())
+                report_line(config["reports"], f"worker {around.rank} failed: {type(error).__name__}: {reason}")
             raise
-    return None
 
 
 def _mlflow_run(job: TrainJob, manifest: Manifest) -> str:
@@ -147,3 +159,9 @@ def _of_worker(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [cause for cause in failures.values() if isinstance(original_error(cause), TidarError)]
     return causes[0] if causes else error
+
+
+def _comes_again(error: BaseException) -> bool:
+    """Whether another attempt would end with the same error. A store that refuses now may answer later."""
+    original = original_error(error)
+    return isinstance(original, UserError) and not isinstance(original, StorageError)

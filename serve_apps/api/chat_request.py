@@ -118,7 +118,7 @@ class ChatFields(Body):
     continue_final_message: bool = False
     """The model continues the last message instead."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Variables of the model's chat template."""
+    """Variables of the model's chat template. A variable that the template does not read is refused."""
 
     def check_context(self, context_len: int) -> None:
         """Raise ParameterError if the messages cannot fit into the context."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
+from tidar_core.errors import CapacityError, ContextLengthError, PromptError, RequestError, TidarError
 
 __all__ = [
     "CLIENT_GONE",
@@ -155,6 +155,8 @@ def problem_of(error: BaseException) -> Problem:
         case HttpError():
             kind = INVALID_REQUEST if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else SERVER_ERROR
             return Problem(status=error.status, message=error.message, type=kind, headers=error.headers)
+        case PromptError():
+            return Problem(status=400, message=str(error), param="prompt")
         case ContextLengthError():
             return Problem(status=400, message=str(error), param="max_tokens", code="context_length_exceeded")
         case RequestError():

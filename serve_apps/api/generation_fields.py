@@ -95,6 +95,7 @@ class GenerationFields(Body):
 
     model: Name
     min_tokens: Annotated[int, openapi_limits(minimum=0)] = 0
+    """No end token comes before. A grammar comes first: it may end the text earlier."""
     n: Annotated[int, Field(ge=1, le=bounds.CHOICES)] = 1
     seed: int | None = None
     temperature: Annotated[float, openapi_limits(minimum=0, maximum=100)] = 1.0
@@ -105,7 +106,9 @@ class GenerationFields(Body):
     presence_penalty: Annotated[float, openapi_limits(minimum=-2, maximum=2)] = 0.0
     frequency_penalty: Annotated[float, openapi_limits(minimum=-2, maximum=2)] = 0.0
     logit_bias: Annotated[dict[TokenId, float], Field(max_length=bounds.LOGIT_BIASES, default_factory=dict)]
+    """Added to the logits of the tokens that a grammar allows. A bias of -100 bans no token where no other is left."""
     bad_words: Annotated[list[BadWord], Field(max_length=bounds.BAD_WORDS, default_factory=list)]
+    """Texts that are not completed. A grammar comes first: it may leave no other token."""
     stop: Annotated[StopWords, ONE_OR_MORE, Field(default_factory=list)]
     stop_token_ids: Annotated[list[int], Field(max_length=bounds.STOP_TOKEN_IDS, default_factory=list)]
     include_stop_str_in_output: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 
 from serve_apps.api.bounds import DEPTH
 from serve_apps.api.errors import BodyTooLargeError, ParameterError
+from tidar_core.given_json import RepeatedKeyError, unrepeated
 
 __all__ = ["count_values", "parse"]
 
@@ -29,11 +30,13 @@ def parse(text: str | bytes, most: int, param: str | None = None) -> Any:
             raise BodyTooLargeError(
                 f"{what} holds more than {most} JSON values and keys; at most that many are read; send less"
             )
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unrepeated)
         if HALF_CHARACTER.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which JSON can spell
     except UnicodeEncodeError as error:
         raise ParameterError(f"{what} spells half a character: {error}; send whole ones", param) from error
+    except RepeatedKeyError as error:
+        raise ParameterError(f"{what} {error}", param) from error
     except (ValueError, RecursionError) as error:
         raise ParameterError(f"{what} is not JSON: {error}; send one JSON object", param) from error
     return value

@@ -70,7 +70,7 @@ def parse_request(body: bytes, kind: type[Request]) -> Request:
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
-        raise _parameter_error(error.errors()[0], kind) from error
+        raise _parameter_error(error.errors(), kind) from error
     request.check(set(fields))
     return request
 
@@ -91,10 +91,11 @@ def _refuse_unsupported(name: str, value: Any, kind: type[Body]) -> None:
         )
 
 
-def _parameter_error(error: Any, kind: Any) -> ParameterError:
-    """The first error of pydantic as a ParameterError."""
+def _parameter_error(errors: Sequence[Any], kind: Any) -> ParameterError:
+    """The first error of pydantic as a ParameterError. A value of the wrong type has an error for each allowed type."""
+    error, names = errors[0], set(_names(kind))
     unknown = error["type"] == "extra_forbidden"
-    param = _path(error["loc"], set(_names(kind)), unknown)
+    param = _path(error["loc"], names, unknown)
     if error["type"] == "missing":
         return ParameterError(f"{param} is missing; give it", param)
     if unknown:
@@ -102,6 +103,11 @@ def _parameter_error(error: Any, kind: Any) -> ParameterError:
     if error["loc"][-1] == "[key]":
         return ParameterError(f"{param} has the key {shortened(error['input'])}; keys are token ids, in digits", param)
     message = re.sub("^(Input|Value|String|List|Dictionary|Tuple) ", "", error["msg"])
+    if error["type"].endswith("_type"):
+        of_types = [other for other in errors if other["type"].endswith("_type")]
+        needed = [other["msg"] for other in of_types if _path(other["loc"], names, unknown=False) == param]
+        message = "should be " + " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in needed))
+        message = re.sub(r"dictionary( or instance of \w+)?", "object", message)
     return ParameterError(f"{param} is {shortened(error['input'])}; it {message}", param)
 
 

@@ -12,7 +12,7 @@ from serve_apps.messages.generation_request import Chat, GenerationRequest, Requ
 from serve_apps.replica.bad_words import token_sequences
 from serve_apps.streaming.tool_call_formats import FORMS, call_grammar
 from tidar_core.artifacts.text.chat_template import ChatTemplate
-from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
+from tidar_core.artifacts.text.chat_tokens import encode_chat, require_variables_read, turn_end_id
 from tidar_core.artifacts.text.grammar import GrammarConstraint, compile_constraint
 from tidar_core.artifacts.text.tokenizer import Tokenizer
 from tidar_core.decoding import logit_rules
@@ -102,6 +102,8 @@ class PromptEncoder:
                 "tools",
                 "unsupported_parameter",
             )
+        with as_parameter_error("chat_template_kwargs"):
+            require_variables_read(self._template, prompt.variables, prompt.tools)
         with as_parameter_error("messages"):
             ids = encode_chat(
                 self._template,

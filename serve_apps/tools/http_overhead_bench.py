@@ -30,6 +30,7 @@ from tidar_core.config import SamplingConfig
 from tidar_core.decoding.request import Request
 from tidar_core.decoding.scheduler import Scheduler
 from tidar_core.errors import ConfigError, TidarError
+from tidar_core.given_json import object_of_option
 
 __all__ = ["Flow", "Run", "compared", "figures", "in_process", "main", "over_http"]
 
@@ -143,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     if min(options.concurrency) < 1 or options.max_tokens < 2 or options.texts < 1 or options.repeats < 1:
         raise ConfigError("concurrency, texts and repeats must be at least 1, max-tokens at least 2")
-    wanted = {"threads": 1, "rows": max(options.concurrency)} | _object(options.settings)
+    given = object_of_option("--settings", options.settings, '{"port": 8001}')
+    wanted = {"threads": 1, "rows": max(options.concurrency)} | given
     settings = ServeSettings.model_validate(wanted | {"model": options.model, "tracking_uri": options.tracking_uri})
     scheduler, tokenizer = _decoder(settings)
     prompts = read_prompts(options.prompts, max(options.concurrency))
@@ -236,16 +238,6 @@ def _speed(run: Run) -> float:
 
 def _quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--settings is {text!r}, which is not JSON: {error}; give a JSON object") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--settings is {text}; it must be a JSON object of settings of the service")
-    return values
 
 
 if __name__ == "__main__":

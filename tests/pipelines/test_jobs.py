@@ -7,6 +7,7 @@ import pytest
 from pipelines.answers.job import AnswersJob
 from pipelines.evaluation.job import EvaluateJob, PublishJob
 from pipelines.jobs import PackJob, TrainJob, read_job
+from tidar_core.artifacts.store.yaml_file import read_mapping
 from tidar_core.errors import ConfigError
 from tidar_core.training.recipe import Recipe
 
@@ -48,6 +49,8 @@ def test_each_stage_has_a_valid_job_of_each_size(kind, size):
         (TRAIN.replace("steps: 4", "steps: 0"), "steps is 0"),
         ("- a list\n", "must be a mapping"),
         ("a: [1\n", "is not YAML"),
+        (TRAIN + "'steps': 9\n", "job.yaml gives the key 'steps' on line 4 and on line 7; remove one of them"),
+        (TRAIN + "sample_prompts: [{a: 1, a: 2}]\n", "gives the key 'a' on line 7 and on line 7"),
     ],
 )
 def test_a_wrong_job_is_refused_in_one_line(tmp_path, text, words):
@@ -135,3 +138,9 @@ def test_the_recipe_of_frozen_drafts_has_defaults_of_its_own_and_each_can_be_set
     assert (whole.run["distillation"], whole.run["position_weights"]) == (0.0, None)
     off = {"position_weights": "flat", "first_weight": 1.0, "distillation": 0.0, "unlinked": 0.0}
     assert frozen.model_copy(update=off).recipe == Recipe(random_phase=True, position_weights="flat")
+
+
+def test_a_key_beside_a_merge_key_overrides_what_it_merges(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("kept:\n  inner: &a {x: 1}\n  outer: &b {<<: *a, x: 2}\nlast: {<<: *b, y: 3}\n")
+    assert read_mapping(path, "job file", "x.yaml")["last"] == {"x": 2, "y": 3}

@@ -77,3 +77,16 @@ def test_a_second_job_on_an_output_is_refused_and_removes_nothing_of_the_first(t
         assert "\n" not in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / ".out.lock"])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_the_stage_did_not_make_is_refused_before_any_work(
+    tmp_path, tokenizer_folder, monkeypatch, stage
+):
+    run = stage(tmp_path, tokenizer_folder)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")  # work on a cluster would end with another error
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out exists and holds no .* remove it or give another output folder"):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

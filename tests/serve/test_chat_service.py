@@ -206,7 +206,8 @@ def test_a_stop_string_that_names_a_special_token_ends_texts_at_that_token(clien
         ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "wizard"}}}],
           "tool_choice": "required"}, "tools", None),
-        ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "messages", None),
+        ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs", None),
+        ({"extra_body": {"chat_template_kwargs": {"foo": 1}}}, "chat_template_kwargs", None),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tidar_core.config import ModelConfig, SamplingConfig
 from tidar_core.decoding import logit_rules
 from tidar_core.decoding.logit_rules import Constraint
-from tidar_core.errors import ContextLengthError, RequestError
+from tidar_core.errors import ContextLengthError, PromptError
 
 __all__ = ["DecodeStep", "Request", "TokenLogprob", "check_request"]
 
@@ -67,7 +67,7 @@ def check_request(request: Request, config: ModelConfig, context_len: int) -> No
     """
     prompt_len, max_tokens = len(request.prompt), request.sampling.max_tokens
     if not prompt_len:
-        raise RequestError("prompt has no tokens; it needs at least one")
+        raise PromptError("prompt has no tokens; it needs at least one")
     if prompt_len + max_tokens > context_len:
         raise ContextLengthError(
             f"prompt has {prompt_len} tokens and max_tokens is {max_tokens}; together they must not exceed the "
@@ -75,8 +75,8 @@ def check_request(request: Request, config: ModelConfig, context_len: int) -> No
         )
     for token in request.prompt:
         if token == config.mask_id or not 0 <= token < config.vocab_size:
-            raise RequestError(
+            raise PromptError(
                 f"prompt token {token} is not a token of text; ids are 0..{config.vocab_size - 1}, "
-                f"without the mask token {config.mask_id}"
+                f"without the mask token {config.mask_id}; drop it"
             )
     logit_rules.check(request.sampling, config.vocab_size)

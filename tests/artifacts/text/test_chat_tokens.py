@@ -5,7 +5,7 @@ from chat_templates import FAMILIES, SPECIAL, TURN_END, chat_tokenizer
 from transformers import AutoTokenizer
 
 from tidar_core.artifacts.text.chat_template import ChatTemplate, load_chat_template
-from tidar_core.artifacts.text.chat_tokens import encode_chat, turn_end_id
+from tidar_core.artifacts.text.chat_tokens import encode_chat, require_variables_read, turn_end_id
 from tidar_core.artifacts.text.tokenizer import load_tokenizer
 from tidar_core.errors import RequestError
 
@@ -70,7 +70,18 @@ def test_the_end_of_a_turn_is_the_special_token_after_an_assistants_content(fami
     assert turn_end_id(ChatTemplate("{{ raise_exception('no') }}"), tokenizer) is None
 
 
-def test_a_variable_with_the_name_of_an_argument_is_refused(family):
-    _, tokenizer, template, _ = family
-    with pytest.raises(RequestError, match="chat_template_kwargs"):
-        encode_chat(template, tokenizer, [{"role": "user", "content": "a"}], variables={"messages": []})
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_a_variable_with_the_name_of_a_field_is_refused(family, name):
+    _, _, template, _ = family
+    with pytest.raises(RequestError, match=f"chat_template_kwargs holds {name}, which is a field of the request"):
+        require_variables_read(template, {name: False}, None)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    source = "{% set x = think | default(1) %}{% if tone is defined %}{{ eos_token ~ raise_exception(x) }}{% endif %}"
+    template = ChatTemplate({"default": source, "tool_use": "{{ tools[0][day] }}"}, {"eos_token": "<e>"})
+    require_variables_read(template, {"think": True, "tone": "kind", "eos_token": "", "none": None}, None)
+    require_variables_read(template, {"day": 1}, [{}])
+    for name in ("x", "day", "raise_exception", "documents", "self"):
+        with pytest.raises(RequestError, match=f"holds '{name}', .* does not read; it reads think, tone; drop it"):
+            require_variables_read(template, {name: 1}, None)

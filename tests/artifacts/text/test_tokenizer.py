@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from tidar_core.artifacts.text.tokenizer import load_tokenizer, train_bpe
+from tidar_core.artifacts.text.tokenizer import LONGEST_RUN, WORDS, load_tokenizer, train_bpe
 from tidar_core.errors import TokenizerError
 
 TEXT = "def f(x):\n        return  x + 12345  # é 日本語 🎉 👩‍👩‍👧\n\n\n    if\tx:\r\n"
@@ -131,3 +131,13 @@ def test_a_framed_text_has_the_special_tokens_of_the_tokenizer_around_it():
     framing._fast.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     plain = framing.encode("a b")
     assert framing.encode_batch(["a b"], framed=True) == [[0, *plain]]
+
+
+@pytest.mark.parametrize("sign", ["x", "-", "\n", " ", "\0", "é"])
+def test_training_cuts_a_long_run_of_a_sign_and_encoding_does_not(sign):
+    tokenizer = train_bpe([sign * 5000 + "a few words", "a few words"], 400)
+    assert max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_len)) <= 2 * LONGEST_RUN
+    long = sign * 700 + "a" + sign * 300
+    assert tokenizer.decode(tokenizer.encode(long)) == long
+    (words, _) = json.loads(tokenizer.fast_json)["pre_tokenizer"]["pretokenizers"]
+    assert words["pattern"] == {"Regex": WORDS}

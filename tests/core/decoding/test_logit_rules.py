@@ -124,6 +124,9 @@ def test_a_grammar_outweighs_the_other_bans():
         SamplingConfig(bad_words=((1,), (3,), (5,), (7,)), eos_ids=(END,)), (), V, constraint=EvenThenOdd()
     )
     assert rules.adjust(torch.ones(1, V)).tolist() == [[-INF, 1] * 4]
+    biased = SamplingConfig(logit_bias=tuple((token, -100.0) for token in range(V)), eos_ids=(END,))
+    rules = LogitRules(biased, (), V, constraint=EvenThenOdd())
+    assert rules.adjust(torch.ones(1, V)).tolist() == [[-INF, -99] * 4]
 
 
 def test_a_token_that_the_model_bans_stays_banned():

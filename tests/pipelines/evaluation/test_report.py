@@ -32,8 +32,8 @@ TASKS = [
 ]  # fmt: skip
 REPORT = {
     "bundle": "b", "bundle_hash": "h" * 64, "block_len": 16, "held_out_rows": 8, "ar_loss": 1.25,
-    "diffusion_loss": 2.5, "prompts": 4, "prompts_equal": 4, "tokens_per_forward": 3.0, "tokens_per_round": 3.5,
-    "speed_over_ar": 2.0, "batch": 1, "threads": 1, "tasks": TASKS,
+    "diffusion_loss": 2.5, "prompts": 4, "prompts_shortened": 1, "prompts_equal": 4, "tokens_per_forward": 3.0,
+    "tokens_per_round": 3.5, "speed_over_ar": 2.0, "batch": 1, "threads": 1, "tasks": TASKS,
     "modes": {"autoregressive": MODE | {"tokens_per_second": 5.0, "tokens_per_forward": 1.0}, "single-pass": MODE},
     "parent": {"location": "/models/p", "hash": "p" * 64, "is_start": True, "ar_loss": 1.2, "prompts_equal": 3,
                "logits_equal": 2,               "tokens_per_second": 5.0},
@@ -59,6 +59,7 @@ def test_texts_stand_as_in_table_2_and_choices_as_in_table_3():
     ):
         assert line in lines
     assert "| AR loss (nats per token, 8 rows) | 1.2500 | 1.2000 |" in lines
+    assert "| prompts without their beginning, for the context | 1 of 4 |  |" in lines
     assert "| greedy texts equal to the plain AR loop | 4 of 4 prompts | equal on 3, logits on 2 |" in lines
 
 

@@ -16,7 +16,7 @@ from pipelines.training.dry_run import dry_run
 from pipelines.training.memory import activation_bytes, estimated_memory, parameter_count
 from pipelines.training.train_start import refuse_other_run
 from pipelines.training.train_step_time import estimated_step, sample_seconds
-from tidar_core.errors import BundleError, ConfigError, ShardError, UserError, WeightsError
+from tidar_core.errors import BundleError, ConfigError, ShardError, StorageError, UserError, WeightsError
 from tidar_core.training.objective import Objective
 from tidar_core.transformer.model import TidarModel
 from tidar_core.transformer.shapes import named_shape
@@ -91,6 +91,8 @@ def test_a_step_on_gpus_is_estimated_from_their_peak_or_not_at_all(shards):
         ({"sequence_parallel": 2, "block_share": 0.3, "block_len": 5}, ConfigError, "row and the 9 of its mask half"),
         ({"workers": 8, "sequence_parallel": 8}, ConfigError, "8; it must divide the model's 4 heads"),
         ({"block_len": 32}, ConfigError, "block_len is 32; rows of .* have 32 tokens"),
+        ({"output": __file__}, UserError, "test_dry_run.py exists and holds no tidar.json"),
+        ({"output": "/proc/x/y"}, StorageError, "/proc/x/y cannot be read or written: .*; check"),
     ],
 )
 def test_a_dry_run_refuses_what_training_would_refuse(shards, changes, error, words):

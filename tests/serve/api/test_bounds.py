@@ -16,6 +16,7 @@ from serve_apps.api.json_text import count_values, parse
 from serve_apps.api.parsing import parse_request
 from serve_apps.api.tokenize_api import TokenizeRequest
 from tidar_core.errors import TidarError
+from tidar_core.given_json import unrepeated
 
 OPERATIONS = Path(__file__).parents[3] / "docs/operations.md"
 LONG = "x" * (bounds.NAME_CHARS + 1)
@@ -204,12 +205,18 @@ def test_the_count_of_values_equals_the_number_that_a_parser_creates(value, asci
 @given(st.text('ab"\\[]{},: 1\n', max_size=40))
 def test_text_that_is_not_json_raises_only_a_parameter_error(text):
     try:
-        expected = json.loads(text)
+        expected = json.loads(text, object_pairs_hook=unrepeated)
     except ValueError:
-        with pytest.raises(ParameterError, match="not JSON"):
+        with pytest.raises(ParameterError, match=r"not JSON|twice"):
             parse(text.encode(), 2**30)
     else:
         assert parse(text.encode(), 2**30) == expected
+
+
+@pytest.mark.parametrize("fields", ['"seed": 1, "seed": 2', '"guided_json": {"seed": 1, "type": "x", "seed": 1}'])
+def test_a_key_that_is_given_twice_is_refused_by_name(fields):
+    with pytest.raises(ParameterError, match="the body gives the key 'seed' twice; give each key once"):
+        parse_request(f'{{"model": "m", "prompt": "a", {fields}}}'.encode(), CompletionRequest)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

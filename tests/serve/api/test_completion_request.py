@@ -176,6 +176,22 @@ def test_a_grammar_requested_wrongly_or_twice_is_refused(fields, refused):
     assert refusal(**fields) == refused
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"guided_json": True}, "guided_json is true; it should be a valid string or a valid object"),
+        ({"stop": 5}, "stop is 5; it should be a valid list"),
+        ({"metadata": "a"}, 'metadata is "a"; it should be a valid object'),
+        ({"stream_options": 5}, "stream_options is 5; it should be a valid object"),
+        ({"seed": -(2**63)}, f"must be from {-(2**63) + 1} to {2**63 - 1}"),
+    ],
+)
+def test_the_error_names_each_type_that_a_field_may_have_and_the_whole_range(fields, message):
+    with pytest.raises(ParameterError) as caught:
+        read(**fields)
+    assert message in str(caught.value)
+
+
 def test_top_k_may_be_minus_one_for_off_and_longer_than_any_vocabulary():
     assert read(top_k=-1).sampling(0).top_k == 0
     assert read(top_k=10**30).sampling(0).top_k < 2**31

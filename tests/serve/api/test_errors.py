@@ -15,7 +15,7 @@ from serve_apps.api.errors import (
     RequestTimeoutError,
     problem_of,
 )
-from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
+from tidar_core.errors import CapacityError, ContextLengthError, PromptError, RequestError, TidarError
 
 SECRET = "/home/someone/key.pem"
 
@@ -26,6 +26,7 @@ SECRET = "/home/someone/key.pem"
         (ParameterError("n is 2", "n", "a_code"), 400, "invalid_request_error", "n", "a_code"),
         (RequestError("no tokens"), 400, "invalid_request_error", None, None),
         (ContextLengthError("too long"), 400, "invalid_request_error", "max_tokens", "context_length_exceeded"),
+        (PromptError("no tokens"), 400, "invalid_request_error", "prompt", None),
         (ModelNotFoundError("no such model"), 404, "invalid_request_error", "model", "model_not_found"),
         (HttpError(405, "not by GET", {"allow": "POST"}), 405, "invalid_request_error", None, None),
         (ApiKeyError("no key"), 401, "invalid_request_error", None, "invalid_api_key"),

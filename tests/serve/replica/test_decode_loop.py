@@ -16,7 +16,7 @@ from tidar_core.decoding.autoregressive import generate_autoregressive
 from tidar_core.decoding.decoder import Decoder
 from tidar_core.decoding.request import Request
 from tidar_core.decoding.scheduler import Scheduler
-from tidar_core.errors import CapacityError, ContextLengthError, RequestError, TidarError
+from tidar_core.errors import CapacityError, ContextLengthError, PromptError, RequestError, TidarError
 from tidar_core.transformer.shapes import named_shape
 
 ENDLESS = 8000
@@ -135,8 +135,8 @@ def test_a_request_that_cannot_run_is_refused_alone(loop):
 
     long, empty, mask, good = asyncio.run(all_of_them())
     assert isinstance(long, ContextLengthError)
-    assert isinstance(empty, RequestError)
-    assert isinstance(mask, RequestError)
+    assert isinstance(empty, PromptError)
+    assert isinstance(mask, PromptError)
     assert len(good) == 9
 
 

@@ -11,6 +11,7 @@ An output that is a link to a folder is followed: the folder changes, the link s
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "read_mark",
     "refuse_stranger",
     "remove_other_work",
+    "require_writable",
     "staged_folder",
     "work_folder",
     "write_mark",
@@ -89,6 +91,15 @@ def remove_other_work(uri: str, own: str) -> None:
     own  work folder of the job that writes the output now, named by `KEY_LEN` characters of its identity
     """
     _remove_beside(uri, KEY_LEN, but=locations.name_of(own))
+
+
+def require_writable(uri: str) -> None:
+    """Raises StorageError if no file could be written at `uri` on this disk; leaves nothing behind."""
+    path = locations.local_path(locations.followed(uri))
+    if path is not None:
+        existing = next(folder for folder in path.parents if folder.exists())
+        with locations.in_one_line(uri), tempfile.TemporaryFile(dir=existing):
+            pass
 
 
 @contextmanager

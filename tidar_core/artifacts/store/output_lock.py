@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar_core.artifacts.store import locations
-from tidar_core.artifacts.store.output_folder import finish_swap, work_folder
+from tidar_core.artifacts.store.output_folder import finish_swap, refuse_stranger, work_folder
 from tidar_core.errors import StorageError, UserError
 
 __all__ = ["output_lock"]
@@ -44,7 +44,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def output_lock(uri: str, marker: str) -> Iterator[None]:
     """Holds the lock of the output at `uri`. Raises UserError while another job holds it.
 
-    An interrupted swap of the output is finished first: under the lock no other job can be writing it.
+    An interrupted swap of the output is finished first: under the lock no other job can be writing it. Then a file or
+    folder at `uri` that this kind of job did not make is refused, before any work is done for it.
 
     marker  the file whose presence means that the output is whole
     """
@@ -56,6 +57,7 @@ def output_lock(uri: str, marker: str) -> Iterator[None]:
         else:
             held.callback(_release, lock, path)
         finish_swap(uri, marker)
+        refuse_stranger(uri, marker)
         yield
 
 

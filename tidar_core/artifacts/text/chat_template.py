@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -25,6 +25,7 @@ from tidar_core.artifacts.text.template_features import DEVELOPER, TemplateFeatu
 from tidar_core.errors import RequestError, TokenizerError
 
 __all__ = [
+    "OF_RENDER",
     "TEMPLATE_FILE",
     "TEMPLATE_FOLDER",
     "ChatTemplate",
@@ -42,6 +43,8 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of the field with the reasoning of an assistant. Most templates read the first; some read the second."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Settings of the special tokens that a template may use as variables."""
+OF_RENDER = ("messages", "tools", "add_generation_prompt")
+"""Variables that `render` sets from its own arguments."""
 OPEN_END = "\ufdd0open end\ufdd0"
 """Marks the present end of a message that is to be continued. No text holds these characters."""
 
@@ -121,6 +124,10 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._compiled = {name: environment.from_string(source) for name, source in self.sources.items()}
+            self._variables = {
+                name: meta.find_undeclared_variables(environment.parse(source)) - {*OF_RENDER, *environment.globals}
+                for name, source in self.sources.items()
+            }
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"the chat template cannot be read: {error} (line {error.lineno}); correct it"
@@ -150,6 +157,10 @@ class ChatTemplate:
         name = self._name(tools)
         known = [_in_known_form(message, self._features[name]) for message in messages]
         return self._rendered(name, known, tools, variables | {"add_generation_prompt": add_generation_prompt})
+
+    def variables(self, tools: Sequence[Mapping[str, Any]] | None) -> set[str]:
+        """Variables that the template for these tools reads, besides its messages, tools and prompt."""
+        return self._variables[self._name(tools)]
 
     def hides_calls(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
         """Whether the template for these tools omits the calls in a message."""

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tidar_core.artifacts.text.chat_template import ChatTemplate, Message
+from tidar_core.artifacts.text.chat_template import OF_RENDER, ChatTemplate, Message
 from tidar_core.artifacts.text.tokenizer import Tokenizer
 from tidar_core.errors import RequestError
 
-__all__ = ["SpecialNames", "encode_chat", "require_calls_shown", "turn_end_id"]
+__all__ = ["SpecialNames", "encode_chat", "require_calls_shown", "require_variables_read", "turn_end_id"]
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Characters without a meaning (Supplementary Private Use Area A)."""
@@ -38,13 +38,10 @@ def encode_chat(
     given = [names.hidden(message) for message in messages]
     offered = None if tools is None else [names.hidden(tool) for tool in tools]
     others = {name: names.hidden(value) for name, value in (variables or {}).items()}
-    try:
-        if leave_open:
-            text = template.render_open(given, tools=offered, **others)
-        else:
-            text = template.render(given, tools=offered, add_generation_prompt=add_generation_prompt, **others)
-    except TypeError as error:  # a variable with the name of an argument
-        raise RequestError(f"chat_template_kwargs cannot be used: {error}; use other names") from error
+    if leave_open:
+        text = template.render_open(given, tools=offered, **others)
+    else:
+        text = template.render(given, tools=offered, add_generation_prompt=add_generation_prompt, **others)
     return names.encode(text, tokenizer)
 
 
@@ -54,6 +51,22 @@ def require_calls_shown(
     """Raise RequestError if messages have calls and the template would omit the calls."""
     if template.hides_calls(tools) and any(message.get("tool_calls") for message in messages):
         raise RequestError("messages hold calls of functions, and this model's chat template omits calls; remove them")
+
+
+def require_variables_read(
+    template: ChatTemplate, variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Raise RequestError for a variable, other than None, that the template for these tools does not read."""
+    read = template.variables(tools)
+    for name, value in variables.items():
+        if name in OF_RENDER:
+            raise RequestError(f"chat_template_kwargs holds {name}, which is a field of the request; give that field")
+        if name not in read and value is not None:
+            others = sorted(read - set(template.special_tokens))
+            raise RequestError(
+                f"chat_template_kwargs holds {name[:64]!r}, which this model's chat template does not read; "
+                f"it reads {', '.join(others) or 'no others'}; drop it"
+            )
 
 
 def turn_end_id(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:

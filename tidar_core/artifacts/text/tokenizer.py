@@ -45,6 +45,10 @@ Such a string is a word with the space before it, up to three digits, a run of p
 indentation is therefore one token.
 """
 
+LONGEST_RUN = 256
+"""Letters, signs or white space of a string that training reads as a whole. Its time grows with the square of the
+length, so a longer string, such as a line of a million dashes, is cut. Encoding cuts no string."""
+
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 """The class that `save` names: with it, transformers uses tokenizer.json unchanged. Other classes may rebuild it."""
 CHARACTERS_BEFORE = ("\n", ".", "a", "0")
@@ -94,12 +98,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size is {vocab_size}; 256 bytes and {END_OF_TEXT} need at least 257")
     fast = FastTokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    fast.pre_tokenizer = _words(WORDS.replace("+", f"{{1,{LONGEST_RUN}}}").replace("*", f"{{0,{LONGEST_RUN}}}"))
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -108,7 +107,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         show_progress=False,
     )
     fast.train_from_iterator(texts, trainer)
+    fast.pre_tokenizer = _words(WORDS)
     return Tokenizer(fast, {"eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False})
+
+
+def _words(regex: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that splits a text into the matches of `regex`, and these into bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 class Tokenizer:
