@@ -345,7 +345,7 @@ class AutoPlanner:
 
 _Launched = tuple[StepPlan, frozenset[str], int, float | None, float]
 """The step that was planned last: its plan, requests and context, the seconds since the step before it, and the time at
-which it began. None for the seconds stands for a prefill between the two."""
+which it began. If a prefill came between the two, the seconds are None."""
 
 
 class _Calm:
