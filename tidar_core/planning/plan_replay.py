@@ -124,7 +124,10 @@ class _Replay:
         table_LSW = torch.zeros(L + N + 1, S, W)
         rows, steps = table_LSW.view(-1, W), torch.empty(N + 1, C, W)
         after_NCW, lengths_N11 = steps[1:], torch.arange(1, N + 1)[:, None, None]
-        mean_C1 = survival_LDB1W[:, :, 0].mean((0, 3)).cumsum(0)[self.verified_S[self.first_C] // (2 * C)]
+        begin_W = L - torch.tensor(lens)
+        inside_LW = (torch.arange(L)[:, None] >= begin_W).float()
+        mean_D = torch.einsum("ldw,lw->d", survival_LDB1W[:, :, 0, 0], inside_LW).cumsum(0) / sum(lens)
+        mean_C1 = mean_D[self.verified_S[self.first_C] // (2 * C), None]
         for place in range(L - 1, -1, -1):
             torch.index_select(rows[place * S :], 0, self.next_NC.flatten(), out=after_NCW.view(N * C, W))
             beyond = L - place
@@ -132,7 +135,6 @@ class _Replay:
             steps[0] = -1.0  # so the sums below begin with the forward itself
             sums_DBCW = (steps.diff(dim=0)[:, None] * survival_LDB1W[place]).cumsum(0)
             torch.index_select(sums_DBCW.view(-1, W), 0, self.verified_S, out=table_LSW[place])
-        begin_W = L - torch.tensor(lens)
         return table_LSW[begin_W[:, None], self.first_C, torch.arange(W)[:, None]].T
 
 
