@@ -10,14 +10,13 @@ every window.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tidar_core.planning.draft_history import Window
 
-__all__ = ["AcceptanceRates", "fitted_rates", "mean_rates"]
+__all__ = ["fitted_rates", "mean_rates"]
 
 ROUNDS = 8
 """Newton steps of the fit."""
@@ -30,21 +29,15 @@ LONGEST_STEP = 1.5
 """Most that log odds change in one Newton step."""
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptanceRates:
-    """Probability that a draft is accepted, given that the drafts before it were."""
+def mean_rates(windows: Sequence[Window], block_len: int) -> dict[str, list[float]]:
+    """Rates over all windows, each with the weight of its outcomes.
 
-    whole: tuple[float, ...]
-    """Rate of the i-th draft of a whole block; entry 0 is not used."""
-    late: tuple[float, ...]
-    """Rates in a block that goes on behind a correction: its first draft, and each later draft."""
-
-
-def mean_rates(windows: Sequence[Window], block_len: int) -> AcceptanceRates:
-    """Rates over all windows, each with the weight of its outcomes."""
+    Returns `whole`, the rates of a whole block's drafts, whose entry 0 is not used. `late` has the rates of the first
+    and of each later draft behind a correction.
+    """
     weight_W1 = torch.tensor([[len(window)] for window in windows]).double()
     rates = ((fitted_rates(windows, block_len) * weight_W1).sum(0) / weight_W1.sum()).tolist()
-    return AcceptanceRates(tuple(rates[:block_len]), tuple(rates[block_len:]))
+    return {"whole": rates[:block_len], "late": rates[block_len:]}
 
 
 def fitted_rates(windows: Sequence[Window], block_len: int) -> Tensor:
@@ -53,23 +46,33 @@ def fitted_rates(windows: Sequence[Window], block_len: int) -> Tensor:
     codes = torch.tensor([code + 2 * E * w for w, window in enumerate(windows) for code in window])
     counts = torch.bincount(codes, minlength=2 * E * W).view(W, E, 2).double()
     kept_WE, tried_WE = counts[..., 1], counts.sum(-1)
-    before = torch.tensor([0, 0, *range(1, block_len - 1), 1, block_len][:E] if block_len > 1 else [0] * E)
     ease_W, ease_E = torch.zeros(W, dtype=torch.double), torch.zeros(E, dtype=torch.double)
-    shift_E = torch.zeros(E, dtype=torch.double)
-    shift_E[block_len] = math.log(LATE_ODDS)
+    before_E = torch.tensor([0, 0, *range(1, block_len - 1), 1, block_len][:E])
+    late_E = torch.zeros(E, dtype=torch.double)
+    late_E[block_len] = math.log(LATE_ODDS)
+    like_E, shift_E = _nearest(tried_WE.sum(0) > 0, before_E, late_E)
     kept_W = kept_WE.sum(1)
     mixed_W = ((kept_W > 0) & (kept_W < tried_WE.sum(1))).double()
     kept_E, counted_WE = mixed_W @ kept_WE, mixed_W[:, None] * tried_WE
     for _ in range(ROUNDS):
         rate_WE, own_E = (ease_W[:, None] + ease_E).sigmoid(), ease_E.sigmoid()
-        prior_E = torch.where(before > 0, (ease_E[before] + shift_E).sigmoid(), 0.5)
+        prior_E = torch.where(before_E > 0, (ease_E[before_E] + late_E).sigmoid(), 0.5)
         expected_WE = counted_WE * rate_WE
         surplus = kept_E - expected_WE.sum(0) + ENTRY_PRIOR * (prior_E - own_E)
         slope = (expected_WE * (1 - rate_WE)).sum(0) + ENTRY_PRIOR * (own_E * (1 - own_E)).clamp(min=0.05)
-        ease_E = ease_E + (surplus / slope).clamp(-LONGEST_STEP, LONGEST_STEP)
+        ease_E = (ease_E + (surplus / slope).clamp(-LONGEST_STEP, LONGEST_STEP))[like_E] + shift_E
         rate_WE, own_W = (ease_W[:, None] + ease_E).sigmoid(), ease_W.sigmoid()
         expected_WE = tried_WE * rate_WE
         surplus = kept_W - expected_WE.sum(1) + WINDOW_PRIOR * (0.5 - own_W)
         slope = (expected_WE * (1 - rate_WE)).sum(1) + WINDOW_PRIOR * 0.25
         ease_W = ease_W + (surplus / slope).clamp(-LONGEST_STEP, LONGEST_STEP)
     return (ease_W[:, None] + ease_E).sigmoid()
+
+
+def _nearest(tried_E: Tensor, before_E: Tensor, late_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest entry before each untried one that was tried, 0 if there is none, and the shift of the log odds."""
+    like, shift = list(range(len(before_E))), [0.0] * len(before_E)
+    for entry, (tried, before) in enumerate(zip(tried_E.tolist(), before_E.tolist())):
+        if not tried and entry:
+            like[entry], shift[entry] = like[before], shift[before] + late_E[entry].item()
+    return torch.tensor(like), torch.tensor(shift, dtype=torch.double)

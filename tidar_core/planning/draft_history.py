@@ -3,32 +3,33 @@
 Which drafts were accepted, in which texts?
 
 Drafts are accepted in runs: a text has easy and hard passages. So outcomes are kept in their order, in windows of one
-text each. An outcome is the entry of the draft and whether it was accepted. Entries 1..K-1 are the drafts of a whole
-block by their place. A block that goes on behind a correction could not know the correction. Its first draft has entry
-K, its later drafts K + 1. The token behind a block that was accepted whole had no draft, so it is no outcome.
+text, or of joined ends of texts. An outcome is the entry of the draft and whether it was accepted. Entries 1..K-1 are
+the drafts of a whole block by their place. A block that goes on behind a correction could not know the correction. Its
+first draft has entry K, its later drafts K + 1. The token behind a block that was accepted whole had no draft, so it
+is no outcome.
 """
 
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 
 from tidar_core.decoding.request import DecodeStep
 
-__all__ = ["WINDOW_LEN", "DraftHistory", "Excerpt", "Window"]
+__all__ = ["WINDOW_LEN", "DraftHistory", "Excerpt", "Window", "entries_by_kind"]
 
 Window = list[int]
 """Outcomes in their order: 2 * entry, and 1 more if the draft was accepted."""
 
-WINDOW_LEN, WINDOWS, RECENT = 32, 128, 64
-"""Least outcomes of a full window, the full windows that are kept, and the newest of them, which a forecast is made
-from. Where there are fewer, it is made from windows that are not full, too."""
-REPRESENTATIVES = 24
-"""Most windows that stand for the newest ones in a forecast."""
-OWN_WINDOWS = 4
+WINDOW_LEN, WINDOWS = 32, 128
+"""Least outcomes of a full window, and the most windows that are kept."""
+NEWEST, REPRESENTATIVES = 2048, 24
+"""Outcomes of the newest windows, and the most windows that stand for these in a forecast."""
+OWN_WINDOWS = 8
 """Full windows of one request that are kept."""
-PRIOR = [3, 2] * 4
-"""The window before all others: every other first draft is accepted."""
-OWN_PRIOR = 96.0
+PRIOR = [2, 3, 3, 3, 2, 3, 2, 2]
+"""The window before all others: half of its first drafts are accepted, in an uneven order."""
+OWN_PRIOR = 192.0
 """Outcomes that the windows of all requests count for beside those of one request."""
 
 
@@ -51,13 +52,16 @@ class _Text:
     verifications: int = 0
 
 
+def entries_by_kind(block_len: int) -> tuple[list[int], list[int]]:
+    """Entries of the drafts of a whole block, and of one that goes on behind a correction, by their place."""
+    return list(range(1, block_len)), [block_len, *[block_len + 1] * (block_len - 2)][: block_len - 1]
+
+
 class DraftHistory:
     """Outcomes of the newest drafts of all requests."""
 
     def __init__(self, block_len: int) -> None:
-        self.block_len = block_len
-        K = block_len
-        self._accepted = [[2 * entry + 1 for entry in entries] for entries in (range(1, K), [K] + [K + 1] * K)]
+        self._accepted = [[2 * entry + 1 for entry in entries] for entries in entries_by_kind(block_len)]
         """Outcomes of accepted drafts, of whole blocks and of blocks behind a correction."""
         self._windows = deque([list(PRIOR)], maxlen=WINDOWS)
         self._ends: Window = []
@@ -109,9 +113,14 @@ class DraftHistory:
         """
         text = None if request is None else self._texts.get(request)
         own = [] if text is None else [window for window in (*text.full, text.open) if window]
-        others = [window for window in (self._ends, *(x.open for x in self._texts.values() if x is not text)) if window]
-        others += [window for window in self._windows if not any(window is mine for mine in own)]
-        newest = sorted(range(max(0, len(others) - RECENT), len(others)), key=lambda number: _share(others[number]))
+        others = [window for window in self._windows if not any(window is mine for mine in own)]
+        others += [
+            window for window in (self._ends, *(x.open for x in self._texts.values() if x is not text)) if window
+        ]
+        others = others[-WINDOWS:]
+        older = accumulate(len(window) for window in reversed(others))
+        count = 1 + sum(outcomes < NEWEST for outcomes in islice(older, len(others) - 1))
+        newest = sorted(range(len(others) - count, len(others)), key=lambda number: _share(others[number]))
         count = min(REPRESENTATIVES, len(newest))
         chosen = [newest[(2 * i + 1) * len(newest) // (2 * count)] for i in range(count)]
         outcomes = sum(len(others[number]) for number in chosen)

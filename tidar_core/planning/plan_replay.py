@@ -19,7 +19,7 @@ from torch import Tensor
 from tidar_core.decoding.plan_tensors import blocks_after
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.acceptance_rates import fitted_rates
-from tidar_core.planning.draft_history import Excerpt, Window
+from tidar_core.planning.draft_history import Excerpt, Window, entries_by_kind
 
 __all__ = ["PlanChain", "expected_tokens", "lost_tokens", "two_pass_chain"]
 
@@ -143,7 +143,7 @@ def _survival(chance_WLE: Tensor, block_len: int) -> Tensor:
     K, L = block_len, chance_WLE.shape[1]
     chance_WLE = torch.nn.functional.pad(chance_WLE, (0, 0, 0, K), value=1.0)
     kinds = []
-    for entries in (range(1, K), [K, *[K + 1] * (K - 2)][: K - 1]):
+    for entries in entries_by_kind(K):
         drafts = [chance_WLE[:, place : place + L, entry] for place, entry in enumerate(entries)]
         kinds.append(torch.stack([torch.ones_like(chance_WLE[:, :L, 0]), *drafts]).cumprod(0))
     return torch.stack(kinds).permute(3, 1, 0, 2)[..., None, :].contiguous()

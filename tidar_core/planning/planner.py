@@ -10,7 +10,6 @@ Autoregression is always among the candidates. Some steps are run to learn from 
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -178,7 +177,7 @@ class AutoPlanner:
         """
         ended = self._clock()
         self._seen.append((self._launched, ended, tuple(steps), beside))
-        self._ended = None if self._launched is None else ended
+        self._ended = ended
         self._launched = None
         if len(self._seen) == LEARNED_TOGETHER or ended >= self._learned + LEARNED_AFTER:
             self.learn()
@@ -229,7 +228,7 @@ class AutoPlanner:
             ],
             "expected_tokens_per_second": self.expected_tokens_per_second(self.choice.tokens_per_second),
             "expected_over_ar": self.expected_over_ar,
-            "chances": asdict(mean_rates(self.history.excerpt().windows, self.block_len)),
+            "chances": mean_rates(self.history.excerpt().windows, self.block_len),
         }
 
     def expected_tokens_per_second(self, decoding: float) -> float:
@@ -308,11 +307,11 @@ class AutoPlanner:
         best = max(others, key=lambda choice: choice.tokens_per_second, default=ar)
         held = self.choice if last is None else last.choice
         present = next((choice for choice in others if choice.cycle == held.cycle), ar)
-        least = MIN_SPEEDUP_TO_DRAFT if last is None or present is ar else 1.0
+        if present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
+            best = present
+        least = 1.0 if last is not None and best is present else MIN_SPEEDUP_TO_DRAFT
         if best.tokens_per_second <= least * ar.tokens_per_second:
             best = ar
-        elif present is not ar and best.tokens_per_second < HYSTERESIS * present.tokens_per_second:
-            best = present
         probe_every = self._probe_every(requests, context) if best is ar else 0
         untimed = self._untimed(choices, best, len(requests))
         return Review(best, ar.tokens_per_second, probe_every, untimed, *other_mode(choices, best))

@@ -33,8 +33,8 @@ def test_entries_differ_by_what_they_show_in_the_same_windows():
     luck = random.Random(1)
     mixed = [window(luck, 0.5, {FIRST: 0.8, SECOND: -0.8}) for _ in range(64)]
     rates = mean_rates(mixed, K)
-    assert rates.whole[1:3] == pytest.approx((0.786, 0.426), abs=0.04)
-    assert rates.whole[3] == pytest.approx(rates.whole[2], abs=0.01)  # never verified: as the draft before it
+    assert rates["whole"][1:3] == pytest.approx([0.786, 0.426], abs=0.04)
+    assert rates["whole"][3] == pytest.approx(rates["whole"][2], abs=0.01)  # never verified: as the draft before it
 
 
 def test_windows_without_a_rejection_show_nothing_of_the_entries():
@@ -48,8 +48,16 @@ def test_windows_without_a_rejection_show_nothing_of_the_entries():
 
 def test_before_any_draft_every_other_one_is_accepted_and_fewer_behind_a_correction():
     rates = mean_rates([PRIOR], K)
-    assert rates.whole[1:] == pytest.approx([0.5] * (K - 1), abs=0.01)
-    assert rates.late == pytest.approx([LATE_ODDS / (1 + LATE_ODDS)] * 2, abs=0.01)
+    assert rates["whole"][1:] == pytest.approx([0.5] * (K - 1), abs=0.01)
+    assert rates["late"] == pytest.approx([LATE_ODDS / (1 + LATE_ODDS)] * 2, abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.9])
+def test_all_drafts_behind_the_last_tried_one_are_rated_as_it(rate):
+    luck = random.Random(3)
+    short = [window(luck, 0.0, dict.fromkeys((1, 2, 3), math.log(rate / (1 - rate)))) for _ in range(64)]
+    rates = mean_rates(short, 64)["whole"]
+    assert rates[1:] == pytest.approx([rate] * 63, abs=0.03)
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 3, 16])

@@ -3,7 +3,15 @@
 import pytest
 
 from tidar_core.decoding.request import DecodeStep
-from tidar_core.planning.draft_history import OWN_PRIOR, PRIOR, RECENT, WINDOW_LEN, WINDOWS, DraftHistory
+from tidar_core.planning.draft_history import (
+    NEWEST,
+    OWN_PRIOR,
+    PRIOR,
+    REPRESENTATIVES,
+    WINDOW_LEN,
+    WINDOWS,
+    DraftHistory,
+)
 
 K = 4
 
@@ -36,7 +44,7 @@ def test_windows_belong_to_one_text_and_ends_of_texts_are_joined():
         history.observe(verified(1, request=request))
         history.observe(verified(4, request=request, end="stop"))
     rejected = [sum(code % 2 == 0 for code in window) for window in history.excerpt().windows if window != PRIOR]
-    assert rejected == [4, 0, 0, 8]  # ends that fill no window yet, two windows, ends that fill one
+    assert rejected == [0, 0, 8, 4]  # two windows, ends that fill one, and ends that do not yet
     assert len(history) == 2
 
 
@@ -56,7 +64,7 @@ def test_what_is_old_is_forgotten():
         for _ in range(2 * WINDOWS * WINDOW_LEN):
             history.observe(verified(accepted))
     windows = history.excerpt().windows
-    assert WINDOWS <= len(windows) <= WINDOWS + 1
+    assert len(windows) == WINDOWS
     assert all(code % 2 == 1 for window in windows for code in window)
 
 
@@ -74,8 +82,12 @@ def test_few_windows_stand_for_the_newest_by_their_shares_of_accepted_drafts(tex
         history.observe(verified(1, request=str(i), end="stop"))
     excerpt = history.excerpt()
     chosen = [excerpt.windows[number] for number in excerpt.weights]
-    assert len(chosen) < RECENT / 2
-    assert accepted(chosen) == pytest.approx(accepted(excerpt.windows[-RECENT:]), abs=0.03)
+    newest, outcomes = 0, 0
+    while outcomes < NEWEST:
+        newest += 1
+        outcomes += len(excerpt.windows[-newest])
+    assert len(chosen) == REPRESENTATIVES < newest / 2
+    assert accepted(chosen) == pytest.approx(accepted(excerpt.windows[-newest:]), abs=0.03)
     assert set(excerpt.weights.values()) == {1.0}
 
 
@@ -91,3 +103,19 @@ def test_the_windows_of_a_lone_request_count_for_more_than_those_of_others():
     assert [excerpt.weights[number] for number in own] == [1.0]
     assert others == pytest.approx(OWN_PRIOR)
     assert set(history.excerpt("unknown").weights.values()) == {1.0}
+
+
+def test_what_many_running_requests_verified_just_now_counts():
+    history, batch = DraftHistory(K), [str(i) for i in range(64)]
+    for _ in range(4 * NEWEST):
+        history.observe(verified(1, request="before"))
+    assert accepted(chosen_of(history)) == 0.0
+    for _ in range(4):
+        for request in batch:
+            history.observe(verified(4, request=request))
+    assert accepted(chosen_of(history)) > 0.4  # 768 outcomes of 2,048
+
+
+def chosen_of(history):
+    excerpt = history.excerpt()
+    return [excerpt.windows[number] for number in excerpt.weights]

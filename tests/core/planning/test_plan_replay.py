@@ -6,8 +6,10 @@ import pytest
 import torch
 from simulated_machine import Drafts, FixedCycle, SimulatedText
 
+from tidar_core.decoding.request import DecodeStep
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning import plan_replay
+from tidar_core.planning.candidate_plans import all_candidates
 from tidar_core.planning.draft_history import DraftHistory, Excerpt
 from tidar_core.planning.plan_replay import PlanChain, expected_tokens, two_pass_chain
 
@@ -129,3 +131,21 @@ def test_windows_count_by_their_weights():
     assert none == pytest.approx(1, abs=0.01)
     both = expected_tokens(dense, Excerpt([accepted, rejected], {0: 1.0, 1: 0.5}), K)[0]
     assert both == pytest.approx((28 + 14) / (28 / 8 + 14), rel=0.03)
+
+
+@pytest.mark.parametrize("verified", [2, 3, 4, 8])
+def test_before_any_draft_a_plan_brings_what_it_would_at_even_odds(verified):
+    found = expected_tokens([two_pass_chain(verified, verified)], DraftHistory(K).excerpt(), K)[0]
+    assert found == pytest.approx(2 - 0.5 ** (verified - 1), rel=0.1)
+
+
+@pytest.mark.parametrize("block_len", [2, 3, 16])
+def test_every_candidate_has_a_forecast_for_every_block_length(block_len):
+    history, luck = DraftHistory(block_len), random.Random(4)
+    for request in range(40):
+        for _ in range(9):
+            n = luck.randint(1, block_len)
+            history.observe(DecodeStep(str(request), (1,) * n, None, block_len, n, block_len))
+    cycles = [x.cycle for x in all_candidates(block_len) if x.mode == "single-pass"]
+    found = expected_tokens([PlanChain.of(cycle[0], block_len) for cycle in cycles], history.excerpt(), block_len)
+    assert all(1 <= tokens <= cycle[0].clean_len + 0.01 for tokens, cycle in zip(found, cycles, strict=True))

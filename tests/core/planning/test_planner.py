@@ -24,6 +24,7 @@ from tidar_core.planning.planner import (
     AutoPlanner,
     planner_of,
 )
+from tidar_core.planning.reviews import Choice, Review
 from tidar_core.planning.step_timing import decoding_latency
 
 K = 4
@@ -142,6 +143,28 @@ def test_drafting_must_promise_clearly_more_than_autoregression():
     assert planner.next_plan({"r": 1}, 10) == StepPlan(1)
 
 
+@pytest.mark.parametrize(
+    ("present", "other", "mode"),
+    [
+        (1.01, 1.01, "two-pass"),  # drafting goes on while it promises more than autoregression
+        (0.99, 0.98, "autoregressive"),
+        (0.99, 1.005, "autoregressive"),  # not even a better choice promises enough to begin with it
+        (0.99, 1.03, "single-pass"),
+        (None, 1.01, "autoregressive"),
+        (None, 1.03, "single-pass"),
+    ],
+)
+def test_drafting_begins_for_a_gain_of_a_fiftieth_and_goes_on_for_any(monkeypatch, present, other, mode):
+    planner = planner_with(table_of(lambda rows: 1.0), K)
+    ar, *drafting = all_candidates(K)
+    two_pass, single_pass = (next(x for x in drafting if x.mode == name) for name in ("two-pass", "single-pass"))
+    promised = [Choice("autoregressive", ar.cycle, 100.0), Choice("single-pass", single_pass.cycle, 100 * other)]
+    promised.append(Choice("two-pass", two_pass.cycle, 100 * (present or 0.5)))
+    monkeypatch.setattr(planner, "weigh", lambda *given, **how: promised)
+    held = promised[0] if present is None else promised[2]
+    assert planner._reviewed(["r"], 10, Review(held, 100.0, 0, ()), alike=True).choice.mode == mode
+
+
 def test_a_batch_that_comes_back_is_not_weighed_anew(monkeypatch):
     planner = planner_with(table_of(lambda rows: 1.0), K)
     weighed = []
@@ -178,6 +201,7 @@ def test_lone_requests_that_are_new_share_a_review(monkeypatch):
     monkeypatch.setattr(
         planner, "weigh", lambda requests, *of, **how: weighed.append(set(requests)) or weigh(requests, *of, **how)
     )
+    taught(planner, [0.5] * K)
     for request in ("first", "second"):
         for _ in range(10):
             planner.next_plan({request: 4}, 10)
@@ -194,8 +218,8 @@ def test_the_review_of_one_request_and_that_of_all_take_turns_and_do_not_mix(mon
     planner = planner_with(table_of(lambda rows: 1.0 + 0.1 * rows), K)
     alike, weigh = [], planner.weigh
     monkeypatch.setattr(planner, "weigh", lambda *of, **how: alike.append(how["alike"]) or weigh(*of, **how))
-    taught(planner, [0.9] * K)
-    for _ in range(100):
+    taught(planner, [0.7] * K)
+    for _ in range(300):
         planner.observe([DecodeStep("bad", (1,), None, 4, 1, 4)])
     for step in range(4000):
         planner.next_plan({"bad": 1}, 10)
@@ -215,6 +239,7 @@ def test_nothing_is_kept_of_requests_that_finished_or_were_aborted():
         reasons = ["stop", "length", "length", None, None, None]  # the last three are aborted after this step
         planner.observe([DecodeStep(r, (1,), reason, 4, 1, 4) for r, reason in zip(running, reasons)])
         assert len(planner.history) <= 2 * len(running) + 3
+        planner.learn()
         finished = [r for r, reason in zip(running, reasons) if reason]
         assert [planner.history.verifications(r) for r in finished] == [0, 0, 0]
     for turn in range(50):
