@@ -263,10 +263,10 @@ def test_concurrent_requests_of_different_lengths_are_all_exact(service, oracle_
         ({"extra_body": {"tempreature": 2}}, openai.BadRequestError, "tempreature", "unsupported_parameter"),
         ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", None),
-        ({"prompt": ""}, openai.BadRequestError, None, None),
-        ({"prompt": [1, 2, 303]}, openai.BadRequestError, None, None),  # the mask token
+        ({"prompt": ""}, openai.BadRequestError, "prompt", None),
+        ({"prompt": [1, 2, 303]}, openai.BadRequestError, "prompt", None),  # the mask token
         ({"extra_body": {"stop_token_ids": [999]}}, openai.BadRequestError, "stop_token_ids", None),
-        ({"prompt": ["good", ""]}, openai.BadRequestError, None, None),
+        ({"prompt": ["good", ""]}, openai.BadRequestError, "prompt", None),
         ({"prompt": [5, 10**20]}, openai.BadRequestError, "prompt", None),
     ],
 )

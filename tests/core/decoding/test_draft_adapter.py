@@ -209,11 +209,11 @@ def test_a_scheduler_that_exchanges_drafts_has_its_planner_forget_the_old_ones()
     decoder = decoder_of(old)
     points = tuple(LatencyPoint(rows=r, batch=b, context=9, seconds=1.0) for r in (1, 20) for b in (1, 3))
     planner = AutoPlanner(LatencyTable(points), K, clock=lambda: 0.0)
-    scheduler, untried = Scheduler(decoder, planner), planner.acceptance.pooled()
+    scheduler, untried = Scheduler(decoder, planner), planner.facts()["chances"]
     complete(scheduler, requests(prompts(5, 9), GREEDY))
-    assert planner.acceptance.pooled() != untried
+    assert planner.facts()["chances"] != untried
     scheduler.load_drafts(drafts_of(new))
-    assert planner.acceptance.pooled() == untried
+    assert planner.facts()["chances"] == untried
     assert all(torch.equal(value, drafts_of(new)[name]) for name, value in drafts_of(old).items())
 
 
