@@ -55,11 +55,11 @@ from tidar_core.training.packing import row_count
 
 __all__ = ["pack"]
 
-Listing = list[list[FileEntry]]
-"""The files of each source."""
 SHOW_SECONDS = 1.0
 """Time between two looks at the training of a tokenizer."""
 
+Listing = list[list[FileEntry]]
+"""The files of each source."""
 Splits = Mapping[str, list[tuple[int, Part]]]
 Outcome = TypeVar("Outcome")
 

@@ -118,9 +118,9 @@ class DraftHistory:
             window for window in (self._ends, *(x.open for x in self._texts.values() if x is not text)) if window
         ]
         others = others[-WINDOWS:]
-        older = accumulate(len(window) for window in reversed(others))
-        count = 1 + sum(outcomes < NEWEST for outcomes in islice(older, len(others) - 1))
-        newest = sorted(range(len(others) - count, len(others)), key=lambda number: _share(others[number]))
+        sums = accumulate(len(window) for window in reversed(others))
+        older = sum(outcomes >= NEWEST for outcomes in islice(sums, len(others) - 1))
+        newest = sorted(range(older, len(others)), key=lambda number: _share(others[number]))
         count = min(REPRESENTATIVES, len(newest))
         chosen = [newest[(2 * i + 1) * len(newest) // (2 * count)] for i in range(count)]
         outcomes = sum(len(others[number]) for number in chosen)
