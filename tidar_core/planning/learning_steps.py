@@ -4,18 +4,27 @@ Which plan comes next: one of the choice, or one whose time or drafts are not kn
 
 A plan that is never run is never corrected. While the choice is autoregressive, a short block is drafted and verified
 now and then, to learn whether drafts would pay by now. While drafts are made, a step now and then is autoregressive,
-because drafting must beat its time. Plans that promise nearly the speed of the choice are run until their time is
-known. The formula alone can be wrong by more than the difference. For a few steps now and then, the other mode that
-drafts takes the place of the choice. It verifies drafts that the choice never verifies.
+because drafting must beat its time. The less drafting promises, the more often it is compared so. Plans that promise
+nearly the speed of the choice are run until their time is known. The formula alone can be wrong by more than the
+difference. For a few steps now and then, the other mode that drafts takes the place of the choice. It verifies drafts
+that the choice never verifies.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 from tidar_core.decoding.step_plan import StepPlan
-from tidar_core.planning.candidate_plans import Candidate
-from tidar_core.planning.reviews import Choice
+from tidar_core.planning.reviews import Choice, Review
 
-__all__ = ["COMPARED_EVERY", "SHORTEST_PROBE", "TIMED_EVERY", "LearningSteps", "other_mode", "probe_len"]
+__all__ = [
+    "COMPARED_EVERY",
+    "SHORTEST_PROBE",
+    "TIMED_EVERY",
+    "LearningSteps",
+    "compared_every",
+    "other_mode",
+    "probe_len",
+]
 
 PROBE_PART = 4
 """Block length over the length of a probe's block: the first drafts decide whether drafting pays."""
@@ -24,7 +33,8 @@ SHORTEST_PROBE = 8
 EARLY_PROBES = 3
 """Probes that come early: each gap is twice the gap before it, up to the gap of later ones."""
 FIRST_COMPARISON, COMPARED_EVERY = 32, 256
-"""While drafts are made, one step in so many is autoregressive. The gap doubles from the first to the second number."""
+"""Steps before the first autoregressive one while drafts are made, and the most before later ones. The gap doubles as
+long as the caller allows."""
 TIMED_EVERY = 64
 """Steps from one step of an untimed plan to the next."""
 OTHER_STEPS, FIRST_OTHER = 8, 64
@@ -32,8 +42,9 @@ OTHER_STEPS, FIRST_OTHER = 8, 64
 allows."""
 OTHER_PROMISE = 0.7
 """Share of the best one's speed that the best candidate of the other mode must promise, to be run now and then."""
-OTHER_SHARE, LEAST_LOSS = 0.002, 0.1
-"""Share of the time that its steps may cost, and the least part of them that counts as lost."""
+LEARNING_SHARE, LEAST_LOSS = 0.002, 0.1
+"""Share of the time that steps of the other mode may cost, and the least part of them that counts as lost. The same
+holds for autoregressive steps."""
 MOST_CALM = 256
 """Most calm steps from one call of `LearningSteps.next_plan` to the next."""
 
@@ -54,7 +65,17 @@ def other_mode(choices: Sequence[Choice], best: Choice) -> tuple[Choice | None, 
         return None, 0
     promise = other.tokens_per_second / best.tokens_per_second
     lost = OTHER_STEPS * max(1.0 - promise, LEAST_LOSS)
-    return (other, int(lost / OTHER_SHARE)) if promise >= OTHER_PROMISE else (None, 0)
+    return (other, int(lost / LEARNING_SHARE)) if promise >= OTHER_PROMISE else (None, 0)
+
+
+def compared_every(margin: float, steady_steps: float) -> int:
+    """Steps from one autoregressive step to the next while drafts are made, at most.
+
+    margin        logarithm of the speed over that of the autoregressive mode
+    steady_steps  steps for which no time is likely to change by so much
+    """
+    lost = max(1.0 - math.exp(-margin), LEAST_LOSS)
+    return int(min(max(lost / LEARNING_SHARE, steady_steps), COMPARED_EVERY))
 
 
 class LearningSteps:
@@ -69,50 +90,47 @@ class LearningSteps:
         self._other_left = 0
         """Steps of the other mode that are left of those in a row."""
 
-    def next_plan(
-        self, choice: Candidate, pending: int, probe_every: int, untimed: Iterable[StepPlan],
-        other: Candidate | None = None, other_every: int = 0,
-    ) -> StepPlan:  # fmt: skip
+    def next_plan(self, review: Review, pending: int, untimed: Iterable[StepPlan]) -> StepPlan:
         """The plan of the next step.
 
-        pending      the most tokens pending (d_1 and its drafts) of a sequence
-        probe_every  steps from one probe to the next, if the choice is autoregressive; 0 if there is nothing to probe
-        untimed      plans that promise nearly as much, whose time is not known
-        other        candidate of the other mode that drafts, if it promises nearly as much
-        other_every  steps from one time that it takes OTHER_STEPS to the next, at most
+        pending  the most tokens pending (d_1 and its drafts) of a sequence
+        untimed  plans of the review whose time is not known yet
         """
         self._steps += 1
-        if other is None:
+        if review.other is None:
             self._other_left = 0
-        elif self._others(other_every):
-            return other.next_plan(pending)
+        elif self._others(review.other_every):
+            return review.other.next_plan(pending)
+        choice = review.choice
         plan = self._untimed(choice.mode, pending, untimed) if self._steps >= self._next_untimed else None
         if plan is not None:
             return plan
         if choice.mode == "autoregressive":
-            return self._probe(pending, probe_every)
+            return self._probe(pending, review.probe_every)
         self._probes = 0
-        if self._steps >= self._next_comparison:
-            self._next_comparison = self._steps + self._comparison_gap
-            self._comparison_gap = min(2 * self._comparison_gap, COMPARED_EVERY)
-            return StepPlan(1)
-        return choice.next_plan(pending)
+        if self._steps < self._next_comparison:
+            return choice.next_plan(pending)
+        if pending > 1:  # they are not lost
+            return StepPlan(choice.cycle[-1].clean_len)
+        self._next_comparison = self._steps + self._comparison_gap
+        self._comparison_gap = min(2 * self._comparison_gap, review.compared_every)
+        return StepPlan(1)
 
-    def calm(self, choice: Candidate, probe_every: int, *, other: bool, untimed: bool) -> int:
+    def calm(self, review: Review, *, untimed: bool) -> int:
         """Steps from now on in which `next_plan` would return the choice's own plan, at most MOST_CALM.
 
         `next_plan` was called with the same arguments, and returned such a plan. Under an autoregressive choice no
         drafts are pending.
         """
         left = [1 + MOST_CALM]
-        if other:
+        if review.other is not None:
             left.append(0 if self._other_left > 0 else self._next_other - self._steps)
         if untimed:
             left.append(self._next_untimed - self._steps)
-        if choice.mode != "autoregressive":
+        if review.choice.mode != "autoregressive":
             left.append(self._next_comparison - self._steps)
-        elif probe_every:
-            left.append(self._early(probe_every) - self._since_drafts)
+        elif review.probe_every:
+            left.append(self._early(review.probe_every) - self._since_drafts)
         return max(0, min(left) - 1)
 
     def skip(self, steps: int, mode: str) -> None:

@@ -8,6 +8,7 @@ verified in its own way (`plan_replay`).
 Autoregression is always among the candidates. Some steps are run to learn from (`learning_steps`).
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
@@ -20,7 +21,7 @@ from tidar_core.planning.acceptance_rates import mean_rates
 from tidar_core.planning.candidate_plans import Candidate, all_candidates, few_candidates
 from tidar_core.planning.draft_history import DraftHistory
 from tidar_core.planning.latency_table import LatencyTable
-from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, other_mode, probe_len
+from tidar_core.planning.learning_steps import SHORTEST_PROBE, LearningSteps, compared_every, other_mode, probe_len
 from tidar_core.planning.loop_time import LoopTime
 from tidar_core.planning.plan_replay import PlanChain, expected_tokens, lost_tokens, two_pass_chain
 from tidar_core.planning.reviews import MAX_INDIVIDUAL_BATCH, Choice, Review, Reviews
@@ -51,9 +52,9 @@ PROBE_SHARE, LONGEST_PROBE = 0.005, 8192
 LEARNED_TOGETHER, LEARNED_AFTER = 32, 0.02
 """Most steps that are learned from together, and most seconds from the first to the last of them. In a step of half a
 millisecond, code that runs once is in no cache and takes three times as long as in a loop."""
-NEAR_SHARE, MOST_UNTIMED = 0.9, 4
-"""Plans of a candidate that promises this share of the best one's speed are run until their time is known; so many
-take turns."""
+KNOWN_DOUBT, MOST_UNTIMED = 0.05, 4
+"""Doubt about the time of a plan (standard deviation of its logarithm) that is small enough. Plans with more of it are
+run now and then if their candidate could be the best for all that is known; so many take turns."""
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:
@@ -162,12 +163,11 @@ class AutoPlanner:
         choice = review.choice
         if review.untimed:
             self.learn()
-        untimed = [plan for plan in review.untimed if not self._knows(plan, len(pending))]
-        plan = self._learning.next_plan(choice, most, review.probe_every, untimed, review.other, review.other_every)
+        untimed = [plan for plan in review.untimed if self._doubt(plan, len(pending)) > KNOWN_DOUBT]
+        plan = self._learning.next_plan(review, most, untimed)
         self._calm = calm = _Calm(choice, requests)
         if plan == calm.plans[most > 1]:
-            own = self._learning.calm(choice, review.probe_every, other=review.other is not None, untimed=bool(untimed))
-            calm.left = min(own, self.reviews.calm())
+            calm.left = min(self._learning.calm(review, untimed=bool(untimed)), self.reviews.calm())
         return plan, calm
 
     def observe(self, steps: Sequence[DecodeStep], *, beside: bool = False) -> None:
@@ -203,7 +203,7 @@ class AutoPlanner:
             self.loop.add_prefill(seconds - forecast)
             seconds = forecast
         elif gap is not None or not self._queued:
-            self.latency.observe(rows, batch, context, drafts, seconds)
+            self.latency.observe(rows, batch, context, drafts, seconds, ended)
         self.reviews.add_step(seconds, len(requests))
 
     def _learn_drafts(self, steps: Sequence[DecodeStep]) -> None:
@@ -313,19 +313,25 @@ class AutoPlanner:
         if best.tokens_per_second <= least * ar.tokens_per_second:
             best = ar
         probe_every = self._probe_every(requests, context) if best is ar else 0
-        untimed = self._untimed(choices, best, len(requests))
-        return Review(best, ar.tokens_per_second, probe_every, untimed, *other_mode(choices, best))
+        untimed = self._untimed(others, best, len(requests))
+        margin = math.log(best.tokens_per_second / ar.tokens_per_second)
+        step = self._forward_seconds(best.cycle[-1], len(requests), context)
+        compared = compared_every(margin, self.latency.steady_seconds(margin) / step)
+        return Review(best, ar.tokens_per_second, probe_every, untimed, *other_mode(choices, best), compared)
 
     def _untimed(self, choices: Sequence[Choice], best: Choice, batch: int) -> tuple[StepPlan, ...]:
-        """Plans of nearly as good choices whose time is not known from served steps, the most promising first."""
-        near = [choice for choice in choices if choice.tokens_per_second >= NEAR_SHARE * best.tokens_per_second]
-        near.sort(key=lambda choice: choice.tokens_per_second, reverse=True)
-        plans = dict.fromkeys(plan for choice in near for plan in choice.cycle)
-        return tuple(islice((plan for plan in plans if not self._knows(plan, batch)), MOST_UNTIMED))
+        """Plans whose time is in doubt, of choices that it could make the best, the most promising first."""
+        doubts = {plan: self._doubt(plan, batch) for choice in choices for plan in choice.cycle}
+        promising = sorted(choices, key=lambda choice: choice.tokens_per_second, reverse=True)
+        found: dict[StepPlan, None] = {}
+        for choice in promising:
+            lacking = math.log(best.tokens_per_second / choice.tokens_per_second)
+            found |= dict.fromkeys(p for p in choice.cycle if doubts[p] > max(KNOWN_DOUBT, lacking))
+        return tuple(islice(found, MOST_UNTIMED))
 
-    def _knows(self, plan: StepPlan, batch: int) -> bool:
+    def _doubt(self, plan: StepPlan, batch: int) -> float:
         rows, slots = plan.query_tokens(self.block_len), self._computed_slots(batch)
-        return self.latency.knows(rows, slots, drafts=bool(plan.groups))
+        return self.latency.doubt(rows, slots, drafts=bool(plan.groups))
 
     def _probe_every(self, requests: Collection[str], context: int) -> int:
         """Autoregressive steps from one probe to the next, so that probes take PROBE_SHARE of the time.

@@ -15,7 +15,7 @@ from tidar_core.timing import Clock
 
 __all__ = ["MAX_INDIVIDUAL_BATCH", "Choice", "Review", "Reviews"]
 
-FIRST_REVIEW, LONGEST_REVIEW = 4, 256
+FIRST_REVIEW, LONGEST_REVIEW = 4, 64
 """Decode steps before a new choice is reviewed, and the most between later reviews. The gap doubles as long as the
 choice stays the same."""
 REVIEW_SHARE, REVIEW_CREDIT, EARLY_SHARE = 0.003, 0.02, 0.03
@@ -53,6 +53,8 @@ class Review:
     """The best candidate of the other mode that drafts, to be run now and then; None if it promises too little."""
     other_every: int = 0
     """Steps from one time that it is run to the next, at most."""
+    compared_every: int = 0
+    """Steps from one autoregressive step to the next, at most, if the choice drafts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from simulated_machine import Clock, Drafts, SimulatedDecoder, best_fixed, cpu_seconds, gpu_seconds, served
+from simulated_machine import Clock, Drafts, FixedCycle, SimulatedDecoder, best_fixed, cpu_seconds, gpu_seconds, served
 
 from tidar_core.config import DraftConfig
 from tidar_core.planning.candidate_plans import few_candidates
@@ -40,9 +40,12 @@ def machine():
     return of
 
 
-def traffic(batch, tokens=3200):
-    """Fewer tokens for each sequence of a larger batch, which learns sooner."""
-    return {"batch": batch, "tokens": max(tokens, 500 * batch)}
+def traffic(batch):
+    """Fewer tokens for each sequence of a larger batch, which learns sooner. One sequence has 96 texts.
+
+    With a third of them, chance moves the ratio of two plans by 1 to 2 %.
+    """
+    return {"batch": batch, "tokens": 9600 if batch == 1 else max(3200, 500 * batch)}
 
 
 @pytest.mark.slow
@@ -96,8 +99,34 @@ def test_drafts_that_the_choice_never_verifies_are_tried_in_the_other_mode():
     decoder = SimulatedDecoder(clock, small, slots=1, draft=DraftConfig(block_len=8))
     planner = AutoPlanner(decoding_latency(decoder, clock=clock), 8, clock=clock)
     served(planner, decoder, texts, batch=1, tokens=3000, seed=1)
-    best, _ = best_fixed(planner.candidates, decoder, texts, batch=1, tokens=5000, seed=11)
-    assert served(planner, decoder, texts, batch=1, tokens=5000, seed=11) >= 0.97 * best
+    best, _ = best_fixed(planner.candidates, decoder, texts, batch=1, tokens=20_000, seed=11)
+    assert served(planner, decoder, texts, batch=1, tokens=20_000, seed=11) >= 0.97 * best
+
+
+def test_a_machine_whose_memory_others_use_at_times_is_followed():
+    """A step of one token gets slower then, and one of many tokens faster, as processors of some hosts do.
+
+    Every 15 s that changes. A planner that believes a rare step as little as a frequent one keeps to 0.93.
+    """
+
+    def machine():
+        clock, luck = Clock(), random.Random(0)
+
+        def crowded(rows, batch, context):
+            read, token = (9.2, 0.26) if int(clock.now / 15) % 2 else (6.2, 0.62)
+            return (read + token * rows * batch) / 1000 * luck.lognormvariate(0, 0.04)
+
+        return SimulatedDecoder(clock, crowded, slots=1, draft=DraftConfig(block_len=8))
+
+    decoder, drafts = machine(), DRAFTS["in runs"]
+    planner = AutoPlanner(decoding_latency(decoder, clock=decoder.clock), 8, clock=decoder.clock)
+    served(planner, decoder, drafts, batch=1, tokens=3000, seed=1)
+    speeds = {}
+    for candidate in (planner, *(FixedCycle(few.cycle) for few in few_candidates(8))):
+        of_candidate = decoder if candidate is planner else machine()
+        of_candidate.clock.now = 600.0
+        speeds[candidate] = served(candidate, of_candidate, drafts, batch=1, tokens=10_000)
+    assert speeds.pop(planner) >= 0.97 * max(speeds.values())
 
 
 @pytest.mark.parametrize("batch", [1, 64])

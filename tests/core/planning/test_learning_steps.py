@@ -1,12 +1,14 @@
 """Steps to learn from: when one is run, and which."""
 
+import math
 from itertools import pairwise
 
 import pytest
 
 from tidar_core.decoding.step_plan import StepPlan
 from tidar_core.planning.candidate_plans import Candidate
-from tidar_core.planning.learning_steps import COMPARED_EVERY, TIMED_EVERY, LearningSteps, probe_len
+from tidar_core.planning.learning_steps import COMPARED_EVERY, TIMED_EVERY, LearningSteps, compared_every, probe_len
+from tidar_core.planning.reviews import Choice, Review
 
 K = 8
 AR = Candidate("autoregressive", (StepPlan(1),))
@@ -15,22 +17,42 @@ TWO_PASS = Candidate("two-pass", (DRAFT, VERIFY))
 SINGLE_PASS = Candidate("single-pass", (StepPlan(4, (1,), 4),))
 
 
-def plans(choice, steps, untimed=(), probe_every=0):
+def review_of(candidate, probe_every=0, other=None, compared_every=COMPARED_EVERY):
+    """The review whose choice is the candidate; the other mode is run every 300 steps."""
+    choice = Choice(candidate.mode, candidate.cycle, 1.0)
+    return Review(choice, 1.0, probe_every, (), other, 300, compared_every)
+
+
+def plans(choice, steps, untimed=(), **review):
     """Plans of so many steps; drafts are pending after each plan that drafts."""
     learning, found, pending = LearningSteps(K), [], 1
     for _ in range(steps):
-        found.append(learning.next_plan(choice, pending, probe_every, untimed))
+        found.append(learning.next_plan(review_of(choice, **review), pending, untimed))
         pending = 4 if found[-1].groups else 1
     return found
 
 
-def test_where_all_times_are_known_a_choice_that_drafts_is_compared_with_autoregression_alone():
+@pytest.mark.parametrize(
+    ("every", "found"), [(256, [32, 64, 128, 256, 512, 768, 1024]), (50, [32, 64, 114, 164, 214, 264, 314])]
+)
+def test_where_all_times_are_known_a_choice_that_drafts_is_compared_with_autoregression_alone(every, found):
+    """Drafts that are pending are verified first: an autoregressive step would lose them."""
     for choice in (TWO_PASS, SINGLE_PASS):
-        found = plans(choice, 4 * COMPARED_EVERY)
-        others = [n for n, plan in enumerate(found, 1) if plan not in choice.cycle and plan.clean_len > 1]
-        assert others == []
-        compared = [n for n, plan in enumerate(found, 1) if plan == StepPlan(1)]
-        assert compared == [32, 64, 128, 256, 512, 768, 1024]
+        ran = plans(choice, 1100, compared_every=every)
+        own = {*choice.cycle, choice.next_plan(1), StepPlan(choice.cycle[-1].clean_len)}
+        assert {plan for plan in ran if plan not in own} == {StepPlan(1)}
+        compared = [n for n, plan in enumerate(ran, 1) if plan == StepPlan(1)]
+        late = list(range(len(found)))  # each one waits for a step that verifies
+        assert all(n <= at <= n + place + 1 for n, at, place in zip(found, compared, late))
+        assert all(not ran[at - 2].groups and ran[at - 2].clean_len > 1 for at in compared)
+
+
+def test_the_less_drafting_promises_the_more_often_it_is_compared_with_autoregression():
+    """Such a step loses the part of its time that drafting gains; 0.2 % of the time may be lost."""
+    for promise, every in ((1.01, 50), (1.26, 103), (1.6, 187), (4.0, COMPARED_EVERY)):
+        assert compared_every(math.log(promise), 0.0) == every
+    assert compared_every(math.log(1.26), 150.0) == 150
+    assert compared_every(math.log(1.26), 1e9) == COMPARED_EVERY
 
 
 def test_untimed_plans_take_turns_one_step_in_so_many():
@@ -69,17 +91,19 @@ def test_autoregression_with_nothing_to_probe_tries_untimed_plans_alone():
 
 
 def test_after_a_long_time_without_drafts_one_step_is_compared_and_not_all_that_were_missed():
-    learning = LearningSteps(K)
+    learning, found, pending = LearningSteps(K), [], 1
     for _ in range(10_000):
-        learning.next_plan(AR, 1, 0, ())
-    found = [learning.next_plan(SINGLE_PASS, 4, 0, ()) for _ in range(31)]
+        learning.next_plan(review_of(AR), 1, ())
+    for _ in range(31):
+        found.append(learning.next_plan(review_of(SINGLE_PASS), pending, ()))
+        pending = 4 if found[-1].groups else 1
     assert found.count(StepPlan(1)) == 1
 
 
 def test_the_drafts_of_a_probe_are_verified_before_an_untimed_plan_comes():
     untimed, learning, found, pending = StepPlan(4, (1,), 4), LearningSteps(K), [], 1
     for _ in range(20 * TIMED_EVERY):
-        found.append(learning.next_plan(AR, pending, 9, (untimed,)))
+        found.append(learning.next_plan(review_of(AR, 9), pending, (untimed,)))
         pending = 4 if found[-1].groups else 1
     assert found.count(untimed) >= 18
     assert all(not before.groups for before, plan in pairwise(found) if plan == untimed)
@@ -90,7 +114,7 @@ def test_the_drafts_of_a_probe_are_verified_before_an_untimed_plan_comes():
 @pytest.mark.parametrize(("other", "probe_every"), [(None, 0), (None, 100), (TWO_PASS, 100), (SINGLE_PASS, 0)])
 def test_plans_of_a_calm_run_are_the_choices_own(choice, untimed, other, probe_every):
     """So they may be taken without being looked for: the plans, step by step, are the same."""
-    sequences, longest = [], 0
+    sequences, longest, review = [], 0, review_of(choice, probe_every, other)
     for calmly in (False, True):
         learning, found, pending, left, passed = LearningSteps(K), [], 1, 0, 0
         for _ in range(3000):
@@ -101,9 +125,9 @@ def test_plans_of_a_calm_run_are_the_choices_own(choice, untimed, other, probe_e
             else:
                 learning.skip(passed, choice.mode)
                 passed = 0
-                found.append(learning.next_plan(choice, pending, probe_every, untimed, other, 300))
+                found.append(learning.next_plan(review, pending, untimed))
                 if calmly and found[-1] == own:
-                    left = learning.calm(choice, probe_every, other=other is not None, untimed=bool(untimed))
+                    left = learning.calm(review, untimed=bool(untimed))
                     longest = max(longest, left)
             pending = 4 if found[-1].groups else 1
         sequences.append(found)

@@ -8,10 +8,9 @@ from tidar_core.planning.latency_formula import LatencyPoint
 from tidar_core.planning.latency_table import LatencyTable
 from tidar_core.planning.learning_steps import FIRST_OTHER, OTHER_STEPS, LearningSteps, probe_len
 from tidar_core.planning.planner import AutoPlanner
-from tidar_core.planning.reviews import Choice
+from tidar_core.planning.reviews import Choice, Review
 
 K = 4
-SINGLE_PASS = Candidate("single-pass", (StepPlan(4, (1,), 4),))
 
 
 def planner():
@@ -23,9 +22,11 @@ def planner():
 def test_for_a_few_steps_now_and_then_the_other_mode_takes_the_place_of_the_choice():
     """The gap doubles, up to the one that the caller gives."""
     draft, verify = StepPlan(1, (1,), 6), StepPlan(6)
-    other, learning, found, pending = Candidate("two-pass", (draft, verify)), LearningSteps(8), [], 1
+    choice, other = Choice("single-pass", (StepPlan(4, (1,), 4),), 3.0), Candidate("two-pass", (draft, verify))
+    review, learning, found, pending = Review(choice, 1.0, 0, (), other, 700, 10_000), LearningSteps(8), [], 1
+    learning._next_comparison = 10_000  # no autoregressive step takes their place
     for _ in range(4000):
-        found.append(learning.next_plan(SINGLE_PASS, pending, 0, (), other, 700))
+        found.append(learning.next_plan(review, pending, ()))
         pending = 4 if found[-1].groups else 1
     others = [n for n, plan in enumerate(found, 1) if plan in (draft, verify)]
     begins = [n for n in others if n - 1 not in others]
@@ -54,8 +55,8 @@ def test_the_best_of_the_other_mode_is_run_now_and_then_if_it_promises_nearly_as
     next_plan = auto._learning.next_plan
     monkeypatch.setattr(auto._learning, "next_plan", lambda *given: calls.append(given) or next_plan(*given))
     auto.next_plan({"r": 1}, 10)
-    ((choice, _, _, _, other, every),) = calls
-    assert (choice, other, every) == (best, rest[-1] if found else None, found)
+    ((review, _, _),) = calls
+    assert (review.choice, review.other, review.other_every) == (best, rest[-1] if found else None, found)
 
 
 def test_an_autoregressive_choice_runs_no_other_mode(monkeypatch):

@@ -11,6 +11,11 @@ from tidar_core.planning.served_latency import ServedLatency
 ROWS, BATCHES, CONTEXTS = (1, 4, 8, 16, 24, 40, 72), (1, 4, 16), (128, 1024, 8192)
 
 
+def serve(latency, rows, batch, context, drafts, seconds):
+    """Observe a step that follows the last one."""
+    latency.observe(rows, batch, context, drafts, seconds, latency._now + seconds)
+
+
 def table_of(seconds):
     points = [
         LatencyPoint(rows=r, batch=b, context=c, seconds=seconds(r, b, c), drafts=r > 8)
@@ -36,7 +41,7 @@ def minute_of_traffic(latency, seconds, shapes, noise=0.1, seed=0):
         rows, batch = luck.choice(shapes)
         context = luck.randint(100, 1500)
         taken = seconds(rows, batch, context) * luck.gauss(1.0, noise) * (20.0 if luck.random() < 0.002 else 1.0)
-        latency.observe(rows, batch, context, rows > 8, taken)
+        serve(latency, rows, batch, context, rows > 8, taken)
         spent += taken
     latency.refit()
 
@@ -79,18 +84,18 @@ def ratio(latency):
 def test_a_machine_that_slows_down_changes_no_comparison():
     latency = ServedLatency(flat_table())
     for _ in range(50):
-        latency.observe(1, 1, 10, False, 1.0)
-        latency.observe(8, 1, 10, True, 1.2)
+        serve(latency, 1, 1, 10, False, 1.0)
+        serve(latency, 8, 1, 10, True, 1.2)
     latency.refit()
     assert ratio(latency) == pytest.approx(1.2, rel=0.03)
     for _ in range(500):  # three times slower, and only one shape is served
-        latency.observe(8, 1, 10, True, 3.6)
+        serve(latency, 8, 1, 10, True, 3.6)
     latency.refit()
     assert ratio(latency) < 1.2 * 1.3
     assert latency.slowdown * latency.seconds(8, 1, 10, drafts=True) == pytest.approx(3.6, rel=0.1)
     for _ in range(20):  # the other shape is seen again
-        latency.observe(1, 1, 10, False, 3.0)
-        latency.observe(8, 1, 10, True, 3.6)
+        serve(latency, 1, 1, 10, False, 3.0)
+        serve(latency, 8, 1, 10, True, 3.6)
     latency.refit()
     assert ratio(latency) == pytest.approx(1.2, rel=0.1)
 
@@ -98,11 +103,11 @@ def test_a_machine_that_slows_down_changes_no_comparison():
 def test_a_pause_of_the_machine_is_no_property_of_a_plan():
     latency = ServedLatency(flat_table())
     for _ in range(50):
-        latency.observe(1, 1, 10, False, 1.0)
-        latency.observe(8, 1, 10, True, 1.2)
-    latency.observe(1, 1, 10, False, 1000.0)
+        serve(latency, 1, 1, 10, False, 1.0)
+        serve(latency, 8, 1, 10, True, 1.2)
+    serve(latency, 1, 1, 10, False, 30.0)
     for _ in range(10):
-        latency.observe(1, 1, 10, False, 1.0)
+        serve(latency, 1, 1, 10, False, 1.0)
     latency.refit()
     assert ratio(latency) == pytest.approx(1.2, rel=0.05)
     assert latency.slowdown * latency.seconds(1, 1, 10) == pytest.approx(1.0, rel=0.1)
@@ -110,7 +115,7 @@ def test_a_pause_of_the_machine_is_no_property_of_a_plan():
 
 def test_a_clock_that_stands_still_teaches_nothing():
     latency = ServedLatency(flat_table())
-    latency.observe(8, 1, 10, True, 0.0)
+    serve(latency, 8, 1, 10, True, 0.0)
     latency.refit()
     assert latency.seconds(8, 1, 10, drafts=True) == flat_table().formula.seconds(8, 1, 10, drafts=True)
 
@@ -118,7 +123,7 @@ def test_a_clock_that_stands_still_teaches_nothing():
 def test_only_the_shapes_that_were_served_lately_are_kept():
     latency = ServedLatency(table_of(measured))
     for turn in range(300):
-        latency.observe(1 + turn % 100, 1 + turn % 7, 100, False, 0.05)
+        serve(latency, 1 + turn % 100, 1 + turn % 7, 100, False, 0.05)
     assert len(latency._shapes) == 64
     latency.refit()
     assert latency.seconds(1, 1, 100) > 0
@@ -131,7 +136,7 @@ def test_the_speed_of_a_noisy_machine_is_that_of_its_steps_however_many_shapes_a
     for turn in range(3000):
         pace *= luck.choice((0.98, 1 / 0.98))
         context, batch = 50 + turn % 600, 1 + turn // 300 % 3
-        latency.observe(1, batch, context, False, pace * measured(1, batch, context) * luck.uniform(0.8, 1.2))
+        serve(latency, 1, batch, context, False, pace * measured(1, batch, context) * luck.uniform(0.8, 1.2))
         if turn % 100 == 0:
             latency.refit()
     latency.refit()
@@ -139,28 +144,73 @@ def test_the_speed_of_a_noisy_machine_is_that_of_its_steps_however_many_shapes_a
     assert latency.seconds(72, 4, 500, drafts=True) == pytest.approx(measured(72, 4, 500), rel=0.3)
 
 
-def test_the_time_of_a_shape_is_known_after_a_few_steps_at_any_context_until_they_are_old():
-    latency = ServedLatency(flat_table())
+def test_the_doubt_about_a_shape_falls_with_its_steps_at_any_context_and_grows_with_age():
+    latency, doubts = ServedLatency(flat_table()), []
+    formula = latency.doubt(8, 1, drafts=True)
     for context in (10, 10, 1000, 1000):
-        assert not latency.knows(8, 1, drafts=True)
-        latency.observe(8, 1, context, True, 1.0)
-    assert latency.knows(8, 1, drafts=True)
-    assert not latency.knows(8, 1, drafts=False)
-    assert not latency.knows(8, 2, drafts=True)
-    for _ in range(3900):
-        latency.observe(4, 1, 10, True, 1.0)
-    assert latency.knows(8, 1, drafts=True)
-    for _ in range(200):
-        latency.observe(4, 1, 10, True, 1.0)
-    assert not latency.knows(8, 1, drafts=True)
-    latency.observe(8, 1, 10, True, 1.0)
-    assert latency.knows(8, 1, drafts=True)
+        serve(latency, 8, 1, context, True, 1.0)
+        doubts.append(latency.doubt(8, 1, drafts=True))
+    assert doubts == sorted(doubts, reverse=True)
+    assert doubts[-1] < 0.06 < formula
+    assert latency.doubt(8, 1, drafts=False) == latency.doubt(8, 2, drafts=True) == formula
+    aged = []
+    for _ in range(3):
+        for _ in range(200):
+            serve(latency, 4, 1, 10, True, 0.01)
+        aged.append(latency.doubt(8, 1, drafts=True))
+    assert doubts[-1] < aged[0] < aged[1] < aged[2]
+    serve(latency, 8, 1, 10, True, 1.0)
+    assert latency.doubt(8, 1, drafts=True) < doubts[-1]
+
+
+def seen_now_and_then(seconds, steps=4000):
+    """Steps of 16 query tokens, and now and then one of 1 and one of 4, on a machine whose time is `seconds`."""
+    latency = ServedLatency(table_of(measured))
+    for n in range(steps):
+        rows = 1 if n % 64 == 0 else 4 if n % 64 == 32 else 16
+        serve(latency, rows, 1, 500, rows > 8, seconds(latency, n, rows))
+    return latency
+
+
+def test_a_step_that_is_run_rarely_is_believed_soon_where_the_machine_changes():
+    """Others use the memory: steps of one token get slow, steps of many do not. Then they stop, all at once."""
+
+    def crowded(latency, n, rows):
+        return measured(rows, 1, 500) * (1.4 if n < 3000 and rows == 1 else 1.0)
+
+    for steps, factor in ((3000, 1.4), (3000 + 64 * 4, 1.0)):
+        latency = seen_now_and_then(crowded, steps)
+        latency.refit()
+        assert forecast(latency, 1, 1, 500) == pytest.approx(factor * measured(1, 1, 500), rel=0.1)
+        assert forecast(latency, 16, 1, 500) == pytest.approx(measured(16, 1, 500), rel=0.05)
+
+
+def test_how_much_the_machine_changes_is_learned_from_steps_that_are_run_rarely():
+    """So on a steady machine little is run to learn from, however noisy it is."""
+    luck, pace = random.Random(0), {1: 1.0, 4: 1.0, 16: 1.0}
+
+    def noisy(latency, n, rows):
+        return measured(rows, 1, 500) * luck.lognormvariate(0, 0.08)
+
+    def restless(latency, n, rows):
+        for of in pace:
+            pace[of] *= luck.lognormvariate(0, 0.02)
+        return measured(rows, 1, 500) * pace[rows] * luck.lognormvariate(0, 0.03)
+
+    steady, noisy, restless = (
+        seen_now_and_then(seconds) for seconds in (lambda latency, n, rows: measured(rows, 1, 500), noisy, restless)
+    )
+    for margin in (0.05, 0.2):
+        long, longer, short = (latency.steady_seconds(margin) for latency in (noisy, steady, restless))
+        assert longer > 10 * short
+        assert long > 4 * short
+    assert steady.steady_seconds(0.2) == 4 * (steady.steady_seconds(0.1))
 
 
 def test_steps_that_are_very_old_still_have_a_weight():
     latency = ServedLatency(flat_table())
-    latency.observe(8, 1, 10, True, 1.0)
-    latency._steps = 10_000_000
-    latency.observe(1, 1, 10, False, 1.0)
+    serve(latency, 8, 1, 10, True, 1.0)
+    latency._now = 1e7
+    serve(latency, 1, 1, 10, False, 1.0)
     latency.refit()
     assert latency.seconds(8, 1, 10, drafts=True) > 0
