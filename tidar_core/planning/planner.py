@@ -54,7 +54,7 @@ LEARNED_TOGETHER, LEARNED_AFTER = 32, 0.02
 millisecond, code that runs once is in no cache and takes three times as long as in a loop."""
 KNOWN_DOUBT, MOST_UNTIMED = 0.05, 4
 """Doubt about the time of a plan (standard deviation of its logarithm) that is small enough. Plans with more of it are
-run now and then if their candidate could be the best for all that is known; so many take turns."""
+run now and then if their candidate could be the best for all that is known. So many take turns."""
 
 
 def planner_of(mode: str, decoder: Decoder, table: LatencyTable | None = None) -> Planner:

@@ -19,8 +19,8 @@ __all__ = ["ServedLatency"]
 DRIFT_VARIANCE = 0.0025
 """Variance of the drift before each step, of its logarithm."""
 TABLE_SPREAD, MEAN_ERROR = 0.3, 0.1
-"""Standard deviations of logarithms. The first is that of a cost, or of a shape's time, in service from that in the
-table; the second that of a shape from the best formula."""
+"""Standard deviations of logarithms. The first is that of a cost, or of a shape's time, from the table's. The second is
+that of a shape from the best formula."""
 NOISE, LEAST_NOISE, NOISE_GAIN = 0.07**2, 0.02**2, 0.02
 """Variance of the logarithm of one step from the typical one: the first guess, the least, and the share of a step in
 its mean."""
