@@ -85,6 +85,8 @@ class LearningSteps:
         self._probe_len = probe_len(block_len)
         self._steps = self._since_drafts = self._probes = self._timed = 0
         self._next_comparison = self._comparison_gap = FIRST_COMPARISON
+        self._verified = False
+        """Whether the pending drafts were verified for the autoregressive step that is due."""
         self._next_untimed = TIMED_EVERY
         self._next_other = self._other_gap = FIRST_OTHER
         self._other_left = 0
@@ -110,8 +112,10 @@ class LearningSteps:
         self._probes = 0
         if self._steps < self._next_comparison:
             return choice.next_plan(pending)
-        if pending > 1:  # they are not lost
+        if pending > 1 and not self._verified:  # only once: other sequences may come with drafts at every step
+            self._verified = True
             return StepPlan(choice.cycle[-1].clean_len)
+        self._verified = False
         self._next_comparison = self._steps + self._comparison_gap
         self._comparison_gap = min(2 * self._comparison_gap, review.compared_every)
         return StepPlan(1)

@@ -47,6 +47,13 @@ def test_where_all_times_are_known_a_choice_that_drafts_is_compared_with_autoreg
         assert all(not ran[at - 2].groups and ran[at - 2].clean_len > 1 for at in compared)
 
 
+def test_an_autoregressive_step_does_not_wait_for_sequences_that_come_with_drafts_at_every_step():
+    learning, review = LearningSteps(K), review_of(SINGLE_PASS, compared_every=50)
+    found = [learning.next_plan(review, 4, ()) for _ in range(400)]
+    assert found.count(StepPlan(1)) == found.count(VERIFY) == 8
+    assert all(after == StepPlan(1) for before, after in pairwise(found) if before == VERIFY)
+
+
 def test_the_less_drafting_promises_the_more_often_it_is_compared_with_autoregression():
     """Such a step loses the part of its time that drafting gains; 0.2 % of the time may be lost."""
     for promise, every in ((1.01, 50), (1.26, 103), (1.6, 187), (4.0, COMPARED_EVERY)):
