@@ -5,7 +5,7 @@ Which plan comes next: one of the choice, or one whose time or drafts are not kn
 A plan that is never run is never corrected. While the choice is autoregressive, a short block is drafted and verified
 now and then, to learn whether drafts would pay by now. While drafts are made, a step now and then is autoregressive,
 because drafting must beat its time. The less drafting promises, the more often it is compared so. Plans that promise
-nearly the speed of the choice are run until their time is known. The formula alone can be wrong by more than the
+nearly the speed of the choice are run while their time is in doubt. The formula alone can be wrong by more than the
 difference. For a few steps now and then, the other mode that drafts takes the place of the choice. It verifies drafts
 that the choice never verifies.
 """
@@ -36,7 +36,7 @@ FIRST_COMPARISON, COMPARED_EVERY = 32, 256
 """Steps before the first autoregressive one while drafts are made, and the most before later ones. The gap doubles as
 long as the caller allows."""
 TIMED_EVERY = 64
-"""Steps from one step of an untimed plan to the next."""
+"""Steps from one step of a plan whose time is in doubt to the next."""
 OTHER_STEPS, FIRST_OTHER = 8, 64
 """Steps of the other mode in a row, and the steps before the first of them. Later gaps double as long as the caller
 allows."""
@@ -96,7 +96,7 @@ class LearningSteps:
         """The plan of the next step.
 
         pending  the most tokens pending (d_1 and its drafts) of a sequence
-        untimed  plans of the review whose time is not known yet
+        untimed  plans of the review whose time is still in doubt
         """
         self._steps += 1
         if review.other is None:
